@@ -1,0 +1,128 @@
+// scaled_dot_product_attention on the CPU: check, allocate, split over threads. The arithmetic is in attention_kernel.h.
+#include <torch/csrc/stable/library.h>
+
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "torch_side.h"
+
+namespace tinyllm::cpu {
+namespace {
+
+using torch::stable::new_empty;
+using OptionalTensor = std::optional<Tensor>;
+
+constexpr int64_t kMaxHeadDim = 1024;
+
+Strided strided(const Tensor& t) {
+  const auto strides = t.strides();
+  return {data_of(t), strides[0], strides[1], strides[2], strides[3]};
+}
+
+// (B, H, T, D) over memory in the order (B, T, H, D): joining the heads afterwards is free.
+Tensor new_heads_inside(const Tensor& like, int64_t batch, int64_t heads, int64_t rows, int64_t columns) {
+  const std::vector<int64_t> shape{batch, rows, heads, columns};
+  return torch::stable::transpose(new_empty(like, shape), 1, 2);
+}
+
+Attention arguments(const char* op, const Tensor& query, const Tensor& key, const Tensor& value,
+                    const OptionalTensor& mask, bool is_causal, double scale) {
+  if (query.dim() != 4 || key.dim() != 4 || value.dim() != 4)
+    fail(op, ": query, key and value must have 4 dimensions, not ", query.dim(), ", ", key.dim(), " and ", value.dim());
+  Attention a{};
+  a.batch = query.size(0);
+  a.heads = query.size(1);
+  a.queries = query.size(2);
+  a.head_dim = query.size(3);
+  a.kv_heads = key.size(1);
+  a.keys = key.size(2);
+  a.value_dim = value.size(3);
+  a.scale = scale;
+  a.causal = is_causal;
+  check_shape(op, "key", key, {a.batch, a.kv_heads, a.keys, a.head_dim});
+  check_shape(op, "value", value, {a.batch, a.kv_heads, a.keys, a.value_dim});
+  if (a.heads > 0 && (a.kv_heads == 0 || a.heads % a.kv_heads != 0))
+    fail(op, ": key has ", a.kv_heads, " heads; they must divide query's, ", a.heads);
+  if (std::max(a.head_dim, a.value_dim) > kMaxHeadDim)
+    fail(op, ": head_dim is ", std::max(a.head_dim, a.value_dim), "; the kernel takes at most ", kMaxHeadDim);
+  for (const auto& [name, t] : {std::pair{"key", &key}, std::pair{"value", &value}}) {
+    check_device(op, name, *t, query);
+    check_dtype(op, name, *t, query.scalar_type());
+  }
+  a.query = strided(query);
+  a.key = strided(key);
+  a.value = strided(value);
+  if (mask) {
+    check_device(op, "attn_mask", *mask, query);
+    check_shape(op, "attn_mask", *mask, {a.batch, a.heads, a.queries, a.keys});
+    if (mask->scalar_type() != ScalarType::Bool) check_dtype(op, "attn_mask", *mask, query.scalar_type());
+    a.mask_kind = mask->scalar_type() == ScalarType::Bool ? MaskKind::boolean : MaskKind::additive;
+    a.mask = strided(*mask);
+  }
+  return a;
+}
+
+std::tuple<Tensor, Tensor> attention_fwd(Tensor query, Tensor key, Tensor value, OptionalTensor attn_mask, bool is_causal,
+                                         double scale) {
+  Attention a = arguments("attention", query, key, value, attn_mask, is_causal, scale);
+  const auto kernel = kernels().attention_fwd[dtype_index("attention", query)];
+  const Tensor out = new_heads_inside(query, a.batch, a.heads, a.queries, a.value_dim);
+  const std::vector<int64_t> lse_shape{a.batch, a.heads, a.queries};
+  const Tensor lse = new_empty(query, lse_shape, compute_dtype(query.scalar_type()));
+  a.out = strided(out);
+  a.lse = data_of(lse);
+  // A head is one item while there are heads for every thread. Else its queries are split: each part packs the keys again,
+  // so parts are not made smaller than 256 queries.
+  const int64_t heads = a.batch * a.heads;
+  const int64_t wanted = 4 * static_cast<int64_t>(torch::stable::get_num_threads());
+  int64_t parts = heads >= wanted ? 1 : (wanted + heads - 1) / std::max<int64_t>(heads, 1);
+  parts = std::clamp<int64_t>(parts, 1, std::max<int64_t>(1, a.queries / 256));
+  // Whole groups of queries, so that no part begins inside one.
+  const int64_t part = ((a.queries + parts - 1) / parts + 63) / 64 * 64;
+  if (a.queries > 0) parts = (a.queries + part - 1) / part;
+  parallel_items(a.queries == 0 ? 0 : heads * parts, [&](int64_t item) {
+    // The last part of a causal head costs most: it goes first.
+    const int64_t begin = (parts - 1 - item % parts) * part, head = item / parts;
+    kernel(a, head / a.heads, head % a.heads, begin, std::min(a.queries, begin + part));
+  });
+  return {out, lse};
+}
+
+std::tuple<Tensor, Tensor, Tensor> attention_bwd(Tensor grad, Tensor query, Tensor key, Tensor value,
+                                                 OptionalTensor attn_mask, Tensor out, Tensor lse, bool is_causal,
+                                                 double scale) {
+  const char* op = "attention_bwd";
+  Attention a = arguments(op, query, key, value, attn_mask, is_causal, scale);
+  for (const auto& [name, t] : {std::pair{"grad", &grad}, std::pair{"out", &out}}) {
+    check_device(op, name, *t, query);
+    check_dtype(op, name, *t, query.scalar_type());
+    check_shape(op, name, *t, {a.batch, a.heads, a.queries, a.value_dim});
+  }
+  check_device(op, "lse", lse, query);
+  check_dtype(op, "lse", lse, compute_dtype(query.scalar_type()));
+  check_shape(op, "lse", lse, {a.batch, a.heads, a.queries});
+  if (!lse.is_contiguous()) fail(op, ": lse must be contiguous");
+  const auto kernel = kernels().attention_bwd[dtype_index(op, query)];
+  const Tensor grad_query = new_heads_inside(query, a.batch, a.heads, a.queries, a.head_dim);
+  const Tensor grad_key = new_heads_inside(query, a.batch, a.kv_heads, a.keys, a.head_dim);
+  const Tensor grad_value = new_heads_inside(query, a.batch, a.kv_heads, a.keys, a.value_dim);
+  a.out = strided(out);
+  a.lse = data_of(lse);
+  a.grad_out = strided(grad);
+  a.grad_query = strided(grad_query);
+  a.grad_key = strided(grad_key);
+  a.grad_value = strided(grad_value);
+  parallel_items(a.batch * a.kv_heads,
+                 [&](int64_t item) { kernel(a, item / a.kv_heads, item % a.kv_heads); });
+  return {grad_query, grad_key, grad_value};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(tinyllm, CPU, m) {
+  m.impl("attention_fwd", TORCH_BOX(&attention_fwd));
+  m.impl("attention_bwd", TORCH_BOX(&attention_bwd));
+}
+
+}  // namespace tinyllm::cpu

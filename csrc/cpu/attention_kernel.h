@@ -1,0 +1,344 @@
+// Flash attention on a CPU (Dao et al. 2022, "FlashAttention"; Dao 2023, "FlashAttention-2"): no queries x keys matrix
+// exists; scores live in a tile that fits the first-level cache.
+//
+// Forward, for one head and a range of queries: keys are transposed once into panels, values copied once into padded rows
+// (which also takes care of strides and 16-bit types). Then for each block of queries, each block of keys and each group of
+// kRows queries: scores = Q K^T, softmax with a running maximum (Milakov & Gimelshein 2018), out = out * correction + P V.
+// Causal attention computes a group's columns only up to its last query, rounded up to one vector, so hardly any work is
+// spent above the diagonal.
+//
+// Backward, for one key/value head: P is recomputed from the saved log-sum-exp; key blocks outside, query blocks inside.
+// dV += P^T dO, dS = P (dO V^T - rowsum(dO O)), dK += dS^T Q, dQ += dS K. One thread owns a head, so the order of every sum
+// is fixed.
+//
+// A query with no key (all masked) has lse = -inf, output 0 and gradient 0.
+#pragma once
+#include <cmath>
+#include <limits>
+
+#include "dispatch.h"
+#include "gemm.h"
+
+namespace tinyllm::TINYLLM_ISA {
+
+using cpu::Attention;
+using cpu::MaskKind;
+using cpu::Strided;
+
+constexpr int64_t kQueryBlock = 64;
+
+// Keys in a block: fewer for wide heads, so that a block of K and V stays in the second-level cache. A multiple of every
+// kPanel.
+inline int64_t key_block(int64_t head_dim) { return head_dim <= 128 ? 128 : 64; }
+
+template <class T>
+inline const T* row_of(const Strided& t, int64_t b, int64_t h, int64_t row) {
+  return static_cast<const T*>(t.data) + b * t.batch + h * t.head + row * t.row;
+}
+
+// rows x columns into padded row-major order, times `factor`, zeros in the padding.
+template <class T>
+inline void pack_rows(const T* from, int64_t row_stride, int64_t column_stride, int64_t rows, int64_t columns,
+                      compute_t<T> factor, compute_t<T>* to, int64_t leading) {
+  using S = compute_t<T>;
+  using V = Vec<S>;
+  const V vfactor = V::set1(factor);
+  for (int64_t r = 0; r < rows; ++r, from += row_stride, to += leading) {
+    if (column_stride == 1)
+      for_each_vector<V>(columns, [&](int64_t i, int64_t n) { (load_n<V>(from + i, n) * vfactor).store(to + i); });
+    else
+      for (int64_t i = 0; i < columns; ++i) to[i] = to_compute(from[i * column_stride]) * factor;
+    std::fill(to + columns, to + leading, S(0));
+  }
+}
+
+// rows x columns transposed into panels of kPanel rows, zeros in the padding.
+template <class T>
+inline void pack_transposed(const T* from, int64_t row_stride, int64_t column_stride, int64_t rows, int64_t columns,
+                            compute_t<T>* to) {
+  using S = compute_t<T>;
+  constexpr int64_t width = kPanel<S>;
+  for (int64_t r = 0; r < rows; r += width, from += width * row_stride, to += width * columns) {
+    const int64_t n = std::min(width, rows - r);
+    for (int64_t c = 0; c < columns; ++c) {
+      const T* column = from + c * column_stride;
+      S* out = to + c * width;
+      for (int64_t i = 0; i < n; ++i) out[i] = to_compute(column[i * row_stride]);
+      for (int64_t i = n; i < width; ++i) out[i] = S(0);
+    }
+  }
+}
+
+// Padded row-major order back into a tensor.
+template <class T>
+inline void unpack_row(const compute_t<T>* from, compute_t<T> factor, int64_t columns, T* to, int64_t column_stride) {
+  using V = Vec<compute_t<T>>;
+  const V vfactor = V::set1(factor);
+  if (column_stride == 1)
+    for_each_vector<V>(columns, [&](int64_t i, int64_t n) { store_n(V::load(from + i) * vfactor, to + i, n); });
+  else
+    for (int64_t i = 0; i < columns; ++i) from_compute(from[i] * factor, to[i * column_stride]);
+}
+
+// Applies the mask to n scores of query `row` from key `first` on.
+template <class T>
+inline void apply_mask(const Attention& a, int64_t b, int64_t h, int64_t row, int64_t first, int64_t n,
+                       compute_t<T>* scores) {
+  using S = compute_t<T>;
+  const int64_t step = a.mask.column;
+  if (a.mask_kind == MaskKind::boolean) {
+    const bool* mask = row_of<bool>(a.mask, b, h, row) + first * step;
+    for (int64_t j = 0; j < n; ++j) scores[j] = mask[j * step] ? scores[j] : -std::numeric_limits<S>::infinity();
+  } else if (a.mask_kind == MaskKind::additive) {
+    const T* mask = row_of<T>(a.mask, b, h, row) + first * step;
+    for (int64_t j = 0; j < n; ++j) scores[j] += to_compute(mask[j * step]);
+  }
+}
+
+// How many of the keys [first, first + count) query `row` may see.
+inline int64_t visible(const Attention& a, int64_t row, int64_t first, int64_t count) {
+  return a.causal ? std::clamp<int64_t>(row + 1 - first, 0, count) : count;
+}
+
+// scores[0, n) -> exp(scores - max), zeros up to `padded`; keeps the running maximum and sum. Returns the factor by which
+// what was summed before must shrink.
+template <class S>
+inline S softmax_step(S* scores, int64_t n, int64_t padded, S& running_max, S& running_sum) {
+  using V = Vec<S>;
+  constexpr S inf = std::numeric_limits<S>::infinity();
+  const int64_t whole = round_up_to_vector<S>(n);
+  for (int64_t j = n; j < whole; ++j) scores[j] = -inf;
+  V vmax = V::set1(running_max);
+  for (int64_t j = 0; j < whole; j += V::size) vmax = max(vmax, V::load(scores + j));
+  const S new_max = vmax.max_element();
+  // Nothing visible yet: exp(-inf - 0) = 0 where -inf - -inf would be NaN.
+  const S shift = new_max == -inf ? S(0) : new_max;
+  const V vshift = V::set1(shift);
+  V vsum = V::zero();
+  for (int64_t j = 0; j < whole; j += V::size) {
+    const V p = exp(V::load(scores + j) - vshift);
+    p.store(scores + j);
+    vsum = vsum + p;
+  }
+  std::fill(scores + whole, scores + padded, S(0));
+  const S correction = new_max == running_max ? S(1) : std::exp(running_max - shift);
+  running_sum = running_sum * correction + vsum.sum();
+  running_max = new_max;
+  return correction;
+}
+
+template <class T>
+struct ForwardBuffers {
+  using S = compute_t<T>;
+  S *keys, *values, *queries, *out, *scores, *max, *sum;
+  int64_t value_row, out_row;
+
+  size_t carve(char* base, const Attention& a, int64_t keys_used) {
+    cpu::Arena arena(base);
+    value_row = leading_dimension<S>(a.value_dim);
+    out_row = round_up_to_vector<S>(a.value_dim);
+    const int64_t padded_keys = (keys_used + kPanel<S> - 1) / kPanel<S> * kPanel<S>;
+    keys = arena.take<S>(padded_keys * a.head_dim);
+    values = arena.take<S>(keys_used * value_row);
+    queries = arena.take<S>(kQueryBlock * round_up_to_vector<S>(a.head_dim));
+    out = arena.take<S>(kQueryBlock * out_row);
+    scores = arena.take<S>(kRows * key_block(a.head_dim));
+    max = arena.take<S>(kQueryBlock);
+    sum = arena.take<S>(kQueryBlock);
+    return arena.used();
+  }
+};
+
+template <class T>
+void attention_fwd(const Attention& a, int64_t b, int64_t h, int64_t begin, int64_t end) {
+  using S = compute_t<T>;
+  using V = Vec<S>;
+  constexpr S inf = std::numeric_limits<S>::infinity();
+  const int64_t kv_head = h / (a.heads / a.kv_heads);
+  const int64_t keys_used = visible(a, end - 1, 0, a.keys);
+  const int64_t block = key_block(a.head_dim);
+  const int64_t query_row = round_up_to_vector<S>(a.head_dim);
+
+  ForwardBuffers<T> buf;
+  const cpu::Scratch scratch(buf.carve(nullptr, a, keys_used));
+  buf.carve(scratch.data(), a, keys_used);
+  pack_transposed(row_of<T>(a.key, b, kv_head, 0), a.key.row, a.key.column, keys_used, a.head_dim, buf.keys);
+  pack_rows(row_of<T>(a.value, b, kv_head, 0), a.value.row, a.value.column, keys_used, a.value_dim, S(1), buf.values,
+            buf.value_row);
+
+  for (int64_t q0 = begin; q0 < end; q0 += kQueryBlock) {
+    const int64_t rows = std::min(kQueryBlock, end - q0);
+    pack_rows(row_of<T>(a.query, b, h, q0), a.query.row, a.query.column, rows, a.head_dim, static_cast<S>(a.scale),
+              buf.queries, query_row);
+    std::fill(buf.out, buf.out + rows * buf.out_row, S(0));
+    std::fill(buf.max, buf.max + rows, -inf);
+    std::fill(buf.sum, buf.sum + rows, S(0));
+    const int64_t last_key = visible(a, q0 + rows - 1, 0, a.keys);
+    for (int64_t k0 = 0; k0 < last_key; k0 += block) {
+      const int64_t block_keys = std::min(block, a.keys - k0);
+      const OperandB<S> key_panels = panels<S>(buf.keys + k0 * a.head_dim, a.head_dim);
+      const OperandB<S> value_rows = row_major<S>(buf.values + k0 * buf.value_row, buf.value_row);
+      for (int64_t g = 0; g < rows; g += kRows) {
+        const int64_t m = std::min<int64_t>(kRows, rows - g);
+        const int64_t n = visible(a, q0 + g + m - 1, k0, block_keys);
+        if (n == 0) continue;
+        gemm<S>(m, n, a.head_dim, {buf.queries + g * query_row, query_row, 1}, key_panels, buf.scores, block, false);
+        for (int64_t r = 0; r < m; ++r) {
+          S* scores = buf.scores + r * block;
+          const int64_t row = q0 + g + r, seen = visible(a, row, k0, block_keys);
+          if (a.mask_kind != MaskKind::none) apply_mask<T>(a, b, h, row, k0, seen, scores);
+          const S correction = softmax_step(scores, seen, round_up_to_vector<S>(n), buf.max[g + r], buf.sum[g + r]);
+          if (correction != S(1)) {
+            S* out = buf.out + (g + r) * buf.out_row;
+            for (int64_t i = 0; i < buf.out_row; i += V::size) (V::load(out + i) * V::set1(correction)).store(out + i);
+          }
+        }
+        gemm<S>(m, a.value_dim, n, {buf.scores, block, 1}, value_rows, buf.out + g * buf.out_row, buf.out_row, true);
+      }
+    }
+    S* lse = static_cast<S*>(a.lse) + (b * a.heads + h) * a.queries + q0;
+    for (int64_t r = 0; r < rows; ++r) {
+      const S sum = buf.sum[r];
+      unpack_row(buf.out + r * buf.out_row, sum == S(0) ? S(0) : S(1) / sum, a.value_dim,
+                 const_cast<T*>(row_of<T>(a.out, b, h, q0 + r)), a.out.column);
+      lse[r] = sum == S(0) ? -inf : buf.max[r] + std::log(sum);
+    }
+  }
+}
+
+template <class T>
+struct BackwardBuffers {
+  using S = compute_t<T>;
+  // Whole heads, padded rows. Queries are scaled, which makes dK = dS^T Q come out scaled.
+  S *queries, *grad_out, *grad_query, *grad_key, *grad_value, *delta;
+  // One block of keys.
+  S *keys, *keys_t, *values_t;
+  // One block of queries against one of keys: P and dS.
+  S *probs, *grad_scores;
+  int64_t row, value_row;
+
+  size_t carve(char* base, const Attention& a, int64_t block) {
+    cpu::Arena arena(base);
+    row = leading_dimension<S>(a.head_dim);
+    value_row = leading_dimension<S>(a.value_dim);
+    queries = arena.take<S>(a.queries * row);
+    grad_query = arena.take<S>(a.queries * row);
+    grad_out = arena.take<S>(a.queries * value_row);
+    grad_key = arena.take<S>(a.keys * row);
+    grad_value = arena.take<S>(a.keys * value_row);
+    delta = arena.take<S>(a.queries);
+    keys = arena.take<S>(block * row);
+    keys_t = arena.take<S>(block * a.head_dim);
+    values_t = arena.take<S>(block * a.value_dim);
+    probs = arena.take<S>(kQueryBlock * block);
+    grad_scores = arena.take<S>(kQueryBlock * block);
+    return arena.used();
+  }
+};
+
+// delta = rowsum(dO * O) for every query of a head.
+template <class T>
+inline void row_dots(const Attention& a, int64_t b, int64_t h, const BackwardBuffers<T>& buf) {
+  using S = compute_t<T>;
+  for (int64_t i = 0; i < a.queries; ++i) {
+    const T* out = row_of<T>(a.out, b, h, i);
+    const S* grad = buf.grad_out + i * buf.value_row;
+    S sum = 0;
+    for (int64_t d = 0; d < a.value_dim; ++d) sum += grad[d] * to_compute(out[d * a.out.column]);
+    buf.delta[i] = sum;
+  }
+}
+
+// P and dS of queries [q0, q0 + rows) against keys [k0, k0 + block_keys), and dQ += dS K.
+template <class T>
+inline void backward_scores(const Attention& a, int64_t b, int64_t h, int64_t q0, int64_t rows, int64_t k0,
+                            int64_t block_keys, int64_t block, const BackwardBuffers<T>& buf) {
+  using S = compute_t<T>;
+  using V = Vec<S>;
+  constexpr S inf = std::numeric_limits<S>::infinity();
+  const S* lse = static_cast<const S*>(a.lse) + (b * a.heads + h) * a.queries;
+  for (int64_t g = 0; g < rows; g += kRows) {
+    const int64_t m = std::min<int64_t>(kRows, rows - g), first = q0 + g;
+    const int64_t n = visible(a, first + m - 1, k0, block_keys);
+    S* probs = buf.probs + g * block;
+    S* grad_scores = buf.grad_scores + g * block;
+    gemm<S>(m, n, a.head_dim, {buf.queries + first * buf.row, buf.row, 1}, panels<S>(buf.keys_t, a.head_dim), probs, block,
+            false);
+    gemm<S>(m, n, a.value_dim, {buf.grad_out + first * buf.value_row, buf.value_row, 1},
+            panels<S>(buf.values_t, a.value_dim), grad_scores, block, false);
+    for (int64_t r = 0; r < m; ++r, probs += block, grad_scores += block) {
+      const int64_t row = first + r, seen = visible(a, row, k0, block_keys);
+      if (a.mask_kind != MaskKind::none) apply_mask<T>(a, b, h, row, k0, seen, probs);
+      const int64_t whole = round_up_to_vector<S>(seen);
+      for (int64_t j = seen; j < whole; ++j) probs[j] = -inf;
+      const V vlse = V::set1(lse[row] == -inf ? inf : lse[row]), vdelta = V::set1(buf.delta[row]);
+      for (int64_t j = 0; j < whole; j += V::size) {
+        const V p = exp(V::load(probs + j) - vlse);
+        p.store(probs + j);
+        (p * (V::load(grad_scores + j) - vdelta)).store(grad_scores + j);
+      }
+      std::fill(probs + whole, probs + block, S(0));
+      std::fill(grad_scores + whole, grad_scores + block, S(0));
+    }
+    gemm<S>(m, a.head_dim, n, {buf.grad_scores + g * block, block, 1}, row_major<S>(buf.keys, buf.row),
+            buf.grad_query + first * buf.row, buf.row, true);
+  }
+}
+
+template <class T>
+void attention_bwd(const Attention& a, int64_t b, int64_t kv_head) {
+  using S = compute_t<T>;
+  const int64_t group = a.heads / a.kv_heads;
+  const int64_t block = key_block(std::max(a.head_dim, a.value_dim));
+  BackwardBuffers<T> buf;
+  const cpu::Scratch scratch(buf.carve(nullptr, a, block));
+  buf.carve(scratch.data(), a, block);
+  std::fill(buf.grad_key, buf.grad_key + a.keys * buf.row, S(0));
+  std::fill(buf.grad_value, buf.grad_value + a.keys * buf.value_row, S(0));
+
+  for (int64_t h = kv_head * group; h < (kv_head + 1) * group; ++h) {
+    pack_rows(row_of<T>(a.query, b, h, 0), a.query.row, a.query.column, a.queries, a.head_dim, static_cast<S>(a.scale),
+              buf.queries, buf.row);
+    pack_rows(row_of<T>(a.grad_out, b, h, 0), a.grad_out.row, a.grad_out.column, a.queries, a.value_dim, S(1),
+              buf.grad_out, buf.value_row);
+    std::fill(buf.grad_query, buf.grad_query + a.queries * buf.row, S(0));
+    row_dots<T>(a, b, h, buf);
+    for (int64_t k0 = 0; k0 < a.keys; k0 += block) {
+      const int64_t block_keys = std::min(block, a.keys - k0);
+      const T* key = row_of<T>(a.key, b, kv_head, k0);
+      pack_rows(key, a.key.row, a.key.column, block_keys, a.head_dim, S(1), buf.keys, buf.row);
+      pack_transposed(key, a.key.row, a.key.column, block_keys, a.head_dim, buf.keys_t);
+      pack_transposed(row_of<T>(a.value, b, kv_head, k0), a.value.row, a.value.column, block_keys, a.value_dim,
+                      buf.values_t);
+      // The first query that sees this block, rounded down to a block of queries.
+      const int64_t first = a.causal ? k0 / kQueryBlock * kQueryBlock : 0;
+      for (int64_t q0 = first; q0 < a.queries; q0 += kQueryBlock) {
+        const int64_t rows = std::min(kQueryBlock, a.queries - q0);
+        backward_scores<T>(a, b, h, q0, rows, k0, block_keys, block, buf);
+        for (int64_t g = 0; g < block_keys; g += kRows) {
+          const int64_t m = std::min<int64_t>(kRows, block_keys - g);
+          // Causal: queries before the group's first key contribute nothing.
+          const int64_t skip = a.causal ? std::clamp<int64_t>(k0 + g - q0, 0, rows) : 0;
+          if (skip == rows) break;
+          const int64_t row = q0 + skip, at = skip * block + g;
+          gemm<S>(m, a.value_dim, rows - skip, {buf.probs + at, 1, block},
+                  row_major<S>(buf.grad_out + row * buf.value_row, buf.value_row),
+                  buf.grad_value + (k0 + g) * buf.value_row, buf.value_row, true);
+          gemm<S>(m, a.head_dim, rows - skip, {buf.grad_scores + at, 1, block},
+                  row_major<S>(buf.queries + row * buf.row, buf.row), buf.grad_key + (k0 + g) * buf.row, buf.row, true);
+        }
+      }
+    }
+    for (int64_t i = 0; i < a.queries; ++i)
+      unpack_row(buf.grad_query + i * buf.row, static_cast<S>(a.scale), a.head_dim,
+                 const_cast<T*>(row_of<T>(a.grad_query, b, h, i)), a.grad_query.column);
+  }
+  for (int64_t j = 0; j < a.keys; ++j) {
+    unpack_row(buf.grad_key + j * buf.row, S(1), a.head_dim, const_cast<T*>(row_of<T>(a.grad_key, b, kv_head, j)),
+               a.grad_key.column);
+    unpack_row(buf.grad_value + j * buf.value_row, S(1), a.value_dim,
+               const_cast<T*>(row_of<T>(a.grad_value, b, kv_head, j)), a.grad_value.column);
+  }
+}
+
+}  // namespace tinyllm::TINYLLM_ISA

@@ -1,0 +1,112 @@
+#include "dispatch.h"
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <new>
+#include <stdexcept>
+
+namespace tinyllm::cpu {
+namespace {
+
+struct Candidate {
+  const Kernels* kernels;
+  bool (*usable)();
+};
+
+// Best first.
+const std::vector<Candidate>& candidates() {
+  static const std::vector<Candidate> all = {
+#if defined(__x86_64__)
+      {&avx512_kernels,
+       [] {
+         return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+                __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+       }},
+      {&avx2_kernels,
+       [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }},
+#endif
+      {&scalar_kernels, [] { return true; }},
+  };
+  return all;
+}
+
+std::string join(const std::vector<std::string>& names) {
+  std::string text;
+  for (const std::string& name : names) text += (text.empty() ? "" : ", ") + name;
+  return text;
+}
+
+const Kernels& choose() {
+  const char* wanted = std::getenv("TINYLLM_CPU_ISA");
+  for (const Candidate& candidate : candidates()) {
+    if (!candidate.usable()) continue;
+    if (wanted == nullptr || *wanted == '\0' || candidate.kernels->name == std::string(wanted)) return *candidate.kernels;
+  }
+  throw std::runtime_error("TINYLLM_CPU_ISA is '" + std::string(wanted) + "'; this build on this processor allows: " +
+                           join(usable_isas()));
+}
+
+constexpr size_t kKeptBytes = size_t{8} << 20;
+
+char* allocate(size_t bytes) { return static_cast<char*>(::operator new(bytes, std::align_val_t{64})); }
+void release(char* data) { ::operator delete(data, std::align_val_t{64}); }
+
+struct Kept {
+  char* data = nullptr;
+  size_t bytes = 0;
+  ~Kept() { release(data); }
+};
+thread_local Kept kept;
+
+}  // namespace
+
+const Kernels& kernels() {
+  static const Kernels& chosen = choose();
+  return chosen;
+}
+
+std::vector<std::string> built_isas() {
+  std::vector<std::string> names;
+  for (const Candidate& candidate : candidates()) names.emplace_back(candidate.kernels->name);
+  return names;
+}
+
+std::vector<std::string> usable_isas() {
+  std::vector<std::string> names;
+  for (const Candidate& candidate : candidates())
+    if (candidate.usable()) names.emplace_back(candidate.kernels->name);
+  return names;
+}
+
+int64_t last_level_cache() {
+  static const int64_t bytes = [] {
+    int64_t found = 0;
+#if defined(_SC_LEVEL3_CACHE_SIZE)
+    found = std::max<int64_t>(sysconf(_SC_LEVEL3_CACHE_SIZE), sysconf(_SC_LEVEL2_CACHE_SIZE));
+#endif
+    return found > 0 ? found : int64_t{32} << 20;
+  }();
+  return bytes;
+}
+
+Scratch::Scratch(size_t bytes) : owned_(bytes > kKeptBytes) {
+  if (owned_) {
+    data_ = allocate(bytes);
+    return;
+  }
+  if (kept.bytes < bytes) {
+    release(kept.data);
+    kept = {};
+    kept.data = allocate(bytes);
+    kept.bytes = bytes;
+  }
+  data_ = kept.data;
+}
+
+Scratch::~Scratch() {
+  if (owned_) release(data_);
+}
+
+}  // namespace tinyllm::cpu

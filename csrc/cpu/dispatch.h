@@ -1,0 +1,122 @@
+// What the torch side knows of the CPU kernels: their arguments, one table of functions for each instruction set, and
+// the choice among them.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "types.h"
+
+namespace tinyllm::cpu {
+
+// Rows of a contiguous (rows, size) matrix. Statistics and weights are in the compute type of the element type.
+struct LayerNormFwd {
+  const void* input;
+  const void* residual;  // null: no addition
+  const void* weight;    // null: ones
+  const void* bias;      // null: zeros
+  void* normed;
+  void* sum;  // input + residual; null without residual
+  void* mean;
+  void* rstd;
+  int64_t size;
+  double eps;
+  bool stream;  // write past the caches: the outputs are larger than them
+};
+
+struct LayerNormBwd {
+  const void* grad_normed;
+  const void* grad_sum;  // null: zeros
+  const void* input;     // what was normalised: the sum, for add_layer_norm
+  const void* weight;
+  const void* mean;
+  const void* rstd;
+  void* grad_input;
+  int64_t size;
+  bool stream;
+};
+
+enum class MaskKind : int { none = 0, boolean = 1, additive = 2 };
+
+// Element (b, h, t, d) of a tensor at data[b * batch + h * head + t * row + d * column].
+struct Strided {
+  void* data = nullptr;
+  int64_t batch = 0, head = 0, row = 0, column = 0;
+};
+
+struct Attention {
+  int64_t batch, heads, kv_heads;  // heads is a multiple of kv_heads
+  int64_t queries, keys;
+  int64_t head_dim, value_dim;
+  double scale;
+  bool causal;  // query i sees keys 0..i
+  Strided query, key, value, mask;
+  MaskKind mask_kind;
+  Strided out;
+  void* lse;  // (batch, heads, queries), compute type
+  // backward
+  Strided grad_out, grad_query, grad_key, grad_value;
+};
+
+struct Kernels {
+  const char* name;
+  // Rows [begin, end).
+  void (*layer_norm_fwd[kNumDTypes])(const LayerNormFwd&, int64_t begin, int64_t end);
+  // Adds the rows' share of the weight's and the bias' gradients to `grads` (2 x size, compute type) unless null.
+  void (*layer_norm_bwd[kNumDTypes])(const LayerNormBwd&, int64_t begin, int64_t end, void* grads);
+  // Queries [begin, end) of one head.
+  void (*attention_fwd[kNumDTypes])(const Attention&, int64_t b, int64_t h, int64_t begin, int64_t end);
+  // One key/value head with all its query heads.
+  void (*attention_bwd[kNumDTypes])(const Attention&, int64_t b, int64_t kv_head);
+};
+
+// The table in use: the best set that was built and that the processor has, or the one TINYLLM_CPU_ISA names. Throws
+// std::runtime_error when that is none of them.
+const Kernels& kernels();
+
+std::vector<std::string> built_isas();
+std::vector<std::string> usable_isas();
+
+// Bytes of the last-level cache (32 MiB where the system does not say).
+int64_t last_level_cache();
+
+// `bytes` of 64-byte aligned memory of the calling thread, valid until its next call. Small blocks are kept for the next
+// call, because asking the system for fresh pages costs more than a small attention; larger ones die with the lease.
+class Scratch {
+ public:
+  explicit Scratch(size_t bytes);
+  ~Scratch();
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  char* data() const { return data_; }
+
+ private:
+  char* data_;
+  bool owned_;
+};
+
+// Hands out arrays of a block; with no block it only adds up their sizes.
+class Arena {
+ public:
+  explicit Arena(char* base = nullptr) : base_(base) {}
+  template <class S>
+  S* take(int64_t count) {
+    char* at = base_ == nullptr ? nullptr : base_ + used_;
+    used_ += (static_cast<size_t>(count) * sizeof(S) + 63) / 64 * 64;
+    return reinterpret_cast<S*>(at);
+  }
+  size_t used() const { return used_; }
+
+ private:
+  char* base_;
+  size_t used_ = 0;
+};
+
+extern const Kernels scalar_kernels;
+#if defined(__x86_64__)
+extern const Kernels avx2_kernels;
+extern const Kernels avx512_kernels;
+#endif
+
+}  // namespace tinyllm::cpu

@@ -1,0 +1,20 @@
+// Included last by each isa_<name>.cpp: that instruction set's table of kernels.
+#include "attention_kernel.h"
+#include "layer_norm_kernel.h"
+
+#define TINYLLM_ALL_DTYPES(kernel) \
+  { kernel<float>, kernel<double>, kernel<bfloat16>, kernel<float16> }
+
+namespace tinyllm::TINYLLM_ISA {
+
+constexpr cpu::Kernels table(const char* name) {
+  return {
+      name,
+      TINYLLM_ALL_DTYPES(layer_norm_fwd),
+      TINYLLM_ALL_DTYPES(layer_norm_bwd),
+      TINYLLM_ALL_DTYPES(attention_fwd),
+      TINYLLM_ALL_DTYPES(attention_bwd),
+  };
+}
+
+}  // namespace tinyllm::TINYLLM_ISA

@@ -1,0 +1,295 @@
+// A vector of floats or doubles for each instruction set.
+//
+// isa_<name>.cpp defines TINYLLM_ISA (a namespace) and one of TINYLLM_AVX512, TINYLLM_AVX2 or neither (scalar),
+// switches the compiler's target, and includes the kernels. Everything lives in namespace tinyllm::TINYLLM_ISA, so that
+// the linker can never swap a function compiled for one processor into the code for another.
+//
+// Vec<S> holds Vec<S>::size elements of S. Loads and stores convert from and to 16-bit floats. max(a, b) and min(a, b)
+// return b when either is NaN.
+#pragma once
+#include <cmath>
+#include <limits>
+
+#include "types.h"
+
+namespace tinyllm::TINYLLM_ISA {
+
+template <class S>
+struct Vec;
+
+#if defined(TINYLLM_AVX512)
+
+template <>
+struct Vec<float> {
+  static constexpr int size = 16;
+  __m512 v;
+  static Vec set1(float x) { return {_mm512_set1_ps(x)}; }
+  static Vec zero() { return {_mm512_setzero_ps()}; }
+  static Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
+  static Vec load(const bfloat16* p) {
+    const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16))};
+  }
+  static Vec load(const float16* p) {
+    return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+  }
+  void store(float* p) const { _mm512_storeu_ps(p, v); }
+  void stream(float* p) const { _mm512_stream_ps(p, v); }
+  void store(bfloat16* p) const {
+    const __m512i bits = _mm512_castps_si512(v);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i up = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+    const __m512i high = _mm512_mask_mov_epi32(_mm512_srli_epi32(up, 16), nan, _mm512_set1_epi32(0x7fc0));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(high));
+  }
+  void store(float16* p) const {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+  }
+  Vec operator+(Vec b) const { return {_mm512_add_ps(v, b.v)}; }
+  Vec operator-(Vec b) const { return {_mm512_sub_ps(v, b.v)}; }
+  Vec operator*(Vec b) const { return {_mm512_mul_ps(v, b.v)}; }
+  static Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+  static Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
+  static Vec min(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }
+  float sum() const { return _mm512_reduce_add_ps(v); }
+  float max_element() const { return _mm512_reduce_max_ps(v); }
+  // 2^n for whole n in [-127, 127] held as n + 1.5 * 2^23; n = -127 gives 0.
+  static Vec pow2(Vec shifted) {
+    return {_mm512_castsi512_ps(
+        _mm512_slli_epi32(_mm512_add_epi32(_mm512_castps_si512(shifted.v), _mm512_set1_epi32(127)), 23))};
+  }
+};
+
+template <>
+struct Vec<double> {
+  static constexpr int size = 8;
+  __m512d v;
+  static Vec set1(double x) { return {_mm512_set1_pd(x)}; }
+  static Vec zero() { return {_mm512_setzero_pd()}; }
+  static Vec load(const double* p) { return {_mm512_loadu_pd(p)}; }
+  void store(double* p) const { _mm512_storeu_pd(p, v); }
+  void stream(double* p) const { _mm512_stream_pd(p, v); }
+  Vec operator+(Vec b) const { return {_mm512_add_pd(v, b.v)}; }
+  Vec operator-(Vec b) const { return {_mm512_sub_pd(v, b.v)}; }
+  Vec operator*(Vec b) const { return {_mm512_mul_pd(v, b.v)}; }
+  static Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_pd(a.v, b.v, c.v)}; }
+  static Vec max(Vec a, Vec b) { return {_mm512_max_pd(a.v, b.v)}; }
+  static Vec min(Vec a, Vec b) { return {_mm512_min_pd(a.v, b.v)}; }
+  double sum() const { return _mm512_reduce_add_pd(v); }
+  double max_element() const { return _mm512_reduce_max_pd(v); }
+  static Vec pow2(Vec shifted) {
+    return {_mm512_castsi512_pd(
+        _mm512_slli_epi64(_mm512_add_epi64(_mm512_castpd_si512(shifted.v), _mm512_set1_epi64(1023)), 52))};
+  }
+};
+
+#elif defined(TINYLLM_AVX2)
+
+template <>
+struct Vec<float> {
+  static constexpr int size = 8;
+  __m256 v;
+  static Vec set1(float x) { return {_mm256_set1_ps(x)}; }
+  static Vec zero() { return {_mm256_setzero_ps()}; }
+  static Vec load(const float* p) { return {_mm256_loadu_ps(p)}; }
+  static Vec load(const bfloat16* p) {
+    const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16))};
+  }
+  static Vec load(const float16* p) {
+    return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+  }
+  void store(float* p) const { _mm256_storeu_ps(p, v); }
+  void stream(float* p) const { _mm256_stream_ps(p, v); }
+  void store(bfloat16* p) const {
+    const __m256i bits = _mm256_castps_si256(v);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i up = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+    const __m256i high = _mm256_blendv_epi8(_mm256_srli_epi32(up, 16), _mm256_set1_epi32(0x7fc0), nan);
+    const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(high, high), 0b11011000);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
+  }
+  void store(float16* p) const {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+  }
+  Vec operator+(Vec b) const { return {_mm256_add_ps(v, b.v)}; }
+  Vec operator-(Vec b) const { return {_mm256_sub_ps(v, b.v)}; }
+  Vec operator*(Vec b) const { return {_mm256_mul_ps(v, b.v)}; }
+  static Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+  static Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }
+  static Vec min(Vec a, Vec b) { return {_mm256_min_ps(a.v, b.v)}; }
+  float sum() const {
+    __m128 half = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    half = _mm_add_ps(half, _mm_movehl_ps(half, half));
+    return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
+  }
+  float max_element() const {
+    __m128 half = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    half = _mm_max_ps(half, _mm_movehl_ps(half, half));
+    return _mm_cvtss_f32(_mm_max_ss(half, _mm_movehdup_ps(half)));
+  }
+  static Vec pow2(Vec shifted) {
+    return {_mm256_castsi256_ps(
+        _mm256_slli_epi32(_mm256_add_epi32(_mm256_castps_si256(shifted.v), _mm256_set1_epi32(127)), 23))};
+  }
+};
+
+template <>
+struct Vec<double> {
+  static constexpr int size = 4;
+  __m256d v;
+  static Vec set1(double x) { return {_mm256_set1_pd(x)}; }
+  static Vec zero() { return {_mm256_setzero_pd()}; }
+  static Vec load(const double* p) { return {_mm256_loadu_pd(p)}; }
+  void store(double* p) const { _mm256_storeu_pd(p, v); }
+  void stream(double* p) const { _mm256_stream_pd(p, v); }
+  Vec operator+(Vec b) const { return {_mm256_add_pd(v, b.v)}; }
+  Vec operator-(Vec b) const { return {_mm256_sub_pd(v, b.v)}; }
+  Vec operator*(Vec b) const { return {_mm256_mul_pd(v, b.v)}; }
+  static Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_pd(a.v, b.v, c.v)}; }
+  static Vec max(Vec a, Vec b) { return {_mm256_max_pd(a.v, b.v)}; }
+  static Vec min(Vec a, Vec b) { return {_mm256_min_pd(a.v, b.v)}; }
+  double sum() const {
+    const __m128d half = _mm_add_pd(_mm256_castpd256_pd128(v), _mm256_extractf128_pd(v, 1));
+    return _mm_cvtsd_f64(_mm_add_sd(half, _mm_unpackhi_pd(half, half)));
+  }
+  double max_element() const {
+    const __m128d half = _mm_max_pd(_mm256_castpd256_pd128(v), _mm256_extractf128_pd(v, 1));
+    return _mm_cvtsd_f64(_mm_max_sd(half, _mm_unpackhi_pd(half, half)));
+  }
+  static Vec pow2(Vec shifted) {
+    return {_mm256_castsi256_pd(
+        _mm256_slli_epi64(_mm256_add_epi64(_mm256_castpd_si256(shifted.v), _mm256_set1_epi64x(1023)), 52))};
+  }
+};
+
+#else  // scalar: any processor; the compiler vectorises what it can
+
+template <class S>
+struct Vec {
+  static constexpr int size = 1;
+  S v;
+  static Vec set1(S x) { return {x}; }
+  static Vec zero() { return {S(0)}; }
+  template <class T>
+  static Vec load(const T* p) {
+    return {to_compute(*p)};
+  }
+  template <class T>
+  void store(T* p) const {
+    from_compute(v, *p);
+  }
+  void stream(S* p) const { *p = v; }
+  Vec operator+(Vec b) const { return {v + b.v}; }
+  Vec operator-(Vec b) const { return {v - b.v}; }
+  Vec operator*(Vec b) const { return {v * b.v}; }
+  static Vec fma(Vec a, Vec b, Vec c) { return {a.v * b.v + c.v}; }
+  static Vec max(Vec a, Vec b) { return {a.v > b.v ? a.v : b.v}; }
+  static Vec min(Vec a, Vec b) { return {a.v < b.v ? a.v : b.v}; }
+  S sum() const { return v; }
+  S max_element() const { return v; }
+};
+
+#endif
+
+template <class S>
+inline Vec<S> fma(Vec<S> a, Vec<S> b, Vec<S> c) {
+  return Vec<S>::fma(a, b, c);
+}
+template <class S>
+inline Vec<S> max(Vec<S> a, Vec<S> b) {
+  return Vec<S>::max(a, b);
+}
+template <class S>
+inline Vec<S> min(Vec<S> a, Vec<S> b) {
+  return Vec<S>::min(a, b);
+}
+
+// The first n < size elements of p, zeros behind them.
+template <class V, class T>
+inline V load_partial(const T* p, int64_t n) {
+  T buffer[V::size] = {};
+  std::memcpy(buffer, p, static_cast<size_t>(n) * sizeof(T));
+  return V::load(buffer);
+}
+
+template <class V, class T>
+inline void store_partial(V x, T* p, int64_t n) {
+  T buffer[V::size];
+  x.store(buffer);
+  std::memcpy(p, buffer, static_cast<size_t>(n) * sizeof(T));
+}
+
+// f(i, n) for each vector of a row: i the first index, n how many of the vector's elements are inside.
+template <class V, class F>
+inline void for_each_vector(int64_t size, F&& f) {
+  int64_t i = 0;
+  for (; i + V::size <= size; i += V::size) f(i, static_cast<int64_t>(V::size));
+  if (i < size) f(i, size - i);
+}
+
+// Loads and stores of n elements, n as given by for_each_vector.
+template <class V, class T>
+inline V load_n(const T* p, int64_t n) {
+  return n == V::size ? V::load(p) : load_partial<V>(p, n);
+}
+template <class V, class T>
+inline void store_n(V x, T* p, int64_t n) {
+  if (n == V::size)
+    x.store(p);
+  else
+    store_partial(x, p, n);
+}
+
+#if defined(TINYLLM_AVX512) || defined(TINYLLM_AVX2)
+
+// e^x for the x <= 0 of a softmax, to about one unit in the last place (Cephes' reduction: x = n ln2 + r with
+// |r| <= ln2 / 2, then e^r by a polynomial). Where e^x would not be a normal number it gives 0; NaN stays NaN.
+inline Vec<float> exp(Vec<float> x) {
+  using V = Vec<float>;
+  x = max(V::set1(-88.0296919f), x);
+  x = min(V::set1(88.3762626f), x);
+  const V shift = V::set1(0x1.8p23f);
+  const V shifted = fma(x, V::set1(1.44269504f), shift);
+  const V n = shifted - shift;
+  V r = fma(n, V::set1(-0.693359375f), x);
+  r = fma(n, V::set1(2.12194440e-4f), r);
+  V p = V::set1(1.9875691500e-4f);
+  p = fma(p, r, V::set1(1.3981999507e-3f));
+  p = fma(p, r, V::set1(8.3334519073e-3f));
+  p = fma(p, r, V::set1(4.1665795894e-2f));
+  p = fma(p, r, V::set1(1.6666665459e-1f));
+  p = fma(p, r, V::set1(5.0000001201e-1f));
+  p = fma(p * r, r, r + V::set1(1.0f));
+  return p * V::pow2(shifted);
+}
+
+inline Vec<double> exp(Vec<double> x) {
+  using V = Vec<double>;
+  x = max(V::set1(-709.0895657128241), x);
+  x = min(V::set1(709.0895657128241), x);
+  const V shift = V::set1(0x1.8p52);
+  const V shifted = fma(x, V::set1(1.4426950408889634), shift);
+  const V n = shifted - shift;
+  V r = fma(n, V::set1(-0.69314718036912382), x);
+  r = fma(n, V::set1(-1.9082149292705877e-10), r);
+  // Taylor's series to r^13 / 13!: the first term left out is below 4e-18.
+  V p = V::set1(1.0 / 6227020800.0);
+  for (const double c : {1.0 / 479001600.0, 1.0 / 39916800.0, 1.0 / 3628800.0, 1.0 / 362880.0, 1.0 / 40320.0,
+                         1.0 / 5040.0, 1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0})
+    p = fma(p, r, V::set1(c));
+  return p * V::pow2(shifted);
+}
+
+#else
+
+template <class S>
+inline Vec<S> exp(Vec<S> x) {
+  return {std::exp(x.v)};
+}
+
+#endif
+
+}  // namespace tinyllm::TINYLLM_ISA

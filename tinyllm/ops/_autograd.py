@@ -1,0 +1,37 @@
+"""What the operators' autograd functions share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+
+def needs_grad(*tensors: Tensor | None) -> bool:
+    """Whether autograd would record an operation on these tensors."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def grads_by_reference(
+    function: Callable[..., Tensor | tuple[Tensor, ...]],
+    inputs: Sequence[Tensor | None],
+    wanted: Sequence[bool],
+    grad_outputs: Sequence[Tensor | None],
+) -> list[Tensor | None]:
+    """Gradients of `function(*inputs)` that can be differentiated again: the kernels' own backward cannot."""
+    # Aliases: a tensor passed twice must get each role's gradient, not the sum twice.
+    aliases = [None if x is None else x.view_as(x) for x in inputs]
+    outputs = function(*aliases)
+    pairs = [
+        (out, grad)
+        for out, grad in zip((outputs,) if isinstance(outputs, Tensor) else outputs, grad_outputs, strict=True)
+        if grad is not None
+    ]
+    targets = [x for x, want in zip(aliases, wanted, strict=True) if want and x is not None]
+    found = iter(
+        torch.autograd.grad(
+            [out for out, _ in pairs], targets, [grad for _, grad in pairs], create_graph=True, allow_unused=True
+        )
+    )
+    return [next(found) if want and x is not None else None for x, want in zip(aliases, wanted, strict=True)]

@@ -1,0 +1,217 @@
+"""scaled_dot_product_attention: checks, choice of backend, autograd, shapes for the compiler."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tinyllm import _extension, reference
+from tinyllm.ops._autograd import grads_by_reference, needs_grad
+from tinyllm.ops.dispatch import choose
+
+
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """softmax(query key^T * scale + mask) value, as `torch.nn.functional.scaled_dot_product_attention`.
+
+    The (queries x keys) matrix is never stored (Dao 2023, "FlashAttention-2"). `is_causal` lets query i see keys 0..i:
+    the diagonal starts in the top left corner, whatever the numbers of queries and keys:
+
+        4 queries, 2 keys    2 queries, 4 keys
+             1 0                 1 0 0 0
+             1 1                 1 1 0 0
+             1 1
+             1 1
+
+    Args:
+        query: (*, H, T, D), or (*, T, D), any strides.
+        key: (*, Hkv, S, D), and value: (*, Hkv, S, Dv), of query's dtype and device. Leading dimensions broadcast; Hkv = H
+            unless enable_gqa.
+        attn_mask: broadcastable to (*, H, T, S). bool: True where a key takes part. Floating, of query's dtype: added to the
+            scores. Unlike PyTorch's, it may be combined with is_causal.
+        dropout_p: probability of dropping an attention weight, in [0, 1]; applied whenever it is above 0, as in PyTorch.
+        is_causal: hide later keys.
+        scale: default 1 / sqrt(D).
+        enable_gqa: H may be a multiple of Hkv; each key/value head serves H / Hkv query heads.
+
+    Returns:
+        (*, H, T, Dv) of query's dtype; a query that sees no key gives 0, not NaN. Scores are accumulated in float32 (float64
+        for float64).
+
+    Raises:
+        TypeError: dtypes that are not floating or differ, or a mask of another dtype.
+        ValueError: shapes that do not fit, tensors on different devices, dropout_p outside [0, 1].
+    """
+    device_type = query.device.type
+    if torch.is_autocast_enabled(device_type):
+        dtype = torch.get_autocast_dtype(device_type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+        if attn_mask is not None and attn_mask.dtype.is_floating_point:
+            attn_mask = attn_mask.to(dtype)
+    _check(query, key, value, dropout_p, enable_gqa)
+    query, key, value = _broadcast(query, key, value, enable_gqa)
+    _check_mask(attn_mask, query, key)
+    if scale is None:
+        scale = 1.0 / math.sqrt(query.size(-1)) if query.size(-1) > 0 else 1.0
+    if choose("attention", query, _limits(query, value, attn_mask, dropout_p)) == "reference":
+        return reference.scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
+        )
+    if needs_grad(query, key, value):
+        return _Attention.apply(query, key, value, attn_mask, is_causal, scale)
+    return _forward(query, key, value, attn_mask, is_causal, scale)[0]
+
+
+def _check(query: Tensor, key: Tensor, value: Tensor, dropout_p: float, enable_gqa: bool) -> None:
+    if not query.dtype.is_floating_point:
+        raise TypeError(f"query has dtype {query.dtype}; a floating dtype is needed")
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if tensor.dim() < (3 if enable_gqa else 2):
+            dims = "(..., heads, T, D)" if enable_gqa else "(..., T, D)"
+            raise ValueError(f"{name} has shape {list(tensor.shape)}; {dims} is needed")
+        if tensor.dtype != query.dtype:
+            raise TypeError(f"{name} has dtype {tensor.dtype}; it must have query's, {query.dtype}")
+        if tensor.device != query.device:
+            raise ValueError(f"{name} is on {tensor.device}; it must be on query's device, {query.device}")
+    if key.size(-1) != query.size(-1):
+        raise ValueError(f"key has head_dim {key.size(-1)}; it must have query's, {query.size(-1)}")
+    if value.size(-2) != key.size(-2):
+        raise ValueError(f"value has length {value.size(-2)}; it must have key's, {key.size(-2)}")
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"dropout_p is {dropout_p}; a probability in [0, 1] is needed")
+    if enable_gqa:
+        heads, key_heads, value_heads = query.size(-3), key.size(-3), value.size(-3)
+        if value_heads != key_heads:
+            raise ValueError(f"value has {value_heads} heads; it must have key's, {key_heads}")
+        if key_heads == 0 or heads % key_heads != 0:
+            raise ValueError(f"key has {key_heads} heads; with enable_gqa they must divide query's, {heads}")
+
+
+def _check_mask(attn_mask: Tensor | None, query: Tensor, key: Tensor) -> None:
+    if attn_mask is None:
+        return
+    if attn_mask.dtype not in (torch.bool, query.dtype):
+        raise TypeError(f"attn_mask has dtype {attn_mask.dtype}; torch.bool or query's, {query.dtype}, is needed")
+    if attn_mask.device != query.device:
+        raise ValueError(f"attn_mask is on {attn_mask.device}; it must be on query's device, {query.device}")
+    wanted = [*query.shape[:-1], key.size(-2)]
+    sizes = zip(reversed(attn_mask.shape), reversed(wanted), strict=False)
+    if attn_mask.dim() > len(wanted) or any(size not in (1, want) for size, want in sizes):
+        raise ValueError(f"attn_mask has shape {list(attn_mask.shape)}; it must broadcast to {wanted}")
+
+
+def _broadcast(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """The three with equal leading dimensions (those before the heads with enable_gqa)."""
+    end = -3 if enable_gqa else -2
+    shapes = [x.shape[:end] for x in (query, key, value)]
+    if shapes[0] == shapes[1] == shapes[2]:
+        return query, key, value
+    try:
+        leading = torch.broadcast_shapes(*shapes)
+    except RuntimeError:
+        raise ValueError(
+            f"leading dimensions do not broadcast: query {list(query.shape)}, key {list(key.shape)}, "
+            f"value {list(value.shape)}"
+        ) from None
+    query, key, value = (x.expand(*leading, *x.shape[end:]) for x in (query, key, value))
+    return query, key, value
+
+
+def _limits(query: Tensor, value: Tensor, attn_mask: Tensor | None, dropout_p: float) -> dict[str, str] | None:
+    if dropout_p > 0.0:
+        return {"cpp": f"dropout_p is {dropout_p}; the kernel has no dropout"}
+    if attn_mask is not None and needs_grad(attn_mask):
+        return {"cpp": "attn_mask requires a gradient; the kernel gives none"}
+    if max(query.size(-1), value.size(-1)) > 1024:
+        return {"cpp": f"head_dim is {max(query.size(-1), value.size(-1))}; the kernel takes at most 1024"}
+    return None
+
+
+def _four_dims(x: Tensor) -> Tensor:
+    """(..., T, D) as (B, H, T, D)."""
+    if x.dim() == 4:
+        return x
+    if x.dim() == 3:
+        return x.unsqueeze(1)
+    return x.reshape(-1, *x.shape[-3:]) if x.dim() > 4 else x[None, None]
+
+
+def _forward(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, is_causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    if attn_mask is not None:
+        attn_mask = _four_dims(attn_mask.expand(*query.shape[:-1], key.size(-2)))
+    out, lse = torch.ops.tinyllm.attention_fwd(
+        _four_dims(query), _four_dims(key), _four_dims(value), attn_mask, is_causal, scale
+    )
+    return _shape_back(out, query, value.size(-1)), lse
+
+
+def _shape_back(x: Tensor, like: Tensor, columns: int) -> Tensor:
+    return x if like.dim() == 4 else x.reshape(*like.shape[:-1], columns)
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, is_causal: bool, scale: float
+    ) -> Tensor:
+        out, lse = _forward(query, key, value, attn_mask, is_causal, scale)
+        ctx.save_for_backward(query, key, value, attn_mask, out, lse)
+        ctx.is_causal, ctx.scale = is_causal, scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (grad,) = grads
+        query, key, value, attn_mask, out, lse = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            gqa = query.dim() > 2 and query.size(-3) != key.size(-3)
+            found = grads_by_reference(
+                lambda q, k, v: reference.scaled_dot_product_attention(
+                    q, k, v, attn_mask, 0.0, ctx.is_causal, ctx.scale, gqa
+                ),
+                (query, key, value),
+                ctx.needs_input_grad[:3],
+                (grad,),
+            )
+            return *found, None, None, None
+        if attn_mask is not None:
+            attn_mask = _four_dims(attn_mask.expand(*query.shape[:-1], key.size(-2)))
+        grads = torch.ops.tinyllm.attention_bwd(
+            *(_four_dims(x) for x in (grad, query, key, value)), attn_mask, _four_dims(out), lse, ctx.is_causal, ctx.scale
+        )
+        return (
+            *(_shape_back(g, x, x.size(-1)) for g, x in zip(grads, (query, key, value), strict=True)),
+            None,
+            None,
+            None,
+        )
+
+
+if _extension.loaded:
+
+    def _heads_inside(x: Tensor, columns: int) -> Tensor:
+        # (B, H, T, D) over memory in the order (B, T, H, D): joining the heads afterwards is free.
+        batch, heads, rows, _ = x.shape
+        return x.new_empty(batch, rows, heads, columns).transpose(1, 2)
+
+    @torch.library.register_fake("tinyllm::attention_fwd")
+    def _(query, key, value, attn_mask, is_causal, scale):  # type: ignore[no-untyped-def]
+        lse = query.new_empty(query.shape[:3], dtype=torch.promote_types(query.dtype, torch.float32))
+        return _heads_inside(query, value.size(-1)), lse
+
+    @torch.library.register_fake("tinyllm::attention_bwd")
+    def _(grad, query, key, value, attn_mask, out, lse, is_causal, scale):  # type: ignore[no-untyped-def]
+        return tuple(_heads_inside(x, x.size(-1)) for x in (query, key, value))

@@ -1,0 +1,221 @@
+"""layer_norm and add_layer_norm: checks, choice of backend, autograd, shapes for the compiler."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tinyllm import _extension, reference
+from tinyllm.ops._autograd import grads_by_reference, needs_grad
+from tinyllm.ops.dispatch import choose
+
+
+def layer_norm(
+    input: Tensor,
+    normalized_shape: int | Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Layer normalisation (Ba et al. 2016), as `torch.nn.functional.layer_norm`.
+
+    Args:
+        input: (*, *normalized_shape), any floating dtype and strides.
+        normalized_shape: sizes of the trailing dimensions to normalise over; an int for one.
+        weight, bias: normalized_shape, or None; input's dtype or float32.
+        eps: added to the variance.
+
+    Returns:
+        (*, *normalized_shape), input's dtype. Statistics are float32 (float64 for float64).
+
+    Raises:
+        TypeError: a dtype that is not floating.
+        ValueError: shapes that do not fit, or tensors on different devices.
+    """
+    shape = _check(input, None, normalized_shape, weight, bias)
+    if torch.is_autocast_enabled(input.device.type) and input.device.type != "cpu":
+        input = input.float()  # what PyTorch's autocast does with layer_norm on accelerators
+    if choose("layer_norm", input, _limits(input, weight, bias)) == "reference":
+        return reference.layer_norm(input, shape, weight, bias, eps)
+    if needs_grad(input, weight, bias):
+        return _LayerNorm.apply(input, shape, weight, bias, eps)
+    return torch.ops.tinyllm.layer_norm_fwd(input, shape, weight, bias, eps)[0]
+
+
+def add_layer_norm(
+    input: Tensor,
+    residual: Tensor,
+    normalized_shape: int | Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> tuple[Tensor, Tensor]:
+    """The residual addition and the layer normalisation behind it, in one pass over memory.
+
+    Args:
+        input, residual: (*, *normalized_shape), equal shapes and dtypes, any strides.
+        normalized_shape, weight, bias, eps: as in `layer_norm`.
+
+    Returns:
+        (normed, sum): `layer_norm(sum)` and `sum = input + residual`, each of input's shape and dtype.
+
+    Raises:
+        TypeError: a dtype that is not floating, or input's and residual's differ.
+        ValueError: shapes that do not fit, or tensors on different devices.
+    """
+    shape = _check(input, residual, normalized_shape, weight, bias)
+    if torch.is_autocast_enabled(input.device.type) and input.device.type != "cpu":
+        input, residual = input.float(), residual.float()
+    if choose("add_layer_norm", input, _limits(input, weight, bias)) == "reference":
+        return reference.add_layer_norm(input, residual, shape, weight, bias, eps)
+    if needs_grad(input, residual, weight, bias):
+        return _AddLayerNorm.apply(input, residual, shape, weight, bias, eps)
+    normed, total, _, _ = torch.ops.tinyllm.add_layer_norm_fwd(input, residual, shape, weight, bias, eps)
+    return normed, total
+
+
+def _check(
+    input: Tensor,
+    residual: Tensor | None,
+    normalized_shape: int | Sequence[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+) -> list[int]:
+    shape = [normalized_shape] if isinstance(normalized_shape, int) else list(normalized_shape)
+    if not input.dtype.is_floating_point:
+        raise TypeError(f"input has dtype {input.dtype}; a floating dtype is needed")
+    if not shape or list(input.shape[-len(shape) :]) != shape:
+        raise ValueError(f"normalized_shape is {shape}; the last dimensions of input, {list(input.shape)}, must equal it")
+    if residual is not None:
+        if residual.shape != input.shape:
+            raise ValueError(f"residual has shape {list(residual.shape)}; it must have input's, {list(input.shape)}")
+        if residual.dtype != input.dtype:
+            raise TypeError(f"residual has dtype {residual.dtype}; it must have input's, {input.dtype}")
+        if residual.device != input.device:
+            raise ValueError(f"residual is on {residual.device}; it must be on input's device, {input.device}")
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is None:
+            continue
+        if list(tensor.shape) != shape:
+            raise ValueError(f"{name} has shape {list(tensor.shape)}; it must be normalized_shape, {shape}")
+        if not tensor.dtype.is_floating_point:
+            raise TypeError(f"{name} has dtype {tensor.dtype}; a floating dtype is needed")
+        if tensor.device != input.device:
+            raise ValueError(f"{name} is on {tensor.device}; it must be on input's device, {input.device}")
+    return shape
+
+
+def _limits(input: Tensor, weight: Tensor | None, bias: Tensor | None) -> dict[str, str] | None:
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.dtype not in (input.dtype, torch.float32):
+            return {"cpp": f"{name} is {tensor.dtype}; the kernel takes input's dtype, {input.dtype}, or float32"}
+    return None
+
+
+class _LayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, shape: list[int], weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+        normed, mean, rstd = torch.ops.tinyllm.layer_norm_fwd(input, shape, weight, bias, eps)
+        ctx.save_for_backward(input, weight, bias, mean, rstd)
+        ctx.shape, ctx.eps = shape, eps
+        return normed
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (grad,) = grads
+        input, weight, bias, mean, rstd = ctx.saved_tensors
+        need_input, _, need_weight, need_bias, _ = ctx.needs_input_grad
+        if torch.is_grad_enabled():
+            found = grads_by_reference(
+                lambda x, w, b: reference.layer_norm(x, ctx.shape, w, b, ctx.eps),
+                (input, weight, bias),
+                (need_input, need_weight, need_bias),
+                (grad,),
+            )
+            return found[0], None, found[1], found[2], None
+        grad_input, grad_weight, grad_bias = torch.ops.tinyllm.layer_norm_bwd(
+            grad, input, ctx.shape, weight, mean, rstd, need_weight or need_bias
+        )
+        return (
+            grad_input,
+            None,
+            _as_parameter(grad_weight, weight, need_weight),
+            _as_parameter(grad_bias, bias, need_bias),
+            None,
+        )
+
+
+class _AddLayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, input: Tensor, residual: Tensor, shape: list[int], weight: Tensor | None, bias: Tensor | None, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        normed, total, mean, rstd = torch.ops.tinyllm.add_layer_norm_fwd(input, residual, shape, weight, bias, eps)
+        ctx.save_for_backward(total, weight, bias, mean, rstd)
+        ctx.shape, ctx.eps = shape, eps
+        ctx.set_materialize_grads(False)
+        return normed, total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        grad_normed, grad_sum = grads
+        total, weight, bias, mean, rstd = ctx.saved_tensors
+        need_weight, need_bias = ctx.needs_input_grad[3:5]
+        if grad_normed is None:  # only the sum was used further
+            return grad_sum, grad_sum, None, None, None, None
+        if torch.is_grad_enabled():
+            found = grads_by_reference(
+                lambda x, w, b: reference.layer_norm(x, ctx.shape, w, b, ctx.eps),
+                (total, weight, bias),
+                (True, need_weight, need_bias),
+                (grad_normed,),
+            )
+            grad = found[0] if grad_sum is None or found[0] is None else found[0] + grad_sum
+            return grad, grad, None, found[1], found[2], None
+        grad, grad_weight, grad_bias = torch.ops.tinyllm.add_layer_norm_bwd(
+            grad_normed, grad_sum, total, ctx.shape, weight, mean, rstd, need_weight or need_bias
+        )
+        return (
+            grad,
+            grad,
+            None,
+            _as_parameter(grad_weight, weight, need_weight),
+            _as_parameter(grad_bias, bias, need_bias),
+            None,
+        )
+
+
+def _as_parameter(grad: Tensor, parameter: Tensor | None, needed: bool) -> Tensor | None:
+    """The kernels sum parameter gradients in float32 or float64; autograd wants the parameter's dtype."""
+    return grad.to(parameter.dtype) if needed and parameter is not None else None
+
+
+if _extension.loaded:
+
+    def _statistics(input: Tensor, shape: Sequence[int]) -> Tensor:
+        compute = torch.promote_types(input.dtype, torch.float32)
+        return input.new_empty(input.shape[: input.dim() - len(shape)], dtype=compute)
+
+    def _parameter_grads(mean: Tensor, shape: Sequence[int], needed: bool) -> tuple[Tensor, Tensor]:
+        size = list(shape) if needed else [0]
+        return mean.new_empty(size), mean.new_empty(size)
+
+    @torch.library.register_fake("tinyllm::layer_norm_fwd")
+    def _(input, shape, weight, bias, eps):  # type: ignore[no-untyped-def]
+        return input.new_empty(input.shape), _statistics(input, shape), _statistics(input, shape)
+
+    @torch.library.register_fake("tinyllm::add_layer_norm_fwd")
+    def _(input, residual, shape, weight, bias, eps):  # type: ignore[no-untyped-def]
+        outputs = input.new_empty(input.shape), input.new_empty(input.shape)
+        return *outputs, _statistics(input, shape), _statistics(input, shape)
+
+    @torch.library.register_fake("tinyllm::layer_norm_bwd")
+    def _(grad, input, shape, weight, mean, rstd, parameter_grads):  # type: ignore[no-untyped-def]
+        return input.new_empty(input.shape), *_parameter_grads(mean, shape, parameter_grads)
+
+    @torch.library.register_fake("tinyllm::add_layer_norm_bwd")
+    def _(grad_normed, grad_sum, total, shape, weight, mean, rstd, parameter_grads):  # type: ignore[no-untyped-def]
+        return total.new_empty(total.shape), *_parameter_grads(mean, shape, parameter_grads)
