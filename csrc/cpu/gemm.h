@@ -2,8 +2,9 @@
 //
 // C[M x N] (+)= A[M x K] B[K x N]. A tile of kRows x kVecs vectors of C stays in registers while k runs: each step loads
 // kVecs vectors of B and broadcasts kRows elements of A, so that kRows * kVecs multiply-adds hide kRows + kVecs loads and
-// enough independent sums are in flight to hide their latency. Each element of C is one chain of multiply-adds in the
-// order of k, whatever the tile it falls in: results do not depend on how rows are grouped.
+// enough independent sums are in flight to hide their latency. Each element of C is a sum over k in order, in chunks of
+// kDepth that start from zero (which bounds the rounding error of long sums), whatever the tile it falls in: results do not
+// depend on how rows are grouped.
 #pragma once
 #include <algorithm>
 
@@ -18,6 +19,8 @@ constexpr int kRows = 6, kVecs = 2;  // 12 of 16 registers hold C
 #else
 constexpr int kRows = 4, kVecs = 4;
 #endif
+
+constexpr int64_t kDepth = 256;
 
 // Width of a panel of B, in elements.
 template <class S>
@@ -66,7 +69,7 @@ __attribute__((noinline)) void gemm_tile(int64_t depth, OperandA<S> a, const S* 
 #pragma GCC unroll 8
   for (int m = 0; m < M; ++m)
 #pragma GCC unroll 4
-    for (int n = 0; n < N; ++n) sum[m][n] = accumulate ? V::load(c + m * c_row + n * V::size) : V::zero();
+    for (int n = 0; n < N; ++n) sum[m][n] = V::zero();
   const S* pa = a.data;
   for (int64_t k = 0; k < depth; ++k) {
     V vb[N];
@@ -84,7 +87,10 @@ __attribute__((noinline)) void gemm_tile(int64_t depth, OperandA<S> a, const S* 
 #pragma GCC unroll 8
   for (int m = 0; m < M; ++m)
 #pragma GCC unroll 4
-    for (int n = 0; n < N; ++n) sum[m][n].store(c + m * c_row + n * V::size);
+    for (int n = 0; n < N; ++n) {
+      S* at = c + m * c_row + n * V::size;
+      (accumulate ? sum[m][n] + V::load(at) : sum[m][n]).store(at);
+    }
 }
 
 // One block of at most kRows rows against one panel.
@@ -112,12 +118,18 @@ template <class S>
 inline void gemm(int64_t m, int64_t n, int64_t depth, OperandA<S> a, OperandB<S> b, S* c, int64_t c_row,
                  bool accumulate) {
   n = round_up_to_vector<S>(n);
-  for (int64_t col = 0; col < n; col += kPanel<S>) {
-    const S* panel = b.data + col / kPanel<S> * b.panel;
-    for (int64_t row = 0; row < m; row += kRows)
-      gemm_panel<S>(std::min<int64_t>(kRows, m - row), std::min(kPanel<S>, n - col), depth,
-                    {a.data + row * a.row, a.row, a.step}, panel, b.row, c + row * c_row + col, c_row, accumulate);
-  }
+  int64_t k = 0;
+  do {  // once for depth 0, which must still write C
+    const int64_t chunk = std::min(kDepth, depth - k);
+    for (int64_t col = 0; col < n; col += kPanel<S>) {
+      const S* panel = b.data + col / kPanel<S> * b.panel + k * b.row;
+      for (int64_t row = 0; row < m; row += kRows)
+        gemm_panel<S>(std::min<int64_t>(kRows, m - row), std::min(kPanel<S>, n - col), chunk,
+                      {a.data + row * a.row + k * a.step, a.row, a.step}, panel, b.row, c + row * c_row + col, c_row,
+                      accumulate || k > 0);
+    }
+    k += chunk;
+  } while (k < depth);
 }
 
 }  // namespace tinyllm::TINYLLM_ISA

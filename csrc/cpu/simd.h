@@ -210,6 +210,7 @@ inline Vec<S> min(Vec<S> a, Vec<S> b) {
 // The first n < size elements of p, zeros behind them.
 template <class V, class T>
 inline V load_partial(const T* p, int64_t n) {
+  if constexpr (V::size == 1) return V::load(p);
   T buffer[V::size] = {};
   std::memcpy(buffer, p, static_cast<size_t>(n) * sizeof(T));
   return V::load(buffer);
@@ -217,6 +218,7 @@ inline V load_partial(const T* p, int64_t n) {
 
 template <class V, class T>
 inline void store_partial(V x, T* p, int64_t n) {
+  if constexpr (V::size == 1) return x.store(p);
   T buffer[V::size];
   x.store(buffer);
   std::memcpy(p, buffer, static_cast<size_t>(n) * sizeof(T));

@@ -13,6 +13,13 @@ def needs_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """The dtype that an enclosing torch.autocast asks for on a device type; None outside one."""
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):  # autocast does not know meta
+        return None
+    return torch.get_autocast_dtype(device_type)
+
+
 def grads_by_reference(
     function: Callable[..., Tensor | tuple[Tensor, ...]],
     inputs: Sequence[Tensor | None],

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tinyllm import _extension, reference
-from tinyllm.ops._autograd import grads_by_reference, needs_grad
+from tinyllm.ops._autograd import autocast_dtype, grads_by_reference, needs_grad
 from tinyllm.ops.dispatch import choose
 
 
@@ -53,9 +53,8 @@ def scaled_dot_product_attention(
         TypeError: dtypes that are not floating or differ, or a mask of another dtype.
         ValueError: shapes that do not fit, tensors on different devices, dropout_p outside [0, 1].
     """
-    device_type = query.device.type
-    if torch.is_autocast_enabled(device_type):
-        dtype = torch.get_autocast_dtype(device_type)
+    dtype = autocast_dtype(query.device.type)
+    if dtype is not None:
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
         if attn_mask is not None and attn_mask.dtype.is_floating_point:
             attn_mask = attn_mask.to(dtype)

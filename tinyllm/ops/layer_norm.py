@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tinyllm import _extension, reference
-from tinyllm.ops._autograd import grads_by_reference, needs_grad
+from tinyllm.ops._autograd import autocast_dtype, grads_by_reference, needs_grad
 from tinyllm.ops.dispatch import choose
 
 
@@ -36,7 +36,7 @@ def layer_norm(
         ValueError: shapes that do not fit, or tensors on different devices.
     """
     shape = _check(input, None, normalized_shape, weight, bias)
-    if torch.is_autocast_enabled(input.device.type) and input.device.type != "cpu":
+    if input.device.type != "cpu" and autocast_dtype(input.device.type) is not None:
         input = input.float()  # what PyTorch's autocast does with layer_norm on accelerators
     if choose("layer_norm", input, _limits(input, weight, bias)) == "reference":
         return reference.layer_norm(input, shape, weight, bias, eps)
@@ -67,7 +67,7 @@ def add_layer_norm(
         ValueError: shapes that do not fit, or tensors on different devices.
     """
     shape = _check(input, residual, normalized_shape, weight, bias)
-    if torch.is_autocast_enabled(input.device.type) and input.device.type != "cpu":
+    if input.device.type != "cpu" and autocast_dtype(input.device.type) is not None:
         input, residual = input.float(), residual.float()
     if choose("add_layer_norm", input, _limits(input, weight, bias)) == "reference":
         return reference.add_layer_norm(input, residual, shape, weight, bias, eps)

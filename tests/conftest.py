@@ -1,0 +1,14 @@
+import pytest
+
+from tinyllm import _extension
+
+needs_extension = pytest.mark.skipif(
+    not _extension.loaded, reason=f"the installation has no compiled kernels to test: {_extension.why_not}"
+)
+
+
+def pytest_collection_modifyitems(items):
+    """Everything below tests/ops tests the compiled kernels, except what is marked `any_build`."""
+    for item in items:
+        if "/ops/" in str(item.path) and item.get_closest_marker("any_build") is None:
+            item.add_marker(needs_extension)

@@ -1,0 +1,64 @@
+"""The rule by which a kernel counts as right: its error against float64 is at most twice that of PyTorch's own operator in
+the same precision, plus a rounding step of its result and of its saved statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def assert_accurate(name: str, ours: Tensor, torchs: Tensor, exact: Tensor) -> None:
+    assert ours.shape == exact.shape, name
+    assert ours.dtype == torchs.dtype, name
+    if exact.numel() == 0:
+        return
+    # Steps at the largest magnitude: every element is a sum of terms of that size. One for the result and one for what is
+    # saved between forward and backward (log-sum-exp, mean, rstd). float64 has no reference one precision up, so that
+    # there the reference's own roundings count too.
+    steps = 8 if ours.dtype == torch.float64 else 2
+    floor = steps * torch.finfo(ours.dtype).eps * max(exact.abs().max().item(), 1e-3)
+    error = (ours.double() - exact).abs().max().item()
+    allowed = 2 * (torchs.double() - exact).abs().max().item() + floor
+    assert error <= allowed, f"{name}: error {error:.3e}, allowed {allowed:.3e}"
+
+
+def run(
+    function: Callable[..., Tensor | tuple[Tensor, ...]],
+    inputs: Sequence[Tensor | None],
+    seed: int = 0,
+    grads: Sequence[Tensor] | None = None,
+) -> tuple[list[Tensor], list[Tensor | None], list[Tensor]]:
+    """Outputs, gradients of every floating input, and the output gradients that were used."""
+    leaves = [x.detach().requires_grad_() if x is not None and x.is_floating_point() else x for x in inputs]
+    outputs = function(*leaves)
+    outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
+    if grads is None:
+        generator = torch.Generator().manual_seed(seed)
+        grads = [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.dtype) for o in outputs]
+    wanted = [x for x in leaves if x is not None and x.requires_grad]
+    found = torch.autograd.grad(outputs, wanted, [g.to(o.dtype) for g, o in zip(grads, outputs, strict=True)])
+    return outputs, list(found), list(grads)
+
+
+def check_parity(
+    ours: Callable[..., Tensor | tuple[Tensor, ...]],
+    torchs: Callable[..., Tensor | tuple[Tensor, ...]],
+    exact: Callable[..., Tensor | tuple[Tensor, ...]],
+    inputs: Sequence[Tensor | None],
+) -> None:
+    """Outputs and gradients of `ours` against `exact` on float64 copies, with the error of `torchs` as the measure."""
+    before = [None if x is None else x.clone() for x in inputs]
+    out, grad, used = run(ours, inputs)
+    for x, y in zip(inputs, before, strict=True):
+        assert x is None or torch.equal(x, y), "an input was modified"
+    out_torch, grad_torch, _ = run(torchs, inputs, grads=used)
+    double = [x.double() if x is not None and x.is_floating_point() else x for x in inputs]
+    out_exact, grad_exact, _ = run(exact, double, grads=used)
+    for i, (a, b, c) in enumerate(zip(out, out_torch, out_exact, strict=True)):
+        assert_accurate(f"output {i}", a, b, c)
+    for i, (a, b, c) in enumerate(zip(grad, grad_torch, grad_exact, strict=True)):
+        assert_accurate(f"gradient {i}", a, b, c)

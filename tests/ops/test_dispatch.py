@@ -1,0 +1,118 @@
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import tinyllm
+from tinyllm import _extension, ops
+from tinyllm.ops import dispatch
+
+
+def python(code, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True, timeout=300
+    )
+
+
+PARITY = """
+import torch, tinyllm
+from tinyllm import ops, reference
+torch.manual_seed(0)
+with ops.backend("cpp"):
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 2e-5), (torch.bfloat16, 6e-2), (torch.float16, 8e-3)):
+        for size in (1, 5, 37, 130):
+            q, k, v = (torch.randn(2, 3, size, size).to(dtype).requires_grad_() for _ in range(3))
+            out = ops.scaled_dot_product_attention(q, k, v, is_causal=True)
+            exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
+            other = reference.scaled_dot_product_attention(*exact, is_causal=True)
+            pairs = [(out, other), *zip(torch.autograd.grad(out.sum(), (q, k, v)), torch.autograd.grad(other.sum(), exact))]
+            w, b = torch.randn(2, size).to(dtype)
+            pairs += zip(ops.add_layer_norm(q, k, size, w, b), reference.add_layer_norm(*exact[:2], [size], w.double(), b.double()))
+            for ours, theirs in pairs:
+                error = (ours.double() - theirs).abs().max().item()
+                assert error < tolerance * max(1, theirs.abs().max().item()), (dtype, size, error)
+print(tinyllm.info()["cpu"]["chosen_isa"])
+"""  # fmt: skip
+
+
+@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512"])
+def test_every_instruction_set(isa):
+    if isa not in _extension.library.usable_isas():
+        pytest.skip(f"this processor does not run {isa}")
+    result = python(PARITY, TINYLLM_CPU_ISA=isa)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == isa
+
+
+def test_an_unknown_instruction_set_is_refused():
+    result = python(
+        "import torch, tinyllm; tinyllm.ops.layer_norm(torch.ones(2, 2), 2)", TINYLLM_CPU_ISA="avx1024"
+    )
+    assert result.returncode != 0
+    assert "TINYLLM_CPU_ISA is 'avx1024'; this build on this processor allows:" in result.stderr
+
+
+@pytest.mark.any_build
+def test_import_does_nothing_to_the_process():
+    code = """
+import os, sys, torch, threading
+had = set(sys.modules)
+before = torch.get_num_threads(), os.environ.copy(), threading.active_count(), len(os.listdir("/proc/self/task"))
+import tinyllm
+assert before == (torch.get_num_threads(), os.environ.copy(), threading.active_count(), len(os.listdir("/proc/self/task")))
+assert not torch.cuda.is_initialized()
+assert not {"matplotlib", "tokenizers", "typer", "tqdm"} & (set(sys.modules) - had), "heavy imports"
+"""
+    result = python(code)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.any_build
+def test_forcing_a_backend():
+    x = torch.ones(2, 3)
+    with ops.backend("reference"):
+        ops.layer_norm(x, 3)
+        assert ops.last_backend() == "reference"
+    ops.layer_norm(x, 3)
+    assert ops.last_backend() == ("cpp" if _extension.loaded else "reference")
+    with pytest.raises(ValueError, match="name is 'cuda2'; backends are cpp, reference"), ops.backend("cuda2"):
+        pass
+
+
+def test_a_forced_backend_says_every_reason():
+    x = torch.ones(2, 3, device="meta")
+    with ops.backend("cpp"), pytest.raises(RuntimeError) as error:
+        ops.layer_norm(x, 3)
+    assert "cpp: it serves CPU tensors, not meta ones" in str(error.value)
+    assert "reference: can serve it" in str(error.value)
+
+
+@pytest.mark.any_build
+def test_info_names_a_backend_for_every_operator():
+    facts = json.loads(json.dumps(tinyllm.info()))
+    assert set(facts["operators"]) == set(dispatch.OPERATORS)
+    for row in facts["operators"].values():
+        assert row["cpu"]["backend"] in dispatch.BACKENDS
+        assert set(row["cpu"]["not"]) | {row["cpu"]["backend"]} <= set(dispatch.BACKENDS)
+    assert facts["cpu"]["threads"] == torch.get_num_threads()
+
+
+@pytest.mark.any_build
+def test_without_the_extension_everything_runs_and_info_says_why():
+    code = """
+import sys
+sys.modules["tinyllm._C"] = None  # what an import of a missing library meets
+import torch, tinyllm
+model = tinyllm.SimpleLLM(10, 16, 32, 2)
+model(torch.zeros(1, 4, dtype=torch.long)).sum().backward()
+assert tinyllm.ops.last_backend() == "reference"
+from tinyllm.info import print_info
+print_info()
+"""
+    result = python(code)
+    assert result.returncode == 0, result.stderr
+    assert "compiled extension   not loaded: the C++ extension does not load" in result.stdout
+    assert "reference" in result.stdout
