@@ -1,7 +1,7 @@
 """Builds tinyllm._C where it can; everything declarative is in pyproject.toml.
 
-TINYLLM_EXT=auto  build the C++ extension if a compiler and torch are there, else install without it and say why (default)
-TINYLLM_EXT=0     do not build it
+TINYLLM_EXT=auto  build the C++ extension if a compiler and torch are there, else install without it and say why
+(default) TINYLLM_EXT=0     do not build it
 TINYLLM_EXT=1     build it; whatever is missing is an error
 MAX_JOBS          compile jobs at once (default: by cores and memory)
 """
@@ -78,18 +78,25 @@ def extension() -> tuple[list[Extension], dict[str, Any]]:
         # libtorch_python or libc10, a later torch can serve the same wheel.
         libraries=["torch_cpu"],
         define_macros=[("TORCH_TARGET_VERSION", "0x020a000000000000")],
-        extra_compile_args=["-O3", "-g0", "-fno-math-errno", "-fvisibility=hidden", "-Wall", "-Wno-maybe-uninitialized"],
+        extra_compile_args=[
+            "-O3",
+            "-g0",
+            "-fno-math-errno",
+            "-fvisibility=hidden",
+            "-Wall",
+            "-Wno-maybe-uninitialized",
+        ],
         depends=sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*.h")),
     )
 
-    class BuildExt(cpp_extension.BuildExtension):  # type: ignore[misc, valid-type]
+    class BuildExt(cpp_extension.BuildExtension):
         def run(self) -> None:
             try:
                 super().run()
             except Exception as error:
                 # Whatever a toolchain does when it fails: the package must install all the same.
                 skip(f"it did not compile: {str(error).strip().splitlines()[0] if str(error).strip() else repr(error)}")
-                self.extensions = []
+                self.extensions: list[Extension] = []
             else:
                 compiler = " ".join(getattr(self.compiler, "compiler_cxx", None) or ["c++"])
                 record.update(extension="built", reason="", compiler=compiler, torch=torch.__version__)

@@ -15,7 +15,8 @@ STABLE_TORCH_LIBRARY(tinyllm, m) {
       "layer_norm_bwd(Tensor grad, Tensor input, int[] normalized_shape, Tensor? weight, Tensor mean, Tensor rstd,"
       " bool parameter_grads) -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)");
   m.def(
-      "add_layer_norm_fwd(Tensor input, Tensor residual, int[] normalized_shape, Tensor? weight, Tensor? bias, float eps)"
+      "add_layer_norm_fwd(Tensor input, Tensor residual, int[] normalized_shape, Tensor? weight, Tensor? bias, float "
+      "eps)"
       " -> (Tensor normed, Tensor sum, Tensor mean, Tensor rstd)");
   m.def(
       "add_layer_norm_bwd(Tensor grad_normed, Tensor? grad_sum, Tensor sum, int[] normalized_shape, Tensor? weight,"
@@ -43,8 +44,7 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "tinyllm's compiled operators (torch.ops.tinyllm.*) and what was built.";
   m.def(
       "built_isas", [] { return as_list(tinyllm::cpu::built_isas()); }, "Instruction sets in this build, best first.");
-  m.def(
-      "usable_isas", [] { return as_list(tinyllm::cpu::usable_isas()); }, "Those that this processor runs.");
+  m.def("usable_isas", [] { return as_list(tinyllm::cpu::usable_isas()); }, "Those that this processor runs.");
   m.def(
       "cpu_isa", [] { return std::string(tinyllm::cpu::kernels().name); },
       "The one in use (TINYLLM_CPU_ISA overrides; RuntimeError when that cannot be).");

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 from types import ModuleType
@@ -21,13 +22,13 @@ def _load() -> tuple[ModuleType | None, str | None]:
         # torch must be in the process first: _C finds libtorch's symbols there, and needs no rpath of its own.
         import torch  # noqa: F401
 
-        from tinyllm import _C
+        library = importlib.import_module("tinyllm._C")
     except ImportError as error:
         record = build_record()
         if record["extension"] == "skipped":
             return None, f"the C++ extension was not built: {record['reason']}"
         return None, f"the C++ extension does not load: {error}"
-    return _C, None
+    return library, None
 
 
 library, why_not = _load()

@@ -37,9 +37,7 @@ def info() -> dict[str, Any]:
             "TINYLLM_CPU_ISA": os.environ.get("TINYLLM_CPU_ISA"),
             "threads": torch.get_num_threads(),
         },
-        "operators": {
-            operator: {device: _backends(device) for device in devices} for operator in dispatch.OPERATORS
-        },
+        "operators": {operator: {device: _backends(device) for device in devices} for operator in dispatch.OPERATORS},
     }
 
 
@@ -60,8 +58,10 @@ def format_info() -> str:
     if extension["loaded"]:
         built = ", ".join(f"{key} {value}" for key, value in extension["built_with"].items())
         lines.append(f"compiled extension   loaded ({built or 'no build record'})")
-        lines.append(f"instruction sets     built: {', '.join(cpu['built_isas'])}; this processor runs: "
-                     f"{', '.join(cpu['usable_isas'])}; chosen: {cpu['chosen_isa']}")
+        lines.append(
+            f"instruction sets     built: {', '.join(cpu['built_isas'])}; this processor runs: "
+            f"{', '.join(cpu['usable_isas'])}; chosen: {cpu['chosen_isa']}"
+        )
         if cpu["TINYLLM_CPU_ISA"]:
             lines.append(f"                     TINYLLM_CPU_ISA={cpu['TINYLLM_CPU_ISA']}")
     else:

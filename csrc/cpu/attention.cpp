@@ -1,4 +1,5 @@
-// scaled_dot_product_attention on the CPU: check, allocate, split over threads. The arithmetic is in attention_kernel.h.
+// scaled_dot_product_attention on the CPU: check, allocate, split over threads. The arithmetic is in
+// attention_kernel.h.
 #include <torch/csrc/stable/library.h>
 
 #include <optional>
@@ -63,8 +64,8 @@ Attention arguments(const char* op, const Tensor& query, const Tensor& key, cons
   return a;
 }
 
-std::tuple<Tensor, Tensor> attention_fwd(Tensor query, Tensor key, Tensor value, OptionalTensor attn_mask, bool is_causal,
-                                         double scale) {
+std::tuple<Tensor, Tensor> attention_fwd(Tensor query, Tensor key, Tensor value, OptionalTensor attn_mask,
+                                         bool is_causal, double scale) {
   Attention a = arguments("attention", query, key, value, attn_mask, is_causal, scale);
   const auto kernel = kernels().attention_fwd[dtype_index("attention", query)];
   const Tensor out = new_heads_inside(query, a.batch, a.heads, a.queries, a.value_dim);
@@ -72,8 +73,8 @@ std::tuple<Tensor, Tensor> attention_fwd(Tensor query, Tensor key, Tensor value,
   const Tensor lse = new_empty(query, lse_shape, compute_dtype(query.scalar_type()));
   a.out = strided(out);
   a.lse = data_of(lse);
-  // A head is one item while there are heads for every thread. Else its queries are split: each part packs the keys again,
-  // so parts are not made smaller than 256 queries.
+  // A head is one item while there are heads for every thread. Else its queries are split: each part packs the keys
+  // again, so parts are not made smaller than 256 queries.
   const int64_t heads = a.batch * a.heads;
   const int64_t wanted = 4 * static_cast<int64_t>(torch::stable::get_num_threads());
   int64_t parts = heads >= wanted ? 1 : (wanted + heads - 1) / std::max<int64_t>(heads, 1);
@@ -113,8 +114,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_bwd(Tensor grad, Tensor query, Tens
   a.grad_query = strided(grad_query);
   a.grad_key = strided(grad_key);
   a.grad_value = strided(grad_value);
-  parallel_items(a.batch * a.kv_heads,
-                 [&](int64_t item) { kernel(a, item / a.kv_heads, item % a.kv_heads); });
+  parallel_items(a.batch * a.kv_heads, [&](int64_t item) { kernel(a, item / a.kv_heads, item % a.kv_heads); });
   return {grad_query, grad_key, grad_value};
 }
 

@@ -1,15 +1,15 @@
 // Flash attention on a CPU (Dao et al. 2022, "FlashAttention"; Dao 2023, "FlashAttention-2"): no queries x keys matrix
 // exists; scores live in a tile that fits the first-level cache.
 //
-// Forward, for one head and a range of queries: keys are transposed once into panels, values copied once into padded rows
-// (which also takes care of strides and 16-bit types). Then for each block of queries, each block of keys and each group of
-// kRows queries: scores = Q K^T, softmax with a running maximum (Milakov & Gimelshein 2018), out = out * correction + P V.
-// Causal attention computes a group's columns only up to its last query, rounded up to one vector, so hardly any work is
-// spent above the diagonal.
+// Forward, for one head and a range of queries: keys are transposed once into panels, values copied once into padded
+// rows (which also takes care of strides and 16-bit types). Then for each block of queries, each block of keys and each
+// group of kRows queries: scores = Q K^T, softmax with a running maximum (Milakov & Gimelshein 2018), out = out *
+// correction + P V. Causal attention computes a group's columns only up to its last query, rounded up to one vector, so
+// hardly any work is spent above the diagonal.
 //
-// Backward, for one key/value head: P is recomputed from the saved log-sum-exp; key blocks outside, query blocks inside.
-// dV += P^T dO, dS = P (dO V^T - rowsum(dO O)), dK += dS^T Q, dQ += dS K. One thread owns a head, so the order of every sum
-// is fixed.
+// Backward, for one key/value head: P is recomputed from the saved log-sum-exp; key blocks outside, query blocks
+// inside. dV += P^T dO, dS = P (dO V^T - rowsum(dO O)), dK += dS^T Q, dQ += dS K. One thread owns a head, so the order
+// of every sum is fixed.
 //
 // A query with no key (all masked) has lse = -inf, output 0 and gradient 0.
 #pragma once
@@ -27,8 +27,8 @@ using cpu::Strided;
 
 constexpr int64_t kQueryBlock = 64;
 
-// Keys in a block: fewer for wide heads, so that a block of K and V stays in the second-level cache. A multiple of every
-// kPanel.
+// Keys in a block: fewer for wide heads, so that a block of K and V stays in the second-level cache. A multiple of
+// every kPanel.
 inline int64_t key_block(int64_t head_dim) { return head_dim <= 128 ? 128 : 64; }
 
 template <class T>
@@ -100,8 +100,8 @@ inline int64_t visible(const Attention& a, int64_t row, int64_t first, int64_t c
   return a.causal ? std::clamp<int64_t>(row + 1 - first, 0, count) : count;
 }
 
-// scores[0, n) -> exp(scores - max), zeros up to `padded`; keeps the running maximum and sum. Returns the factor by which
-// what was summed before must shrink.
+// scores[0, n) -> exp(scores - max), zeros up to `padded`; keeps the running maximum and sum. Returns the factor by
+// which what was summed before must shrink.
 template <class S>
 inline S softmax_step(S* scores, int64_t n, int64_t padded, S& running_max, S& running_sum) {
   using V = Vec<S>;
@@ -262,8 +262,8 @@ inline void backward_scores(const Attention& a, int64_t b, int64_t h, int64_t q0
     const int64_t n = visible(a, first + m - 1, k0, block_keys);
     S* probs = buf.probs + g * block;
     S* grad_scores = buf.grad_scores + g * block;
-    gemm<S>(m, n, a.head_dim, {buf.queries + first * buf.row, buf.row, 1}, panels<S>(buf.keys_t, a.head_dim), probs, block,
-            false);
+    gemm<S>(m, n, a.head_dim, {buf.queries + first * buf.row, buf.row, 1}, panels<S>(buf.keys_t, a.head_dim), probs,
+            block, false);
     gemm<S>(m, n, a.value_dim, {buf.grad_out + first * buf.value_row, buf.value_row, 1},
             panels<S>(buf.values_t, a.value_dim), grad_scores, block, false);
     for (int64_t r = 0; r < m; ++r, probs += block, grad_scores += block) {
@@ -271,12 +271,22 @@ inline void backward_scores(const Attention& a, int64_t b, int64_t h, int64_t q0
       if (a.mask_kind != MaskKind::none) apply_mask<T>(a, b, h, row, k0, seen, probs);
       const int64_t whole = round_up_to_vector<S>(seen);
       for (int64_t j = seen; j < whole; ++j) probs[j] = -inf;
-      const V vlse = V::set1(lse[row] == -inf ? inf : lse[row]), vdelta = V::set1(buf.delta[row]);
+      const V vlse = V::set1(lse[row] == -inf ? inf : lse[row]);
+      V vsum = V::zero(), vdelta = V::zero();
       for (int64_t j = 0; j < whole; j += V::size) {
         const V p = exp(V::load(probs + j) - vlse);
         p.store(probs + j);
-        (p * (V::load(grad_scores + j) - vdelta)).store(grad_scores + j);
+        vsum = vsum + p;
+        vdelta = fma(p, V::load(grad_scores + j), vdelta);
       }
+      // rowsum(dO O) = rowsum(P dP) / rowsum(P). With the whole row at hand the second form is taken: it has the
+      // rounding errors of this very P and dP, so that the rows of dS sum to almost exactly 0. (A row that sees nothing
+      // has P = 0.)
+      const S row_sum = vsum.sum();
+      const S delta = a.keys > block ? buf.delta[row] : row_sum == S(0) ? S(0) : vdelta.sum() / row_sum;
+      vdelta = V::set1(delta);
+      for (int64_t j = 0; j < whole; j += V::size)
+        (V::load(probs + j) * (V::load(grad_scores + j) - vdelta)).store(grad_scores + j);
       std::fill(probs + whole, probs + block, S(0));
       std::fill(grad_scores + whole, grad_scores + block, S(0));
     }
@@ -302,7 +312,7 @@ void attention_bwd(const Attention& a, int64_t b, int64_t kv_head) {
     pack_rows(row_of<T>(a.grad_out, b, h, 0), a.grad_out.row, a.grad_out.column, a.queries, a.value_dim, S(1),
               buf.grad_out, buf.value_row);
     std::fill(buf.grad_query, buf.grad_query + a.queries * buf.row, S(0));
-    row_dots<T>(a, b, h, buf);
+    if (a.keys > block) row_dots<T>(a, b, h, buf);
     for (int64_t k0 = 0; k0 < a.keys; k0 += block) {
       const int64_t block_keys = std::min(block, a.keys - k0);
       const T* key = row_of<T>(a.key, b, kv_head, k0);

@@ -25,7 +25,9 @@ const std::vector<Candidate>& candidates() {
                 __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
        }},
       {&avx2_kernels,
-       [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }},
+       [] {
+         return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+       }},
 #endif
       {&scalar_kernels, [] { return true; }},
   };
@@ -42,10 +44,11 @@ const Kernels& choose() {
   const char* wanted = std::getenv("TINYLLM_CPU_ISA");
   for (const Candidate& candidate : candidates()) {
     if (!candidate.usable()) continue;
-    if (wanted == nullptr || *wanted == '\0' || candidate.kernels->name == std::string(wanted)) return *candidate.kernels;
+    if (wanted == nullptr || *wanted == '\0' || candidate.kernels->name == std::string(wanted))
+      return *candidate.kernels;
   }
-  throw std::runtime_error("TINYLLM_CPU_ISA is '" + std::string(wanted) + "'; this build on this processor allows: " +
-                           join(usable_isas()));
+  throw std::runtime_error("TINYLLM_CPU_ISA is '" + std::string(wanted) +
+                           "'; this build on this processor allows: " + join(usable_isas()));
 }
 
 constexpr size_t kKeptBytes = size_t{8} << 20;

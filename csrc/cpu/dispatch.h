@@ -81,8 +81,9 @@ std::vector<std::string> usable_isas();
 // Bytes of the last-level cache (32 MiB where the system does not say).
 int64_t last_level_cache();
 
-// `bytes` of 64-byte aligned memory of the calling thread, valid until its next call. Small blocks are kept for the next
-// call, because asking the system for fresh pages costs more than a small attention; larger ones die with the lease.
+// `bytes` of 64-byte aligned memory of the calling thread, valid until its next call. Small blocks are kept for the
+// next call, because asking the system for fresh pages costs more than a small attention; larger ones die with the
+// lease.
 class Scratch {
  public:
   explicit Scratch(size_t bytes);

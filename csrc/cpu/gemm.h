@@ -1,10 +1,10 @@
 // The micro-kernel that every matrix product of the CPU kernels goes through.
 //
-// C[M x N] (+)= A[M x K] B[K x N]. A tile of kRows x kVecs vectors of C stays in registers while k runs: each step loads
-// kVecs vectors of B and broadcasts kRows elements of A, so that kRows * kVecs multiply-adds hide kRows + kVecs loads and
-// enough independent sums are in flight to hide their latency. Each element of C is a sum over k in order, in chunks of
-// kDepth that start from zero (which bounds the rounding error of long sums), whatever the tile it falls in: results do not
-// depend on how rows are grouped.
+// C[M x N] (+)= A[M x K] B[K x N]. A tile of kRows x kVecs vectors of C stays in registers while k runs: each step
+// loads kVecs vectors of B and broadcasts kRows elements of A, so that kRows * kVecs multiply-adds hide kRows + kVecs
+// loads and enough independent sums are in flight to hide their latency. Each element of C is a sum over k in order, in
+// chunks of kDepth that start from zero (which bounds the rounding error of long sums), whatever the tile it falls in:
+// results do not depend on how rows are grouped.
 #pragma once
 #include <algorithm>
 

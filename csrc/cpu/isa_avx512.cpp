@@ -1,5 +1,5 @@
-// Every CPU kernel for AVX512. The target is switched in the source, not by a compiler flag, and only after the standard
-// headers: their inline functions, which the linker shares between files, must still run on any processor.
+// Every CPU kernel for AVX512. The target is switched in the source, not by a compiler flag, and only after the
+// standard headers: their inline functions, which the linker shares between files, must still run on any processor.
 #if defined(__x86_64__)
 #include <immintrin.h>
 
@@ -16,7 +16,8 @@
 #define TINYLLM_AVX512
 
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma,f16c"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma,f16c"))), \
+                             apply_to = function)
 #else
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma,f16c")

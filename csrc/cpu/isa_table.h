@@ -2,8 +2,7 @@
 #include "attention_kernel.h"
 #include "layer_norm_kernel.h"
 
-#define TINYLLM_ALL_DTYPES(kernel) \
-  { kernel<float>, kernel<double>, kernel<bfloat16>, kernel<float16> }
+#define TINYLLM_ALL_DTYPES(kernel) {kernel<float>, kernel<double>, kernel<bfloat16>, kernel<float16>}
 
 namespace tinyllm::TINYLLM_ISA {
 

@@ -139,8 +139,9 @@ Grads backward(const char* op, const Tensor& grad_normed, const OptionalTensor& 
       fail(op, ": ", name, " must be contiguous with one element for each row, ", rows.count);
   }
   const Tensor grad_input = new_empty(x, x.sizes());
-  const LayerNormBwd args{data_of(dy),   data_or_null(ds), data_of(x),          data_or_null(w), data_of(mean),
-                          data_of(rstd), data_of(grad_input), rows.size, larger_than_caches(grad_input, 1)};
+  const LayerNormBwd args{data_of(dy),         data_or_null(ds), data_of(x),
+                          data_or_null(w),     data_of(mean),    data_of(rstd),
+                          data_of(grad_input), rows.size,        larger_than_caches(grad_input, 1)};
   const auto kernel = kernels().layer_norm_bwd[dtype];
   if (!parameter_grads) {
     parallel_for(0, rows.count, grain(rows), [&](int64_t begin, int64_t end) { kernel(args, begin, end, nullptr); });
@@ -151,7 +152,8 @@ Grads backward(const char* op, const Tensor& grad_normed, const OptionalTensor& 
   const int64_t chunks = (rows.count + chunk_rows - 1) / chunk_rows;
   const Shape partial_shape{chunks, 2, rows.size};
   const Tensor partial = new_zeros(x, partial_shape, compute);
-  const Tensor grad_weight = new_zeros(x, normalized_shape, compute), grad_bias = new_zeros(x, normalized_shape, compute);
+  const Tensor grad_weight = new_zeros(x, normalized_shape, compute),
+               grad_bias = new_zeros(x, normalized_shape, compute);
   char* const base = static_cast<char*>(data_of(partial));
   const int64_t stride = 2 * rows.size * static_cast<int64_t>(partial.element_size());
   parallel_items(chunks, [&](int64_t c) {

@@ -2,8 +2,8 @@
 //
 // Memory is the limit: each row is read once into a buffer that stays in the first-level cache, where mean and variance
 // are taken in two exact passes, and written once. Outputs larger than the caches are streamed past them, which saves
-// reading each line before it is overwritten. Backward reads each row once for the two sums that grad_input needs and for
-// the gradients of weight and bias, and again, from the cache, to write grad_input.
+// reading each line before it is overwritten. Backward reads each row once for the two sums that grad_input needs and
+// for the gradients of weight and bias, and again, from the cache, to write grad_input.
 #pragma once
 #include <cmath>
 

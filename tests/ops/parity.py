@@ -1,5 +1,5 @@
-"""The rule by which a kernel counts as right: its error against float64 is at most twice that of PyTorch's own operator in
-the same precision, plus a rounding step of its result and of its saved statistics."""
+"""The rule by which a kernel counts as right: its error against float64 is at most twice that of PyTorch's own operator
+in the same precision, plus a rounding step of its result and of its saved statistics."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ def assert_accurate(name: str, ours: Tensor, torchs: Tensor, exact: Tensor) -> N
     assert ours.dtype == torchs.dtype, name
     if exact.numel() == 0:
         return
-    # Steps at the largest magnitude: every element is a sum of terms of that size. One for the result and one for what is
+    # Steps at the largest magnitude: every element is a sum of terms of that size. One for the result and one for what
+    # is
     # saved between forward and backward (log-sum-exp, mean, rstd). float64 has no reference one precision up, so that
     # there the reference's own roundings count too.
     steps = 8 if ours.dtype == torch.float64 else 2

@@ -22,20 +22,23 @@ import torch, tinyllm
 from tinyllm import ops, reference
 torch.manual_seed(0)
 with ops.backend("cpp"):
-    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 2e-5), (torch.bfloat16, 6e-2), (torch.float16, 8e-3)):
+    tolerances = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 6e-2, torch.float16: 8e-3}
+    for dtype, tolerance in tolerances.items():
         for size in (1, 5, 37, 130):
             q, k, v = (torch.randn(2, 3, size, size).to(dtype).requires_grad_() for _ in range(3))
             out = ops.scaled_dot_product_attention(q, k, v, is_causal=True)
             exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
             other = reference.scaled_dot_product_attention(*exact, is_causal=True)
-            pairs = [(out, other), *zip(torch.autograd.grad(out.sum(), (q, k, v)), torch.autograd.grad(other.sum(), exact))]
+            grads = torch.autograd.grad(out.sum(), (q, k, v)), torch.autograd.grad(other.sum(), exact)
+            pairs = [(out, other), *zip(*grads)]
             w, b = torch.randn(2, size).to(dtype)
-            pairs += zip(ops.add_layer_norm(q, k, size, w, b), reference.add_layer_norm(*exact[:2], [size], w.double(), b.double()))
+            ours = ops.add_layer_norm(q, k, size, w, b)
+            pairs += zip(ours, reference.add_layer_norm(*exact[:2], [size], w.double(), b.double()))
             for ours, theirs in pairs:
                 error = (ours.double() - theirs).abs().max().item()
                 assert error < tolerance * max(1, theirs.abs().max().item()), (dtype, size, error)
 print(tinyllm.info()["cpu"]["chosen_isa"])
-"""  # fmt: skip
+"""
 
 
 @pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512"])
@@ -48,9 +51,7 @@ def test_every_instruction_set(isa):
 
 
 def test_an_unknown_instruction_set_is_refused():
-    result = python(
-        "import torch, tinyllm; tinyllm.ops.layer_norm(torch.ones(2, 2), 2)", TINYLLM_CPU_ISA="avx1024"
-    )
+    result = python("import torch, tinyllm; tinyllm.ops.layer_norm(torch.ones(2, 2), 2)", TINYLLM_CPU_ISA="avx1024")
     assert result.returncode != 0
     assert "TINYLLM_CPU_ISA is 'avx1024'; this build on this processor allows:" in result.stderr
 
@@ -60,9 +61,11 @@ def test_import_does_nothing_to_the_process():
     code = """
 import os, sys, torch, threading
 had = set(sys.modules)
-before = torch.get_num_threads(), os.environ.copy(), threading.active_count(), len(os.listdir("/proc/self/task"))
+def state():
+    return torch.get_num_threads(), os.environ.copy(), threading.active_count(), len(os.listdir("/proc/self/task"))
+before = state()
 import tinyllm
-assert before == (torch.get_num_threads(), os.environ.copy(), threading.active_count(), len(os.listdir("/proc/self/task")))
+assert before == state()
 assert not torch.cuda.is_initialized()
 assert not {"matplotlib", "tokenizers", "typer", "tqdm"} & (set(sys.modules) - had), "heavy imports"
 """

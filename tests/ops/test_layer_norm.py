@@ -35,7 +35,10 @@ def test_layer_norm_parity(shape, dims, dtype, affine):
         lambda x, w, b: reference.layer_norm(x, tail, w, b),
         (x, weight, bias) if affine else (x, None, None),
     ) if affine else check_parity(
-        lambda x: ops.layer_norm(x, tail), lambda x: F.layer_norm(x, tail), lambda x: reference.layer_norm(x, tail), (x,)
+        lambda x: ops.layer_norm(x, tail),
+        lambda x: F.layer_norm(x, tail),
+        lambda x: reference.layer_norm(x, tail),
+        (x,),
     )
     assert ops.last_backend() == "cpp"
 
@@ -201,9 +204,7 @@ def test_compile_fullgraph():
     eager = f(*leaves)
     compiled = torch.compile(f, fullgraph=True)(*leaves)
     torch.testing.assert_close(compiled, eager)
-    for a, b in zip(
-        torch.autograd.grad(compiled.sum(), leaves), torch.autograd.grad(eager.sum(), leaves), strict=True
-    ):
+    for a, b in zip(torch.autograd.grad(compiled.sum(), leaves), torch.autograd.grad(eager.sum(), leaves), strict=True):
         torch.testing.assert_close(a, b)
 
 

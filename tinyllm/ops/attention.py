@@ -36,18 +36,19 @@ def scaled_dot_product_attention(
 
     Args:
         query: (*, H, T, D), or (*, T, D), any strides.
-        key: (*, Hkv, S, D), and value: (*, Hkv, S, Dv), of query's dtype and device. Leading dimensions broadcast; Hkv = H
-            unless enable_gqa.
-        attn_mask: broadcastable to (*, H, T, S). bool: True where a key takes part. Floating, of query's dtype: added to the
-            scores. Unlike PyTorch's, it may be combined with is_causal.
-        dropout_p: probability of dropping an attention weight, in [0, 1]; applied whenever it is above 0, as in PyTorch.
+        key: (*, Hkv, S, D), of query's dtype and device; leading dimensions broadcast. Hkv = H unless enable_gqa.
+        value: (*, Hkv, S, Dv).
+        attn_mask: broadcastable to (*, H, T, S). bool: True where a key takes part. Floating, of query's dtype: added
+            to the scores. Unlike PyTorch's, it may be combined with is_causal.
+        dropout_p: probability of dropping an attention weight, in [0, 1]; applied whenever it is above 0, as in
+            PyTorch.
         is_causal: hide later keys.
         scale: default 1 / sqrt(D).
         enable_gqa: H may be a multiple of Hkv; each key/value head serves H / Hkv query heads.
 
     Returns:
-        (*, H, T, Dv) of query's dtype; a query that sees no key gives 0, not NaN. Scores are accumulated in float32 (float64
-        for float64).
+        (*, H, T, Dv) of query's dtype; a query that sees no key gives 0, not NaN. Scores are accumulated in float32
+        (float64 for float64).
 
     Raises:
         TypeError: dtypes that are not floating or differ, or a mask of another dtype.
@@ -189,7 +190,12 @@ class _Attention(torch.autograd.Function):
         if attn_mask is not None:
             attn_mask = _four_dims(attn_mask.expand(*query.shape[:-1], key.size(-2)))
         grads = torch.ops.tinyllm.attention_bwd(
-            *(_four_dims(x) for x in (grad, query, key, value)), attn_mask, _four_dims(out), lse, ctx.is_causal, ctx.scale
+            *(_four_dims(x) for x in (grad, query, key, value)),
+            attn_mask,
+            _four_dims(out),
+            lse,
+            ctx.is_causal,
+            ctx.scale,
         )
         return (
             *(_shape_back(g, x, x.size(-1)) for g, x in zip(grads, (query, key, value), strict=True)),

@@ -1,8 +1,8 @@
 """Which backend serves an operator. One table; every "no" has a reason.
 
-    backend     serves          what it is
-    cpp         CPU tensors     csrc/cpu, compiled into tinyllm._C
-    reference   any tensor      tinyllm.reference, plain PyTorch
+backend     serves          what it is
+cpp         CPU tensors     csrc/cpu, compiled into tinyllm._C
+reference   any tensor      tinyllm.reference, plain PyTorch
 """
 
 from __future__ import annotations

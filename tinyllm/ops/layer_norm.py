@@ -88,7 +88,9 @@ def _check(
     if not input.dtype.is_floating_point:
         raise TypeError(f"input has dtype {input.dtype}; a floating dtype is needed")
     if not shape or list(input.shape[-len(shape) :]) != shape:
-        raise ValueError(f"normalized_shape is {shape}; the last dimensions of input, {list(input.shape)}, must equal it")
+        raise ValueError(
+            f"normalized_shape is {shape}; the last dimensions of input, {list(input.shape)}, must equal it"
+        )
     if residual is not None:
         if residual.shape != input.shape:
             raise ValueError(f"residual has shape {list(residual.shape)}; it must have input's, {list(input.shape)}")
@@ -117,7 +119,9 @@ def _limits(input: Tensor, weight: Tensor | None, bias: Tensor | None) -> dict[s
 
 class _LayerNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, input: Tensor, shape: list[int], weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    def forward(
+        ctx: Any, input: Tensor, shape: list[int], weight: Tensor | None, bias: Tensor | None, eps: float
+    ) -> Tensor:
         normed, mean, rstd = torch.ops.tinyllm.layer_norm_fwd(input, shape, weight, bias, eps)
         ctx.save_for_backward(input, weight, bias, mean, rstd)
         ctx.shape, ctx.eps = shape, eps
@@ -151,7 +155,13 @@ class _LayerNorm(torch.autograd.Function):
 class _AddLayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, input: Tensor, residual: Tensor, shape: list[int], weight: Tensor | None, bias: Tensor | None, eps: float
+        ctx: Any,
+        input: Tensor,
+        residual: Tensor,
+        shape: list[int],
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
     ) -> tuple[Tensor, Tensor]:
         normed, total, mean, rstd = torch.ops.tinyllm.add_layer_norm_fwd(input, residual, shape, weight, bias, eps)
         ctx.save_for_backward(total, weight, bias, mean, rstd)

@@ -1,4 +1,5 @@
-"""What each operator means, in plain PyTorch: the specification that kernels are tested against, and the path taken where
+"""What each operator means, in plain PyTorch: the specification that kernels are tested against, and the path taken
+where
 no kernel serves. Signatures are those of `tinyllm.ops`; every function is differentiable any number of times."""
 
 from __future__ import annotations

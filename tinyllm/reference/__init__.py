@@ -1,0 +1,29 @@
+"""The specification: what each operator and module computes, in plain PyTorch.
+
+Nothing here is fast, and nothing here needs the compiled kernels. Every kernel is tested against
+the function of its own name, and `tinyllm.SimpleLLM` against the model of this package.
+"""
+
+from tinyllm.reference.functional import add_layer_norm, layer_norm, scaled_dot_product_attention
+from tinyllm.reference.model import (
+    Embedding,
+    PositionalEncoding,
+    SelfAttention,
+    SimpleLLM,
+    TransformerBlock,
+    sinusoidal_table,
+    tokenize,
+)
+
+__all__ = [
+    "Embedding",
+    "PositionalEncoding",
+    "SelfAttention",
+    "SimpleLLM",
+    "TransformerBlock",
+    "add_layer_norm",
+    "layer_norm",
+    "scaled_dot_product_attention",
+    "sinusoidal_table",
+    "tokenize",
+]
