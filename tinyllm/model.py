@@ -1,0 +1,323 @@
+"""SimpleLLM: the article's language model on fused kernels, and the options that scale it up.
+
+    ids (B, T) -> embedding + positions -> num_layers transformer blocks -> output -> logits (B, T, V)
+
+B sequences of T tokens, D = embedding_dim, V = vocab_size.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tinyllm.nn import (
+    ACTIVATIONS,
+    Embedding,
+    LayerNorm,
+    LearnedPositionalEncoding,
+    PositionalEncoding,
+    TransformerBlock,
+    check_choice,
+    check_heads,
+    check_int,
+    check_probability,
+)
+
+__all__ = ["SimpleLLM", "SimpleLLMConfig", "init_gpt2_weights"]
+
+POSITIONS: dict[str, type[PositionalEncoding] | type[LearnedPositionalEncoding]] = {
+    "sinusoidal": PositionalEncoding,
+    "learned": LearnedPositionalEncoding,
+}
+
+_INDEX_DTYPES = (torch.int32, torch.int64)  # those that torch's embedding takes as they are
+_INTEGER_DTYPES = (
+    *_INDEX_DTYPES,
+    *(torch.uint8, torch.int8, torch.int16, torch.uint16, torch.uint32, torch.uint64),
+)
+
+
+@dataclass(frozen=True)
+class SimpleLLMConfig:
+    """Everything that decides a SimpleLLM's shape and outputs, besides its weights.
+
+    The defaults are the article's model. Checked when made, and a round trip through JSON:
+    `SimpleLLMConfig.from_json(config.to_json()) == config`.
+
+    Args:
+        vocab_size: V, how many token ids there are.
+        embedding_dim: D, how many numbers stand for a token.
+        hidden_dim: the width between the two layers of a block's feed_forward.
+        num_layers: how many transformer blocks; 0 leaves embedding and output.
+        num_heads: attention heads, each of D / num_heads columns. More than one adds an output
+            projection, as in `nn.MultiheadAttention`.
+        causal: a token sees itself and earlier ones only. For a model that is trained on whole
+            sequences at once, each token predicting the next.
+        max_seq_len: the longest sequence; also the rows of the position table.
+        dropout: probability of dropping an element of the embedded input, of the attention weights
+            and of each residual branch, in training.
+        activation: of feed_forward: "relu", or "gelu" (the exact one).
+        norm_first: normalise before attention and feed_forward instead of after each sum, with a
+            final norm before the output. Deep models train more easily so.
+        bias: whether linear layers and norms have one.
+        tie_embeddings: output and embedding share one weight (Press and Wolf, 2017).
+        position: "sinusoidal" (a fixed table) or "learned".
+
+    Raises:
+        TypeError: a value of the wrong type.
+        ValueError: a value out of range, or embedding_dim not divisible by num_heads.
+    """
+
+    vocab_size: int
+    embedding_dim: int
+    hidden_dim: int
+    num_layers: int
+    num_heads: int = 1
+    causal: bool = False
+    max_seq_len: int = 5000
+    dropout: float = 0.0
+    activation: str = "relu"
+    norm_first: bool = False
+    bias: bool = True
+    tie_embeddings: bool = False
+    position: str = "sinusoidal"
+
+    def __post_init__(self) -> None:
+        def keep(name: str, value: object) -> None:  # as a plain int or float, which JSON can hold
+            object.__setattr__(self, name, value)
+
+        for name in ("vocab_size", "embedding_dim", "hidden_dim", "num_heads", "max_seq_len"):
+            keep(name, check_int(name, getattr(self, name), 1))
+        keep("num_layers", check_int("num_layers", self.num_layers, 0))
+        keep("dropout", check_probability("dropout", self.dropout))
+        for name in ("causal", "norm_first", "bias", "tie_embeddings"):
+            value = getattr(self, name)
+            if not isinstance(value, bool):
+                raise TypeError(f"{name} is {value!r}; it must be True or False")
+        check_choice("activation", self.activation, ACTIVATIONS)
+        check_choice("position", self.position, POSITIONS)
+        check_heads(self.embedding_dim, self.num_heads)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field by its name; plain ints, floats, bools and strings."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> SimpleLLMConfig:
+        """The config with these fields; fields that have a default may be left out.
+
+        Raises:
+            TypeError: `values` is no mapping, or a value is of the wrong type.
+            ValueError: a field is unknown, missing or out of range.
+        """
+        if not isinstance(values, Mapping):
+            raise TypeError(f"a config is a mapping of field names to values; this is {values!r}")
+        fields = dataclasses.fields(cls)
+        names = [field.name for field in fields]
+        if unknown := [name for name in values if name not in names]:
+            raise ValueError(f"a config has no field {_listed(unknown)}; it has {_listed(names)}")
+        required = [field.name for field in fields if field.default is dataclasses.MISSING]
+        if missing := [name for name in required if name not in values]:
+            raise ValueError(f"the config lacks {_listed(missing)}; it must have {_listed(required)}")
+        return cls(**values)
+
+    def to_json(self) -> str:
+        """The fields as a JSON object, one on a line."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> SimpleLLMConfig:
+        """The config of a `to_json` text. ValueError if it is no JSON object; else see `from_dict`."""
+        try:
+            values = json.loads(text)
+        except ValueError as error:
+            raise ValueError(f"the config is not JSON, or is truncated: {error}") from error
+        if not isinstance(values, dict):
+            raise ValueError(f"the config must be a JSON object; this is {values!r}")
+        return cls.from_dict(values)
+
+
+class SimpleLLM(nn.Module):
+    """Token ids (B, T) to logits (B, T, V). A drop-in for the article's class, on fused kernels.
+
+    With the four positional arguments alone it has the article's state_dict and, under the same
+    `torch.manual_seed`, its initial weights and outputs. The keyword-only options are those of
+    `SimpleLLMConfig`, which says what each means.
+
+    Tied weights start as an `nn.Linear`'s do, not as an `nn.Embedding`'s N(0, 1), for which the
+    first logits would have a standard deviation of sqrt(D). See also `init_gpt2_weights`.
+
+    Example:
+        >>> model = SimpleLLM(vocab_size=6, embedding_dim=16, hidden_dim=32, num_layers=2)
+        >>> model(torch.tensor([[0, 1, 2]])).shape
+        torch.Size([1, 3, 6])
+
+    Attributes:
+        config: the `SimpleLLMConfig`.
+        embedding, positional_encoding, transformer_blocks, output: as in the article.
+        dropout: on the embedded input.
+        final_norm: `LayerNorm` with norm_first, otherwise None.
+    """
+
+    final_norm: LayerNorm | None
+
+    def __init__(
+        self,
+        vocab_size: int,
+        embedding_dim: int,
+        hidden_dim: int,
+        num_layers: int,
+        *,
+        num_heads: int = 1,
+        causal: bool = False,
+        max_seq_len: int = 5000,
+        dropout: float = 0.0,
+        activation: str = "relu",
+        norm_first: bool = False,
+        bias: bool = True,
+        tie_embeddings: bool = False,
+        position: str = "sinusoidal",
+    ) -> None:
+        super().__init__()
+        config = SimpleLLMConfig(
+            vocab_size=vocab_size,
+            embedding_dim=embedding_dim,
+            hidden_dim=hidden_dim,
+            num_layers=num_layers,
+            num_heads=num_heads,
+            causal=causal,
+            max_seq_len=max_seq_len,
+            dropout=dropout,
+            activation=activation,
+            norm_first=norm_first,
+            bias=bias,
+            tie_embeddings=tie_embeddings,
+            position=position,
+        )
+        self.config = config
+        # The order in which parameters are made decides which random numbers each one gets.
+        self.embedding = Embedding(config.vocab_size, config.embedding_dim)
+        self.positional_encoding = POSITIONS[config.position](config.embedding_dim, config.max_seq_len)
+        self.dropout = nn.Dropout(config.dropout)
+        self.transformer_blocks = nn.Sequential(
+            *(
+                TransformerBlock(
+                    config.embedding_dim,
+                    config.hidden_dim,
+                    num_heads=config.num_heads,
+                    causal=config.causal,
+                    dropout=config.dropout,
+                    activation=config.activation,
+                    norm_first=config.norm_first,
+                    bias=config.bias,
+                    defer_add=config.norm_first,
+                )
+                for _ in range(config.num_layers)
+            )
+        )
+        self.final_norm = LayerNorm(config.embedding_dim, bias=config.bias) if config.norm_first else None
+        self.output = nn.Linear(config.embedding_dim, config.vocab_size, bias=config.bias)
+        if config.tie_embeddings:
+            self.embedding.embedding.weight = self.output.weight
+
+    @classmethod
+    def from_config(cls, config: SimpleLLMConfig) -> SimpleLLM:
+        """A model with new random weights."""
+        return cls(**config.to_dict())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits for the token after each one.
+
+        Args:
+            x: token ids (B, T) of any integer dtype, in 0 .. V - 1; T at most max_seq_len. B and T
+                may be 0.
+
+        Returns:
+            (B, T, V), of the weights' dtype, or autocast's.
+
+        Raises:
+            TypeError: x is not a tensor of integers.
+            ValueError: x is not 2-D, or its sequences are longer than max_seq_len.
+            IndexError: an id is out of range (on eager CPU; a GPU stops with a device-side assert).
+        """
+        logits: Tensor = self.output(self.features(x))
+        return logits
+
+    def features(self, x: Tensor) -> Tensor:
+        """What `output` turns into logits: (B, T) ids to (B, T, D) vectors. Raises as `forward`."""
+        x = self.embedding(_checked_ids(x))
+        x = self.dropout(self.positional_encoding(x))
+        x = self.transformer_blocks(x)
+        if self.final_norm is None:
+            return x
+        if isinstance(x, tuple):  # the last block's output, not summed yet: see TransformerBlock
+            return self.final_norm(*x)[0]
+        return self.final_norm(x)  # a tensor only if there are no blocks
+
+    def num_parameters(self) -> int:
+        """How many numbers are learned; tied weights count once."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+
+def init_gpt2_weights(model: SimpleLLM, *, generator: torch.Generator | None = None) -> SimpleLLM:
+    """Draw new weights the way GPT-2 does (Radford et al., 2019), in place.
+
+    Linear, embedding and learned position weights from N(0, 0.02^2); biases 0; norms one and zero.
+    The last linear layer of each residual branch gets a standard deviation smaller by
+    sqrt(2 num_layers), so that the sum of all branches starts no larger in a deep model than in a
+    shallow one.
+
+    Args:
+        model: any SimpleLLM. With one head attention has no output projection, and `value` is the
+            last linear layer of that branch.
+        generator: draw from this one instead of torch's global one.
+
+    Returns:
+        model.
+    """
+
+    def normal(weight: Tensor, std: float) -> None:
+        nn.init.normal_(weight, mean=0.0, std=std, generator=generator)
+
+    for module in model.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.reset_parameters()  # one and zero
+        elif isinstance(module, (nn.Linear, nn.Embedding, LearnedPositionalEncoding)):
+            normal(module.weight, 0.02)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+    for block in model.transformer_blocks:
+        assert isinstance(block, TransformerBlock)
+        attention = block.attention
+        last_of_attention = attention.value if attention.out_proj is None else attention.out_proj
+        last_of_feed_forward = block.feed_forward[-1]
+        assert isinstance(last_of_feed_forward, nn.Linear)
+        for last in (last_of_attention, last_of_feed_forward):
+            normal(last.weight, 0.02 / math.sqrt(2 * model.config.num_layers))
+    return model
+
+
+def _checked_ids(x: Tensor) -> Tensor:
+    """Ids (B, T) in a dtype that torch's embedding takes, which checks their range itself."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x is a {type(x).__name__}; it must be a tensor of token ids, shape (B, T)")
+    if x.dtype not in _INTEGER_DTYPES:
+        raise TypeError(f"x has dtype {x.dtype}; token ids are integers, such as torch.int64")
+    if x.dim() != 2:
+        raise ValueError(
+            f"x has shape {tuple(x.shape)}; it must be (B, T): add the batch with x.unsqueeze(0)"
+            if x.dim() == 1
+            else f"x has shape {tuple(x.shape)}; it must be (B, T)"
+        )
+    return x if x.dtype in _INDEX_DTYPES else x.to(torch.int64)
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(repr(name) for name in names)

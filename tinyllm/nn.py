@@ -1,0 +1,326 @@
+"""The modules that `tinyllm.SimpleLLM` is made of, on the fused operators of `tinyllm.ops`.
+
+Each has the constructor, attributes and state_dict of the module it stands in for (the article's,
+or `torch.nn.LayerNorm`) and keyword-only options, off by default, that scale it up.
+
+Shapes: B sequences of T tokens, D = embedding_dim, H = num_heads, D = H * head_dim.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Collection
+from typing import cast, overload
+
+import torch
+from torch import Tensor, nn
+
+from tinyllm import ops
+from tinyllm.reference import sinusoidal_table
+
+__all__ = [
+    "ACTIVATIONS",
+    "Embedding",
+    "LayerNorm",
+    "LearnedPositionalEncoding",
+    "PositionalEncoding",
+    "SelfAttention",
+    "TransformerBlock",
+]
+
+# "gelu" is the exact one (erf), as "gelu" means in torch.nn.
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"relu": nn.ReLU, "gelu": nn.GELU}
+
+
+class LayerNorm(nn.LayerNorm):
+    """`torch.nn.LayerNorm` on the fused kernel, which can add a residual on the way.
+
+    Same constructor and state_dict as `torch.nn.LayerNorm`.
+
+    Args of `norm(input, residual=None)`:
+        input: (..., *normalized_shape).
+        residual: of input's shape, or None. Where its dtype differs, both are promoted.
+
+    Returns:
+        layer_norm(input), like `input`; with a residual the pair (layer_norm(sum), sum) where
+        sum = input + residual: one pass over memory for both.
+    """
+
+    @overload
+    def forward(self, input: Tensor) -> Tensor: ...
+    @overload
+    def forward(self, input: Tensor, residual: None) -> Tensor: ...
+    @overload
+    def forward(self, input: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]: ...
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        if residual is None:
+            return ops.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
+        if input.dtype != residual.dtype:  # as input + residual would; autocast's branches are bfloat16
+            dtype = torch.promote_types(input.dtype, residual.dtype)
+            input, residual = input.to(dtype), residual.to(dtype)
+        return ops.add_layer_norm(input, residual, self.normalized_shape, self.weight, self.bias, self.eps)
+
+
+class Embedding(nn.Module):
+    """Token ids (...), int32 or int64, to vectors (..., embedding_dim): one learned row per word.
+
+    Raises:
+        IndexError: an id is negative or not below vocab_size. Eager CPU only, where torch looks at
+            every id anyway; on a GPU such an id stops the device (a device-side assert).
+    """
+
+    def __init__(self, vocab_size: int, embedding_dim: int) -> None:
+        super().__init__()
+        vocab_size = check_int("vocab_size", vocab_size, 1)
+        self.embedding = nn.Embedding(vocab_size, check_int("embedding_dim", embedding_dim, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        try:
+            vectors: Tensor = self.embedding(x)
+        except IndexError as error:  # torch's own message tells neither the id nor the range
+            vocab_size = self.embedding.num_embeddings
+            bad = x[(x < 0) | (x >= vocab_size)]
+            if bad.numel() == 0:
+                raise
+            raise IndexError(
+                f"x has the token id {int(bad[0])}; ids must be in 0 .. {vocab_size - 1} (vocab_size {vocab_size})"
+            ) from error
+        return vectors
+
+
+class PositionalEncoding(nn.Module):
+    """Add a fixed sinusoidal position signal: (B, T, D) to (B, T, D), T at most max_seq_len.
+
+    The article's module of this name takes (T, B, D) and is called between two transposes; this one
+    takes the batch first. The buffer is the same.
+
+    Attributes:
+        pe: buffer (max_seq_len, 1, D), in the state_dict; see `tinyllm.reference.sinusoidal_table`.
+
+    Raises:
+        ValueError: T is above max_seq_len.
+    """
+
+    pe: Tensor
+
+    def __init__(self, embedding_dim: int, max_seq_len: int = 5000) -> None:
+        super().__init__()
+        self.embedding_dim = check_int("embedding_dim", embedding_dim, 1)
+        self.max_seq_len = check_int("max_seq_len", max_seq_len, 1)
+        self.register_buffer("pe", sinusoidal_table(max_seq_len, embedding_dim).unsqueeze(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        _check_seq_len(x.size(1), self.max_seq_len)
+        return x + self.pe[: x.size(1), 0]
+
+    def extra_repr(self) -> str:
+        return f"{self.embedding_dim}, max_seq_len={self.max_seq_len}"
+
+
+class LearnedPositionalEncoding(nn.Module):
+    """Add a learned vector for each position, as GPT-2 does: (B, T, D) to (B, T, D).
+
+    Attributes:
+        weight: parameter (max_seq_len, D), drawn from N(0, 1) like the rows of `nn.Embedding`.
+
+    Raises:
+        ValueError: T is above max_seq_len.
+    """
+
+    def __init__(self, embedding_dim: int, max_seq_len: int = 5000) -> None:
+        super().__init__()
+        self.embedding_dim = check_int("embedding_dim", embedding_dim, 1)
+        self.max_seq_len = check_int("max_seq_len", max_seq_len, 1)
+        self.weight = nn.Parameter(torch.empty(max_seq_len, embedding_dim))
+        nn.init.normal_(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        _check_seq_len(x.size(1), self.max_seq_len)
+        return x + self.weight[: x.size(1)]
+
+    def extra_repr(self) -> str:
+        return f"{self.embedding_dim}, max_seq_len={self.max_seq_len}"
+
+
+class SelfAttention(nn.Module):
+    """softmax(Q K^T / sqrt(head_dim)) V: (B, T, D) to (B, T, D).
+
+    With one head this is the article's module: no output projection, and head_dim = D. With more
+    it is multi-head attention ("Attention Is All You Need", Vaswani et al., 2017, section 3.2),
+    equal to `nn.MultiheadAttention` whose in_proj_weight is query, key and value stacked.
+
+    Args:
+        embedding_dim: D.
+        num_heads: heads that attend side by side, each to its own D / num_heads columns. More than
+            one adds the output projection `out_proj`.
+        causal: a token sees itself and earlier ones only.
+        dropout: probability of dropping an attention weight, in training.
+        bias: whether the projections have one.
+
+    Raises:
+        ValueError: embedding_dim is not divisible by num_heads, or an argument is out of range; at
+            the call: x is not (B, T, D).
+    """
+
+    out_proj: nn.Linear | None
+
+    def __init__(
+        self,
+        embedding_dim: int,
+        *,
+        num_heads: int = 1,
+        causal: bool = False,
+        dropout: float = 0.0,
+        bias: bool = True,
+    ) -> None:
+        super().__init__()
+        check_heads(embedding_dim, num_heads)
+        self.embedding_dim = embedding_dim
+        self.num_heads = num_heads
+        self.causal = causal
+        self.dropout = check_probability("dropout", dropout)
+        self.query = nn.Linear(embedding_dim, embedding_dim, bias=bias)
+        self.key = nn.Linear(embedding_dim, embedding_dim, bias=bias)
+        self.value = nn.Linear(embedding_dim, embedding_dim, bias=bias)
+        self.out_proj = None
+        if num_heads > 1:
+            self.out_proj = nn.Linear(embedding_dim, embedding_dim, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dim() != 3 or x.size(-1) != self.embedding_dim:
+            raise ValueError(f"x has shape {tuple(x.shape)}; it must be (B, T, {self.embedding_dim})")
+        query, key, value = self.query(x), self.key(x), self.value(x)
+        dropout_p = self.dropout if self.training else 0.0
+        if self.out_proj is None:
+            return ops.scaled_dot_product_attention(query, key, value, dropout_p=dropout_p, is_causal=self.causal)
+        attended = ops.scaled_dot_product_attention(
+            self._split_heads(query),
+            self._split_heads(key),
+            self._split_heads(value),
+            dropout_p=dropout_p,
+            is_causal=self.causal,
+        )
+        projected: Tensor = self.out_proj(attended.transpose(1, 2).flatten(2))
+        return projected
+
+    def _split_heads(self, x: Tensor) -> Tensor:
+        """(B, T, D) to (B, H, T, head_dim): a view, the kernels take any strides."""
+        head_dim = self.embedding_dim // self.num_heads
+        return x.view(x.size(0), x.size(1), self.num_heads, head_dim).transpose(1, 2)
+
+    def extra_repr(self) -> str:
+        return f"num_heads={self.num_heads}, causal={self.causal}, dropout={self.dropout}"
+
+
+class TransformerBlock(nn.Module):
+    """Attention and a two-layer network, each on a branch: (B, T, D) to (B, T, D).
+
+        post-norm (the article's)               pre-norm (norm_first, as in GPT-2)
+        x = norm1(x + attention(x))             x = x + attention(norm1(x))
+        x = norm2(x + feed_forward(x))          x = x + feed_forward(norm2(x))
+
+    Every add runs inside the norm that follows it. In a stack of pre-norm blocks that norm is the
+    next block's, so a block with `defer_add` returns the pair (x, branch), whose sum is its output.
+    Pre-norm blocks take such a pair as well as a tensor.
+
+    Args:
+        embedding_dim: D.
+        hidden_dim: the width between the two layers of `feed_forward`.
+        num_heads, causal: see `SelfAttention`.
+        dropout: probability of dropping an attention weight or an element of a branch, in training.
+        activation: "relu" or "gelu".
+        norm_first: pre-norm.
+        bias: whether the linear layers and the norms have one.
+        defer_add: return the pair (x, branch) and leave its sum to the next norm; norm_first only.
+
+    Raises:
+        ValueError: an argument is out of range, not one of the choices, or does not fit another.
+    """
+
+    def __init__(
+        self,
+        embedding_dim: int,
+        hidden_dim: int,
+        *,
+        num_heads: int = 1,
+        causal: bool = False,
+        dropout: float = 0.0,
+        activation: str = "relu",
+        norm_first: bool = False,
+        bias: bool = True,
+        defer_add: bool = False,
+    ) -> None:
+        super().__init__()
+        check_int("hidden_dim", hidden_dim, 1)
+        check_choice("activation", activation, ACTIVATIONS)
+        if defer_add and not norm_first:
+            raise ValueError("defer_add is True; it needs norm_first=True: post-norm blocks end in a norm")
+        self.norm_first = norm_first
+        self.defer_add = defer_add
+        self.attention = SelfAttention(embedding_dim, num_heads=num_heads, causal=causal, dropout=dropout, bias=bias)
+        self.feed_forward = nn.Sequential(
+            nn.Linear(embedding_dim, hidden_dim, bias=bias),
+            ACTIVATIONS[activation](),
+            nn.Linear(hidden_dim, embedding_dim, bias=bias),
+        )
+        self.norm1 = LayerNorm(embedding_dim, bias=bias)
+        self.norm2 = LayerNorm(embedding_dim, bias=bias)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor | tuple[Tensor, Tensor]) -> Tensor | tuple[Tensor, Tensor]:
+        if not self.norm_first:
+            normed, _ = self.norm1(x, self.dropout(self.attention(x)))
+            normed, _ = self.norm2(normed, self.dropout(self.feed_forward(normed)))
+            return cast(Tensor, normed)
+        normed, stream = self.norm1(*x) if isinstance(x, tuple) else (self.norm1(x), x)
+        normed, stream = self.norm2(stream, self.dropout(self.attention(normed)))
+        branch = self.dropout(self.feed_forward(normed))
+        return (stream, branch) if self.defer_add else stream + branch
+
+    def extra_repr(self) -> str:
+        return f"norm_first={self.norm_first}"
+
+
+def check_int(name: str, value: object, minimum: int) -> int:
+    """`value` as an int; it may be of any integer type but bool. TypeError, ValueError."""
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        number = operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(f"{name} is {value!r}; it must be an integer of at least {minimum}") from None
+    if number < minimum:
+        raise ValueError(f"{name} is {number}; it must be at least {minimum}")
+    return number
+
+
+def check_probability(name: str, value: object) -> float:
+    """`value` as a float in [0, 1). TypeError, ValueError."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} is {value!r}; it must be a number from 0 up to, but not including, 1")
+    if not 0 <= value < 1:
+        raise ValueError(f"{name} is {value}; it must be from 0 up to, but not including, 1")
+    return float(value)
+
+
+def check_choice(name: str, value: object, choices: Collection[str]) -> str:
+    """`value`, one of `choices`. ValueError."""
+    if not isinstance(value, str) or value not in choices:
+        allowed = " or ".join(f'"{choice}"' for choice in choices)
+        raise ValueError(f"{name} is {value!r}; it must be {allowed}")
+    return value
+
+
+def check_heads(embedding_dim: int, num_heads: int) -> None:
+    """Both at least 1, and embedding_dim a multiple of num_heads. TypeError, ValueError."""
+    check_int("embedding_dim", embedding_dim, 1)
+    check_int("num_heads", num_heads, 1)
+    if embedding_dim % num_heads:
+        raise ValueError(
+            f"embedding_dim is {embedding_dim} and num_heads {num_heads}; embedding_dim must be divisible by num_heads"
+        )
+
+
+def _check_seq_len(seq_len: int, max_seq_len: int) -> None:
+    if seq_len > max_seq_len:
+        raise ValueError(f"x has {seq_len} tokens in a sequence; max_seq_len is {max_seq_len}")
