@@ -1,0 +1,52 @@
+# Every target makes .venv and installs what it needs; nothing else has to be run first.
+#   make demo    train the tiny preset for about a minute, generate, show the speed beside plain PyTorch
+#   make test    all tests
+#   make bench   benchmarks against PyTorch; updates benchmarks/results/ and the README's tables
+#   make lint    ruff, mypy, clang-format
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
+
+# glibc hands every large block back to the kernel and page-faults it in again at the next allocation; benchmarks give
+# both sides an allocator that keeps them.
+TUNED := MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=4294967296
+
+.PHONY: demo test bench lint format clean
+
+# What building and checking need; torch is pinned, so that no other one is downloaded.
+.venv/tools: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(PIP) install -q -c constraints.txt torch numpy setuptools wheel pybind11 ninja
+	touch $@
+
+.venv/installed: .venv/tools setup.py $(SOURCES)
+	@echo "Building and installing tinyllm (about a minute)"
+	$(PIP) install -q -c constraints.txt --no-build-isolation -e ".[dev]"
+	touch $@
+
+demo: .venv/installed
+	$(BIN)/tinyllm info
+	$(BIN)/tinyllm train --preset tiny --steps $(or $(STEPS),1500) --out runs/demo --overwrite
+	$(BIN)/tinyllm generate --run runs/demo --prompt "def " --max-new-tokens 120 --seed 1
+	$(TUNED) $(BIN)/python -m benchmarks.model_speed --run runs/demo
+
+test: .venv/installed
+	$(BIN)/python -m pytest
+
+bench: .venv/installed
+	$(TUNED) $(BIN)/python -m benchmarks.run
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(SOURCES)
+
+format: .venv/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(SOURCES)
+
+clean:
+	rm -rf build dist *.egg-info .venv tinyllm/_build.json tinyllm/_C*.so
