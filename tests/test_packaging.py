@@ -1,0 +1,107 @@
+"""The package as it is installed: what the archives hold, and an installation without compiled kernels."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+TRACKED = ("csrc", "kernels", "tinyllm", "pyproject.toml", "setup.py", "MANIFEST.in", "README.md")
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory):
+    """A copy of what the archives are made from, without anything built in it."""
+    root = tmp_path_factory.mktemp("checkout")
+    ignore = shutil.ignore_patterns("*.so", "__pycache__", "_build.json")
+    for name in TRACKED:
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, root / name, ignore=ignore)
+        else:
+            shutil.copy(source, root / name)
+    return root
+
+
+def build(checkout, kind, out, **environment):
+    result = subprocess.run(
+        [sys.executable, "-m", "build", "--no-isolation", f"--{kind}", "--outdir", out, checkout],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    return result, result.stdout + result.stderr
+
+
+def test_the_sdist_holds_what_the_build_needs(checkout, tmp_path):
+    result, output = build(checkout, "sdist", tmp_path)
+    assert result.returncode == 0, output
+    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
+        names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
+    sources = {str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*") if path.is_file()}
+    assert sources <= names
+    assert {"kernels/__init__.py", "setup.py", "pyproject.toml", "tinyllm/ops/attention.py"} <= names
+    assert not [name for name in names if name.endswith(".so")]
+
+
+def test_a_wheel_without_the_extension_works_and_says_why(checkout, tmp_path):
+    result, output = build(checkout, "wheel", tmp_path, TINYLLM_EXT="0")
+    assert result.returncode == 0, output
+    assert "skipping the C++ extension: TINYLLM_EXT=0" in output
+    wheel = next(tmp_path.glob("*.whl"))
+    assert wheel.name.endswith("-py3-none-any.whl")
+    site = tmp_path / "site"
+    with zipfile.ZipFile(wheel) as archive:
+        assert "tinyllm/kernels/__init__.py" in archive.namelist()
+        archive.extractall(site)
+    code = """
+import torch, tinyllm, tinyllm.kernels
+assert tinyllm.__file__.startswith(SITE), tinyllm.__file__
+tinyllm.SimpleLLM(6, 16, 32, 2)(torch.zeros(1, 3, dtype=torch.long))
+print(tinyllm.ops.last_backend(), "|", tinyllm.info()["extension"]["why_not"])
+"""
+    # The editable installation under test would lend its compiled library to the wheel's modules.
+    start = f"SITE = {str(site)!r}; import sys; sys.path.insert(0, SITE)\n"
+    start += "sys.meta_path = [finder for finder in sys.meta_path if 'editable' not in repr(finder).lower()]\n"
+    run = subprocess.run(
+        [sys.executable, "-c", start + code],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.strip() == "reference | the C++ extension was not built: TINYLLM_EXT=0"
+
+
+def test_without_a_compiler_the_package_still_builds(checkout, tmp_path):
+    result, output = build(checkout, "wheel", tmp_path, CXX="no-such-compiler", CC="no-such-compiler")
+    assert result.returncode == 0, output
+    assert "skipping the C++ extension: it did not compile" in output
+    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as archive:
+        assert not [name for name in archive.namelist() if name.endswith(".so")]
+        assert "it did not compile" in archive.read("tinyllm/_build.json").decode()
+
+
+def test_demanding_the_extension_without_a_compiler_is_an_error(checkout, tmp_path):
+    result, output = build(checkout, "wheel", tmp_path, TINYLLM_EXT="1", CXX="no-such-compiler", CC="no-such-compiler")
+    assert result.returncode != 0
+    assert "TINYLLM_EXT=1, but it did not compile" in output
+
+
+def test_an_unknown_choice_is_refused(checkout, tmp_path):
+    result, output = build(checkout, "wheel", tmp_path, TINYLLM_EXT="yes")
+    assert result.returncode != 0
+    assert "TINYLLM_EXT is 'yes'; auto, 0 or 1 is needed" in output
+
+
+def test_kernels_are_installed_as_tinyllm_kernels():
+    import tinyllm.kernels
+
+    assert Path(tinyllm.kernels.__file__) == ROOT / "kernels" / "__init__.py"
