@@ -102,39 +102,51 @@ template <class T>
 void layer_norm_bwd(const cpu::LayerNormBwd& a, int64_t begin, int64_t end, void* grads) {
   using S = compute_t<T>;
   using V = Vec<S>;
+  constexpr int64_t kBlock = 4;  // rows whose share of the parameters' gradients is summed in registers
   const int64_t size = a.size;
   const S* weight = static_cast<const S*>(a.weight);
   S* grad_weight = static_cast<S*>(grads);
   S* grad_bias = grad_weight + (grads == nullptr ? 0 : size);
   const bool stream = a.stream && streamable<S>(a.grad_input, size);
-  for (int64_t r = begin; r < end; ++r) {
-    const T* input = static_cast<const T*>(a.input) + r * size;
-    const T* grad = static_cast<const T*>(a.grad_normed) + r * size;
-    const T* grad_sum = a.grad_sum == nullptr ? nullptr : static_cast<const T*>(a.grad_sum) + r * size;
-    T* grad_input = static_cast<T*>(a.grad_input) + r * size;
-    const S rstd = static_cast<const S*>(a.rstd)[r];
-    const V vmean = V::set1(static_cast<const S*>(a.mean)[r]), vrstd = V::set1(rstd);
-    V sum_g = V::zero(), sum_gx = V::zero();
+  const auto weight_at = [&](int64_t i, int64_t n) {
+    return weight == nullptr ? V::set1(S(1)) : load_n<V>(weight + i, n);
+  };
+  for (int64_t r0 = begin; r0 < end; r0 += kBlock) {
+    const int64_t rows = std::min(kBlock, end - r0);
+    const T* input = static_cast<const T*>(a.input) + r0 * size;
+    const T* grad = static_cast<const T*>(a.grad_normed) + r0 * size;
+    const T* grad_sum = a.grad_sum == nullptr ? nullptr : static_cast<const T*>(a.grad_sum) + r0 * size;
+    T* grad_input = static_cast<T*>(a.grad_input) + r0 * size;
+    V mean[kBlock], rstd[kBlock], mean_g[kBlock], mean_gx[kBlock];
+    for (int64_t r = 0; r < rows; ++r) {
+      mean[r] = V::set1(static_cast<const S*>(a.mean)[r0 + r]);
+      rstd[r] = V::set1(static_cast<const S*>(a.rstd)[r0 + r]);
+      V sum_g = V::zero(), sum_gx = V::zero();
+      for_each_vector<V>(size, [&](int64_t i, int64_t n) {
+        const V g = load_n<V>(grad + r * size + i, n) * weight_at(i, n);  // zeros beyond n keep the sums exact
+        const V xhat = keep((load_n<V>(input + r * size + i, n) - mean[r]) * rstd[r], n);
+        sum_g = sum_g + g;
+        sum_gx = fma(g, xhat, sum_gx);
+      });
+      mean_g[r] = V::set1(sum_g.sum() / static_cast<S>(size));
+      mean_gx[r] = V::set1(sum_gx.sum() / static_cast<S>(size));
+    }
     for_each_vector<V>(size, [&](int64_t i, int64_t n) {
-      const V dy = load_n<V>(grad + i, n);  // zeros beyond n keep the sums exact
-      const V xhat = keep((load_n<V>(input + i, n) - vmean) * vrstd, n);
-      if (grads != nullptr) {
-        store_n(load_n<V>(grad_weight + i, n) + dy * xhat, grad_weight + i, n);
-        store_n(load_n<V>(grad_bias + i, n) + dy, grad_bias + i, n);
+      const V w = weight_at(i, n);
+      V sum_weight = V::zero(), sum_bias = V::zero();
+      for (int64_t r = 0; r < rows; ++r) {
+        const int64_t at = r * size + i;
+        const V dy = load_n<V>(grad + at, n);
+        const V xhat = (load_n<V>(input + at, n) - mean[r]) * rstd[r];
+        sum_weight = fma(dy, xhat, sum_weight);
+        sum_bias = sum_bias + dy;
+        V dx = (dy * w - mean_g[r] - xhat * mean_gx[r]) * rstd[r];
+        if (grad_sum != nullptr) dx = dx + load_n<V>(grad_sum + at, n);
+        write<T>(dx, grad_input + at, n, stream);
       }
-      const V g = weight == nullptr ? dy : dy * load_n<V>(weight + i, n);
-      sum_g = sum_g + g;
-      sum_gx = fma(g, xhat, sum_gx);
-    });
-    const V mean_g = V::set1(sum_g.sum() / static_cast<S>(size));
-    const V mean_gx = V::set1(sum_gx.sum() / static_cast<S>(size));
-    for_each_vector<V>(size, [&](int64_t i, int64_t n) {
-      const V dy = load_n<V>(grad + i, n);
-      const V xhat = (load_n<V>(input + i, n) - vmean) * vrstd;
-      const V g = weight == nullptr ? dy : dy * load_n<V>(weight + i, n);
-      V dx = (g - mean_g - xhat * mean_gx) * vrstd;
-      if (grad_sum != nullptr) dx = dx + load_n<V>(grad_sum + i, n);
-      write<T>(dx, grad_input + i, n, stream);
+      if (grads == nullptr) return;
+      store_n(load_n<V>(grad_weight + i, n) + sum_weight, grad_weight + i, n);
+      store_n(load_n<V>(grad_bias + i, n) + sum_bias, grad_bias + i, n);
     });
   }
 }
