@@ -1,0 +1,288 @@
+"""From files to batches: which files count, what is refused, what the windows hold."""
+
+from __future__ import annotations
+
+import itertools
+import pickle
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tinyllm import data
+from tinyllm.data import (
+    TokenDataset,
+    find_files,
+    read_text,
+    standard_library,
+    token_dtype,
+    train_loader,
+    val_loader,
+    write_tokens,
+)
+from tinyllm.tokenizer import BPETokenizer, CharTokenizer, WordTokenizer
+
+
+def names(corpus: data.Corpus, root: Path) -> list[str]:
+    return [path.relative_to(root).as_posix() for path in corpus.files]
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    for name in ["b.txt", "a.md", "sub/c", "sub/deep/d.py", ".hidden.txt", ".git/config", "__pycache__/x.txt"]:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"text of {name}\n")
+    (tmp_path / "picture.png").write_bytes(b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR")
+    (tmp_path / "empty.txt").touch()
+    return tmp_path
+
+
+# Finding
+
+
+def test_standard_library() -> None:
+    corpus = standard_library()
+    assert len(corpus.files) > 400
+    assert corpus.num_bytes > 5e6
+    assert {path.suffix for path in corpus.files} == {".py"}
+    folders = {part for path in corpus.files for part in path.parts}
+    assert not folders & {"test", "tests", "idle_test", "site-packages", "dist-packages"}
+    assert any(path.name == "argparse.py" for path in corpus.files)
+    assert "standard library" in corpus.name
+
+
+def test_standard_library_without_sources(tmp_path) -> None:
+    with pytest.raises(FileNotFoundError, match="no source files"):
+        standard_library(tmp_path)
+
+
+def test_directory_contributes_its_text_files(tree: Path) -> None:
+    corpus = find_files([tree])
+    assert names(corpus, tree) == ["a.md", "b.txt", "empty.txt", "sub/c", "sub/deep/d.py"]
+    assert [path.name for path in corpus.skipped] == ["picture.png"]
+
+
+def test_files_count_once_and_hidden_ones_when_named(tree: Path) -> None:
+    corpus = find_files([tree / "b.txt", str(tree / "sub"), tree / "sub" / ".." / "b.txt", tree / ".hidden.txt"])
+    assert [path.name for path in corpus.files] == ["b.txt", "c", "d.py", ".hidden.txt"]
+
+
+def test_a_named_binary_file_is_not_skipped_but_refused(tree: Path) -> None:
+    corpus = find_files([tree / "picture.png"])
+    with pytest.raises(ValueError, match=r"picture.png is not a text file"):
+        list(corpus.texts(0))
+
+
+def test_run_folders_are_left_out(tree: Path) -> None:
+    for name in ["config.json", "tokenizer.json", "metrics.jsonl", "inner/notes.txt"]:
+        path = tree / "runs" / "tiny-1" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("{}")
+    assert not [name for name in names(find_files([tree]), tree) if name.startswith("runs")]
+
+
+def test_links_to_directories_do_not_loop(tree: Path) -> None:
+    (tree / "sub" / "loop").symlink_to(tree)
+    (tree / "dangling").symlink_to(tree / "nowhere")
+    assert len(find_files([tree]).files) == 5
+
+
+def test_nothing_to_read(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no file or directory .*nowhere"):
+        find_files([tmp_path / "nowhere"])
+    with pytest.raises(ValueError, match="no text file in"):
+        find_files([tmp_path])
+    with pytest.raises(ValueError, match="no text file in"):
+        find_files([])
+    (tmp_path / "x.bin").write_bytes(b"\0\1")
+    with pytest.raises(ValueError, match="1 binary file"):
+        find_files([tmp_path])
+
+
+# Reading
+
+
+def test_read_text_normalises_line_ends_and_the_byte_order_mark(tmp_path: Path) -> None:
+    path = tmp_path / "dos.txt"
+    path.write_bytes("\ufeffone\r\ntwo\rthree\nüñí🙂".encode())
+    assert read_text(path) == "one\ntwo\nthree\nüñí🙂"
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("café".encode("latin-1"), "0xe9 at offset 3"),
+        ("text".encode("utf-16"), "NUL byte"),
+        (b"good start, then \xff", "offset 17"),
+        ("🙂".encode()[:3], "offset 0"),
+    ],
+)
+def test_files_that_are_not_text_are_named(content: bytes, reason: str, tmp_path: Path) -> None:
+    path = tmp_path / "strange.dat"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"strange.dat") as error:
+        read_text(path)
+    assert reason in str(error.value)
+
+
+def test_latin1_in_a_directory_is_an_error_not_a_loss(tree: Path) -> None:
+    (tree / "old.txt").write_bytes("grüezi".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"old.txt"):
+        list(find_files([tree]).texts(0))
+
+
+def test_the_seed_shuffles_documents(tree: Path) -> None:
+    corpus = find_files([tree])
+    orders = {tuple(corpus.texts(seed)) for seed in range(20)}
+    assert len(orders) > 5
+    assert list(corpus.texts(3)) == list(corpus.texts(3))
+    assert {frozenset(order) for order in orders} == {frozenset(next(iter(orders)))}
+
+
+# Token files
+
+
+def test_tokens_are_the_documents_with_their_ends(tmp_path: Path) -> None:
+    texts = ["first document", "", "second 🙂\n"] * 30
+    tokenizer = BPETokenizer.from_texts(texts, 300)
+    files = write_tokens(texts, tokenizer, tmp_path, seq_len=8)
+    end = tokenizer.end_of_text_id
+    expected = [i for text in texts if text for i in [*tokenizer.encode(text), end]]
+    train, val = (np.fromfile(path, dtype=np.uint16).tolist() for path in (files.train, files.val))
+    assert train + val == expected
+    assert len(val) == files.val_tokens == round(0.05 * len(expected))
+    assert len(train) == files.train_tokens
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["train.bin", "val.bin"]
+
+
+@pytest.mark.parametrize("kind", ["bpe", "word", "char"])
+def test_long_documents_in_pieces_give_the_same_tokens(kind: str, tmp_path: Path, monkeypatch) -> None:
+    generator = random.Random(0)
+    parts = ["def f(x):", "\n", "\n\n", "    ", "\t", "return 'é🙂'", " \n", "\n   \n", "don't", " 12", "\r"]
+    text = "".join(generator.choice(parts) for _ in range(4000))
+    tokenizer = {"bpe": BPETokenizer, "word": WordTokenizer, "char": CharTokenizer}[kind].from_texts([text])
+    whole = tokenizer.encode(text)
+    monkeypatch.setattr(data, "_BATCH_CHARACTERS", 1 << 10)
+    pieces = data._pieces(text, 100)
+    assert len(pieces) > 20
+    assert "".join(pieces) == text
+    assert list(itertools.chain.from_iterable(tokenizer.encode_batch(pieces))) == whole
+    files = write_tokens([text], tokenizer, tmp_path, seq_len=8)
+    end = 0 if tokenizer.end_of_text_id is None else 1
+    assert files.train_tokens + files.val_tokens == len(whole) + end
+
+
+@pytest.mark.parametrize(("vocab_size", "dtype"), [(6, "uint16"), (65536, "uint16"), (65537, "uint32")])
+def test_token_dtype(vocab_size: int, dtype: str) -> None:
+    assert token_dtype(vocab_size) == np.dtype(dtype)
+
+
+def test_large_vocabularies_come_through(tmp_path: Path) -> None:
+    tokenizer = WordTokenizer({**{str(i): i for i in range(70_000)}, "<UNK>": 70_000})
+    files = write_tokens([" ".join(map(str, range(70_000)))], tokenizer, tmp_path, seq_len=4)
+    dataset = TokenDataset(files.val, tokenizer.vocab_size, 4)
+    assert dataset[len(dataset) - 1][1].tolist() == [69_996, 69_997, 69_998, 69_999]
+
+
+@pytest.mark.parametrize("texts", [[], [""], ["  \n"]])
+def test_empty_corpus(texts: list[str], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="corpus is empty"):
+        write_tokens(texts, WordTokenizer({"a": 0, "<UNK>": 1}), tmp_path, seq_len=4)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_corpus_shorter_than_a_sequence(tmp_path: Path) -> None:
+    tokenizer = WordTokenizer({"a": 0, "<UNK>": 1})
+    with pytest.raises(ValueError, match=r"10 tokens.* 8 left.*seq_len \+ 1 = 9"):
+        write_tokens(["a " * 10], tokenizer, tmp_path, seq_len=8)
+    assert list(tmp_path.iterdir()) == []
+    files = write_tokens(["a " * 11], tokenizer, tmp_path, seq_len=8)  # one token more is enough
+    assert (files.train_tokens, files.val_tokens) == (9, 2)
+
+
+def test_a_failure_leaves_the_old_files(tmp_path: Path) -> None:
+    tokenizer = WordTokenizer({"a": 0, "b": 1, "<UNK>": 2})
+    write_tokens(["a b " * 50], tokenizer, tmp_path, seq_len=4)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def texts():
+        yield "b b " * 1000
+        raise OSError("the disk is gone")
+
+    with pytest.raises(OSError, match="the disk is gone"):
+        write_tokens(texts(), tokenizer, tmp_path, seq_len=4)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+# Windows and batches
+
+
+@pytest.fixture
+def counting(tmp_path: Path) -> TokenDataset:
+    path = tmp_path / "train.bin"
+    np.arange(100, dtype=np.uint16).tofile(path)
+    return TokenDataset(path, vocab_size=100, seq_len=7)
+
+
+def test_windows(counting: TokenDataset) -> None:
+    assert len(counting) == 93
+    for index in (0, 1, 92):
+        inputs, targets = counting[index]
+        assert inputs.dtype == targets.dtype == torch.int64
+        assert inputs.tolist() == list(range(index, index + 7))
+        assert targets.tolist() == list(range(index + 1, index + 8))
+    for index in (-1, 93):
+        with pytest.raises(IndexError, match="93 windows"):
+            counting[index]
+
+
+def test_a_batch_is_its_windows(counting: TokenDataset) -> None:
+    inputs, targets = counting.__getitems__([5, 92, 5])
+    assert inputs.shape == targets.shape == (3, 7)
+    for row, index in enumerate([5, 92, 5]):
+        assert torch.equal(inputs[row], counting[index][0])
+        assert torch.equal(targets[row], counting[index][1])
+
+
+def test_a_pickled_dataset_carries_no_tokens(counting: TokenDataset) -> None:
+    assert len(pickle.dumps(counting)) < 1000
+    assert torch.equal(pickle.loads(pickle.dumps(counting))[3][0], counting[3][0])
+
+
+def test_train_loader_is_seeded(counting: TokenDataset) -> None:
+    def starts(seed: int) -> list[list[int]]:
+        batches = train_loader(counting, batch_size=4, steps=25, seed=seed)
+        return [inputs[:, 0].tolist() for inputs, _ in batches]
+
+    assert starts(1) == starts(1) != starts(2)
+    assert len(starts(1)) == 25
+    assert {len(batch) for batch in starts(1)} == {4}
+    assert len({start for batch in starts(1) for start in batch}) > 50  # from all over the file
+
+
+def test_train_loader_may_ask_for_more_than_the_file_has(counting: TokenDataset) -> None:
+    assert len(list(train_loader(counting, batch_size=64, steps=10, seed=0))) == 10
+
+
+def test_val_loader_covers_the_file_without_overlap(counting: TokenDataset) -> None:
+    starts = [i for inputs, _ in val_loader(counting, batch_size=4, max_batches=99) for i in inputs[:, 0].tolist()]
+    assert starts == list(range(0, 98, 7))  # 14 windows of 7, the last with its target at 98
+    few = [i for inputs, _ in val_loader(counting, batch_size=2, max_batches=2) for i in inputs[:, 0].tolist()]
+    assert few == [0, 21, 49, 70]
+
+
+def test_bad_token_files(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"none.bin"):
+        TokenDataset(tmp_path / "none.bin", 10, 4)
+    path = tmp_path / "odd.bin"
+    path.write_bytes(b"\0" * 31)
+    with pytest.raises(ValueError, match=r"odd.bin.*truncated"):
+        TokenDataset(path, 10, 4)
+    path.write_bytes(b"\0" * 8)
+    with pytest.raises(ValueError, match="4 tokens; seq_len 4 needs 5"):
+        TokenDataset(path, 10, 4)
+    with pytest.raises(ValueError, match="seq_len is 0"):
+        TokenDataset(path, 10, 0)

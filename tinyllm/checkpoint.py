@@ -1,0 +1,178 @@
+"""The run folder: what a training leaves behind, and what `load_run` needs to bring it back.
+
+    config.json        model (SimpleLLMConfig), training (TrainConfig), data, versions
+    tokenizer.json     see tinyllm.tokenizer
+    model.safetensors  the weights; tied ones are stored once
+    metrics.jsonl      one JSON object a line: step, split, loss, lr, tokens_per_s, elapsed_s
+    loss_curve.png     a picture of it
+    train.bin val.bin  the tokens, see tinyllm.data
+
+Weights are safetensors, never pickles: loading a file that a stranger sent cannot run code.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_model as load_safetensors
+from safetensors.torch import save_model as save_safetensors
+
+from tinyllm._files import replacing, write_text
+from tinyllm.data import TRAIN_FILE, VAL_FILE
+from tinyllm.model import SimpleLLM, SimpleLLMConfig
+from tinyllm.tokenizer import Tokenizer, load_tokenizer
+
+CONFIG_FILE = "config.json"
+TOKENIZER_FILE = "tokenizer.json"
+MODEL_FILE = "model.safetensors"
+METRICS_FILE = "metrics.jsonl"
+CURVE_FILE = "loss_curve.png"
+
+RUN_FILES = (
+    CONFIG_FILE,
+    TOKENIZER_FILE,
+    MODEL_FILE,
+    METRICS_FILE,
+    CURVE_FILE,
+    TRAIN_FILE,
+    VAL_FILE,
+)
+
+
+class Run(NamedTuple):
+    """A training brought back: its model in eval mode, its tokenizer, and its config.json."""
+
+    model: SimpleLLM
+    tokenizer: Tokenizer
+    config: dict[str, Any]
+
+
+def check_out(directory: str | os.PathLike[str], *, overwrite: bool) -> Path:
+    """The run folder to write to, or an error if that would touch what is there. Changes nothing.
+
+    Raises:
+        FileExistsError: the directory is not empty and `overwrite` is off; or it is on, but files
+            of a run's names are there that no run wrote.
+        NotADirectoryError: there is a file of that name.
+    """
+    directory = Path(directory)
+    if directory.exists() and not directory.is_dir():
+        raise NotADirectoryError(f"out {directory} is a file; it must be a directory, or a name not yet taken")
+    if not overwrite and directory.is_dir() and any(directory.iterdir()):
+        raise FileExistsError(f"out {directory} is not empty; choose another directory, or overwrite (--overwrite)")
+    # config.json and tokenizer.json are common names: those of another program are not ours to replace.
+    taken = [name for name in RUN_FILES if name not in (TRAIN_FILE, VAL_FILE) and Path(directory, name).exists()]
+    if taken:
+        try:
+            is_run = "training" in load_config(directory)
+        except (OSError, ValueError):
+            is_run = False
+        if not is_run:
+            raise FileExistsError(
+                f"out {directory} has a {taken[0]} that no training wrote; choose another directory, or move it away"
+            )
+    return directory
+
+
+def remove_run_files(directory: str | os.PathLike[str], keep: Collection[Path] = ()) -> None:
+    """Remove an earlier run's files from `directory`: those in `RUN_FILES` but not in `keep`."""
+    for path in (Path(directory, name) for name in reversed(RUN_FILES)):  # config.json, the mark of a run, last
+        if path not in keep:
+            path.unlink(missing_ok=True)
+
+
+def save_config(config: dict[str, Any], directory: str | os.PathLike[str]) -> None:
+    """Write `directory`/config.json."""
+    write_text(Path(directory, CONFIG_FILE), json.dumps(config, indent=2) + "\n")
+
+
+def load_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read `directory`/config.json.
+
+    Raises:
+        FileNotFoundError: there is no such directory or file.
+        ValueError: the file is truncated, or another program's.
+    """
+    path = _existing(directory, CONFIG_FILE)
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON, or is truncated: {error}") from error
+    if not isinstance(config, dict) or not isinstance(config.get("model"), dict):
+        raise ValueError(f'{path} is not the config of a run: it has no "model" object')
+    return config
+
+
+def save_model(model: SimpleLLM, directory: str | os.PathLike[str]) -> Path:
+    """Write the weights to `directory`/model.safetensors, whole or not at all; returns the path.
+
+    Tied weights are stored once. A file that was there before stays until the new one is complete.
+    """
+    path = Path(directory, MODEL_FILE)
+    with replacing(path) as temporary:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # the user's umask; safetensors leaves files to their owner only
+        save_safetensors(model, str(temporary), metadata={"format": "pt"})
+        temporary.chmod(mode)
+    return path
+
+
+def load_model(directory: str | os.PathLike[str], device: str | torch.device = "cpu") -> SimpleLLM:
+    """Build the model that `directory`/config.json describes and load its weights; in eval mode.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a file is truncated or foreign, or the weights do not fit the config.
+    """
+    config_path = Path(directory, CONFIG_FILE)
+    config = load_config(directory)["model"]
+    path = _existing(directory, MODEL_FILE)
+    try:
+        model = SimpleLLM.from_config(SimpleLLMConfig.from_dict(config))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{config_path} does not describe a model: {error}") from error
+    try:
+        load_safetensors(model, str(path), strict=True)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a safetensors file, or is truncated: {error}") from error
+    except RuntimeError as error:  # load_state_dict: a line for each key that is missing or differs
+        first, *others = str(error).splitlines()[1:] or [str(error)]
+        more = f", and {len(others)} more" if others else ""
+        raise ValueError(
+            f"the weights in {path} do not fit the model in {config_path}: {first.strip()}{more}"
+        ) from error
+    return model.to(device).eval()
+
+
+def load_run(directory: str | os.PathLike[str], device: str | torch.device = "cpu") -> Run:
+    """Bring a training back: `model, tokenizer, config = load_run("runs/tiny-1")`.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a file is truncated or foreign, or the three do not belong together.
+    """
+    config = load_config(directory)
+    tokenizer = load_tokenizer(_existing(directory, TOKENIZER_FILE))
+    model = load_model(directory, device)
+    if tokenizer.vocab_size != model.config.vocab_size:
+        raise ValueError(
+            f"{Path(directory, TOKENIZER_FILE)} has {tokenizer.vocab_size} tokens, but the "
+            f"model in {directory} has vocab_size {model.config.vocab_size}: they are not of one run"
+        )
+    return Run(model, tokenizer, config)
+
+
+def _existing(directory: str | os.PathLike[str], name: str) -> Path:
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise FileNotFoundError(f"there is no run folder {directory}")
+    path = directory / name
+    if not path.is_file():
+        raise FileNotFoundError(f"{directory} has no {name}: no training, or no whole one, has been here")
+    return path

@@ -1,0 +1,162 @@
+"""What to train and how: the presets, and the config that takes every choice. Imports no torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tinyllm.model import SimpleLLMConfig
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A model's size, and the training that suits it."""
+
+    embedding_dim: int
+    hidden_dim: int
+    num_layers: int
+    num_heads: int
+    seq_len: int
+    batch_size: int
+    steps: int
+    lr: float
+    vocab_size: int
+    dropout: float = 0.0
+    modern: bool = True  # pre-norm, gelu, tied embeddings, learned positions; False: as in the article
+
+
+# tiny: chosen for about a minute on two cores (some 60 ms a step) and the standard library, by one run each, seed 0.
+# Bits per byte of validation text, with fewer steps for a larger vocabulary, which were estimated to take equal time:
+# 512 tokens, 1500 steps 2.08; 1024, 1400 1.97; 2048, 1200 1.91; 4096, 900 1.90; all with lr 2e-3. With 4096 tokens:
+# lr 4e-3 1.87, 6e-3 2.04, so 3e-3 keeps away from the edge; sinusoidal positions 2.86 at 4e-3, as the small first
+# embeddings drown in them.
+PRESETS: dict[str, Preset] = {
+    "tutorial": Preset(16, 32, 2, 1, seq_len=32, batch_size=12, steps=2000, lr=3e-3, vocab_size=512, modern=False),
+    "tiny": Preset(128, 512, 4, 4, seq_len=64, batch_size=12, steps=1000, lr=3e-3, vocab_size=4096),
+    "small": Preset(512, 2048, 12, 8, seq_len=256, batch_size=16, steps=20_000, lr=6e-4, vocab_size=8192),
+    "gpt2": Preset(768, 3072, 12, 12, seq_len=1024, batch_size=12, steps=100_000, lr=6e-4, vocab_size=50_257),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """All that decides a training: the same config on the same text gives the same losses.
+
+    `TrainConfig.from_preset(name, **changes)` fills in what suits the preset's model.
+
+    Attributes:
+        preset: the model's size: a key of `PRESETS`.
+        tokenizer: `"word"`, `"char"` or `"bpe"`, built from the text.
+        vocab_size: the largest vocabulary wanted; None: every word or character, 4096 for BPE.
+        steps: optimizer steps.
+        batch_size: sequences in a step.
+        seq_len: tokens in a sequence; also the model's context, `max_seq_len`.
+        lr: the learning rate at its peak.
+        warmup_steps: steps in which the learning rate rises to it; None: 5 % of all, at most 500.
+        min_lr_ratio: where the cosine ends, as a fraction of `lr`.
+        weight_decay: on matrices only; norms and biases are left alone.
+        beta1, beta2: AdamW's decay rates.
+        grad_clip: the largest global norm of the gradient.
+        dropout: probability in [0, 1).
+        seed: of the document order, the weights, the batches and the dropout.
+        eval_interval: steps between validations; None: ten in all, but 100 steps apart at least.
+        eval_batches: batches in a validation, the same ones each time.
+        log_interval: steps between lines of metrics.jsonl.
+        device: `"cpu"`, `"cuda"` (or `"cuda:1"`), or `"auto"`: a GPU if there is one.
+
+    Raises:
+        ValueError: a value is out of range; the message names it and what is allowed.
+    """
+
+    preset: str = "tiny"
+    tokenizer: str = "bpe"
+    vocab_size: int | None = None
+    steps: int = 1000
+    batch_size: int = 12
+    seq_len: int = 64
+    lr: float = 3e-3
+    warmup_steps: int | None = None
+    min_lr_ratio: float = 0.1
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    grad_clip: float = 1.0
+    dropout: float = 0.0
+    seed: int = 0
+    eval_interval: int | None = None
+    eval_batches: int = 32
+    log_interval: int = 10
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        _one_of("preset", self.preset, PRESETS)
+        _one_of("tokenizer", self.tokenizer, ("word", "char", "bpe"))
+        for name in ("steps", "batch_size", "seq_len", "eval_batches", "log_interval"):
+            _in_range(name, getattr(self, name), 1)
+        for name in ("vocab_size", "eval_interval"):
+            if getattr(self, name) is not None:
+                _in_range(name, getattr(self, name), 1)
+        if self.warmup_steps is not None:
+            _in_range("warmup_steps", self.warmup_steps, 0)
+        _in_range("seed", self.seed, 0, 2**63 - 1)
+        _positive("lr", self.lr)
+        _positive("grad_clip", self.grad_clip)
+        _in_range("weight_decay", self.weight_decay, 0)
+        _in_range("min_lr_ratio", self.min_lr_ratio, 0, 1)
+        for name in ("dropout", "beta1", "beta2"):
+            value = getattr(self, name)
+            if not 0 <= value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 0 and below 1")
+
+    @classmethod
+    def from_preset(cls, preset: str, **changes: Any) -> TrainConfig:
+        """The config that suits `preset`; `changes` that are None leave the preset's value."""
+        _one_of("preset", preset, PRESETS)
+        chosen = PRESETS[preset]
+        names = {field.name for field in fields(cls)}
+        values = {name: value for name, value in asdict(chosen).items() if name in names}
+        values.update({name: value for name, value in changes.items() if value is not None})
+        if values.get("tokenizer", "bpe") != "bpe" and changes.get("vocab_size") is None:
+            # The preset counts BPE tokens. Characters are few; words are many more than tokens.
+            values["vocab_size"] = None if values["tokenizer"] == "char" else 4 * chosen.vocab_size
+        return cls(preset=preset, **values)
+
+    def model_config(self, vocab_size: int) -> SimpleLLMConfig:
+        """The model that this config trains, for a tokenizer of `vocab_size`."""
+        from tinyllm.model import SimpleLLMConfig
+
+        preset = PRESETS[self.preset]
+        return SimpleLLMConfig(
+            vocab_size=vocab_size,
+            embedding_dim=preset.embedding_dim,
+            hidden_dim=preset.hidden_dim,
+            num_layers=preset.num_layers,
+            num_heads=preset.num_heads,
+            causal=True,
+            max_seq_len=self.seq_len,  # at positions it was not trained on it would write nonsense
+            dropout=self.dropout,
+            activation="gelu" if preset.modern else "relu",
+            norm_first=preset.modern,
+            tie_embeddings=preset.modern,
+            position="learned" if preset.modern else "sinusoidal",
+        )
+
+
+def _one_of(name: str, value: str, allowed: Iterable[str]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} is {value!r}; allowed are {', '.join(map(repr, allowed))}")
+
+
+def _in_range(name: str, value: float, low: float, high: float = math.inf) -> None:
+    if not low <= value <= high:  # false for nan, too
+        raise ValueError(
+            f"{name} is {value}; it must be at least {low}" + (f", at most {high}" if high < math.inf else "")
+        )
+
+
+def _positive(name: str, value: float) -> None:
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} is {value}; it must be a positive number")
