@@ -89,7 +89,9 @@ int64_t last_level_cache() {
 #if defined(_SC_LEVEL3_CACHE_SIZE)
     found = std::max<int64_t>(sysconf(_SC_LEVEL3_CACHE_SIZE), sysconf(_SC_LEVEL2_CACHE_SIZE));
 #endif
-    return found > 0 ? found : int64_t{32} << 20;
+    // More is rarely one process's share, and a virtual machine may report all the caches of its host together.
+    constexpr int64_t kShare = int64_t{32} << 20;
+    return found > 0 ? std::min(found, kShare) : kShare;
   }();
   return bytes;
 }

@@ -78,7 +78,7 @@ const Kernels& kernels();
 std::vector<std::string> built_isas();
 std::vector<std::string> usable_isas();
 
-// Bytes of the last-level cache (32 MiB where the system does not say).
+// Bytes of the last-level cache that a process can count on; at most 32 MiB, and that where the system does not say.
 int64_t last_level_cache();
 
 // `bytes` of 64-byte aligned memory of the calling thread, valid until its next call. Small blocks are kept for the

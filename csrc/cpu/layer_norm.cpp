@@ -64,7 +64,7 @@ int64_t grain(const Rows& rows) { return std::max<int64_t>(1, 8192 / std::max<in
 
 // Outputs are streamed past the caches when they could not stay there anyway.
 bool larger_than_caches(const Tensor& output, int64_t outputs) {
-  return output.numel() * static_cast<int64_t>(output.element_size()) * outputs > last_level_cache();
+  return output.numel() * static_cast<int64_t>(output.element_size()) * outputs > last_level_cache() / 2;
 }
 
 struct Forward {
@@ -79,10 +79,10 @@ Forward forward(const char* op, const Tensor& input, const OptionalTensor& resid
   const OptionalTensor r = residual ? OptionalTensor(same_shape(op, "residual", *residual, input)) : std::nullopt;
   const OptionalTensor w = parameter(op, "weight", weight, input, rows.size);
   const OptionalTensor b = parameter(op, "bias", bias, input, rows.size);
-  const Tensor normed = new_empty(x, x.sizes());
-  const Tensor sum = r ? new_empty(x, x.sizes()) : normed;
   const ScalarType compute = compute_dtype(input.scalar_type());
   const Tensor mean = new_empty(x, rows.leading, compute), rstd = new_empty(x, rows.leading, compute);
+  const Tensor normed = new_empty(x, x.sizes());
+  const Tensor sum = r ? new_empty(x, x.sizes()) : normed;
   const LayerNormFwd args{data_of(x),
                           data_or_null(r),
                           data_or_null(w),

@@ -1,9 +1,10 @@
 // Layer normalisation over the last dimension, with an optional residual added first.
 //
 // Memory is the limit: each row is read once into a buffer that stays in the first-level cache, where mean and variance
-// are taken in two exact passes, and written once. Outputs larger than the caches are streamed past them, which saves
-// reading each line before it is overwritten. Backward reads each row once for the two sums that grad_input needs and
-// for the gradients of weight and bias, and again, from the cache, to write grad_input.
+// are taken in two exact passes, and written once, while the next row is already on its way. Outputs larger than the
+// caches are streamed past them, which saves reading each line before it is overwritten. Backward reads four rows once
+// for the two sums that grad_input needs, and again, from the cache, to write grad_input and to add up the gradients of
+// weight and bias.
 #pragma once
 #include <cmath>
 
@@ -51,6 +52,8 @@ template <class T>
 void layer_norm_fwd(const cpu::LayerNormFwd& a, int64_t begin, int64_t end) {
   using S = compute_t<T>;
   using V = Vec<S>;
+  // What is normalised is the sum as stored, so that backward sees the same numbers: 16-bit types round it first.
+  constexpr bool exact = std::is_same_v<T, S>;
   const int64_t size = a.size;
   const S* weight = static_cast<const S*>(a.weight);
   const S* bias = static_cast<const S*>(a.bias);
@@ -59,15 +62,16 @@ void layer_norm_fwd(const cpu::LayerNormFwd& a, int64_t begin, int64_t end) {
   S* row = reinterpret_cast<S*>(scratch.data());
   for (int64_t r = begin; r < end; ++r) {
     const T* input = static_cast<const T*>(a.input) + r * size;
+    T* sum = a.sum == nullptr ? nullptr : static_cast<T*>(a.sum) + r * size;
     S mean;
     if (a.residual != nullptr) {
       const T* residual = static_cast<const T*>(a.residual) + r * size;
-      T* sum = static_cast<T*>(a.sum) + r * size;
       mean = sum_row<S>(size, [&](int64_t i, int64_t n) {
         V x = load_n<V>(input + i, n) + load_n<V>(residual + i, n);
-        write<T>(x, sum + i, n, stream);
-        // What is normalised is the sum as stored, so that backward sees the same numbers.
-        if constexpr (!std::is_same_v<T, S>) x = load_n<V>(sum + i, n);
+        if constexpr (!exact) {
+          store_n(x, sum + i, n);
+          x = load_n<V>(sum + i, n);
+        }
         x.store(row + i);
         return x;
       });
@@ -87,8 +91,18 @@ void layer_norm_fwd(const cpu::LayerNormFwd& a, int64_t begin, int64_t end) {
     const S rstd = S(1) / std::sqrt(variance / static_cast<S>(size) + static_cast<S>(a.eps));
     const V vrstd = V::set1(rstd);
     T* normed = static_cast<T*>(a.normed) + r * size;
+    // Both outputs are written here, and the next row is read meanwhile: memory is never idle one way or the other.
+    const T* next = r + 1 < end ? input + size : input;
+    const T* next_residual =
+        a.residual == nullptr ? next : static_cast<const T*>(a.residual) + (next - static_cast<const T*>(a.input));
     for_each_vector<V>(size, [&](int64_t i, int64_t n) {
-      V y = (V::load(row + i) - vmean) * vrstd;
+      __builtin_prefetch(next + i);
+      __builtin_prefetch(next_residual + i);
+      const V x = V::load(row + i);
+      if constexpr (exact) {
+        if (sum != nullptr) write<T>(x, sum + i, n, stream);
+      }
+      V y = (x - vmean) * vrstd;
       if (weight != nullptr) y = y * load_n<V>(weight + i, n);
       if (bias != nullptr) y = y + load_n<V>(bias + i, n);
       write<T>(y, normed + i, n, stream);
@@ -136,6 +150,10 @@ void layer_norm_bwd(const cpu::LayerNormBwd& a, int64_t begin, int64_t end, void
       V sum_weight = V::zero(), sum_bias = V::zero();
       for (int64_t r = 0; r < rows; ++r) {
         const int64_t at = r * size + i;
+        if (r0 + kBlock + r < end) {  // the next block is on its way while this one is worked on in the cache
+          __builtin_prefetch(grad + kBlock * size + at);
+          __builtin_prefetch(input + kBlock * size + at);
+        }
         const V dy = load_n<V>(grad + at, n);
         const V xhat = (load_n<V>(input + at, n) - mean[r]) * rstd[r];
         sum_weight = fma(dy, xhat, sum_weight);
