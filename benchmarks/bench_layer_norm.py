@@ -1,0 +1,65 @@
+"""layer_norm and add_layer_norm against PyTorch's layer_norm, with and without the addition before it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import pytest
+from torch import Tensor
+from torch.nn import functional as F
+
+from benchmarks.harness import BACKWARD, BYTES, EAGER, FORWARD, OURS, STEP, Case, Row, each_provider, passes, randn
+from benchmarks.work import add_layer_norm_bytes, layer_norm_bytes
+from tinyllm import ops
+
+SHAPES = [(768, 128), (4096, 768), (8192, 1024)]
+
+
+def layer_norm(input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return ops.layer_norm(input, weight.shape, weight, bias)
+
+
+def torch_layer_norm(input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.layer_norm(input, weight.shape, weight, bias)
+
+
+def add_layer_norm(input: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    return ops.add_layer_norm(input, residual, weight.shape, weight, bias)
+
+
+def torch_add_layer_norm(input: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    total = input + residual
+    return F.layer_norm(total, weight.shape, weight, bias), total
+
+
+def _build(
+    ours: Callable[..., Tensor | tuple[Tensor, ...]],
+    torchs: Callable[..., Tensor | tuple[Tensor, ...]],
+    direction: str,
+    shapes: Sequence[Sequence[int]],
+) -> Callable[[], Case]:
+    return lambda: passes(
+        {OURS: ours, EAGER: torchs}, direction, [randn(shape, seed) for seed, shape in enumerate(shapes)]
+    )
+
+
+def _rows() -> list[Row]:
+    rows = []
+    for direction in (FORWARD, BACKWARD, STEP):
+        for n, c in SHAPES:
+            work = layer_norm_bytes(direction, n, c)
+            build = _build(layer_norm, torch_layer_norm, direction, [(n, c), (c,), (c,)])
+            rows.append(Row("layer_norm", "layer_norm", direction, f"{n}x{c}", work, BYTES, build))
+    for direction in (FORWARD, BACKWARD):
+        for n, c in SHAPES:
+            work = add_layer_norm_bytes(direction, n, c)
+            build = _build(add_layer_norm, torch_add_layer_norm, direction, [(n, c), (n, c), (c,), (c,)])
+            headline = (n, c) == (8192, 1024)
+            row = Row("layer_norm", "add_layer_norm", direction, f"{n}x{c}", work, BYTES, build, headline=headline)
+            rows.append(row)
+    return rows
+
+
+@pytest.mark.parametrize(("row", "provider"), each_provider(_rows()))
+def test_layer_norm(row: Row, provider: str, report: Callable[[Row, str], None]) -> None:
+    report(row, provider)

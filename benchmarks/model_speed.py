@@ -1,0 +1,141 @@
+"""How fast a trained model learns and writes on our kernels, and on plain PyTorch:
+
+    python -m benchmarks.model_speed --run runs/demo
+
+The same weights and the same text go through both. The plain path is `tinyllm.reference`: each operator as its
+formula, in PyTorch's own operations.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch import Tensor
+
+from benchmarks.timing import format_time, take_turns
+from tinyllm import _extension, info, ops
+from tinyllm.checkpoint import CONFIG_FILE, load_run
+from tinyllm.data import TRAIN_FILE, TokenDataset, train_loader
+from tinyllm.generation import generate
+from tinyllm.model import SimpleLLM
+from tinyllm.training import TrainConfig, adamw, next_token_loss
+
+OURS, PLAIN = "tinyllm's kernels", "plain PyTorch"
+NEW_TOKENS = 8
+SECONDS = 2.0  # for each path in each comparison
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.model_speed",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--run", type=Path, required=True, metavar="DIR", help="a folder that `tinyllm train` made")
+    parser.add_argument(
+        "--steps", type=int, metavar="N", help="rounds of each comparison (default: a few seconds' worth)"
+    )
+    options = parser.parse_args(arguments)
+    if options.steps is not None and options.steps < 1:
+        parser.error(f"--steps is {options.steps}; it must be at least 1")
+    if not _extension.loaded:
+        print(f"There is nothing to compare, both would be plain PyTorch: {_extension.why_not}")
+        return 0
+    try:
+        print(comparison(options.run, options.steps))
+    except (OSError, ValueError) as error:
+        print(f"python -m benchmarks.model_speed: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def comparison(run: Path, rounds: int | None = None) -> str:
+    """The table of a run folder's model; `rounds` as in `take_turns`.
+
+    Raises:
+        FileNotFoundError, ValueError: the folder is not a whole run.
+    """
+    model, _, config = load_run(run)
+    try:
+        training = TrainConfig(**config["training"])
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{run / CONFIG_FILE} does not say how the model was trained: {error}") from error
+    dataset = TokenDataset(run / TRAIN_FILE, model.config.vocab_size, training.seq_len)
+    inputs, targets = next(iter(train_loader(dataset, batch_size=training.batch_size, steps=1, seed=0)))
+    _check_same(model, inputs)
+
+    prompt = inputs[:1, : model.config.max_seq_len]
+    steps = {name: _on(name, _training_step(copy.deepcopy(model), training, inputs, targets)) for name in (OURS, PLAIN)}
+    writing = {name: _on(name, lambda: generate(model, prompt, NEW_TOKENS, seed=0)) for name in (OURS, PLAIN)}
+    _, step_times = take_turns(steps, SECONDS, rounds)
+    _, writing_times = take_turns(writing, SECONDS, rounds)
+
+    isa = info()["cpu"]["chosen_isa"]
+    lines = [
+        f"The model of {run} ({model.num_parameters():,} weights), {torch.get_num_threads()} threads, {isa}:",
+        "",
+        f"{'':<26}{OURS:<32}{PLAIN:<32}speed-up",
+        _line(f"training, {inputs.size(0)} x {inputs.size(1)} tokens", "step", step_times, 1, inputs.numel()),
+        _line("writing", "token", writing_times, NEW_TOKENS, 1),
+        "",
+        f"Medians of {len(step_times[OURS])} and {len(writing_times[OURS])} rounds, in which the two take turns.",
+        "Both have the same weights, the same text and, but for rounding, the same logits. Plain PyTorch is",
+        "tinyllm.reference: attention and layer norm written out in PyTorch's own operations. What the two share",
+        "(linear layers, loss, optimizer) is in the times.",
+    ]
+    return "\n".join(lines)
+
+
+def _line(name: str, unit: str, times: dict[str, list[float]], units_per_call: int, tokens_per_unit: int) -> str:
+    """`unit` is what the time is shown for; a call makes `units_per_call` of them, of `tokens_per_unit` tokens each."""
+    medians = {path: median(seconds) / units_per_call for path, seconds in times.items()}
+    cells = [
+        f"{f'{format_time(s)} a {unit},':<16} {f'{tokens_per_unit / s:,.0f} tokens/s':<15}" for s in medians.values()
+    ]
+    return f"{name:<26}{cells[0]}{cells[1]}{medians[PLAIN] / medians[OURS]:.2f}x"
+
+
+def _on(path: str, call: Callable[[], object]) -> Callable[[], object]:
+    def on_path() -> None:
+        with ops.backend("reference") if path == PLAIN else nullcontext():
+            call()
+
+    return on_path
+
+
+def _training_step(model: SimpleLLM, config: TrainConfig, inputs: Tensor, targets: Tensor) -> Callable[[], object]:
+    """What `tinyllm train` does in a step, on a model of its own."""
+    optimizer = adamw(model.train(), config)
+
+    def step() -> None:
+        loss = next_token_loss(model, inputs, targets)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+        optimizer.step()
+
+    return step
+
+
+@torch.no_grad()
+def _check_same(model: SimpleLLM, inputs: Tensor) -> None:
+    """Both paths give the same logits, but for rounding; half of float32's digits."""
+    ours = model(inputs)
+    with ops.backend("reference"):
+        plain = model(inputs)
+    error = (torch.linalg.vector_norm(ours - plain) / torch.linalg.vector_norm(plain)).item()
+    limit = torch.finfo(ours.dtype).eps ** 0.5
+    if not error <= limit:
+        raise ValueError(f"the two paths disagree: the logits differ by {error:.1e} of their size, allowed {limit:.1e}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,269 @@
+"""From measurements to what people read: results/cpu.json, the README's tables, the chart."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness import BYTES, OURS
+from benchmarks.machine import DISTURBED
+from benchmarks.timing import format_digits, format_time
+from tinyllm._files import replacing, write_text
+
+RESULTS = Path(__file__).parent / "results"
+README = Path(__file__).parents[1] / "README.md"
+SECTIONS = {"layer_norm": "Layer normalisation", "attention": "Attention", "model": "The whole model"}
+MARK = "(!)"  # of disturbed rows
+COLORS = {"layer_norm": "#2a9d8f", "attention": "#2f6fb0", "model": "#8a5fb5"}
+
+
+# ---- The results
+
+
+def make_results(facts: Mapping[str, Any], ceilings: Mapping[str, Any], benchmarks: Iterable[Any]) -> dict[str, Any]:
+    """The content of cpu.json.
+
+    Args:
+        facts: machine, versions, ..., see `benchmarks.machine.describe`.
+        ceilings: see `benchmarks.machine.ceilings`.
+        benchmarks: the "benchmarks" of pytest-benchmark's JSON.
+    """
+    rows = []
+    for benchmark in benchmarks:
+        info, stats = dict(benchmark["extra_info"]), benchmark["stats"]
+        rate = info["work"] / stats["median"] / 1e9
+        rows.append(
+            {
+                **info,
+                "rounds": stats["rounds"],
+                "median_s": stats["median"],
+                "iqr_s": stats["iqr"],
+                "rate": rate,
+                "fraction_of_ceiling": rate / ceiling_of(info, ceilings),
+            }
+        )
+    for row in rows:
+        peers = [other for other in rows if other["benchmark"] == row["benchmark"] and other is not row]
+        row["ratios"] = {peer["provider"]: peer["median_s"] / row["median_s"] for peer in peers}
+    return _rounded({**facts, "ceilings": ceilings, "rows": rows})
+
+
+def ceiling_of(row: Mapping[str, Any], ceilings: Mapping[str, Any]) -> float:
+    """The ceiling, in the row's unit, that its rate is a fraction of."""
+    return float(ceilings["copy_gb_per_s"] if row["unit"] == BYTES else ceilings["gemm_gflops"][row["dtype"]])
+
+
+def _rounded(value: Any) -> Any:
+    """Floats to five significant digits: more are noise, and make every diff longer."""
+    if isinstance(value, float):
+        return float(f"{value:.5g}")
+    if isinstance(value, Mapping):
+        return {key: _rounded(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_rounded(item) for item in value]
+    return value
+
+
+def is_disturbed(row: Mapping[str, Any]) -> bool:
+    """Whether other programs used the processor while the row was measured."""
+    return bool((row["other_load_cores"] or 0.0) >= DISTURBED)
+
+
+def best_peer(row: Mapping[str, Any]) -> float:
+    """The time of the fastest other provider, as a multiple of this one's."""
+    return float(min(row["ratios"].values()))
+
+
+def save(results: Mapping[str, Any], directory: Path) -> None:
+    """Write cpu.json and cpu.png."""
+    write_text(directory / "cpu.json", json.dumps(results, indent=1) + "\n")
+    draw_chart(results, directory / "cpu.png")
+
+
+def load(directory: Path = RESULTS) -> dict[str, Any]:
+    """The content of `directory`/cpu.json."""
+    results: dict[str, Any] = json.loads((directory / "cpu.json").read_text(encoding="utf-8"))
+    return results
+
+
+# ---- The tables
+
+
+def render_table(results: Mapping[str, Any], headline: bool = False) -> str:
+    """Markdown: who was faster, by how much, and how near to the ceiling. With `headline` a few rows in one table."""
+    if headline:
+        rows = [row for row in results["rows"] if row["headline"]]
+        return "\n".join(
+            [
+                *_section_table(rows, short=True),
+                "",
+                f"{_machine_line(results)}. {_disturbance(results)}Medians ± half the interquartile range; the",
+                "factor is how many times as long as tinyllm a peer takes.",
+            ]
+        )
+    lines = [_notes(results)]
+    for section, title in SECTIONS.items():
+        rows = [row for row in results["rows"] if row["section"] == section]
+        if rows:
+            lines += ["", f"**{title}**", "", *_section_table(rows, short=False)]
+    return "\n".join(lines)
+
+
+def _section_table(rows: list[dict[str, Any]], short: bool) -> list[str]:
+    names = list(dict.fromkeys(row["benchmark"] for row in rows))
+    peers = list(dict.fromkeys(row["provider"] for row in rows if row["provider"] != OURS))
+    header = ["", OURS, *([] if short else ["rate", "of ceiling"]), *peers]
+    lines = ["| " + " | ".join(header) + " |", "|---|" + "---:|" * (len(header) - 1)]
+    for name in names:
+        found = {row["provider"]: row for row in rows if row["benchmark"] == name}
+        ours = found[OURS]
+        cells = [f"{name} {MARK}" if is_disturbed(ours) else name, _time_cell(ours)]
+        if not short:
+            cells += [f"{format_digits(ours['rate'])} {ours['unit']}", f"{ours['fraction_of_ceiling']:.0%}"]
+        best = min(ours["ratios"].values())
+        for peer in peers:
+            if peer not in found:
+                cells.append("")
+                continue
+            ratio = ours["ratios"][peer]
+            shown = f"{ratio:.2f}x"
+            cells.append(f"{_time_cell(found[peer])}, " + (f"**{shown}**" if ratio == best else shown))
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def _notes(results: Mapping[str, Any]) -> str:
+    gemm, copy = results["ceilings"]["gemm_gflops"], results["ceilings"]["copy_gb_per_s"]
+    ceilings = f"{gemm['float32']:.0f} GFLOP/s in float32 and {gemm['bfloat16']:.0f} in bfloat16; copy {copy:.1f} GB/s,"
+    return "\n".join(
+        [
+            f"{_machine_line(results)}; commit {results['commit'] or 'unknown'}, {results['date'][:10]}.",
+            f"{_disturbance(results)}{_allocator_line(results['allocator'])}",
+            "",
+            "- Times are medians of a call ± half the interquartile range. The factor behind a peer's time is how many",
+            "  times as long as tinyllm it takes (above 1: tinyllm is faster), in bold for the best peer.",
+            "- Rates count useful work only: matrix products, of attention those of visible query-key pairs; or every",
+            "  tensor moved once.",
+            f"- Ceilings, measured with plain PyTorch in the same run: matrix product {ceilings}",
+            "  read and written. Tensors that fit in the caches move faster than that.",
+        ]
+    )
+
+
+def _machine_line(results: Mapping[str, Any]) -> str:
+    machine, versions = results["machine"], results["versions"]
+    memory = f", {machine['memory_gib']:.0f} GiB" if machine["memory_gib"] else ""
+    return (
+        f"{machine['processor']} ({machine['isa']}), {machine['cores']} cores, {machine['threads']} threads{memory}; "
+        f"torch {versions['torch']}, Python {versions['python']}"
+    )
+
+
+def _disturbance(results: Mapping[str, Any]) -> str:
+    """What stands against trusting these figures; empty if nothing does."""
+    quick = "A quick run: a first impression. " if results["quick"] else ""
+    rows = any(map(is_disturbed, results["rows"]))
+    return quick + (f"Rows with {MARK} were disturbed: other programs used the processor meanwhile. " if rows else "")
+
+
+def _allocator_line(allocator: Mapping[str, str]) -> str:
+    if not allocator:
+        return "Allocator settings: the system's defaults."
+    settings = ", ".join(f"{name}={value}" for name, value in allocator.items())
+    return f"Allocator settings, the same for all: {settings}."
+
+
+def _time_cell(row: Mapping[str, Any]) -> str:
+    spread = row["iqr_s"] / 2 / row["median_s"]
+    return f"{format_time(row['median_s'])} ±{spread:.0%}"
+
+
+# ---- The README
+
+
+def replace_block(text: str, name: str, content: str) -> str:
+    """`text` with `content` between `<!-- benchmarks:NAME -->` and its closing marker; unchanged if it has neither."""
+    start, end = f"<!-- benchmarks:{name} -->", f"<!-- /benchmarks:{name} -->"
+    counts = text.count(start), text.count(end)
+    if counts == (0, 0):
+        return text
+    if counts != (1, 1) or text.index(start) > text.index(end):
+        raise ValueError(f"{start} and {end} must each be there once, in this order")
+    return re.sub(f"(?s){re.escape(start)}.*{re.escape(end)}", lambda _: f"{start}\n{content}\n{end}", text)
+
+
+def update_readme(results: Mapping[str, Any], path: Path = README) -> None:
+    """Put both tables between their markers."""
+    text = path.read_text(encoding="utf-8")
+    new = replace_block(text, "cpu", render_table(results))
+    new = replace_block(new, "headline", render_table(results, headline=True))
+    if new != text:
+        write_text(path, new)
+
+
+# ---- The chart
+
+
+def draw_chart(results: Mapping[str, Any], path: Path) -> None:
+    """Speed-up over the best PyTorch peer, a bar for each row."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    rows = [
+        row for section in SECTIONS for row in results["rows"] if (row["section"], row["provider"]) == (section, OURS)
+    ]
+    sections = [section for section in SECTIONS if any(row["section"] == section for row in rows)]
+    places, labels, place = [], [], 0.0
+    for before, row in zip([None, *rows], rows, strict=False):
+        place += 1.0 if before is None or before["section"] == row["section"] else 1.8
+        places.append(place)
+        labels.append(f"{row['benchmark']} {MARK}" if is_disturbed(row) else row["benchmark"])
+    speedups = [best_peer(row) for row in rows]
+    colors = [COLORS[row["section"]] for row in rows]
+
+    figure = Figure(figsize=(10, 1.6 + 0.27 * place), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    bars = axes.barh(places, speedups, height=0.72, color=colors)
+    for bar, place_of_bar, speedup, row in zip(bars, places, speedups, rows, strict=True):
+        if speedup < 1:  # slower than the best peer: seen at a glance
+            bar.set_alpha(0.45)
+        axes.annotate(
+            f"{speedup:.2f}x   {format_time(row['median_s'])}",
+            (speedup, place_of_bar),
+            xytext=(4, 0),
+            textcoords="offset points",
+            verticalalignment="center",
+            fontsize=8,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
+        )
+    axes.axvline(1.0, color="#333333", linewidth=1)
+    axes.set_yticks(places, labels, fontsize=8)
+    axes.set_ylim(place + 0.8, 0.2)
+    axes.set_xlim(0, max(1.2, *speedups) * 1.18)
+    axes.xaxis.set_major_formatter("{x:g}x")
+    axes.set_xlabel(
+        "speed-up over the faster of eager PyTorch and torch.compile (right of 1x: tinyllm is faster)", fontsize=9
+    )
+    axes.grid(axis="x", color="#dddddd", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.tick_params(axis="y", length=0)
+    axes.set_title("tinyllm against PyTorch on the CPU", loc="left", fontsize=13, fontweight="bold", pad=24)
+    axes.annotate(
+        _machine_line(results),
+        (0, 1),
+        xytext=(0, 9),
+        textcoords="offset points",
+        xycoords="axes fraction",
+        fontsize=9,
+        color="#555555",
+    )
+    handles = [Patch(color=COLORS[section], label=SECTIONS[section]) for section in sections]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=9)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png")
