@@ -27,7 +27,7 @@ TUNED := MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=4294967296
 
 demo: .venv/installed
 	$(BIN)/tinyllm info
-	$(BIN)/tinyllm train --preset tiny --steps $(or $(STEPS),1500) --out runs/demo --overwrite
+	$(BIN)/tinyllm train --preset tiny --steps $(or $(STEPS),800) --out runs/demo --overwrite
 	$(BIN)/tinyllm generate --run runs/demo --prompt "def" --max-new-tokens 120 --seed 1
 	$(TUNED) $(BIN)/python -m benchmarks.model_speed --run runs/demo
 

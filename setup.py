@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,15 @@ def limit_jobs() -> None:
     """One compiler for each core, with 1 GB of memory for each."""
     gigabytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     os.environ.setdefault("MAX_JOBS", str(max(1, min(os.cpu_count() or 1, int(gigabytes)))))
+
+
+def version_of(compiler: str) -> str:
+    """The first line of `compiler --version`."""
+    try:
+        lines = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout.splitlines()
+    except OSError:
+        lines = []
+    return lines[0] if lines else compiler
 
 
 class BuildPy(build_py):
@@ -98,8 +108,8 @@ def extension() -> tuple[list[Extension], dict[str, Any]]:
                 skip(f"it did not compile: {str(error).strip().splitlines()[0] if str(error).strip() else repr(error)}")
                 self.extensions: list[Extension] = []
             else:
-                compiler = " ".join(getattr(self.compiler, "compiler_cxx", None) or ["c++"])
-                record.update(extension="built", reason="", compiler=compiler, torch=torch.__version__)
+                compiler = (getattr(self.compiler, "compiler_cxx", None) or ["c++"])[0]
+                record.update(extension="built", reason="", compiler=version_of(compiler), torch=torch.__version__)
                 say("built the C++ extension tinyllm._C")
             write_record(ROOT if self.inplace else Path(self.build_lib))
 

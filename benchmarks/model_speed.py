@@ -82,7 +82,7 @@ def comparison(run: Path, rounds: int | None = None) -> str:
     lines = [
         f"The model of {run} ({model.num_parameters():,} weights), {torch.get_num_threads()} threads, {isa}:",
         "",
-        f"{'':<26}{OURS:<32}{PLAIN:<32}speed-up",
+        f"{'':<26}{OURS:<36}{PLAIN:<36}speed-up",
         _line(f"training, {inputs.size(0)} x {inputs.size(1)} tokens", "step", step_times, 1, inputs.numel()),
         _line("writing", "token", writing_times, NEW_TOKENS, 1),
         "",
@@ -98,7 +98,7 @@ def _line(name: str, unit: str, times: dict[str, list[float]], units_per_call: i
     """`unit` is what the time is shown for; a call makes `units_per_call` of them, of `tokens_per_unit` tokens each."""
     medians = {path: median(seconds) / units_per_call for path, seconds in times.items()}
     cells = [
-        f"{f'{format_time(s)} a {unit},':<16} {f'{tokens_per_unit / s:,.0f} tokens/s':<15}" for s in medians.values()
+        f"{f'{format_time(s)} a {unit},':<18} {f'{tokens_per_unit / s:,.0f} tokens/s':<17}" for s in medians.values()
     ]
     return f"{name:<26}{cells[0]}{cells[1]}{medians[PLAIN] / medians[OURS]:.2f}x"
 

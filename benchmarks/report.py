@@ -100,7 +100,7 @@ def render_table(results: Mapping[str, Any], headline: bool = False) -> str:
             [
                 *_section_table(rows, short=True),
                 "",
-                f"{_machine_line(results)}. {_disturbance(results)}Medians ± half the interquartile range; the",
+                f"{_machine_line(results)}. {_disturbance(results, rows)}Medians ± half the interquartile range; the",
                 "factor is how many times as long as tinyllm a peer takes.",
             ]
         )
@@ -141,7 +141,7 @@ def _notes(results: Mapping[str, Any]) -> str:
     return "\n".join(
         [
             f"{_machine_line(results)}; commit {results['commit'] or 'unknown'}, {results['date'][:10]}.",
-            f"{_disturbance(results)}{_allocator_line(results['allocator'])}",
+            f"{_disturbance(results, results['rows'])}{_allocator_line(results['allocator'])}",
             "",
             "- Times are medians of a call ± half the interquartile range. The factor behind a peer's time is how many",
             "  times as long as tinyllm it takes (above 1: tinyllm is faster), in bold for the best peer.",
@@ -162,10 +162,10 @@ def _machine_line(results: Mapping[str, Any]) -> str:
     )
 
 
-def _disturbance(results: Mapping[str, Any]) -> str:
-    """What stands against trusting these figures; empty if nothing does."""
+def _disturbance(results: Mapping[str, Any], shown: Iterable[Mapping[str, Any]]) -> str:
+    """What stands against trusting the rows shown; empty if nothing does."""
     quick = "A quick run: a first impression. " if results["quick"] else ""
-    rows = any(map(is_disturbed, results["rows"]))
+    rows = any(map(is_disturbed, shown))
     return quick + (f"Rows with {MARK} were disturbed: other programs used the processor meanwhile. " if rows else "")
 
 

@@ -290,6 +290,7 @@ def test_tables_say_what_stands_against_trusting_them(results: dict[str, Any]) -
     assert "A quick run" in table
     assert "disturbed" in table
     assert "| a norm backward 2x2 (!) |" in table
+    assert "disturbed" not in report.render_table(results, headline=True)  # which does not show that row
     assert "| an operation forward 4x4 |" in table
 
 
