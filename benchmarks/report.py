@@ -15,6 +15,7 @@ from tinyllm._files import replacing, write_text
 
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parents[1] / "README.md"
+DEMO = README.parent / "docs" / "demo.txt"  # what `make demo` printed
 SECTIONS = {"layer_norm": "Layer normalisation", "attention": "Attention", "model": "The whole model"}
 MARK = "(!)"  # of disturbed rows
 COLORS = {"layer_norm": "#2a9d8f", "attention": "#2f6fb0", "model": "#8a5fb5"}
@@ -195,11 +196,17 @@ def replace_block(text: str, name: str, content: str) -> str:
     return re.sub(f"(?s){re.escape(start)}.*{re.escape(end)}", lambda _: f"{start}\n{content}\n{end}", text)
 
 
+def render_demo() -> str:
+    """What `make demo` printed, as a block of Markdown."""
+    return f"```console\n{DEMO.read_text(encoding='utf-8')}```"
+
+
 def update_readme(results: Mapping[str, Any], path: Path = README) -> None:
-    """Put both tables between their markers."""
+    """Put both tables and the demo's output between their markers."""
     text = path.read_text(encoding="utf-8")
     new = replace_block(text, "cpu", render_table(results))
     new = replace_block(new, "headline", render_table(results, headline=True))
+    new = replace_block(new, "demo", render_demo())
     if new != text:
         write_text(path, new)
 
