@@ -6,6 +6,7 @@ import json
 import math
 from typing import Any
 
+import numpy
 import pytest
 
 from tinyllm.model import SimpleLLM, SimpleLLMConfig
@@ -39,7 +40,6 @@ def test_config_round_trip(options: dict[str, Any]) -> None:
 
 
 def test_config_holds_plain_numbers() -> None:
-    numpy = pytest.importorskip("numpy")
     config = SimpleLLMConfig(numpy.int64(6), 16, 32, numpy.int32(2), dropout=0)
     assert [type(v) for v in (config.vocab_size, config.num_layers, config.dropout)] == [
         int,

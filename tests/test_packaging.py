@@ -31,7 +31,7 @@ def checkout(tmp_path_factory):
 def build(checkout, kind, out, **environment):
     result = subprocess.run(
         [sys.executable, "-m", "build", "--no-isolation", f"--{kind}", "--outdir", out, checkout],
-        env={**os.environ, **environment},
+        env={**os.environ, "TINYLLM_EXT": "auto", **environment},
         capture_output=True,
         text=True,
         timeout=600,

@@ -1,4 +1,4 @@
-// Every CPU kernel for AVX512. The target is switched in the source, not by a compiler flag, and only after the
+// Every CPU kernel for AVX-512. The target is switched in the source, not by a compiler flag, and only after the
 // standard headers: their inline functions, which the linker shares between files, must still run on any processor.
 #if defined(__x86_64__)
 #include <immintrin.h>

@@ -251,6 +251,18 @@ def test_compile_fullgraph():
         torch.testing.assert_close(a, b)
 
 
+def test_export():
+    class Attend(torch.nn.Module):
+        def forward(self, q, k, v):
+            return ops.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    q, k, v = make(2, 2, 9, 9, 8, dtype=torch.float32)
+    with torch.no_grad():
+        program = torch.export.export(Attend(), (q, k, v))
+    assert any("attention_fwd" in str(node.target) for node in program.graph.nodes)
+    torch.testing.assert_close(program.module()(q, k, v), F.scaled_dot_product_attention(q, k, v, is_causal=True))
+
+
 def test_autocast():
     q, k, v = make(1, 2, 6, 6, 8, dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
