@@ -18,6 +18,7 @@
 
 #include "dispatch.h"
 #include "gemm.h"
+#include "pack.h"
 
 namespace tinyllm::TINYLLM_ISA {
 
@@ -34,50 +35,6 @@ inline int64_t key_block(int64_t head_dim) { return head_dim <= 128 ? 128 : 64; 
 template <class T>
 inline const T* row_of(const Strided& t, int64_t b, int64_t h, int64_t row) {
   return static_cast<const T*>(t.data) + b * t.batch + h * t.head + row * t.row;
-}
-
-// rows x columns into padded row-major order, times `factor`, zeros in the padding.
-template <class T>
-inline void pack_rows(const T* from, int64_t row_stride, int64_t column_stride, int64_t rows, int64_t columns,
-                      compute_t<T> factor, compute_t<T>* to, int64_t leading) {
-  using S = compute_t<T>;
-  using V = Vec<S>;
-  const V vfactor = V::set1(factor);
-  for (int64_t r = 0; r < rows; ++r, from += row_stride, to += leading) {
-    if (column_stride == 1)
-      for_each_vector<V>(columns, [&](int64_t i, int64_t n) { (load_n<V>(from + i, n) * vfactor).store(to + i); });
-    else
-      for (int64_t i = 0; i < columns; ++i) to[i] = to_compute(from[i * column_stride]) * factor;
-    std::fill(to + columns, to + leading, S(0));
-  }
-}
-
-// rows x columns transposed into panels of kPanel rows, zeros in the padding.
-template <class T>
-inline void pack_transposed(const T* from, int64_t row_stride, int64_t column_stride, int64_t rows, int64_t columns,
-                            compute_t<T>* to) {
-  using S = compute_t<T>;
-  constexpr int64_t width = kPanel<S>;
-  for (int64_t r = 0; r < rows; r += width, from += width * row_stride, to += width * columns) {
-    const int64_t n = std::min(width, rows - r);
-    for (int64_t c = 0; c < columns; ++c) {
-      const T* column = from + c * column_stride;
-      S* out = to + c * width;
-      for (int64_t i = 0; i < n; ++i) out[i] = to_compute(column[i * row_stride]);
-      for (int64_t i = n; i < width; ++i) out[i] = S(0);
-    }
-  }
-}
-
-// Padded row-major order back into a tensor.
-template <class T>
-inline void unpack_row(const compute_t<T>* from, compute_t<T> factor, int64_t columns, T* to, int64_t column_stride) {
-  using V = Vec<compute_t<T>>;
-  const V vfactor = V::set1(factor);
-  if (column_stride == 1)
-    for_each_vector<V>(columns, [&](int64_t i, int64_t n) { store_n(V::load(from + i) * vfactor, to + i, n); });
-  else
-    for (int64_t i = 0; i < columns; ++i) from_compute(from[i] * factor, to[i * column_stride]);
 }
 
 // Applies the mask to n scores of query `row` from key `first` on.
@@ -162,7 +119,7 @@ void attention_fwd(const Attention& a, int64_t b, int64_t h, int64_t begin, int6
   ForwardBuffers<T> buf;
   const cpu::Scratch scratch(buf.carve(nullptr, a, keys_used));
   buf.carve(scratch.data(), a, keys_used);
-  pack_transposed(row_of<T>(a.key, b, kv_head, 0), a.key.row, a.key.column, keys_used, a.head_dim, buf.keys);
+  pack_panels(row_of<T>(a.key, b, kv_head, 0), a.key.row, a.key.column, keys_used, a.head_dim, buf.keys);
   pack_rows(row_of<T>(a.value, b, kv_head, 0), a.value.row, a.value.column, keys_used, a.value_dim, S(1), buf.values,
             buf.value_row);
 
@@ -317,9 +274,9 @@ void attention_bwd(const Attention& a, int64_t b, int64_t kv_head) {
       const int64_t block_keys = std::min(block, a.keys - k0);
       const T* key = row_of<T>(a.key, b, kv_head, k0);
       pack_rows(key, a.key.row, a.key.column, block_keys, a.head_dim, S(1), buf.keys, buf.row);
-      pack_transposed(key, a.key.row, a.key.column, block_keys, a.head_dim, buf.keys_t);
-      pack_transposed(row_of<T>(a.value, b, kv_head, k0), a.value.row, a.value.column, block_keys, a.value_dim,
-                      buf.values_t);
+      pack_panels(key, a.key.row, a.key.column, block_keys, a.head_dim, buf.keys_t);
+      pack_panels(row_of<T>(a.value, b, kv_head, k0), a.value.row, a.value.column, block_keys, a.value_dim,
+                  buf.values_t);
       // The first query that sees this block, rounded down to a block of queries.
       const int64_t first = a.causal ? k0 / kQueryBlock * kQueryBlock : 0;
       for (int64_t q0 = first; q0 < a.queries; q0 += kQueryBlock) {

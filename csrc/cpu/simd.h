@@ -54,6 +54,13 @@ struct Vec<float> {
   static Vec min(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }
   float sum() const { return _mm512_reduce_add_ps(v); }
   float max_element() const { return _mm512_reduce_max_ps(v); }
+  // a0 b0 a1 b1 ...: the first half of that into a, the second into b.
+  static void interleave(Vec& a, Vec& b) {
+    const __m512i first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    const __m512 low = _mm512_permutex2var_ps(a.v, first, b.v);
+    b.v = _mm512_permutex2var_ps(a.v, _mm512_add_epi32(first, _mm512_set1_epi32(8)), b.v);
+    a.v = low;
+  }
   // 2^n for whole n in [-127, 127] held as n + 1.5 * 2^23; n = -127 gives 0.
   static Vec pow2(Vec shifted) {
     return {_mm512_castsi512_ps(
@@ -78,6 +85,12 @@ struct Vec<double> {
   static Vec min(Vec a, Vec b) { return {_mm512_min_pd(a.v, b.v)}; }
   double sum() const { return _mm512_reduce_add_pd(v); }
   double max_element() const { return _mm512_reduce_max_pd(v); }
+  static void interleave(Vec& a, Vec& b) {
+    const __m512i first = _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11);
+    const __m512d low = _mm512_permutex2var_pd(a.v, first, b.v);
+    b.v = _mm512_permutex2var_pd(a.v, _mm512_add_epi64(first, _mm512_set1_epi64(4)), b.v);
+    a.v = low;
+  }
   static Vec pow2(Vec shifted) {
     return {_mm512_castsi512_pd(
         _mm512_slli_epi64(_mm512_add_epi64(_mm512_castpd_si512(shifted.v), _mm512_set1_epi64(1023)), 52))};
@@ -128,6 +141,11 @@ struct Vec<float> {
     half = _mm_max_ps(half, _mm_movehl_ps(half, half));
     return _mm_cvtss_f32(_mm_max_ss(half, _mm_movehdup_ps(half)));
   }
+  static void interleave(Vec& a, Vec& b) {
+    const __m256 low = _mm256_unpacklo_ps(a.v, b.v), high = _mm256_unpackhi_ps(a.v, b.v);
+    a.v = _mm256_permute2f128_ps(low, high, 0x20);
+    b.v = _mm256_permute2f128_ps(low, high, 0x31);
+  }
   static Vec pow2(Vec shifted) {
     return {_mm256_castsi256_ps(
         _mm256_slli_epi32(_mm256_add_epi32(_mm256_castps_si256(shifted.v), _mm256_set1_epi32(127)), 23))};
@@ -156,6 +174,11 @@ struct Vec<double> {
   double max_element() const {
     const __m128d half = _mm_max_pd(_mm256_castpd256_pd128(v), _mm256_extractf128_pd(v, 1));
     return _mm_cvtsd_f64(_mm_max_sd(half, _mm_unpackhi_pd(half, half)));
+  }
+  static void interleave(Vec& a, Vec& b) {
+    const __m256d low = _mm256_unpacklo_pd(a.v, b.v), high = _mm256_unpackhi_pd(a.v, b.v);
+    a.v = _mm256_permute2f128_pd(low, high, 0x20);
+    b.v = _mm256_permute2f128_pd(low, high, 0x31);
   }
   static Vec pow2(Vec shifted) {
     return {_mm256_castsi256_pd(
@@ -203,6 +226,28 @@ inline Vec<S> max(Vec<S> a, Vec<S> b) {
 template <class S>
 inline Vec<S> min(Vec<S> a, Vec<S> b) {
   return Vec<S>::min(a, b);
+}
+
+// Rows and columns of a square of vectors exchanged. One step interleaves row i with row i + size / 2 into rows 2i and
+// 2i + 1, which rotates the bits of (row, column) by one; as many steps as a column has bits exchange the two.
+template <class S>
+inline void transpose(Vec<S> (&rows)[Vec<S>::size]) {
+  constexpr int half = Vec<S>::size / 2;
+  if constexpr (half > 0) {
+#pragma GCC unroll 4
+    for (int step = 1; step < Vec<S>::size; step *= 2) {
+      Vec<S> mixed[Vec<S>::size];
+#pragma GCC unroll 8
+      for (int i = 0; i < half; ++i) {
+        Vec<S> a = rows[i], b = rows[i + half];
+        Vec<S>::interleave(a, b);
+        mixed[2 * i] = a;
+        mixed[2 * i + 1] = b;
+      }
+#pragma GCC unroll 16
+      for (int i = 0; i < Vec<S>::size; ++i) rows[i] = mixed[i];
+    }
+  }
 }
 
 // The first n < size elements of p, zeros behind them.
