@@ -6,6 +6,7 @@
 #include <tuple>
 #include <vector>
 
+#include "attention.h"
 #include "torch_side.h"
 
 namespace tinyllm::cpu {
@@ -67,26 +68,12 @@ Attention arguments(const char* op, const Tensor& query, const Tensor& key, cons
 std::tuple<Tensor, Tensor> attention_fwd(Tensor query, Tensor key, Tensor value, OptionalTensor attn_mask,
                                          bool is_causal, double scale) {
   Attention a = arguments("attention", query, key, value, attn_mask, is_causal, scale);
-  const auto kernel = kernels().attention_fwd[dtype_index("attention", query)];
   const Tensor out = new_heads_inside(query, a.batch, a.heads, a.queries, a.value_dim);
   const std::vector<int64_t> lse_shape{a.batch, a.heads, a.queries};
   const Tensor lse = new_empty(query, lse_shape, compute_dtype(query.scalar_type()));
   a.out = strided(out);
   a.lse = data_of(lse);
-  // A head is one item while there are heads for every thread. Else its queries are split: each part packs the keys
-  // again, so parts are not made smaller than 256 queries.
-  const int64_t heads = a.batch * a.heads;
-  const int64_t wanted = 4 * static_cast<int64_t>(torch::stable::get_num_threads());
-  int64_t parts = heads >= wanted ? 1 : (wanted + heads - 1) / std::max<int64_t>(heads, 1);
-  parts = std::clamp<int64_t>(parts, 1, std::max<int64_t>(1, a.queries / 256));
-  // Whole groups of queries, so that no part begins inside one.
-  const int64_t part = ((a.queries + parts - 1) / parts + 63) / 64 * 64;
-  if (a.queries > 0) parts = (a.queries + part - 1) / part;
-  parallel_items(a.queries == 0 ? 0 : heads * parts, [&](int64_t item) {
-    // The last part of a causal head costs most: it goes first.
-    const int64_t begin = (parts - 1 - item % parts) * part, head = item / parts;
-    kernel(a, head / a.heads, head % a.heads, begin, std::min(a.queries, begin + part));
-  });
+  attention_forward(dtype_index("attention", query), a);
   return {out, lse};
 }
 
@@ -104,7 +91,6 @@ std::tuple<Tensor, Tensor, Tensor> attention_bwd(Tensor grad, Tensor query, Tens
   check_dtype(op, "lse", lse, compute_dtype(query.scalar_type()));
   check_shape(op, "lse", lse, {a.batch, a.heads, a.queries});
   if (!lse.is_contiguous()) fail(op, ": lse must be contiguous");
-  const auto kernel = kernels().attention_bwd[dtype_index(op, query)];
   const Tensor grad_query = new_heads_inside(query, a.batch, a.heads, a.queries, a.head_dim);
   const Tensor grad_key = new_heads_inside(query, a.batch, a.kv_heads, a.keys, a.head_dim);
   const Tensor grad_value = new_heads_inside(query, a.batch, a.kv_heads, a.keys, a.value_dim);
@@ -114,11 +100,34 @@ std::tuple<Tensor, Tensor, Tensor> attention_bwd(Tensor grad, Tensor query, Tens
   a.grad_query = strided(grad_query);
   a.grad_key = strided(grad_key);
   a.grad_value = strided(grad_value);
-  parallel_items(a.batch * a.kv_heads, [&](int64_t item) { kernel(a, item / a.kv_heads, item % a.kv_heads); });
+  attention_backward(dtype_index(op, query), a);
   return {grad_query, grad_key, grad_value};
 }
 
 }  // namespace
+
+void attention_forward(int dtype, const Attention& a) {
+  const auto kernel = kernels().attention_fwd[dtype];
+  // A head is one item while there are heads for every thread. Else its queries are split: each part packs the keys
+  // again, so parts are not made smaller than 256 queries.
+  const int64_t heads = a.batch * a.heads;
+  const int64_t wanted = 4 * static_cast<int64_t>(torch::stable::get_num_threads());
+  int64_t parts = heads >= wanted ? 1 : (wanted + heads - 1) / std::max<int64_t>(heads, 1);
+  parts = std::clamp<int64_t>(parts, 1, std::max<int64_t>(1, a.queries / 256));
+  // Whole groups of queries, so that no part begins inside one.
+  const int64_t part = ((a.queries + parts - 1) / parts + 63) / 64 * 64;
+  if (a.queries > 0) parts = (a.queries + part - 1) / part;
+  parallel_items(a.queries == 0 ? 0 : heads * parts, [&](int64_t item) {
+    // The last part of a causal head costs most: it goes first.
+    const int64_t begin = (parts - 1 - item % parts) * part, head = item / parts;
+    kernel(a, head / a.heads, head % a.heads, begin, std::min(a.queries, begin + part));
+  });
+}
+
+void attention_backward(int dtype, const Attention& a) {
+  const auto kernel = kernels().attention_bwd[dtype];
+  parallel_items(a.batch * a.kv_heads, [&](int64_t item) { kernel(a, item / a.kv_heads, item % a.kv_heads); });
+}
 
 STABLE_TORCH_LIBRARY_IMPL(tinyllm, CPU, m) {
   m.impl("attention_fwd", TORCH_BOX(&attention_fwd));

@@ -6,6 +6,7 @@
 #include <tuple>
 #include <vector>
 
+#include "layer_norm.h"
 #include "torch_side.h"
 
 namespace tinyllm::cpu {
@@ -14,11 +15,24 @@ namespace {
 using torch::headeronly::IntHeaderOnlyArrayRef;
 using torch::stable::contiguous;
 using torch::stable::new_empty;
-using torch::stable::new_zeros;
 using torch::stable::parallel_for;
 using torch::stable::to;
 using OptionalTensor = std::optional<Tensor>;
 using Shape = std::vector<int64_t>;
+
+// Rows for a thread to be worth waking: about 32 KB.
+int64_t grain(int64_t size) { return std::max<int64_t>(1, 8192 / std::max<int64_t>(1, size)); }
+
+// The rows are split into chunks by their number alone, each chunk sums its share of the parameters' gradients in row
+// order, and the shares are added in chunk order: the same bits whatever the number of threads.
+template <class S>
+void add_chunks(const S* partial, int64_t chunks, int64_t size, S* out) {
+  std::fill(out, out + size, S(0));
+  parallel_for(0, size, 512, [&](int64_t begin, int64_t end) {
+    for (int64_t c = 0; c < chunks; ++c)
+      for (int64_t i = begin; i < end; ++i) out[i] += partial[c * 2 * size + i];
+  });
+}
 
 struct Rows {
   int64_t count, size;
@@ -59,9 +73,6 @@ Tensor same_shape(const char* op, const char* name, const Tensor& t, const Tenso
   return contiguous(t);
 }
 
-// Rows for a thread to be worth waking: about 32 KB.
-int64_t grain(const Rows& rows) { return std::max<int64_t>(1, 8192 / std::max<int64_t>(1, rows.size)); }
-
 // Outputs are streamed past the caches when they could not stay there anyway.
 bool larger_than_caches(const Tensor& output, int64_t outputs) {
   return output.numel() * static_cast<int64_t>(output.element_size()) * outputs > last_level_cache() / 2;
@@ -94,8 +105,7 @@ Forward forward(const char* op, const Tensor& input, const OptionalTensor& resid
                           rows.size,
                           eps,
                           larger_than_caches(normed, r ? 2 : 1)};
-  const auto kernel = kernels().layer_norm_fwd[dtype];
-  parallel_for(0, rows.count, grain(rows), [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+  layer_norm_forward(dtype, args, rows.count);
   return {normed, sum, mean, rstd};
 }
 
@@ -109,16 +119,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_fwd(Tensor input, Tens
                                                               OptionalTensor weight, OptionalTensor bias, double eps) {
   const Forward f = forward("add_layer_norm", input, residual, normalized_shape, weight, bias, eps);
   return {f.normed, f.sum, f.mean, f.rstd};
-}
-
-// The rows are split into chunks by their number alone, each chunk sums its share of the parameters' gradients in row
-// order, and the shares are added in chunk order: the same bits whatever the number of threads.
-template <class S>
-void add_chunks(const S* partial, int64_t chunks, int64_t size, S* out) {
-  parallel_for(0, size, 512, [&](int64_t begin, int64_t end) {
-    for (int64_t c = 0; c < chunks; ++c)
-      for (int64_t i = begin; i < end; ++i) out[i] += partial[c * 2 * size + i];
-  });
 }
 
 using Grads = std::tuple<Tensor, Tensor, Tensor>;
@@ -142,30 +142,11 @@ Grads backward(const char* op, const Tensor& grad_normed, const OptionalTensor& 
   const LayerNormBwd args{data_of(dy),         data_or_null(ds), data_of(x),
                           data_or_null(w),     data_of(mean),    data_of(rstd),
                           data_of(grad_input), rows.size,        larger_than_caches(grad_input, 1)};
-  const auto kernel = kernels().layer_norm_bwd[dtype];
-  if (!parameter_grads) {
-    parallel_for(0, rows.count, grain(rows), [&](int64_t begin, int64_t end) { kernel(args, begin, end, nullptr); });
-    const Shape none{0};
-    return {grad_input, new_empty(x, none, compute), new_empty(x, none, compute)};
-  }
-  const int64_t chunk_rows = std::max<int64_t>(grain(rows), (rows.count + 63) / 64);
-  const int64_t chunks = (rows.count + chunk_rows - 1) / chunk_rows;
-  const Shape partial_shape{chunks, 2, rows.size};
-  const Tensor partial = new_zeros(x, partial_shape, compute);
-  const Tensor grad_weight = new_zeros(x, normalized_shape, compute),
-               grad_bias = new_zeros(x, normalized_shape, compute);
-  char* const base = static_cast<char*>(data_of(partial));
-  const int64_t stride = 2 * rows.size * static_cast<int64_t>(partial.element_size());
-  parallel_items(chunks, [&](int64_t c) {
-    kernel(args, c * chunk_rows, std::min(rows.count, (c + 1) * chunk_rows), base + c * stride);
-  });
-  const auto reduce = [&](auto zero) {
-    using S = decltype(zero);
-    const S* from = static_cast<const S*>(data_of(partial));
-    add_chunks(from, chunks, rows.size, static_cast<S*>(data_of(grad_weight)));
-    add_chunks(from + rows.size, chunks, rows.size, static_cast<S*>(data_of(grad_bias)));
-  };
-  compute == ScalarType::Double ? reduce(0.0) : reduce(0.0f);
+  const Shape none{0};
+  const Tensor grad_weight = new_empty(x, parameter_grads ? normalized_shape : none, compute);
+  const Tensor grad_bias = new_empty(x, parameter_grads ? normalized_shape : none, compute);
+  layer_norm_backward(dtype, args, rows.count, parameter_grads ? data_of(grad_weight) : nullptr,
+                      parameter_grads ? data_of(grad_bias) : nullptr);
   return {grad_input, grad_weight, grad_bias};
 }
 
@@ -181,6 +162,31 @@ Grads add_layer_norm_bwd(Tensor grad_normed, OptionalTensor grad_sum, Tensor sum
 }
 
 }  // namespace
+
+void layer_norm_forward(int dtype, const LayerNormFwd& args, int64_t rows) {
+  const auto kernel = kernels().layer_norm_fwd[dtype];
+  parallel_for(0, rows, grain(args.size), [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+}
+
+void layer_norm_backward(int dtype, const LayerNormBwd& args, int64_t rows, void* grad_weight, void* grad_bias) {
+  const auto kernel = kernels().layer_norm_bwd[dtype];
+  if (grad_weight == nullptr) {
+    parallel_for(0, rows, grain(args.size), [&](int64_t begin, int64_t end) { kernel(args, begin, end, nullptr); });
+    return;
+  }
+  const int64_t chunk_rows = std::max<int64_t>(grain(args.size), (rows + 63) / 64);
+  const int64_t chunks = (rows + chunk_rows - 1) / chunk_rows;
+  const auto run = [&](auto zero) {
+    using S = decltype(zero);
+    std::vector<S> partial(chunks * 2 * args.size, zero);
+    parallel_items(chunks, [&](int64_t c) {
+      kernel(args, c * chunk_rows, std::min(rows, (c + 1) * chunk_rows), partial.data() + c * 2 * args.size);
+    });
+    add_chunks(partial.data(), chunks, args.size, static_cast<S*>(grad_weight));
+    add_chunks(partial.data() + args.size, chunks, args.size, static_cast<S*>(grad_bias));
+  };
+  dtype == static_cast<int>(DType::f64) ? run(0.0) : run(0.0f);
+}
 
 STABLE_TORCH_LIBRARY_IMPL(tinyllm, CPU, m) {
   m.impl("layer_norm_fwd", TORCH_BOX(&layer_norm_fwd));
