@@ -27,6 +27,30 @@ STABLE_TORCH_LIBRARY(tinyllm, m) {
   m.def(
       "attention_bwd(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor out, Tensor lse,"
       " bool is_causal, float scale) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)");
+  // activation: none, relu, gelu, gelu_tanh
+  m.def(
+      "linear_fwd(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, str activation, bool pre_activation)"
+      " -> (Tensor out, Tensor pre_activation)");
+  m.def(
+      "linear_bwd(Tensor grad, Tensor input, Tensor weight, Tensor? gate, str activation, bool input_grad,"
+      " bool weight_grad, bool bias_grad)"
+      " -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)");
+  m.def(
+      "feed_forward_fwd(Tensor input, Tensor weight1, Tensor? bias1, Tensor weight2, Tensor? bias2, Tensor? residual,"
+      " str activation, bool pre_activation) -> (Tensor out, Tensor hidden, Tensor pre_activation)");
+  m.def(
+      "feed_forward_bwd(Tensor grad, Tensor input, Tensor weight1, Tensor weight2, Tensor hidden, Tensor gate,"
+      " str activation, bool input_grad, bool weight_grads, bool bias1_grad, bool bias2_grad) -> (Tensor grad_input, "
+      "Tensor grad_weight1,"
+      " Tensor grad_bias1, Tensor grad_weight2, Tensor grad_bias2)");
+  // parameters: the weights of query, key, value, out_proj (only with several heads), linear1, linear2, norm1, norm2,
+  // then, if there are biases, those in the same order; the gradients come in this order, end to end.
+  m.def(
+      "transformer_block_fwd(Tensor input, Tensor[] parameters, int num_heads, bool causal, bool norm_first,"
+      " str activation, float eps1, float eps2, bool save) -> (Tensor out, Tensor saved)");
+  m.def(
+      "transformer_block_bwd(Tensor grad, Tensor input, Tensor[] parameters, Tensor saved, int num_heads, bool causal,"
+      " bool norm_first, str activation) -> (Tensor grad_input, Tensor grads)");
 }
 
 namespace {

@@ -257,6 +257,7 @@ class TransformerBlock(nn.Module):
             raise ValueError("defer_add is True; it needs norm_first=True: post-norm blocks end in a norm")
         self.norm_first = norm_first
         self.defer_add = defer_add
+        self.activation = activation
         self.attention = SelfAttention(embedding_dim, num_heads=num_heads, causal=causal, dropout=dropout, bias=bias)
         self.feed_forward = nn.Sequential(
             nn.Linear(embedding_dim, hidden_dim, bias=bias),
@@ -268,6 +269,18 @@ class TransformerBlock(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor | tuple[Tensor, Tensor]) -> Tensor | tuple[Tensor, Tensor]:
+        parameters = self._plain_parameters()
+        if parameters is not None and isinstance(x, Tensor) and _takes_block(x, parameters, self.attention):
+            return ops.transformer_block(
+                x,
+                parameters,
+                num_heads=self.attention.num_heads,
+                causal=self.attention.causal,
+                norm_first=self.norm_first,
+                activation=self.activation,
+                eps1=self.norm1.eps,
+                eps2=self.norm2.eps,
+            )
         if not self.norm_first:
             normed, _ = self.norm1(x, self.dropout(self.attention(x)))
             normed, _ = self.norm2(normed, self.dropout(self.feed_forward(normed)))
@@ -277,8 +290,52 @@ class TransformerBlock(nn.Module):
         branch = self.dropout(self.feed_forward(normed))
         return (stream, branch) if self.defer_add else stream + branch
 
+    def _plain_parameters(self) -> list[Tensor] | None:
+        """The parameters as `ops.transformer_block` lists them; None where the modules must be called one by one.
+
+        That is: dropout in training, and modules that somebody has replaced, hooked or parametrized.
+        """
+        if self.training and (self.dropout.p > 0 or self.attention.dropout > 0):
+            return None
+        attention, network = self.attention, self.feed_forward
+        parts = [attention.query, attention.key, attention.value, network[0], network[2], self.norm1, self.norm2]
+        if attention.out_proj is not None:
+            parts.insert(3, attention.out_proj)
+        containers = (attention, network, network[1], self.dropout)
+        if type(attention) is not SelfAttention or any(type(part) not in _PLAIN for part in parts):
+            return None
+        if any(_has_hooks(module) for module in (*parts, *containers)):
+            return None
+        found = [part._parameters[name] for name in ("weight", "bias") for part in parts]
+        parameters = [parameter for parameter in found if parameter is not None]
+        biases = len(parameters) - len(parts)
+        # The weights are there, and the biases of all or of none.
+        if any(weight is None for weight in found[: len(parts)]) or biases not in (0, len(parts)):
+            return None
+        return parameters
+
     def extra_repr(self) -> str:
         return f"norm_first={self.norm_first}"
+
+
+_PLAIN = (nn.Linear, LayerNorm)
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def _takes_block(x: Tensor, parameters: list[Tensor], attention: SelfAttention) -> bool:
+    """Whether one fused operator serves such a block; parts of it that need no gradient would be wasted work."""
+    if x.dim() != 3 or x.size(-1) != attention.embedding_dim or not x.dtype.is_floating_point:
+        return False
+    if any(parameter.dtype != x.dtype or parameter.device != x.device for parameter in parameters):
+        return False
+    if torch.is_grad_enabled() and not all(parameter.requires_grad for parameter in parameters):
+        return False
+    return not torch.is_autocast_enabled(x.device.type) and ops.serves_block(x, parameters, attention.num_heads)
 
 
 def check_int(name: str, value: object, minimum: int) -> int:

@@ -52,14 +52,19 @@ const Kernels& choose() {
 }
 
 constexpr size_t kKeptBytes = size_t{8} << 20;
+constexpr int kKeptBlocks = 4;
 
 char* allocate(size_t bytes) { return static_cast<char*>(::operator new(bytes, std::align_val_t{64})); }
 void release(char* data) { ::operator delete(data, std::align_val_t{64}); }
 
+// A stack of kept blocks: leases of one thread end in the opposite order of their beginning.
 struct Kept {
-  char* data = nullptr;
-  size_t bytes = 0;
-  ~Kept() { release(data); }
+  char* data[kKeptBlocks] = {};
+  size_t bytes[kKeptBlocks] = {};
+  int leases = 0;
+  ~Kept() {
+    for (char* block : data) release(block);
+  }
 };
 thread_local Kept kept;
 
@@ -96,21 +101,24 @@ int64_t last_level_cache() {
   return bytes;
 }
 
-Scratch::Scratch(size_t bytes) : owned_(bytes > kKeptBytes) {
+Scratch::Scratch(size_t bytes) : owned_(bytes > kKeptBytes || kept.leases >= kKeptBlocks) {
+  const int level = kept.leases++;
   if (owned_) {
     data_ = allocate(bytes);
     return;
   }
-  if (kept.bytes < bytes) {
-    release(kept.data);
-    kept = {};
-    kept.data = allocate(bytes);
-    kept.bytes = bytes;
+  if (kept.bytes[level] < bytes) {
+    release(kept.data[level]);
+    kept.data[level] = nullptr;
+    kept.bytes[level] = 0;
+    kept.data[level] = allocate(bytes);
+    kept.bytes[level] = bytes;
   }
-  data_ = kept.data;
+  data_ = kept.data[level];
 }
 
 Scratch::~Scratch() {
+  --kept.leases;
   if (owned_) release(data_);
 }
 

@@ -59,6 +59,37 @@ struct Attention {
   Strided grad_out, grad_query, grad_key, grad_value;
 };
 
+// Element (r, c) at data[r * row + c * column].
+struct Matrix {
+  const void* data;
+  int64_t row, column;
+};
+
+enum class Activation : int { none = 0, relu = 1, gelu = 2, gelu_tanh = 3 };
+
+// out = activation(A B + bias) + residual, or, with a gate, out = (A B + bias) * activation'(gate) + residual. Bias,
+// gate, residual, pre_activation and out have A's element type; the last four are (rows, columns) with rows out_row
+// apart, and residual may be out.
+struct Product {
+  int64_t rows, columns, depth;
+  Matrix a;  // (rows, depth)
+  Matrix b;  // (depth, columns)
+  void* out;
+  int64_t out_row;
+  const void* bias = nullptr;  // (columns)
+  Activation activation = Activation::none;
+  const void* gate = nullptr;  // where the derivative is taken
+  const void* residual = nullptr;
+  void* pre_activation = nullptr;  // receives A B + bias
+  void* packed = nullptr;          // B in panels, compute type; null: B is read where it is
+};
+
+struct ColumnSums {
+  const void* data;
+  int64_t rows, row;  // how many, and how far apart
+  void* out;
+};
+
 struct Kernels {
   const char* name;
   // Rows [begin, end).
@@ -69,6 +100,17 @@ struct Kernels {
   void (*attention_fwd[kNumDTypes])(const Attention&, int64_t b, int64_t h, int64_t begin, int64_t end);
   // One key/value head with all its query heads.
   void (*attention_bwd[kNumDTypes])(const Attention&, int64_t b, int64_t kv_head);
+  // Columns [begin, end) of B, begin a multiple of `panel`; then a part of the product, its columns begin likewise.
+  void (*pack_product[kNumDTypes])(const Product&, int64_t begin, int64_t end);
+  void (*product_part[kNumDTypes])(const Product&, int64_t row_begin, int64_t row_end, int64_t column_begin,
+                                   int64_t column_end);
+  // Columns [begin, end) of a product of few rows, without packing. A and B must be contiguous along the depth.
+  void (*product_dots[kNumDTypes])(const Product&, int64_t begin, int64_t end);
+  void (*column_sums[kNumDTypes])(const ColumnSums&, int64_t begin, int64_t end);
+  // out[i] = activation(x[i]) for i in [begin, end), or grad[i] * activation'(x[i]) with a gradient.
+  void (*activate[kNumDTypes])(Activation, const void* x, const void* grad, void* out, int64_t begin, int64_t end);
+  int64_t panel[kNumDTypes];  // columns of a panel
+  int64_t rows;               // of a tile
 };
 
 // The table in use: the best set that was built and that the processor has, or the one TINYLLM_CPU_ISA names. Throws
@@ -81,9 +123,9 @@ std::vector<std::string> usable_isas();
 // Bytes of the last-level cache that a process can count on; at most 32 MiB, and that where the system does not say.
 int64_t last_level_cache();
 
-// `bytes` of 64-byte aligned memory of the calling thread, valid until its next call. Small blocks are kept for the
-// next call, because asking the system for fresh pages costs more than a small attention; larger ones die with the
-// lease.
+// `bytes` of 64-byte aligned memory of the calling thread, for as long as the lease lives; leases nest. Small blocks
+// are kept for the next lease, because asking the system for fresh pages costs more than a small attention; larger ones
+// die with theirs.
 class Scratch {
  public:
   explicit Scratch(size_t bytes);

@@ -61,27 +61,28 @@ inline OperandB<S> panels(const S* data, int64_t depth) {
   return {data, kPanel<S>, kPanel<S> * depth};
 }
 
+// A's three numbers come one by one: as a structure on the stack they would be stored in halves and read back whole,
+// which waits until every store before has left for the cache.
 template <class S, int M, int N>
-__attribute__((noinline)) void gemm_tile(int64_t depth, OperandA<S> a, const S* b, int64_t b_row, S* c, int64_t c_row,
-                                         bool accumulate) {
+__attribute__((noinline)) void gemm_tile(int64_t depth, const S* a, int64_t a_row, int64_t a_step, const S* b,
+                                         int64_t b_row, S* c, int64_t c_row, bool accumulate) {
   using V = Vec<S>;
   V sum[M][N];
 #pragma GCC unroll 8
   for (int m = 0; m < M; ++m)
 #pragma GCC unroll 4
     for (int n = 0; n < N; ++n) sum[m][n] = V::zero();
-  const S* pa = a.data;
   for (int64_t k = 0; k < depth; ++k) {
     V vb[N];
 #pragma GCC unroll 4
     for (int n = 0; n < N; ++n) vb[n] = V::load(b + n * V::size);
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m) {
-      const V va = V::set1(pa[m * a.row]);
+      const V va = V::set1(a[m * a_row]);
 #pragma GCC unroll 4
       for (int n = 0; n < N; ++n) sum[m][n] = fma(va, vb[n], sum[m][n]);
     }
-    pa += a.step;
+    a += a_step;
     b += b_row;
   }
 #pragma GCC unroll 8
@@ -100,7 +101,7 @@ inline void gemm_rows(int64_t m, int64_t depth, OperandA<S> a, const S* b, int64
   if constexpr (M > 1) {
     if (m < M) return gemm_rows<S, N, M - 1>(m, depth, a, b, b_row, c, c_row, accumulate);
   }
-  gemm_tile<S, M, N>(depth, a, b, b_row, c, c_row, accumulate);
+  gemm_tile<S, M, N>(depth, a.data, a.row, a.step, b, b_row, c, c_row, accumulate);
 }
 
 // n columns of a panel, n a multiple of the vector's size.

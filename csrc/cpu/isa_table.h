@@ -1,6 +1,7 @@
 // Included last by each isa_<name>.cpp: that instruction set's table of kernels.
 #include "attention_kernel.h"
 #include "layer_norm_kernel.h"
+#include "linear_kernel.h"
 
 #define TINYLLM_ALL_DTYPES(kernel) {kernel<float>, kernel<double>, kernel<bfloat16>, kernel<float16>}
 
@@ -13,6 +14,13 @@ constexpr cpu::Kernels table(const char* name) {
       TINYLLM_ALL_DTYPES(layer_norm_bwd),
       TINYLLM_ALL_DTYPES(attention_fwd),
       TINYLLM_ALL_DTYPES(attention_bwd),
+      TINYLLM_ALL_DTYPES(pack_product),
+      TINYLLM_ALL_DTYPES(product_part),
+      TINYLLM_ALL_DTYPES(product_dots),
+      TINYLLM_ALL_DTYPES(column_sums),
+      TINYLLM_ALL_DTYPES(activate_all),
+      {kPanel<float>, kPanel<double>, kPanel<float>, kPanel<float>},
+      kRows,
   };
 }
 

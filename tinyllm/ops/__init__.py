@@ -3,5 +3,17 @@
 from tinyllm.ops.attention import scaled_dot_product_attention
 from tinyllm.ops.dispatch import backend, last_backend
 from tinyllm.ops.layer_norm import add_layer_norm, layer_norm
+from tinyllm.ops.linear import feed_forward, linear
+from tinyllm.ops.transformer_block import serves_block, transformer_block
 
-__all__ = ["add_layer_norm", "backend", "last_backend", "layer_norm", "scaled_dot_product_attention"]
+__all__ = [
+    "add_layer_norm",
+    "backend",
+    "feed_forward",
+    "last_backend",
+    "layer_norm",
+    "linear",
+    "scaled_dot_product_attention",
+    "serves_block",
+    "transformer_block",
+]

@@ -16,7 +16,7 @@ from tinyllm import _extension
 
 # Best first.
 BACKENDS = ("cpp", "reference")
-OPERATORS = ("layer_norm", "add_layer_norm", "attention")
+OPERATORS = ("layer_norm", "add_layer_norm", "attention", "linear", "feed_forward", "transformer_block")
 _KERNEL_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 _forced: str | None = None
@@ -42,6 +42,11 @@ def choose(operator: str, tensor: torch.Tensor, limits: Mapping[str, str] | None
     if not torch.compiler.is_compiling():
         _last = name
     return name
+
+
+def serves(backend_name: str, tensor: torch.Tensor, limits: Mapping[str, str] | None = None) -> bool:
+    """Whether a call would be served by this backend, a forced one included."""
+    return _forced in (None, backend_name) and _why_not(backend_name, tensor, limits or {}) is None
 
 
 def _choose(operator: str, tensor: torch.Tensor, limits: Mapping[str, str]) -> str:

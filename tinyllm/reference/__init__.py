@@ -4,7 +4,15 @@ Nothing here is fast, and nothing here needs the compiled kernels. Every kernel 
 the function of its own name, and `tinyllm.SimpleLLM` against the model of this package.
 """
 
-from tinyllm.reference.functional import add_layer_norm, layer_norm, scaled_dot_product_attention
+from tinyllm.reference.functional import (
+    ACTIVATIONS,
+    add_layer_norm,
+    feed_forward,
+    layer_norm,
+    linear,
+    scaled_dot_product_attention,
+    transformer_block,
+)
 from tinyllm.reference.model import (
     Embedding,
     PositionalEncoding,
@@ -16,14 +24,18 @@ from tinyllm.reference.model import (
 )
 
 __all__ = [
+    "ACTIVATIONS",
     "Embedding",
     "PositionalEncoding",
     "SelfAttention",
     "SimpleLLM",
     "TransformerBlock",
     "add_layer_norm",
+    "feed_forward",
     "layer_norm",
+    "linear",
     "scaled_dot_product_attention",
     "sinusoidal_table",
     "tokenize",
+    "transformer_block",
 ]

@@ -79,3 +79,80 @@ def scaled_dot_product_attention(
         weights = torch.softmax(scores, -1)
     weights = torch.dropout(weights, dropout_p, dropout_p > 0.0)
     return (weights @ value.to(compute)).to(query.dtype)
+
+
+ACTIVATIONS = {
+    "none": lambda x: x,
+    "relu": torch.relu,
+    "gelu": torch.nn.functional.gelu,
+    "gelu_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
+}
+
+
+def linear(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str = "none",
+    residual: Tensor | None = None,
+) -> Tensor:
+    """activation(input weight^T + bias) + residual."""
+    out = ACTIVATIONS[activation](torch.nn.functional.linear(input, weight, bias))
+    return out if residual is None else out + residual
+
+
+def feed_forward(
+    input: Tensor,
+    weight1: Tensor,
+    bias1: Tensor | None,
+    weight2: Tensor,
+    bias2: Tensor | None,
+    *,
+    activation: str = "relu",
+    residual: Tensor | None = None,
+) -> Tensor:
+    """activation(input weight1^T + bias1) weight2^T + bias2 + residual."""
+    return linear(linear(input, weight1, bias1, activation=activation), weight2, bias2, residual=residual)
+
+
+def transformer_block(
+    input: Tensor,
+    parameters: Sequence[Tensor],
+    *,
+    num_heads: int = 1,
+    causal: bool = False,
+    norm_first: bool = False,
+    activation: str = "relu",
+    eps1: float = 1e-5,
+    eps2: float = 1e-5,
+) -> Tensor:
+    """A transformer block of the parameters that `tinyllm.ops.transformer_block` lists."""
+    names = [name for name in BLOCK_PARAMETERS if num_heads > 1 or name != "out_proj"]
+    weights = dict(zip(names, parameters, strict=False))
+    biases = dict.fromkeys(names) | dict(zip(names, parameters[len(names) :], strict=False))
+
+    def layer(name: str, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        return linear(x, weights[name], biases[name], residual=residual)
+
+    def norm(name: str, x: Tensor, eps: float) -> Tensor:
+        return layer_norm(x, x.shape[-1:], weights[name], biases[name], eps)
+
+    def attention(x: Tensor, residual: Tensor) -> Tensor:
+        heads = [
+            layer(name, x).unflatten(-1, (num_heads, -1)).transpose(-2, -3) for name in ("query", "key", "value")
+        ]
+        attended = scaled_dot_product_attention(*heads, is_causal=causal).transpose(-2, -3).flatten(-2)
+        return layer("out_proj", attended, residual) if num_heads > 1 else attended + residual
+
+    def network(x: Tensor, residual: Tensor) -> Tensor:
+        return layer("linear2", ACTIVATIONS[activation](layer("linear1", x)), residual)
+
+    if norm_first:
+        middle = attention(norm("norm1", input, eps1), input)
+        return network(norm("norm2", middle, eps2), middle)
+    middle = norm("norm1", attention(input, input), eps1)
+    return norm("norm2", network(middle, middle), eps2)
+
+
+BLOCK_PARAMETERS = ("query", "key", "value", "out_proj", "linear1", "linear2", "norm1", "norm2")

@@ -1,0 +1,105 @@
+// The activations of feed-forward layers, and their derivatives, a vector at a time.
+#pragma once
+#include <cmath>
+
+#include "dispatch.h"
+#include "simd.h"
+
+namespace tinyllm::TINYLLM_ISA {
+
+using cpu::Activation;
+
+#if defined(TINYLLM_AVX512) || defined(TINYLLM_AVX2)
+
+// erf(x) = x P(x^2) / Q(x^2), to about two units in the last place: the rational minimax approximation of Eigen's
+// generic_fast_erf_float. Beyond |x| = 4 it is 1 in single precision.
+inline Vec<float> erf(Vec<float> x) {
+  using V = Vec<float>;
+  x = max(V::set1(-4.0f), min(V::set1(4.0f), x));
+  const V x2 = x * x;
+  V p = V::set1(-2.72614225801306e-10f);
+  for (const float c : {2.77068142495902e-08f, -2.10102402082508e-06f, -5.69250639462346e-05f, -7.34990630326855e-04f,
+                        -2.95459980854025e-03f, -1.60960333262415e-02f})
+    p = fma(p, x2, V::set1(c));
+  V q = V::set1(-1.45660718464996e-05f);
+  for (const float c : {-2.13374055278905e-04f, -1.68282697438203e-03f, -7.37332916720468e-03f, -1.42647390514189e-02f})
+    q = fma(q, x2, V::set1(c));
+  return x * p / q;
+}
+
+#endif
+
+// Double precision is for checking, not for speed.
+template <class S>
+inline Vec<S> erf(Vec<S> x) {
+  S values[Vec<S>::size];
+  x.store(values);
+  for (S& value : values) value = std::erf(value);
+  return Vec<S>::load(values);
+}
+
+// Phi(x), the share of a standard normal distribution below x: gelu(x) = x Phi(x) (Hendrycks and Gimpel 2016).
+template <class S>
+inline Vec<S> normal_cdf(Vec<S> x) {
+  using V = Vec<S>;
+  return fma(V::set1(S(0.5)), erf(x * V::set1(S(0.70710678118654752))), V::set1(S(0.5)));
+}
+
+// gelu's tanh form: x (1 + tanh(u)) / 2 = x sigmoid(2u), u = sqrt(2 / pi) (x + 0.044715 x^3). This is sigmoid(2u).
+template <class S>
+inline Vec<S> tanh_gate(Vec<S> x) {
+  using V = Vec<S>;
+  const V cubic = fma(V::set1(S(-2 * 0.7978845608028654 * 0.044715)), x * x, V::set1(S(-2 * 0.7978845608028654)));
+  return V::set1(S(1)) / (V::set1(S(1)) + exp(x * cubic));
+}
+
+template <class S>
+inline Vec<S> activate(Activation activation, Vec<S> x) {
+  switch (activation) {
+    case Activation::relu:
+      return max(Vec<S>::zero(), x);  // NaN stays
+    case Activation::gelu:
+      return x * normal_cdf(x);
+    case Activation::gelu_tanh:
+      return x * tanh_gate(x);
+    case Activation::none:
+      break;
+  }
+  return x;
+}
+
+// grad times the activation's derivative at x. For relu x may be its output as well as its input.
+template <class S>
+inline Vec<S> activation_grad(Activation activation, Vec<S> x, Vec<S> grad) {
+  using V = Vec<S>;
+  switch (activation) {
+    case Activation::relu:
+      return grad.where_positive(x);
+    case Activation::gelu: {
+      const V density = V::set1(S(0.39894228040143268)) * exp(x * x * V::set1(S(-0.5)));
+      return grad * fma(x, density, normal_cdf(x));
+    }
+    case Activation::gelu_tanh: {
+      const V gate = tanh_gate(x);
+      const V slope = fma(V::set1(S(6 * 0.7978845608028654 * 0.044715)), x * x, V::set1(S(2 * 0.7978845608028654)));
+      return grad * fma(x * gate * (V::set1(S(1)) - gate), slope, gate);
+    }
+    case Activation::none:
+      break;
+  }
+  return grad;
+}
+
+template <class T>
+void activate_all(Activation activation, const void* x, const void* grad, void* out, int64_t begin, int64_t end) {
+  using V = Vec<compute_t<T>>;
+  const T *from = static_cast<const T*>(x) + begin, *by = static_cast<const T*>(grad) + (grad == nullptr ? 0 : begin);
+  T* to = static_cast<T*>(out) + begin;
+  for_each_vector<V>(end - begin, [&](int64_t i, int64_t n) {
+    const V value = load_n<V>(from + i, n);
+    store_n(grad == nullptr ? activate(activation, value) : activation_grad(activation, value, load_n<V>(by + i, n)),
+            to + i, n);
+  });
+}
+
+}  // namespace tinyllm::TINYLLM_ISA

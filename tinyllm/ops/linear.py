@@ -1,0 +1,319 @@
+"""linear and feed_forward: checks, choice of backend, autograd, shapes for the compiler."""
+
+from __future__ import annotations
+
+import functools
+import os
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from tinyllm import _extension, reference
+from tinyllm.ops._autograd import autocast_dtype, grads_by_reference, needs_grad
+from tinyllm.ops.dispatch import choose
+from tinyllm.reference import ACTIVATIONS
+
+
+def linear(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str = "none",
+    residual: Tensor | None = None,
+) -> Tensor:
+    """activation(input weight^T + bias) + residual in one pass; `torch.nn.functional.linear` without the last two.
+
+    Args:
+        input: (*, in_features).
+        weight: (out_features, in_features), of input's dtype and device, as are all others.
+        bias: (out_features), or None.
+        activation: "none", "relu", "gelu" (with erf) or "gelu_tanh".
+        residual: of the result's shape, added last; or None.
+
+    Returns:
+        (*, out_features) of input's dtype, or autocast's. Sums are accumulated in float32 (float64 for float64).
+
+    Raises:
+        TypeError: dtypes that are not floating or differ.
+        ValueError: shapes that do not fit, tensors on different devices, an unknown activation.
+    """
+    input, weight, bias, residual = _autocast(input, weight, bias, residual)
+    _check_input(input, activation)
+    _check_layer(input, input.size(-1), "weight", weight, "bias", bias)
+    _check_tensor(input, "residual", residual, (*input.shape[:-1], weight.size(0)))
+    if choose("linear", input, limits(input)) == "reference":
+        return reference.linear(input, weight, bias, activation=activation, residual=residual)
+    if needs_grad(input, weight, bias, residual):
+        return _Linear.apply(input, weight, bias, residual, activation)
+    return torch.ops.tinyllm.linear_fwd(input, weight, bias, residual, activation, False)[0]
+
+
+def feed_forward(
+    input: Tensor,
+    weight1: Tensor,
+    bias1: Tensor | None,
+    weight2: Tensor,
+    bias2: Tensor | None,
+    *,
+    activation: str = "relu",
+    residual: Tensor | None = None,
+) -> Tensor:
+    """activation(input weight1^T + bias1) weight2^T + bias2 + residual: a transformer's two-layer network.
+
+    Args:
+        input: (*, D).
+        weight1: (hidden_dim, D), of input's dtype and device, as are all others.
+        bias1: (hidden_dim), or None.
+        weight2: (out_features, hidden_dim).
+        bias2: (out_features), or None.
+        activation: "none", "relu", "gelu" (with erf) or "gelu_tanh".
+        residual: of the result's shape, added last; or None.
+
+    Returns:
+        (*, out_features) of input's dtype, or autocast's.
+
+    Raises:
+        TypeError, ValueError: as `linear`.
+    """
+    input, weight1, bias1, weight2, bias2, residual = _autocast(input, weight1, bias1, weight2, bias2, residual)
+    _check_input(input, activation)
+    _check_layer(input, input.size(-1), "weight1", weight1, "bias1", bias1)
+    _check_layer(input, weight1.size(0), "weight2", weight2, "bias2", bias2)
+    _check_tensor(input, "residual", residual, (*input.shape[:-1], weight2.size(0)))
+    if choose("feed_forward", input, limits(input)) == "reference":
+        return reference.feed_forward(
+            input, weight1, bias1, weight2, bias2, activation=activation, residual=residual
+        )
+    if needs_grad(input, weight1, bias1, weight2, bias2, residual):
+        return _FeedForward.apply(input, weight1, bias1, weight2, bias2, residual, activation)
+    return torch.ops.tinyllm.feed_forward_fwd(
+        input, weight1, bias1, weight2, bias2, residual, activation, False
+    )[0]
+
+
+def _autocast(input: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
+    dtype = autocast_dtype(input.device.type)
+    if dtype is None:
+        return input, *others
+    return input.to(dtype), *(None if x is None else x.to(dtype) for x in others)
+
+
+def _check_input(input: Tensor, activation: str) -> None:
+    if not input.dtype.is_floating_point:
+        raise TypeError(f"input has dtype {input.dtype}; a floating dtype is needed")
+    if input.dim() == 0:
+        raise ValueError("input has no dimensions; (*, in_features) is needed")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation is {activation!r}; one of {', '.join(ACTIVATIONS)} is needed")
+
+
+def _check_layer(
+    input: Tensor, in_features: int, weight_name: str, weight: Tensor, bias_name: str, bias: Tensor | None
+) -> None:
+    if weight.dim() != 2 or weight.size(1) != in_features:
+        raise ValueError(f"{weight_name} has shape {list(weight.shape)}; (out_features, {in_features}) is needed")
+    _check_tensor(input, weight_name, weight, weight.shape)
+    _check_tensor(input, bias_name, bias, weight.shape[:1])
+
+
+def _check_tensor(input: Tensor, name: str, tensor: Tensor | None, shape: Sequence[int]) -> None:
+    if tensor is None:
+        return
+    if tensor.shape != torch.Size(shape):
+        raise ValueError(f"{name} has shape {list(tensor.shape)}; {list(shape)} is needed")
+    if tensor.dtype != input.dtype:
+        raise TypeError(f"{name} has dtype {tensor.dtype}; it must have input's, {input.dtype}")
+    if tensor.device != input.device:
+        raise ValueError(f"{name} is on {tensor.device}; it must be on input's device, {input.device}")
+
+
+# ---- PyTorch's products or ours: the one place where that is decided
+
+# PyTorch's own library must be this much faster to be taken, so that near a tie the choice does not vary between runs.
+_MARGIN = 1.15
+# Rows, in_features and out_features that stand for all products of so few, or of more, rows.
+_SAMPLES = ((4, (1, 1024, 1024)), (32, (16, 512, 512)), (None, (256, 512, 512)))
+
+
+def limits(input: Tensor) -> dict[str, str] | None:
+    """Why the compiled products do not serve this input, for `choose`."""
+    if input.device.type != "cpu" or not _extension.loaded:
+        return None
+    setting = os.environ.get("TINYLLM_LINEAR", "auto")
+    if setting == "cpp":
+        return None
+    if setting == "torch":
+        return {"cpp": "TINYLLM_LINEAR=torch"}
+    if setting != "auto":
+        raise ValueError(f"TINYLLM_LINEAR is {setting!r}; auto, cpp or torch is needed")
+    rows = input.numel() // max(1, input.size(-1))
+    sample = next(sample for most, sample in _SAMPLES if most is None or rows <= most)
+    faster = torchs_advantage(input.dtype, sample)
+    return None if faster < _MARGIN else {"cpp": f"PyTorch's product is {faster:.1f}x as fast for so many rows"}
+
+
+@torch.compiler.assume_constant_result
+@functools.lru_cache(maxsize=None)
+def torchs_advantage(dtype: torch.dtype, sizes: tuple[int, int, int]) -> float:
+    """How many times as fast as ours PyTorch's product of (rows, in_features, out_features) is on this machine: measured
+    at the first call, in a few milliseconds; the result is kept."""
+    rows, in_features, out_features = sizes
+    if dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        return 1.0
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        x = torch.rand(rows, in_features, generator=generator).to(dtype)
+        weight = torch.rand(out_features, in_features, generator=generator).to(dtype)
+        calls: tuple[Callable[[], object], ...] = (
+            lambda: torch.ops.tinyllm.linear_fwd(x, weight, None, None, "none", False),
+            lambda: F.linear(x, weight),
+        )
+        best = [float("inf"), float("inf")]
+        for _ in range(8):
+            for i, call in enumerate(calls):
+                start = time.perf_counter()
+                call()
+                best[i] = min(best[i], time.perf_counter() - start)
+    return best[0] / best[1]
+
+
+# ---- Autograd
+
+
+def _derivative_from(activation: str, residual: Tensor | None) -> str:
+    """What the activation's derivative is taken from: "", nothing; "out", its result; "pre", its argument."""
+    if activation == "none":
+        return ""
+    return "out" if activation == "relu" and residual is None else "pre"
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str
+    ) -> Tensor:
+        gate = _derivative_from(activation, residual)
+        out, pre = torch.ops.tinyllm.linear_fwd(input, weight, bias, residual, activation, gate == "pre")
+        ctx.save_for_backward(input, weight, bias, residual, {"": None, "out": out, "pre": pre}[gate])
+        ctx.activation = activation
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (grad,) = grads
+        input, weight, bias, residual, gate = ctx.saved_tensors
+        wanted = ctx.needs_input_grad
+        if torch.is_grad_enabled():
+            found = grads_by_reference(
+                lambda x, w, b, r: reference.linear(x, w, b, activation=ctx.activation, residual=r),
+                (input, weight, bias, residual),
+                wanted[:4],
+                (grad,),
+            )
+            return *found, None
+        found = torch.ops.tinyllm.linear_bwd(
+            grad, input, weight, gate, ctx.activation, wanted[0], wanted[1], wanted[2]
+        )
+        return *_where(wanted[:3], found), grad if wanted[3] else None, None
+
+
+class _FeedForward(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        weight1: Tensor,
+        bias1: Tensor | None,
+        weight2: Tensor,
+        bias2: Tensor | None,
+        residual: Tensor | None,
+        activation: str,
+    ) -> Tensor:
+        pre_needed = _derivative_from(activation, None) == "pre"
+        out, hidden, pre = torch.ops.tinyllm.feed_forward_fwd(
+            input, weight1, bias1, weight2, bias2, residual, activation, pre_needed
+        )
+        ctx.save_for_backward(
+            input, weight1, bias1, weight2, bias2, residual, hidden, pre if pre_needed else hidden
+        )
+        ctx.activation = activation
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (grad,) = grads
+        input, weight1, bias1, weight2, bias2, residual, hidden, gate = ctx.saved_tensors
+        wanted = ctx.needs_input_grad
+        if torch.is_grad_enabled():
+            found = grads_by_reference(
+                lambda x, w1, b1, w2, b2, r: reference.feed_forward(
+                    x, w1, b1, w2, b2, activation=ctx.activation, residual=r
+                ),
+                (input, weight1, bias1, weight2, bias2, residual),
+                wanted[:6],
+                (grad,),
+            )
+            return *found, None
+        found = torch.ops.tinyllm.feed_forward_bwd(
+            grad,
+            input,
+            weight1,
+            weight2,
+            hidden,
+            gate,
+            ctx.activation,
+            wanted[0],
+            wanted[1] or wanted[3],
+            wanted[2],
+            wanted[4],
+        )
+        return *_where(wanted[:5], found), grad if wanted[5] else None, None
+
+
+def _where(wanted: Sequence[bool], grads: Sequence[Tensor]) -> list[Tensor | None]:
+    return [grad if want else None for want, grad in zip(wanted, grads, strict=True)]
+
+
+if _extension.loaded:
+
+    def _if(wanted: bool, like: Tensor, *shape: int) -> Tensor:
+        return like.new_empty(shape if wanted else (0,))
+
+    @torch.library.register_fake("tinyllm::linear_fwd")
+    def _(input, weight, bias, residual, activation, pre_activation):  # type: ignore[no-untyped-def]
+        shape = (*input.shape[:-1], weight.size(0))
+        return input.new_empty(shape), _if(pre_activation, input, *shape)
+
+    @torch.library.register_fake("tinyllm::linear_bwd")
+    def _(grad, input, weight, gate, activation, input_grad, weight_grad, bias_grad):  # type: ignore[no-untyped-def]
+        return (
+            _if(input_grad, input, *input.shape),
+            _if(weight_grad, weight, *weight.shape),
+            _if(bias_grad, weight, weight.size(0)),
+        )
+
+    @torch.library.register_fake("tinyllm::feed_forward_fwd")
+    def _(input, weight1, bias1, weight2, bias2, residual, activation, pre_activation):  # type: ignore[no-untyped-def]
+        rows, width = input.shape[:-1], weight1.size(0)
+        return (
+            input.new_empty((*rows, weight2.size(0))),
+            input.new_empty((*rows, width)),
+            _if(pre_activation, input, *rows, width),
+        )
+
+    @torch.library.register_fake("tinyllm::feed_forward_bwd")
+    def _(  # type: ignore[no-untyped-def]
+        grad, input, weight1, weight2, hidden, gate, activation, input_grad, weight_grads, bias1_grad, bias2_grad
+    ):
+        return (
+            _if(input_grad, input, *input.shape),
+            _if(weight_grads, weight1, *weight1.shape),
+            _if(bias1_grad, weight1, weight1.size(0)),
+            _if(weight_grads, weight2, *weight2.shape),
+            _if(bias2_grad, weight2, weight2.size(0)),
+        )

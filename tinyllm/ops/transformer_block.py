@@ -1,0 +1,132 @@
+"""transformer_block: a whole block in one call, where the calls between its parts would cost more than the parts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tinyllm import _extension, reference
+from tinyllm.ops._autograd import grads_by_reference, needs_grad
+from tinyllm.ops.dispatch import choose, serves
+from tinyllm.ops.linear import limits as linear_limits
+
+# Below so many multiplications the calls saved outweigh whatever PyTorch's products are faster by.
+_SMALL = 4_000_000
+
+
+def transformer_block(
+    input: Tensor,
+    parameters: Sequence[Tensor],
+    *,
+    num_heads: int = 1,
+    causal: bool = False,
+    norm_first: bool = False,
+    activation: str = "relu",
+    eps1: float = 1e-5,
+    eps2: float = 1e-5,
+) -> Tensor:
+    """Attention and a two-layer network, each on a branch with its norm: see `tinyllm.nn.TransformerBlock`.
+
+    Args:
+        input: (B, T, D).
+        parameters: the weights of query, key, value, out_proj (D, D), linear1 (hidden_dim, D), linear2 (D, hidden_dim),
+            norm1, norm2 (D), then, if there are biases, those of each in the same order. With one head there is no
+            out_proj. All of input's dtype and device.
+        num_heads: of D / num_heads columns each.
+        causal: a token sees itself and earlier ones only.
+        norm_first: normalise before each branch instead of after each sum.
+        activation: "relu" or "gelu".
+        eps1, eps2: of the two norms.
+
+    Returns:
+        (B, T, D), like input.
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+    settings = (num_heads, causal, norm_first, activation)
+    if choose("transformer_block", input, _limits(input, parameters, num_heads)) == "reference":
+        return reference.transformer_block(
+            input,
+            parameters,
+            num_heads=num_heads,
+            causal=causal,
+            norm_first=norm_first,
+            activation=activation,
+            eps1=eps1,
+            eps2=eps2,
+        )
+    if needs_grad(input, *parameters):
+        return _TransformerBlock.apply(input, settings, eps1, eps2, *parameters)
+    return torch.ops.tinyllm.transformer_block_fwd(input, parameters, *settings, eps1, eps2, False)[0]
+
+
+def serves_block(input: Tensor, parameters: Sequence[Tensor], num_heads: int) -> bool:
+    """Whether a kernel takes such a block; otherwise it is faster in parts, each on its best backend."""
+    return serves("cpp", input, _limits(input, parameters, num_heads))
+
+
+def _limits(input: Tensor, parameters: Sequence[Tensor], num_heads: int) -> dict[str, str] | None:
+    if input.dtype not in (torch.float32, torch.float64):
+        return {"cpp": f"input is {input.dtype}; the kernel takes float32 and float64"}
+    if input.size(-1) // num_heads > 1024:
+        return {"cpp": f"head_dim is {input.size(-1) // num_heads}; the kernel takes at most 1024"}
+    linear1 = parameters[4 if num_heads > 1 else 3]
+    if input.numel() * linear1.size(0) <= _SMALL:
+        return None
+    return linear_limits(input)
+
+
+class _TransformerBlock(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, input: Tensor, settings: tuple[int, bool, bool, str], eps1: float, eps2: float, *parameters: Tensor
+    ) -> Tensor:
+        out, saved = torch.ops.tinyllm.transformer_block_fwd(input, parameters, *settings, eps1, eps2, True)
+        ctx.save_for_backward(input, saved, *parameters)
+        ctx.settings, ctx.eps = settings, (eps1, eps2)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (grad,) = grads
+        input, saved, *parameters = ctx.saved_tensors
+        wanted = ctx.needs_input_grad
+        if torch.is_grad_enabled():
+            names = ("num_heads", "causal", "norm_first", "activation", "eps1", "eps2")
+            settings = dict(zip(names, (*ctx.settings, *ctx.eps), strict=True))
+            found = grads_by_reference(
+                lambda x, *p: reference.transformer_block(x, p, **settings),
+                (input, *parameters),
+                (wanted[0], *wanted[4:]),
+                (grad,),
+            )
+            return found[0], None, None, None, *found[1:]
+        grad_input, flat = torch.ops.tinyllm.transformer_block_bwd(grad, input, parameters, saved, *ctx.settings)
+        pieces = flat.split([p.numel() for p in parameters])
+        found = [
+            (piece if p.dim() == 1 else piece.view(p.shape)) if want else None
+            for piece, p, want in zip(pieces, parameters, wanted[4:], strict=True)
+        ]
+        return grad_input if wanted[0] else None, None, None, None, *found
+
+
+if _extension.loaded:
+
+    def _saved_size(input: Tensor, parameters: Sequence[Tensor], num_heads: int, activation: str) -> int:
+        """The numbers that csrc/cpu/transformer_block.cpp keeps for backward."""
+        batch, tokens, width = input.shape
+        hidden = parameters[4 if num_heads > 1 else 3].size(0)
+        return batch * tokens * (7 * width + (1 if activation == "relu" else 2) * hidden + num_heads + 4)
+
+    @torch.library.register_fake("tinyllm::transformer_block_fwd")
+    def _(input, parameters, num_heads, causal, norm_first, activation, eps1, eps2, save):  # type: ignore[no-untyped-def]
+        size = _saved_size(input, parameters, num_heads, activation) if save else 0
+        return input.new_empty(input.shape), input.new_empty(size)
+
+    @torch.library.register_fake("tinyllm::transformer_block_bwd")
+    def _(grad, input, parameters, saved, num_heads, causal, norm_first, activation):  # type: ignore[no-untyped-def]
+        return input.new_empty(input.shape), input.new_empty(sum(p.numel() for p in parameters))
