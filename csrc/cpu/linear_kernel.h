@@ -85,6 +85,32 @@ inline Slab<compute_t<T>> load_slab(const Product& p, int64_t begin, int64_t end
   return {buffer, 1, kRows, kRows * p.depth};
 }
 
+// The lines of the next group's rows, asked for in equal shares while this group's panels are multiplied: a tile walks
+// along kRows rows at once and leaves each too soon for the processor to see where it goes.
+template <class S>
+class Lines {
+ public:
+  Lines(const Slab<S>& slab, int64_t first, int64_t rows, int64_t depth, int64_t shares)
+      : data_(slab.at(first).data), row_(slab.row), depth_(depth), rows_(slab.step == 1 ? rows : 0) {
+    share_ = (depth * rows_ / kLine + shares - 1) / std::max<int64_t>(1, shares);
+  }
+  void prefetch() {
+    for (int64_t left = share_; left > 0 && rows_ > 0; --left) {
+      __builtin_prefetch(data_ + at_);
+      at_ += kLine;
+      if (at_ < depth_) continue;
+      at_ = 0;
+      data_ += row_;
+      --rows_;
+    }
+  }
+
+ private:
+  static constexpr int64_t kLine = 64 / int64_t{sizeof(S)};
+  const S* data_;
+  int64_t row_, depth_, rows_, share_, at_ = 0;
+};
+
 // What follows the product: n columns, from `column` on, of a row.
 template <class T>
 inline void finish_row(const Product& p, int64_t row, int64_t column, int64_t n, const compute_t<T>* sums) {
@@ -144,18 +170,23 @@ void product_part(const Product& p, int64_t begin, int64_t end, int64_t column_b
   alignas(64) S tile[kRows * kPanel<S>];
   const int64_t panel_bytes = std::max<int64_t>(1, kPanel<S> * p.depth * int64_t{sizeof(S)});
   const int64_t together = std::max<int64_t>(1, kPanelBytes / panel_bytes) * kPanel<S>;
-  for (int64_t c0 = column_begin; c0 < column_end; c0 += together)
+  for (int64_t c0 = column_begin; c0 < column_end; c0 += together) {
+    const int64_t c1 = std::min(c0 + together, column_end);
     for (int64_t first = 0; first < end - begin; first += kRows) {
       const int64_t m = std::min<int64_t>(kRows, end - begin - first);
-      for (int64_t column = c0; column < std::min(c0 + together, column_end); column += kPanel<S>) {
-        const int64_t n = std::min(kPanel<S>, column_end - column);
+      const int64_t next = std::min<int64_t>(kRows, end - begin - first - m);
+      Lines<S> ahead(slab, first + kRows, next, p.depth, (c1 - c0 + kPanel<S> - 1) / kPanel<S>);
+      for (int64_t column = c0; column < c1; column += kPanel<S>) {
+        const int64_t n = std::min(kPanel<S>, c1 - column);
         const OperandB<S> b = p.packed == nullptr ? row_major(static_cast<const S*>(p.b.data) + column, p.b.row)
                                                   : panels(static_cast<const S*>(p.packed) + column * p.depth, p.depth);
         prefetch_rows<T>(p, begin + first, m, column);
+        ahead.prefetch();
         gemm<S>(m, n, p.depth, slab.at(first), b, tile, kPanel<S>, false);
         for (int64_t r = 0; r < m; ++r) finish_row<T>(p, begin + first + r, column, n, tile + r * kPanel<S>);
       }
     }
+  }
 }
 
 // Dot products of M rows of A and N columns of B, both contiguous along the depth.
