@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.timing import format_time, take_turns
-from tinyllm import _extension, info, ops
+from tinyllm import _extension, info, ops, tune_allocator
 from tinyllm.checkpoint import CONFIG_FILE, load_run
 from tinyllm.data import TRAIN_FILE, TokenDataset, train_loader
 from tinyllm.generation import generate
@@ -49,6 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not _extension.loaded:
         print(f"There is nothing to compare, both would be plain PyTorch: {_extension.why_not}")
         return 0
+    tune_allocator()  # for both sides, as `tinyllm train` does
     try:
         print(comparison(options.run, options.steps))
     except (OSError, ValueError) as error:

@@ -162,6 +162,7 @@ def generate(
 def info() -> None:
     """Show versions, what is built, and which backend serves each operator, and why."""
     with _one_line_errors():
+        _prepare_process()
         from tinyllm.info import print_info
 
         print_info()
@@ -231,6 +232,9 @@ def _prepare_process() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a model may write what the terminal cannot show
             stream.reconfigure(errors="replace")
+    from tinyllm.allocator import tune_allocator
+
+    tune_allocator()  # where it does not apply, `tinyllm info` says why
 
 
 def _write(text: str) -> None:

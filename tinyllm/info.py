@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from tinyllm import _extension
+from tinyllm.allocator import allocator_state
 from tinyllm.ops import dispatch
 
 
@@ -36,6 +37,7 @@ def info() -> dict[str, Any]:
             "chosen_isa": library.cpu_isa() if library else None,
             "TINYLLM_CPU_ISA": os.environ.get("TINYLLM_CPU_ISA"),
             "threads": torch.get_num_threads(),
+            "allocator": allocator_state(),
         },
         "operators": {operator: {device: _backends(device) for device in devices} for operator in dispatch.OPERATORS},
     }
@@ -67,6 +69,7 @@ def format_info() -> str:
     else:
         lines.append(f"compiled extension   not loaded: {extension['why_not']}")
     lines.append(f"CPU threads          {cpu['threads']} (torch.set_num_threads or OMP_NUM_THREADS)")
+    lines.append(f"allocator            {cpu['allocator']}")
     lines += ["", f"{'operator':<16} {'device':<7} {'backend':<10} why not the others"]
     for operator, devices in facts["operators"].items():
         for device, row in devices.items():
