@@ -22,6 +22,11 @@ STABLE_TORCH_LIBRARY(tinyllm, m) {
       "add_layer_norm_bwd(Tensor grad_normed, Tensor? grad_sum, Tensor sum, int[] normalized_shape, Tensor? weight,"
       " Tensor mean, Tensor rstd, bool parameter_grads) -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)");
   m.def(
+      "rms_norm_fwd(Tensor input, int[] normalized_shape, Tensor? weight, float eps) -> (Tensor normed, Tensor rstd)");
+  m.def(
+      "rms_norm_bwd(Tensor grad, Tensor input, int[] normalized_shape, Tensor? weight, Tensor rstd,"
+      " bool parameter_grads) -> (Tensor grad_input, Tensor grad_weight)");
+  m.def(
       "attention_fwd(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, bool is_causal, float scale)"
       " -> (Tensor out, Tensor lse)");
   m.def(

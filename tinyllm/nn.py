@@ -24,6 +24,7 @@ __all__ = [
     "LayerNorm",
     "LearnedPositionalEncoding",
     "PositionalEncoding",
+    "RMSNorm",
     "SelfAttention",
     "TransformerBlock",
 ]
@@ -59,6 +60,13 @@ class LayerNorm(nn.LayerNorm):
             dtype = torch.promote_types(input.dtype, residual.dtype)
             input, residual = input.to(dtype), residual.to(dtype)
         return ops.add_layer_norm(input, residual, self.normalized_shape, self.weight, self.bias, self.eps)
+
+
+class RMSNorm(nn.RMSNorm):
+    """`torch.nn.RMSNorm` on the fused kernel: same constructor and state_dict."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.rms_norm(x, self.normalized_shape, self.weight, self.eps)
 
 
 class Embedding(nn.Module):

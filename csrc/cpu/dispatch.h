@@ -96,6 +96,9 @@ struct Kernels {
   void (*layer_norm_fwd[kNumDTypes])(const LayerNormFwd&, int64_t begin, int64_t end);
   // Adds the rows' share of the weight's and the bias' gradients to `grads` (2 x size, compute type) unless null.
   void (*layer_norm_bwd[kNumDTypes])(const LayerNormBwd&, int64_t begin, int64_t end, void* grads);
+  // The same without mean and bias, which are not looked at; `grads` is 1 x size.
+  void (*rms_norm_fwd[kNumDTypes])(const LayerNormFwd&, int64_t begin, int64_t end);
+  void (*rms_norm_bwd[kNumDTypes])(const LayerNormBwd&, int64_t begin, int64_t end, void* grads);
   // Queries [begin, end) of one head.
   void (*attention_fwd[kNumDTypes])(const Attention&, int64_t b, int64_t h, int64_t begin, int64_t end);
   // One key/value head with all its query heads.

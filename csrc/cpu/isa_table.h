@@ -12,6 +12,8 @@ constexpr cpu::Kernels table(const char* name) {
       name,
       TINYLLM_ALL_DTYPES(layer_norm_fwd),
       TINYLLM_ALL_DTYPES(layer_norm_bwd),
+      TINYLLM_ALL_DTYPES(rms_norm_fwd),
+      TINYLLM_ALL_DTYPES(rms_norm_bwd),
       TINYLLM_ALL_DTYPES(attention_fwd),
       TINYLLM_ALL_DTYPES(attention_bwd),
       TINYLLM_ALL_DTYPES(pack_product),

@@ -1,4 +1,4 @@
-// layer_norm and add_layer_norm on the CPU: check, allocate, split over threads. The arithmetic is in
+// layer_norm, add_layer_norm and rms_norm on the CPU: check, allocate, split over threads. The arithmetic is in
 // layer_norm_kernel.h.
 #include <torch/csrc/stable/library.h>
 
@@ -12,9 +12,6 @@
 namespace tinyllm::cpu {
 namespace {
 
-using torch::headeronly::IntHeaderOnlyArrayRef;
-using torch::stable::contiguous;
-using torch::stable::new_empty;
 using torch::stable::parallel_for;
 using torch::stable::to;
 using OptionalTensor = std::optional<Tensor>;
@@ -23,15 +20,48 @@ using Shape = std::vector<int64_t>;
 // Rows for a thread to be worth waking: about 32 KB.
 int64_t grain(int64_t size) { return std::max<int64_t>(1, 8192 / std::max<int64_t>(1, size)); }
 
+using Forward = void (*)(const LayerNormFwd&, int64_t begin, int64_t end);
+using Backward = void (*)(const LayerNormBwd&, int64_t begin, int64_t end, void* grads);
+
+void run_forward(Forward kernel, const LayerNormFwd& args, int64_t rows) {
+  parallel_for(0, rows, grain(args.size), [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+}
+
 // The rows are split into chunks by their number alone, each chunk sums its share of the parameters' gradients in row
 // order, and the shares are added in chunk order: the same bits whatever the number of threads.
 template <class S>
-void add_chunks(const S* partial, int64_t chunks, int64_t size, S* out) {
-  std::fill(out, out + size, S(0));
-  parallel_for(0, size, 512, [&](int64_t begin, int64_t end) {
-    for (int64_t c = 0; c < chunks; ++c)
-      for (int64_t i = begin; i < end; ++i) out[i] += partial[c * 2 * size + i];
+void run_backward(Backward kernel, const LayerNormBwd& args, int64_t rows, std::initializer_list<void*> grads) {
+  const int64_t chunk_rows = std::max<int64_t>(grain(args.size), (rows + 63) / 64);
+  const int64_t chunks = (rows + chunk_rows - 1) / chunk_rows;
+  const int64_t share = static_cast<int64_t>(grads.size()) * args.size;  // elements for a chunk
+  const Scratch scratch(static_cast<size_t>(chunks * share) * sizeof(S));
+  S* const shares = reinterpret_cast<S*>(scratch.data());
+  parallel_items(chunks, [&](int64_t c) {
+    S* const own = shares + c * share;
+    std::fill(own, own + share, S(0));
+    kernel(args, c * chunk_rows, std::min(rows, (c + 1) * chunk_rows), own);
   });
+  const int64_t columns = std::max<int64_t>(512, 32768 / std::max<int64_t>(1, chunks));  // that are worth a thread
+  int64_t first = 0;
+  for (void* const grad : grads) {
+    S* const out = static_cast<S*>(grad);
+    parallel_for(0, args.size, columns, [&](int64_t begin, int64_t end) {
+      std::fill(out + begin, out + end, S(0));
+      for (int64_t c = 0; c < chunks; ++c)
+        for (int64_t i = begin; i < end; ++i) out[i] += shares[c * share + first + i];
+    });
+    first += args.size;
+  }
+}
+
+void run_backward(Backward kernel, int dtype, const LayerNormBwd& args, int64_t rows,
+                  std::initializer_list<void*> grads) {
+  if (*grads.begin() == nullptr)
+    parallel_for(0, rows, grain(args.size), [&](int64_t begin, int64_t end) { kernel(args, begin, end, nullptr); });
+  else if (dtype == static_cast<int>(DType::f64))
+    run_backward<double>(kernel, args, rows, grads);
+  else
+    run_backward<float>(kernel, args, rows, grads);
 }
 
 struct Rows {
@@ -59,7 +89,7 @@ OptionalTensor parameter(const char* op, const char* name, const OptionalTensor&
   check_device(op, name, *t, input);
   if (t->numel() != size) fail(op, ": ", name, " has shape ", shape_of(*t), "; it must have ", size, " elements");
   const ScalarType compute = compute_dtype(input.scalar_type());
-  return contiguous(t->scalar_type() == compute ? *t : to(*t, compute));
+  return as_contiguous(t->scalar_type() == compute ? *t : to(*t, compute));
 }
 
 const void* data_or_null(const OptionalTensor& t) { return t.has_value() ? data_of(*t) : nullptr; }
@@ -70,30 +100,27 @@ Tensor same_shape(const char* op, const char* name, const Tensor& t, const Tenso
   bool same = t.dim() == input.dim();
   for (int64_t i = 0; same && i < t.dim(); ++i) same = t.size(i) == input.size(i);
   if (!same) fail(op, ": ", name, " has shape ", shape_of(t), "; ", shape_of(input), " is needed");
-  return contiguous(t);
+  return as_contiguous(t);
 }
 
-// Outputs are streamed past the caches when they could not stay there anyway.
-bool larger_than_caches(const Tensor& output, int64_t outputs) {
-  return output.numel() * static_cast<int64_t>(output.element_size()) * outputs > last_level_cache() / 2;
-}
+int64_t bytes_of(const Tensor& t) { return t.numel() * static_cast<int64_t>(t.element_size()); }
 
-struct Forward {
+struct Normed {
   Tensor normed, sum, mean, rstd;
 };
 
-Forward forward(const char* op, const Tensor& input, const OptionalTensor& residual, const Shape& normalized_shape,
-                const OptionalTensor& weight, const OptionalTensor& bias, double eps) {
+Normed forward(const char* op, const Tensor& input, const OptionalTensor& residual, const Shape& normalized_shape,
+               const OptionalTensor& weight, const OptionalTensor& bias, double eps) {
   const Rows rows = split(op, input, normalized_shape);
   const int dtype = dtype_index(op, input);
-  const Tensor x = contiguous(input);
+  const Tensor x = as_contiguous(input);
   const OptionalTensor r = residual ? OptionalTensor(same_shape(op, "residual", *residual, input)) : std::nullopt;
   const OptionalTensor w = parameter(op, "weight", weight, input, rows.size);
   const OptionalTensor b = parameter(op, "bias", bias, input, rows.size);
   const ScalarType compute = compute_dtype(input.scalar_type());
-  const Tensor mean = new_empty(x, rows.leading, compute), rstd = new_empty(x, rows.leading, compute);
-  const Tensor normed = new_empty(x, x.sizes());
-  const Tensor sum = r ? new_empty(x, x.sizes()) : normed;
+  const Tensor mean = empty(rows.leading, compute), rstd = empty(rows.leading, compute);
+  const Tensor normed = empty(x.sizes(), x.scalar_type());
+  const Tensor sum = r ? empty(x.sizes(), x.scalar_type()) : normed;
   const LayerNormFwd args{data_of(x),
                           data_or_null(r),
                           data_or_null(w),
@@ -104,22 +131,36 @@ Forward forward(const char* op, const Tensor& input, const OptionalTensor& resid
                           data_of(rstd),
                           rows.size,
                           eps,
-                          larger_than_caches(normed, r ? 2 : 1)};
+                          larger_than_caches(bytes_of(x) * (r ? 4 : 2))};
   layer_norm_forward(dtype, args, rows.count);
   return {normed, sum, mean, rstd};
 }
 
 std::tuple<Tensor, Tensor, Tensor> layer_norm_fwd(Tensor input, Shape normalized_shape, OptionalTensor weight,
                                                   OptionalTensor bias, double eps) {
-  const Forward f = forward("layer_norm", input, std::nullopt, normalized_shape, weight, bias, eps);
+  const Normed f = forward("layer_norm", input, std::nullopt, normalized_shape, weight, bias, eps);
   return {f.normed, f.mean, f.rstd};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_fwd(Tensor input, Tensor residual, Shape normalized_shape,
                                                               OptionalTensor weight, OptionalTensor bias, double eps) {
-  const Forward f = forward("add_layer_norm", input, residual, normalized_shape, weight, bias, eps);
+  const Normed f = forward("add_layer_norm", input, residual, normalized_shape, weight, bias, eps);
   return {f.normed, f.sum, f.mean, f.rstd};
 }
+
+// A statistic of the rows that forward saved.
+void check_statistic(const char* op, const char* name, const Tensor& t, const Tensor& input, const Rows& rows) {
+  check_device(op, name, t, input);
+  check_dtype(op, name, t, compute_dtype(input.scalar_type()));
+  if (t.numel() != rows.count || !t.is_contiguous())
+    fail(op, ": ", name, " must be contiguous with one element for each row, ", rows.count);
+}
+
+Tensor parameter_grad(bool wanted, const Shape& shape, const Tensor& input) {
+  return empty(wanted ? shape : Shape{0}, compute_dtype(input.scalar_type()));
+}
+
+void* data_if(bool wanted, const Tensor& t) { return wanted ? data_of(t) : nullptr; }
 
 using Grads = std::tuple<Tensor, Tensor, Tensor>;
 
@@ -128,25 +169,19 @@ Grads backward(const char* op, const Tensor& grad_normed, const OptionalTensor& 
                bool parameter_grads) {
   const Rows rows = split(op, input, normalized_shape);
   const int dtype = dtype_index(op, input);
-  const ScalarType compute = compute_dtype(input.scalar_type());
-  const Tensor x = contiguous(input), dy = same_shape(op, "grad_normed", grad_normed, input);
+  const Tensor x = as_contiguous(input), dy = same_shape(op, "grad_normed", grad_normed, input);
   const OptionalTensor ds = grad_sum ? OptionalTensor(same_shape(op, "grad_sum", *grad_sum, input)) : std::nullopt;
   const OptionalTensor w = parameter(op, "weight", weight, input, rows.size);
-  for (const auto& [name, statistic] : {std::pair{"mean", &mean}, std::pair{"rstd", &rstd}}) {
-    check_device(op, name, *statistic, input);
-    check_dtype(op, name, *statistic, compute);
-    if (statistic->numel() != rows.count || !statistic->is_contiguous())
-      fail(op, ": ", name, " must be contiguous with one element for each row, ", rows.count);
-  }
-  const Tensor grad_input = new_empty(x, x.sizes());
+  check_statistic(op, "mean", mean, input, rows);
+  check_statistic(op, "rstd", rstd, input, rows);
+  const Tensor grad_input = empty(x.sizes(), x.scalar_type());
+  const Tensor grad_weight = parameter_grad(parameter_grads, normalized_shape, x);
+  const Tensor grad_bias = parameter_grad(parameter_grads, normalized_shape, x);
   const LayerNormBwd args{data_of(dy),         data_or_null(ds), data_of(x),
                           data_or_null(w),     data_of(mean),    data_of(rstd),
-                          data_of(grad_input), rows.size,        larger_than_caches(grad_input, 1)};
-  const Shape none{0};
-  const Tensor grad_weight = new_empty(x, parameter_grads ? normalized_shape : none, compute);
-  const Tensor grad_bias = new_empty(x, parameter_grads ? normalized_shape : none, compute);
-  layer_norm_backward(dtype, args, rows.count, parameter_grads ? data_of(grad_weight) : nullptr,
-                      parameter_grads ? data_of(grad_bias) : nullptr);
+                          data_of(grad_input), rows.size,        larger_than_caches(bytes_of(x) * (ds ? 4 : 3))};
+  layer_norm_backward(dtype, args, rows.count, data_if(parameter_grads, grad_weight),
+                      data_if(parameter_grads, grad_bias));
   return {grad_input, grad_weight, grad_bias};
 }
 
@@ -161,31 +196,64 @@ Grads add_layer_norm_bwd(Tensor grad_normed, OptionalTensor grad_sum, Tensor sum
                   parameter_grads);
 }
 
+std::tuple<Tensor, Tensor> rms_norm_fwd(Tensor input, Shape normalized_shape, OptionalTensor weight, double eps) {
+  const char* const op = "rms_norm";
+  const Rows rows = split(op, input, normalized_shape);
+  const int dtype = dtype_index(op, input);
+  const Tensor x = as_contiguous(input);
+  const OptionalTensor w = parameter(op, "weight", weight, input, rows.size);
+  const Tensor normed = empty(x.sizes(), x.scalar_type());
+  const Tensor rstd = empty(rows.leading, compute_dtype(x.scalar_type()));
+  LayerNormFwd args{};
+  args.input = data_of(x);
+  args.weight = data_or_null(w);
+  args.normed = data_of(normed);
+  args.rstd = data_of(rstd);
+  args.size = rows.size;
+  args.eps = eps;
+  args.stream = larger_than_caches(bytes_of(x) * 2);
+  rms_norm_forward(dtype, args, rows.count);
+  return {normed, rstd};
+}
+
+std::tuple<Tensor, Tensor> rms_norm_bwd(Tensor grad, Tensor input, Shape normalized_shape, OptionalTensor weight,
+                                        Tensor rstd, bool parameter_grads) {
+  const char* const op = "rms_norm_bwd";
+  const Rows rows = split(op, input, normalized_shape);
+  const int dtype = dtype_index(op, input);
+  const Tensor x = as_contiguous(input), dy = same_shape(op, "grad", grad, input);
+  const OptionalTensor w = parameter(op, "weight", weight, input, rows.size);
+  check_statistic(op, "rstd", rstd, input, rows);
+  const Tensor grad_input = empty(x.sizes(), x.scalar_type());
+  const Tensor grad_weight = parameter_grad(parameter_grads, normalized_shape, x);
+  LayerNormBwd args{};
+  args.grad_normed = data_of(dy);
+  args.input = data_of(x);
+  args.weight = data_or_null(w);
+  args.rstd = data_of(rstd);
+  args.grad_input = data_of(grad_input);
+  args.size = rows.size;
+  args.stream = larger_than_caches(bytes_of(x) * 3);
+  rms_norm_backward(dtype, args, rows.count, data_if(parameter_grads, grad_weight));
+  return {grad_input, grad_weight};
+}
+
 }  // namespace
 
 void layer_norm_forward(int dtype, const LayerNormFwd& args, int64_t rows) {
-  const auto kernel = kernels().layer_norm_fwd[dtype];
-  parallel_for(0, rows, grain(args.size), [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+  run_forward(kernels().layer_norm_fwd[dtype], args, rows);
 }
 
 void layer_norm_backward(int dtype, const LayerNormBwd& args, int64_t rows, void* grad_weight, void* grad_bias) {
-  const auto kernel = kernels().layer_norm_bwd[dtype];
-  if (grad_weight == nullptr) {
-    parallel_for(0, rows, grain(args.size), [&](int64_t begin, int64_t end) { kernel(args, begin, end, nullptr); });
-    return;
-  }
-  const int64_t chunk_rows = std::max<int64_t>(grain(args.size), (rows + 63) / 64);
-  const int64_t chunks = (rows + chunk_rows - 1) / chunk_rows;
-  const auto run = [&](auto zero) {
-    using S = decltype(zero);
-    std::vector<S> partial(chunks * 2 * args.size, zero);
-    parallel_items(chunks, [&](int64_t c) {
-      kernel(args, c * chunk_rows, std::min(rows, (c + 1) * chunk_rows), partial.data() + c * 2 * args.size);
-    });
-    add_chunks(partial.data(), chunks, args.size, static_cast<S*>(grad_weight));
-    add_chunks(partial.data() + args.size, chunks, args.size, static_cast<S*>(grad_bias));
-  };
-  dtype == static_cast<int>(DType::f64) ? run(0.0) : run(0.0f);
+  run_backward(kernels().layer_norm_bwd[dtype], dtype, args, rows, {grad_weight, grad_bias});
+}
+
+void rms_norm_forward(int dtype, const LayerNormFwd& args, int64_t rows) {
+  run_forward(kernels().rms_norm_fwd[dtype], args, rows);
+}
+
+void rms_norm_backward(int dtype, const LayerNormBwd& args, int64_t rows, void* grad_weight) {
+  run_backward(kernels().rms_norm_bwd[dtype], dtype, args, rows, {grad_weight});
 }
 
 STABLE_TORCH_LIBRARY_IMPL(tinyllm, CPU, m) {
@@ -193,6 +261,8 @@ STABLE_TORCH_LIBRARY_IMPL(tinyllm, CPU, m) {
   m.impl("layer_norm_bwd", TORCH_BOX(&layer_norm_bwd));
   m.impl("add_layer_norm_fwd", TORCH_BOX(&add_layer_norm_fwd));
   m.impl("add_layer_norm_bwd", TORCH_BOX(&add_layer_norm_bwd));
+  m.impl("rms_norm_fwd", TORCH_BOX(&rms_norm_fwd));
+  m.impl("rms_norm_bwd", TORCH_BOX(&rms_norm_bwd));
 }
 
 }  // namespace tinyllm::cpu

@@ -46,6 +46,13 @@ struct Vec<float> {
   void store(float16* p) const {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
   }
+  // Past the caches; p is aligned to the vector.
+  template <class T>
+  void stream(T* p) const {
+    alignas(32) T buffer[size];
+    store(buffer);
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), _mm256_load_si256(reinterpret_cast<const __m256i*>(buffer)));
+  }
   Vec operator+(Vec b) const { return {_mm512_add_ps(v, b.v)}; }
   Vec operator-(Vec b) const { return {_mm512_sub_ps(v, b.v)}; }
   Vec operator*(Vec b) const { return {_mm512_mul_ps(v, b.v)}; }
@@ -134,6 +141,12 @@ struct Vec<float> {
   void store(float16* p) const {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
   }
+  template <class T>
+  void stream(T* p) const {
+    alignas(16) T buffer[size];
+    store(buffer);
+    _mm_stream_si128(reinterpret_cast<__m128i*>(p), _mm_load_si128(reinterpret_cast<const __m128i*>(buffer)));
+  }
   Vec operator+(Vec b) const { return {_mm256_add_ps(v, b.v)}; }
   Vec operator-(Vec b) const { return {_mm256_sub_ps(v, b.v)}; }
   Vec operator*(Vec b) const { return {_mm256_mul_ps(v, b.v)}; }
@@ -219,7 +232,10 @@ struct Vec {
   void store(T* p) const {
     from_compute(v, *p);
   }
-  void stream(S* p) const { *p = v; }
+  template <class T>
+  void stream(T* p) const {
+    store(p);
+  }
   Vec operator+(Vec b) const { return {v + b.v}; }
   Vec operator-(Vec b) const { return {v - b.v}; }
   Vec operator*(Vec b) const { return {v * b.v}; }
@@ -284,6 +300,14 @@ inline void store_partial(V x, T* p, int64_t n) {
   T buffer[V::size];
   x.store(buffer);
   std::memcpy(p, buffer, static_cast<size_t>(n) * sizeof(T));
+}
+
+// x as it is after a store to elements of type T.
+template <class T, class V>
+inline V rounded(V x) {
+  T buffer[V::size];
+  x.store(buffer);
+  return V::load(buffer);
 }
 
 // f(i, n) for each vector of a row: i the first index, n how many of the vector's elements are inside.

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <vector>
 
 #include "../checks.h"
 #include "dispatch.h"
@@ -26,6 +27,24 @@ inline int dtype_index(const char* op, const Tensor& t) {
 }
 
 inline void* data_of(const Tensor& t) { return const_cast<void*>(t.const_data_ptr()); }
+
+// An uninitialised contiguous tensor. torch::stable::new_empty goes through the dispatcher, boxed, which takes as long
+// as a small layer norm.
+inline Tensor empty(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype) {
+  std::vector<int64_t> strides(sizes.size());
+  int64_t step = 1;
+  for (size_t i = sizes.size(); i-- > 0;) {
+    strides[i] = step;
+    step *= std::max<int64_t>(1, sizes[i]);
+  }
+  AtenTensorHandle made = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), aoti_torch_device_type_cpu(), 0, &made));
+  return Tensor(made);
+}
+
+inline Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
 // f(i) for i in [0, items), each taken by the next free thread: items may differ in cost, and no result depends on who
 // computed it.

@@ -4,6 +4,7 @@ from tinyllm.ops.attention import scaled_dot_product_attention
 from tinyllm.ops.dispatch import backend, last_backend
 from tinyllm.ops.layer_norm import add_layer_norm, layer_norm
 from tinyllm.ops.linear import feed_forward, linear
+from tinyllm.ops.rms_norm import rms_norm
 from tinyllm.ops.transformer_block import serves_block, transformer_block
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "last_backend",
     "layer_norm",
     "linear",
+    "rms_norm",
     "scaled_dot_product_attention",
     "serves_block",
     "transformer_block",

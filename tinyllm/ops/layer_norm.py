@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tinyllm import _extension, reference
 from tinyllm.ops._autograd import autocast_dtype, grads_by_reference, needs_grad
+from tinyllm.ops._norm import as_parameter, check, fake_parameter_grad, fake_statistics, limits
 from tinyllm.ops.dispatch import choose
 
 
@@ -35,10 +36,10 @@ def layer_norm(
         TypeError: a dtype that is not floating.
         ValueError: shapes that do not fit, or tensors on different devices.
     """
-    shape = _check(input, None, normalized_shape, weight, bias)
+    shape = check(input, normalized_shape, weight, bias)
     if input.device.type != "cpu" and autocast_dtype(input.device.type) is not None:
         input = input.float()  # what PyTorch's autocast does with layer_norm on accelerators
-    if choose("layer_norm", input, _limits(input, weight, bias)) == "reference":
+    if choose("layer_norm", input, limits(input, weight, bias)) == "reference":
         return reference.layer_norm(input, shape, weight, bias, eps)
     if needs_grad(input, weight, bias):
         return _LayerNorm.apply(input, shape, weight, bias, eps)
@@ -66,10 +67,10 @@ def add_layer_norm(
         TypeError: a dtype that is not floating, or input's and residual's differ.
         ValueError: shapes that do not fit, or tensors on different devices.
     """
-    shape = _check(input, residual, normalized_shape, weight, bias)
+    shape = check(input, normalized_shape, weight, bias, residual)
     if input.device.type != "cpu" and autocast_dtype(input.device.type) is not None:
         input, residual = input.float(), residual.float()
-    if choose("add_layer_norm", input, _limits(input, weight, bias)) == "reference":
+    if choose("add_layer_norm", input, limits(input, weight, bias)) == "reference":
         return reference.add_layer_norm(input, residual, shape, weight, bias, eps)
     if needs_grad(input, residual, weight, bias):
         return _AddLayerNorm.apply(input, residual, shape, weight, bias, eps)
@@ -77,50 +78,10 @@ def add_layer_norm(
     return normed, total
 
 
-def _check(
-    input: Tensor,
-    residual: Tensor | None,
-    normalized_shape: int | Sequence[int],
-    weight: Tensor | None,
-    bias: Tensor | None,
-) -> list[int]:
-    shape = [normalized_shape] if isinstance(normalized_shape, int) else list(normalized_shape)
-    if not input.dtype.is_floating_point:
-        raise TypeError(f"input has dtype {input.dtype}; a floating dtype is needed")
-    if not shape or list(input.shape[-len(shape) :]) != shape:
-        raise ValueError(
-            f"normalized_shape is {shape}; the last dimensions of input, {list(input.shape)}, must equal it"
-        )
-    if residual is not None:
-        if residual.shape != input.shape:
-            raise ValueError(f"residual has shape {list(residual.shape)}; it must have input's, {list(input.shape)}")
-        if residual.dtype != input.dtype:
-            raise TypeError(f"residual has dtype {residual.dtype}; it must have input's, {input.dtype}")
-        if residual.device != input.device:
-            raise ValueError(f"residual is on {residual.device}; it must be on input's device, {input.device}")
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is None:
-            continue
-        if list(tensor.shape) != shape:
-            raise ValueError(f"{name} has shape {list(tensor.shape)}; it must be normalized_shape, {shape}")
-        if not tensor.dtype.is_floating_point:
-            raise TypeError(f"{name} has dtype {tensor.dtype}; a floating dtype is needed")
-        if tensor.device != input.device:
-            raise ValueError(f"{name} is on {tensor.device}; it must be on input's device, {input.device}")
-    return shape
-
-
-def _limits(input: Tensor, weight: Tensor | None, bias: Tensor | None) -> dict[str, str] | None:
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None and tensor.dtype not in (input.dtype, torch.float32):
-            return {"cpp": f"{name} is {tensor.dtype}; the kernel takes input's dtype, {input.dtype}, or float32"}
-    return None
-
-
 class _LayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, input: Tensor, shape: list[int], weight: Tensor | None, bias: Tensor | None, eps: float
+        ctx: Any, input: Tensor, shape: tuple[int, ...], weight: Tensor | None, bias: Tensor | None, eps: float
     ) -> Tensor:
         normed, mean, rstd = torch.ops.tinyllm.layer_norm_fwd(input, shape, weight, bias, eps)
         ctx.save_for_backward(input, weight, bias, mean, rstd)
@@ -146,8 +107,8 @@ class _LayerNorm(torch.autograd.Function):
         return (
             grad_input,
             None,
-            _as_parameter(grad_weight, weight, need_weight),
-            _as_parameter(grad_bias, bias, need_bias),
+            as_parameter(grad_weight, weight, need_weight),
+            as_parameter(grad_bias, bias, need_bias),
             None,
         )
 
@@ -158,7 +119,7 @@ class _AddLayerNorm(torch.autograd.Function):
         ctx: Any,
         input: Tensor,
         residual: Tensor,
-        shape: list[int],
+        shape: tuple[int, ...],
         weight: Tensor | None,
         bias: Tensor | None,
         eps: float,
@@ -192,40 +153,27 @@ class _AddLayerNorm(torch.autograd.Function):
             grad,
             grad,
             None,
-            _as_parameter(grad_weight, weight, need_weight),
-            _as_parameter(grad_bias, bias, need_bias),
+            as_parameter(grad_weight, weight, need_weight),
+            as_parameter(grad_bias, bias, need_bias),
             None,
         )
 
 
-def _as_parameter(grad: Tensor, parameter: Tensor | None, needed: bool) -> Tensor | None:
-    """The kernels sum parameter gradients in float32 or float64; autograd wants the parameter's dtype."""
-    return grad.to(parameter.dtype) if needed and parameter is not None else None
-
-
 if _extension.loaded:
-
-    def _statistics(input: Tensor, shape: Sequence[int]) -> Tensor:
-        compute = torch.promote_types(input.dtype, torch.float32)
-        return input.new_empty(input.shape[: input.dim() - len(shape)], dtype=compute)
-
-    def _parameter_grads(mean: Tensor, shape: Sequence[int], needed: bool) -> tuple[Tensor, Tensor]:
-        size = list(shape) if needed else [0]
-        return mean.new_empty(size), mean.new_empty(size)
 
     @torch.library.register_fake("tinyllm::layer_norm_fwd")
     def _(input, shape, weight, bias, eps):  # type: ignore[no-untyped-def]
-        return input.new_empty(input.shape), _statistics(input, shape), _statistics(input, shape)
+        return input.new_empty(input.shape), fake_statistics(input, shape), fake_statistics(input, shape)
 
     @torch.library.register_fake("tinyllm::add_layer_norm_fwd")
     def _(input, residual, shape, weight, bias, eps):  # type: ignore[no-untyped-def]
         outputs = input.new_empty(input.shape), input.new_empty(input.shape)
-        return *outputs, _statistics(input, shape), _statistics(input, shape)
+        return *outputs, fake_statistics(input, shape), fake_statistics(input, shape)
 
     @torch.library.register_fake("tinyllm::layer_norm_bwd")
     def _(grad, input, shape, weight, mean, rstd, parameter_grads):  # type: ignore[no-untyped-def]
-        return input.new_empty(input.shape), *_parameter_grads(mean, shape, parameter_grads)
+        return input.new_empty(input.shape), *(fake_parameter_grad(mean, shape, parameter_grads) for _ in range(2))
 
     @torch.library.register_fake("tinyllm::add_layer_norm_bwd")
     def _(grad_normed, grad_sum, total, shape, weight, mean, rstd, parameter_grads):  # type: ignore[no-untyped-def]
-        return total.new_empty(total.shape), *_parameter_grads(mean, shape, parameter_grads)
+        return total.new_empty(total.shape), *(fake_parameter_grad(mean, shape, parameter_grads) for _ in range(2))

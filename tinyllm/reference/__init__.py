@@ -10,6 +10,7 @@ from tinyllm.reference.functional import (
     feed_forward,
     layer_norm,
     linear,
+    rms_norm,
     scaled_dot_product_attention,
     transformer_block,
 )
@@ -34,6 +35,7 @@ __all__ = [
     "feed_forward",
     "layer_norm",
     "linear",
+    "rms_norm",
     "scaled_dot_product_attention",
     "sinusoidal_table",
     "tokenize",

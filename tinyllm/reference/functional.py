@@ -45,6 +45,22 @@ def add_layer_norm(
     return layer_norm(total, normalized_shape, weight, bias, eps), total
 
 
+def rms_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+) -> Tensor:
+    """input / sqrt(mean(input^2) + eps) * weight over the last `len(normalized_shape)` dimensions."""
+    compute = torch.promote_types(input.dtype, torch.float32)
+    x = input.to(compute)
+    squares = x.pow(2).mean(tuple(range(-len(normalized_shape), 0)), keepdim=True)
+    normed = x * torch.rsqrt(squares + (torch.finfo(compute).eps if eps is None else eps))
+    if weight is not None:
+        normed = normed * weight.to(compute)
+    return normed.to(input.dtype)
+
+
 def scaled_dot_product_attention(
     query: Tensor,
     key: Tensor,
