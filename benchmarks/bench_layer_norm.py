@@ -1,4 +1,4 @@
-"""layer_norm and add_layer_norm against PyTorch's layer_norm, with and without the addition before it."""
+"""layer_norm, add_layer_norm (PyTorch: an addition, then layer_norm) and rms_norm against PyTorch's own."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.harness import BACKWARD, BYTES, EAGER, FORWARD, OURS, STEP, Case, Row, each_provider, passes, randn
-from benchmarks.work import add_layer_norm_bytes, layer_norm_bytes
+from benchmarks.work import add_layer_norm_bytes, layer_norm_bytes, rms_norm_bytes
 from tinyllm import ops
 
 SHAPES = [(768, 128), (4096, 768), (8192, 1024)]
@@ -30,6 +30,14 @@ def add_layer_norm(input: Tensor, residual: Tensor, weight: Tensor, bias: Tensor
 def torch_add_layer_norm(input: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     total = input + residual
     return F.layer_norm(total, weight.shape, weight, bias), total
+
+
+def rms_norm(input: Tensor, weight: Tensor) -> Tensor:
+    return ops.rms_norm(input, weight.shape, weight)
+
+
+def torch_rms_norm(input: Tensor, weight: Tensor) -> Tensor:
+    return F.rms_norm(input, weight.shape, weight)
 
 
 def _build(
@@ -57,6 +65,11 @@ def _rows() -> list[Row]:
             headline = (n, c) == (8192, 1024)
             row = Row("layer_norm", "add_layer_norm", direction, f"{n}x{c}", work, BYTES, build, headline=headline)
             rows.append(row)
+    for direction in (FORWARD, BACKWARD):
+        for n, c in SHAPES:
+            work = rms_norm_bytes(direction, n, c)
+            build = _build(rms_norm, torch_rms_norm, direction, [(n, c), (c,)])
+            rows.append(Row("layer_norm", "rms_norm", direction, f"{n}x{c}", work, BYTES, build))
     return rows
 
 

@@ -17,6 +17,11 @@ _ADD_LAYER_NORM = {
     BACKWARD: (4, 3),  # grad_normed, grad_sum, sum -> one gradient for input and residual
 }
 
+_RMS_NORM = {
+    FORWARD: (2, 1),
+    BACKWARD: (3, 2),
+}
+
 
 def layer_norm_bytes(direction: str, rows: int, columns: int, itemsize: int = 4) -> int:
     """The least traffic of layer_norm over (rows, columns): every tensor moves once."""
@@ -26,6 +31,11 @@ def layer_norm_bytes(direction: str, rows: int, columns: int, itemsize: int = 4)
 def add_layer_norm_bytes(direction: str, rows: int, columns: int, itemsize: int = 4) -> int:
     """The least traffic of add_layer_norm, both of whose outputs are used."""
     return _bytes(_ADD_LAYER_NORM, direction, rows, columns, itemsize)
+
+
+def rms_norm_bytes(direction: str, rows: int, columns: int, itemsize: int = 4) -> int:
+    """The least traffic of rms_norm over (rows, columns)."""
+    return _bytes(_RMS_NORM, direction, rows, columns, itemsize)
 
 
 def _bytes(table: dict[str, tuple[int, int]], direction: str, rows: int, columns: int, itemsize: int) -> int:

@@ -77,6 +77,21 @@ def test_layer_norm_constructor_is_torchs() -> None:
     assert repr(norm) == "LayerNorm((4,), eps=1e-06, elementwise_affine=True, bias=False)"
 
 
+# ---- RMSNorm
+
+
+@pytest.mark.parametrize("eps", [None, 1e-3])
+@pytest.mark.parametrize("affine", [True, False])
+def test_rms_norm_is_a_drop_in(eps, affine):
+    theirs = nn.RMSNorm((3, 4), eps, affine, dtype=F64)
+    ours = tinyllm.nn.RMSNorm((3, 4), eps, affine, dtype=F64)
+    randomise(theirs)
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(2, 3, 4, dtype=F64)
+    torch.testing.assert_close(ours(x), theirs(x))
+    assert repr(ours) == repr(theirs)
+
+
 # ---- Embedding and positions
 
 

@@ -34,6 +34,7 @@ with ops.backend("cpp"):
             w, b = torch.randn(2, size).to(dtype)
             ours = ops.add_layer_norm(q, k, size, w, b)
             pairs += zip(ours, reference.add_layer_norm(*exact[:2], [size], w.double(), b.double()))
+            pairs.append((ops.rms_norm(q, size, w, 1e-5), reference.rms_norm(exact[0], [size], w.double(), 1e-5)))
             for ours, theirs in pairs:
                 error = (ours.double() - theirs).abs().max().item()
                 assert error < tolerance * max(1, theirs.abs().max().item()), (dtype, size, error)

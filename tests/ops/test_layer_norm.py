@@ -157,13 +157,22 @@ def test_bits_do_not_depend_on_threads(rows):
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
-def test_outputs_larger_than_the_caches():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_outputs_larger_than_the_caches(dtype):
     # Written past the caches by another kind of store.
-    x = torch.randn(9000, 1024)
-    torch.testing.assert_close(ops.layer_norm(x, 1024), F.layer_norm(x, (1024,)), atol=2e-5, rtol=1e-5)
-    normed, total = ops.add_layer_norm(x, x, 1024)
-    assert torch.equal(total, x + x)
-    torch.testing.assert_close(normed, F.layer_norm(x + x, (1024,)), atol=2e-5, rtol=1e-5)
+    x, grad = torch.randn(2, 9000, 1024).to(dtype)
+    few = slice(4000, 4100)  # these rows alone stay in the caches
+    leaf, leaf_of_few = x.clone().requires_grad_(), x[few].clone().requires_grad_()
+    normed, normed_few = ops.layer_norm(leaf, 1024), ops.layer_norm(leaf_of_few, 1024)
+    assert torch.equal(normed[few], normed_few)
+    (ours,), (ours_few,) = (
+        torch.autograd.grad(normed, leaf, grad),
+        torch.autograd.grad(normed_few, leaf_of_few, grad[few]),
+    )
+    assert torch.equal(ours[few], ours_few)
+    normed, total = ops.add_layer_norm(x, grad, 1024)
+    assert torch.equal(total, x + grad)
+    assert torch.equal(normed[few], ops.add_layer_norm(x[few], grad[few], 1024)[0])
 
 
 def test_gradcheck():
