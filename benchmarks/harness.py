@@ -54,7 +54,7 @@ class Row:
     """One line of the comparison.
 
     Attributes:
-        section: the table it belongs to: "layer_norm", "attention" or "model".
+        section: the table it belongs to, a key of `report.SECTIONS`.
         operation: what is computed, such as "causal attention".
         direction: FORWARD, BACKWARD or STEP (both).
         shape: as a reader should see it.

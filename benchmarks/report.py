@@ -16,9 +16,14 @@ from tinyllm._files import replacing, write_text
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parents[1] / "README.md"
 DEMO = README.parent / "docs" / "demo.txt"  # what `make demo` printed
-SECTIONS = {"layer_norm": "Layer normalisation", "attention": "Attention", "model": "The whole model"}
+SECTIONS = {
+    "embedding": "Embedding",
+    "layer_norm": "Layer normalisation",
+    "attention": "Attention",
+    "model": "The whole model",
+}
 MARK = "(!)"  # of disturbed rows
-COLORS = {"layer_norm": "#2a9d8f", "attention": "#2f6fb0", "model": "#8a5fb5"}
+COLORS = {"embedding": "#d08c3a", "layer_norm": "#2a9d8f", "attention": "#2f6fb0", "model": "#8a5fb5"}
 
 
 # ---- The results

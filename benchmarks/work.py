@@ -45,6 +45,12 @@ def _bytes(table: dict[str, tuple[int, int]], direction: str, rows: int, columns
     return (tensors * rows + parameters) * columns * itemsize
 
 
+def embedding_bytes(direction: str, tokens: int, seq_len: int, vocab_size: int, columns: int, itemsize: int = 4) -> int:
+    """The least traffic of embedding + positions; the gradient of the whole table is written."""
+    rows = {FORWARD: 2 * tokens + seq_len, BACKWARD: tokens + seq_len + vocab_size}[direction]
+    return rows * columns * itemsize
+
+
 def visible_pairs(queries: int, keys: int, causal: bool) -> int:
     """How many (query, key) pairs take part; with causal, query i sees keys 0 .. i."""
     return sum(min(i + 1, keys) for i in range(queries)) if causal else queries * keys

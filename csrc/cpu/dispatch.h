@@ -90,6 +90,25 @@ struct ColumnSums {
   void* out;
 };
 
+// Rows of contiguous matrices with `size` columns.
+struct Embedding {
+  const void* weight;
+  const int64_t* ids;     // (tokens), each a row of weight
+  const void* positions;  // (seq_len rows), token t gets row t % seq_len; null: zeros
+  void* out;              // (tokens rows)
+  int64_t size, seq_len;
+};
+
+// Sums of rows: out[targets[s]] = rows[order[starts[s]]] + ... + rows[order[starts[s + 1] - 1]], in this order.
+struct SumRows {
+  const void* rows;
+  const int64_t* order;
+  const int64_t* starts;
+  const int64_t* targets;
+  void* out;
+  int64_t size;
+};
+
 struct Kernels {
   const char* name;
   // Rows [begin, end).
@@ -99,6 +118,10 @@ struct Kernels {
   // The same without mean and bias, which are not looked at; `grads` is 1 x size.
   void (*rms_norm_fwd[kNumDTypes])(const LayerNormFwd&, int64_t begin, int64_t end);
   void (*rms_norm_bwd[kNumDTypes])(const LayerNormBwd&, int64_t begin, int64_t end, void* grads);
+  // Tokens [begin, end).
+  void (*embedding_fwd[kNumDTypes])(const Embedding&, int64_t begin, int64_t end);
+  // Sums [begin, end), in the compute type until they are written.
+  void (*sum_rows[kNumDTypes])(const SumRows&, int64_t begin, int64_t end);
   // Queries [begin, end) of one head.
   void (*attention_fwd[kNumDTypes])(const Attention&, int64_t b, int64_t h, int64_t begin, int64_t end);
   // One key/value head with all its query heads.

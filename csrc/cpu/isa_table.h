@@ -1,5 +1,6 @@
 // Included last by each isa_<name>.cpp: that instruction set's table of kernels.
 #include "attention_kernel.h"
+#include "embedding_kernel.h"
 #include "layer_norm_kernel.h"
 #include "linear_kernel.h"
 
@@ -14,6 +15,8 @@ constexpr cpu::Kernels table(const char* name) {
       TINYLLM_ALL_DTYPES(layer_norm_bwd),
       TINYLLM_ALL_DTYPES(rms_norm_fwd),
       TINYLLM_ALL_DTYPES(rms_norm_bwd),
+      TINYLLM_ALL_DTYPES(embedding_fwd),
+      TINYLLM_ALL_DTYPES(sum_rows),
       TINYLLM_ALL_DTYPES(attention_fwd),
       TINYLLM_ALL_DTYPES(attention_bwd),
       TINYLLM_ALL_DTYPES(pack_product),

@@ -35,6 +35,11 @@ with ops.backend("cpp"):
             ours = ops.add_layer_norm(q, k, size, w, b)
             pairs += zip(ours, reference.add_layer_norm(*exact[:2], [size], w.double(), b.double()))
             pairs.append((ops.rms_norm(q, size, w, 1e-5), reference.rms_norm(exact[0], [size], w.double(), 1e-5)))
+            ids = torch.arange(12).view(3, 4) % size
+            out = ops.embedding(ids, q[0, 0], positions=q[0, 0, :1].expand(4, -1))
+            other = reference.embedding(ids, exact[0][0, 0], positions=exact[0][0, 0, :1].expand(4, -1))
+            grads = torch.autograd.grad(out.sum(), q), torch.autograd.grad(other.sum(), exact[0])
+            pairs += [(out, other), *zip(*grads)]
             for ours, theirs in pairs:
                 error = (ours.double() - theirs).abs().max().item()
                 assert error < tolerance * max(1, theirs.abs().max().item()), (dtype, size, error)

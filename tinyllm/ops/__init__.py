@@ -2,6 +2,7 @@
 
 from tinyllm.ops.attention import scaled_dot_product_attention
 from tinyllm.ops.dispatch import backend, last_backend
+from tinyllm.ops.embedding import embedding
 from tinyllm.ops.layer_norm import add_layer_norm, layer_norm
 from tinyllm.ops.linear import feed_forward, linear
 from tinyllm.ops.rms_norm import rms_norm
@@ -10,6 +11,7 @@ from tinyllm.ops.transformer_block import serves_block, transformer_block
 __all__ = [
     "add_layer_norm",
     "backend",
+    "embedding",
     "feed_forward",
     "last_backend",
     "layer_norm",

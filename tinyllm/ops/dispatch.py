@@ -16,7 +16,16 @@ from tinyllm import _extension
 
 # Best first.
 BACKENDS = ("cpp", "reference")
-OPERATORS = ("layer_norm", "add_layer_norm", "rms_norm", "attention", "linear", "feed_forward", "transformer_block")
+OPERATORS = (
+    "layer_norm",
+    "add_layer_norm",
+    "rms_norm",
+    "embedding",
+    "attention",
+    "linear",
+    "feed_forward",
+    "transformer_block",
+)
 _KERNEL_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 _forced: str | None = None

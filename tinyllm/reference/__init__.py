@@ -7,6 +7,7 @@ the function of its own name, and `tinyllm.SimpleLLM` against the model of this 
 from tinyllm.reference.functional import (
     ACTIVATIONS,
     add_layer_norm,
+    embedding,
     feed_forward,
     layer_norm,
     linear,
@@ -32,6 +33,7 @@ __all__ = [
     "SimpleLLM",
     "TransformerBlock",
     "add_layer_norm",
+    "embedding",
     "feed_forward",
     "layer_norm",
     "linear",

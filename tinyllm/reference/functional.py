@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 def layer_norm(
@@ -59,6 +60,25 @@ def rms_norm(
     if weight is not None:
         normed = normed * weight.to(compute)
     return normed.to(input.dtype)
+
+
+def embedding(
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+    *,
+    positions: Tensor | None = None,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """weight[input] + positions, with dropout; the other arguments are those of `torch.nn.functional.embedding`."""
+    vectors = F.embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
+    if positions is not None:
+        vectors = vectors + positions
+    return torch.dropout(vectors, dropout_p, dropout_p > 0.0)
 
 
 def scaled_dot_product_attention(

@@ -1,0 +1,58 @@
+// Rows of a table by their index, with a row of a second table added: weight[ids] + positions. Backward is the reverse:
+// each row of a gradient is the sum of the rows that came from it, in their order.
+//
+// Memory is the limit: a row is read and written once, nothing is scattered, and no two threads write the same row.
+#pragma once
+#include "dispatch.h"
+#include "simd.h"
+
+namespace tinyllm::TINYLLM_ISA {
+
+template <class T>
+void embedding_fwd(const cpu::Embedding& a, int64_t begin, int64_t end) {
+  using V = Vec<compute_t<T>>;
+  const int64_t size = a.size;
+  for (int64_t token = begin; token < end; ++token) {
+    const T* from = static_cast<const T*>(a.weight) + a.ids[token] * size;
+    T* out = static_cast<T*>(a.out) + token * size;
+    if (a.positions == nullptr) {
+      std::copy(from, from + size, out);
+      continue;
+    }
+    const T* position = static_cast<const T*>(a.positions) + token % a.seq_len * size;
+    for_each_vector<V>(
+        size, [&](int64_t i, int64_t n) { store_n(load_n<V>(from + i, n) + load_n<V>(position + i, n), out + i, n); });
+  }
+}
+
+template <class T>
+void sum_rows(const cpu::SumRows& a, int64_t begin, int64_t end) {
+  using V = Vec<compute_t<T>>;
+  constexpr int64_t kWidth = 4 * V::size;  // columns whose sums stay in registers
+  const int64_t size = a.size;
+  const T* rows = static_cast<const T*>(a.rows);
+  for (int64_t s = begin; s < end; ++s) {
+    T* out = static_cast<T*>(a.out) + a.targets[s] * size;
+    const int64_t first = a.starts[s], last = a.starts[s + 1];
+    const auto row = [&](int64_t k) { return rows + a.order[k] * size; };
+    if (last == first + 1) {
+      std::copy(row(first), row(first) + size, out);
+      continue;
+    }
+    int64_t i = 0;
+    for (; i + kWidth <= size; i += kWidth) {
+      V sum[4] = {V::zero(), V::zero(), V::zero(), V::zero()};
+      for (int64_t k = first; k < last; ++k)
+        for (int j = 0; j < 4; ++j) sum[j] = sum[j] + V::load(row(k) + i + j * V::size);
+      for (int j = 0; j < 4; ++j) sum[j].store(out + i + j * V::size);
+    }
+    for (; i < size; i += V::size) {
+      const int64_t n = std::min<int64_t>(V::size, size - i);
+      V sum = V::zero();
+      for (int64_t k = first; k < last; ++k) sum = sum + load_n<V>(row(k) + i, n);
+      store_n(sum, out + i, n);
+    }
+  }
+}
+
+}  // namespace tinyllm::TINYLLM_ISA

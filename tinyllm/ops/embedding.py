@@ -1,0 +1,171 @@
+"""embedding: checks, choice of backend, autograd, shapes for the compiler."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tinyllm import _extension, reference
+from tinyllm.ops._autograd import grads_by_reference, needs_grad
+from tinyllm.ops.dispatch import choose
+
+
+def embedding(
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+    *,
+    positions: Tensor | None = None,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """weight[input] + positions, in one pass, as `torch.nn.functional.embedding` and an addition behind it.
+
+    Args:
+        input: (*), or (*, T) with positions: ids, int32 or int64.
+        weight: (V, D), any floating dtype and strides.
+        padding_idx: the row that gets no gradient; negative: counted from the end.
+        max_norm, norm_type, scale_grad_by_freq, sparse: as in PyTorch, which then does the work.
+        positions: (T, D), added to every sequence; weight's dtype, else both are promoted.
+        dropout_p: probability of dropping an element of the sum, the others being scaled by 1 / (1 - dropout_p).
+
+    Returns:
+        (*, D). The gradient of weight is dense; each of its rows is summed in the order of the tokens, so that its bits
+        do not depend on the number of threads.
+
+    Raises:
+        IndexError: an id is negative or not below V; the message names it. Not on accelerators, nor in a compiled
+            graph (RuntimeError there).
+        TypeError: a dtype that does not serve.
+        ValueError: shapes that do not fit, tensors on different devices, a number out of range.
+    """
+    padding_idx = _check(input, weight, padding_idx, positions, dropout_p)
+    limits = _limits(weight, max_norm, scale_grad_by_freq, sparse, positions, dropout_p)
+    if choose("embedding", weight, limits) == "reference":
+        call = lambda: reference.embedding(  # noqa: E731
+            input,
+            weight,
+            padding_idx,
+            max_norm,
+            norm_type,
+            scale_grad_by_freq,
+            sparse,
+            positions=positions,
+            dropout_p=dropout_p,
+        )
+    elif needs_grad(weight, positions):
+        call = lambda: _Embedding.apply(input, weight, padding_idx, positions)  # noqa: E731
+    else:
+        call = lambda: torch.ops.tinyllm.embedding_fwd(input, weight, positions)  # noqa: E731
+    if torch.compiler.is_compiling():
+        return call()
+    try:
+        return call()
+    except (IndexError, RuntimeError, ValueError):
+        _raise_for_ids(input, weight.size(0))
+        raise
+
+
+def _check(
+    input: Tensor, weight: Tensor, padding_idx: int | None, positions: Tensor | None, dropout_p: float
+) -> int | None:
+    """padding_idx, counted from the beginning."""
+    if input.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"input has dtype {input.dtype}; int64 or int32 is needed")
+    if not weight.dtype.is_floating_point:
+        raise TypeError(f"weight has dtype {weight.dtype}; a floating dtype is needed")
+    if weight.dim() != 2:
+        raise ValueError(f"weight has shape {list(weight.shape)}; (V, D) is needed")
+    if input.device != weight.device:
+        raise ValueError(f"input is on {input.device}; it must be on weight's device, {weight.device}")
+    if positions is not None:
+        if input.dim() == 0 or positions.shape != (input.size(-1), weight.size(1)):
+            raise ValueError(
+                f"positions has shape {list(positions.shape)}; (T, D) is needed, where input is {list(input.shape)} "
+                f"and weight {list(weight.shape)}"
+            )
+        if not positions.dtype.is_floating_point:
+            raise TypeError(f"positions has dtype {positions.dtype}; a floating dtype is needed")
+        if positions.device != weight.device:
+            raise ValueError(f"positions is on {positions.device}; it must be on weight's device, {weight.device}")
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"dropout_p is {dropout_p}; it must be from 0 to 1")
+    if padding_idx is None:
+        return None
+    rows = weight.size(0)
+    if not -rows <= padding_idx < rows:
+        raise ValueError(f"padding_idx is {padding_idx}; it must be in {-rows} .. {rows - 1}")
+    return padding_idx % rows
+
+
+def _limits(
+    weight: Tensor,
+    max_norm: float | None,
+    scale_grad_by_freq: bool,
+    sparse: bool,
+    positions: Tensor | None,
+    dropout_p: float,
+) -> dict[str, str] | None:
+    if max_norm is not None:
+        return {"cpp": "max_norm changes the weight itself"}
+    if scale_grad_by_freq or sparse:
+        return {"cpp": "the kernel's gradient is dense and not scaled"}
+    if positions is not None and positions.dtype != weight.dtype:
+        return {"cpp": f"positions is {positions.dtype}; the kernel takes weight's dtype, {weight.dtype}"}
+    if dropout_p > 0.0:
+        return {"cpp": "the kernel has no dropout"}
+    return None
+
+
+def _raise_for_ids(input: Tensor, rows: int) -> None:
+    """IndexError if there is an id out of range, which is then why an operator failed."""
+    bad = input[(input < 0) | (input >= rows)]
+    if bad.numel() > 0:
+        raise IndexError(f"input has the id {int(bad[0])}; ids must be in 0 .. {rows - 1}") from None
+
+
+class _Embedding(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, weight: Tensor, padding_idx: int | None, positions: Tensor | None) -> Tensor:
+        # Backward needs no value of weight or positions, but their shapes and, for a second backward, themselves.
+        ctx.save_for_backward(input, weight, positions)
+        ctx.padding_idx = padding_idx
+        return torch.ops.tinyllm.embedding_fwd(input, weight, positions)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (grad,) = grads
+        input, weight, positions = ctx.saved_tensors
+        _, need_weight, _, need_positions = ctx.needs_input_grad
+        if torch.is_grad_enabled():
+            found = grads_by_reference(
+                lambda w, p: reference.embedding(input, w, ctx.padding_idx, positions=p),
+                (weight, positions),
+                (need_weight, need_positions),
+                (grad,),
+            )
+            return None, found[0], None, found[1]
+        grad_weight, grad_positions = torch.ops.tinyllm.embedding_bwd(
+            grad, input, weight.size(0), ctx.padding_idx, need_weight, need_positions
+        )
+        return None, grad_weight if need_weight else None, None, grad_positions if need_positions else None
+
+
+if _extension.loaded:
+
+    @torch.library.register_fake("tinyllm::embedding_fwd")
+    def _(input, weight, positions):  # type: ignore[no-untyped-def]
+        return weight.new_empty([*input.shape, weight.size(1)])
+
+    @torch.library.register_fake("tinyllm::embedding_bwd")
+    def _(grad, input, num_embeddings, padding_idx, weight_grad, positions_grad):  # type: ignore[no-untyped-def]
+        size = grad.size(-1)
+        return (
+            grad.new_empty([num_embeddings, size] if weight_grad else [0]),
+            grad.new_empty([input.size(-1), size] if positions_grad else [0]),
+        )
