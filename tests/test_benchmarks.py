@@ -76,7 +76,8 @@ def test_stored_results_are_whole() -> None:
     providers: dict[str, set[str]] = {}
     for row in results["rows"]:
         providers.setdefault(row["benchmark"], set()).add(row["provider"])
-    assert all(found >= {OURS, EAGER, COMPILED} for found in providers.values())
+    assert all(found >= {OURS, EAGER} for found in providers.values())
+    assert any(COMPILED in found for found in providers.values())
     assert {row["section"] for row in results["rows"]} == set(report.SECTIONS)
 
 

@@ -122,6 +122,7 @@ struct Kernels {
   void (*embedding_fwd[kNumDTypes])(const Embedding&, int64_t begin, int64_t end);
   // Sums [begin, end), in the compute type until they are written.
   void (*sum_rows[kNumDTypes])(const SumRows&, int64_t begin, int64_t end);
+  void (*stream_zeros)(char* data, int64_t bytes);
   // Queries [begin, end) of one head.
   void (*attention_fwd[kNumDTypes])(const Attention&, int64_t b, int64_t h, int64_t begin, int64_t end);
   // One key/value head with all its query heads.

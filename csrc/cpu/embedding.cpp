@@ -92,14 +92,17 @@ void weight_gradient(int dtype, const Tensor& grad, const Tensor& ids, std::opti
   starts.push_back(ids.numel());
   const SumRows args{data_of(grad), order.data(), starts.data(), targets.data(), data_of(out), size};
   const auto kernel = kernels().sum_rows[dtype];
-  const size_t row_bytes = static_cast<size_t>(size) * out.element_size();
+  const int64_t row_bytes = size * static_cast<int64_t>(out.element_size());
+  const bool stream = rows * row_bytes > last_level_cache() / 2;  // the gradient could not stay in the caches
   char* const base = static_cast<char*>(data_of(out));
   const int64_t chunk = std::max<int64_t>(grain(size), (rows + 63) / 64);
   parallel_items((rows + chunk - 1) / chunk, [&](int64_t c) {
     const int64_t begin = c * chunk, end = std::min(rows, begin + chunk);
     int64_t zeros = begin;  // rows from here on are not written yet
     const auto zero_until = [&](int64_t row) {
-      std::memset(base + static_cast<size_t>(zeros) * row_bytes, 0, static_cast<size_t>(row - zeros) * row_bytes);
+      char* const from = base + zeros * row_bytes;
+      stream ? kernels().stream_zeros(from, (row - zeros) * row_bytes)
+             : static_cast<void>(std::memset(from, 0, static_cast<size_t>((row - zeros) * row_bytes)));
     };
     for (auto s = std::lower_bound(targets.begin(), targets.end(), begin) - targets.begin();
          s < static_cast<int64_t>(targets.size()) && targets[s] < end; ++s) {

@@ -55,4 +55,15 @@ void sum_rows(const cpu::SumRows& a, int64_t begin, int64_t end) {
   }
 }
 
+// Zeroes that are not read soon are written past the caches.
+inline void stream_zeros(char* data, int64_t bytes) {
+  using V = Vec<float>;
+  constexpr int64_t kBytes = V::size * static_cast<int64_t>(sizeof(float));
+  const int64_t to_aligned = (kBytes - static_cast<int64_t>(reinterpret_cast<uintptr_t>(data) % kBytes)) % kBytes;
+  const int64_t head = std::min(bytes, to_aligned), whole = (bytes - head) / kBytes * kBytes;
+  std::memset(data, 0, static_cast<size_t>(head));
+  for (int64_t i = 0; i < whole; i += kBytes) V::zero().stream(reinterpret_cast<float*>(data + head + i));
+  std::memset(data + head + whole, 0, static_cast<size_t>(bytes - head - whole));
+}
+
 }  // namespace tinyllm::TINYLLM_ISA

@@ -17,6 +17,7 @@ constexpr cpu::Kernels table(const char* name) {
       TINYLLM_ALL_DTYPES(rms_norm_bwd),
       TINYLLM_ALL_DTYPES(embedding_fwd),
       TINYLLM_ALL_DTYPES(sum_rows),
+      stream_zeros,
       TINYLLM_ALL_DTYPES(attention_fwd),
       TINYLLM_ALL_DTYPES(attention_bwd),
       TINYLLM_ALL_DTYPES(pack_product),
