@@ -36,6 +36,13 @@ STABLE_TORCH_LIBRARY(tinyllm, m) {
   m.def(
       "attention_bwd(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor out, Tensor lse,"
       " bool is_causal, float scale) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)");
+  // reduction: 0 none, 1 mean, 2 sum, as in PyTorch. grad_input is empty unless with_grad.
+  m.def(
+      "cross_entropy_fwd(Tensor input, Tensor target, Tensor? weight, int reduction, int ignore_index,"
+      " float label_smoothing, bool with_grad) -> (Tensor loss, Tensor max_and_sum, Tensor grad_input)");
+  m.def(
+      "cross_entropy_bwd(Tensor grad, Tensor input, Tensor target, Tensor? weight, Tensor max_and_sum, int reduction,"
+      " int ignore_index, float label_smoothing) -> Tensor grad_input");
   // activation: none, relu, gelu, gelu_tanh
   m.def(
       "linear_fwd(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, str activation, bool pre_activation)"

@@ -59,6 +59,23 @@ struct Attention {
   Strided grad_out, grad_query, grad_key, grad_value;
 };
 
+// Rows of contiguous (rows, classes) logits. A row's target is ignore_index or a class.
+struct CrossEntropy {
+  const void* input;
+  const int64_t* target;
+  const void* weight;  // (classes), compute type; null: ones
+  double weight_sum;   // of all classes
+  int64_t classes, ignore_index;
+  double label_smoothing;
+  void* loss;         // (rows), before any reduction; compute type
+  void* max_and_sum;  // (rows, 2): the largest logit, and the sum of exp(logit - largest); compute type
+  void* grad_input;   // null: not wanted
+  const void* grad;   // row r's upstream gradient is scale * grad[r * grad_step], or scale where this is null
+  int64_t grad_step;
+  double scale;
+  bool stream;
+};
+
 // Element (r, c) at data[r * row + c * column].
 struct Matrix {
   const void* data;
@@ -127,6 +144,9 @@ struct Kernels {
   void (*attention_fwd[kNumDTypes])(const Attention&, int64_t b, int64_t h, int64_t begin, int64_t end);
   // One key/value head with all its query heads.
   void (*attention_bwd[kNumDTypes])(const Attention&, int64_t b, int64_t kv_head);
+  // Rows [begin, end): loss, statistics, and grad_input where wanted; grad_input from the statistics.
+  void (*cross_entropy_fwd[kNumDTypes])(const CrossEntropy&, int64_t begin, int64_t end);
+  void (*cross_entropy_bwd[kNumDTypes])(const CrossEntropy&, int64_t begin, int64_t end);
   // Columns [begin, end) of B, begin a multiple of `panel`; then a part of the product, its columns begin likewise.
   void (*pack_product[kNumDTypes])(const Product&, int64_t begin, int64_t end);
   void (*product_part[kNumDTypes])(const Product&, int64_t row_begin, int64_t row_end, int64_t column_begin,

@@ -1,6 +1,7 @@
 // Included last by each isa_<name>.cpp: that instruction set's table of kernels.
 #include "attention_kernel.h"
 #include "embedding_kernel.h"
+#include "cross_entropy_kernel.h"
 #include "layer_norm_kernel.h"
 #include "linear_kernel.h"
 
@@ -20,6 +21,8 @@ constexpr cpu::Kernels table(const char* name) {
       stream_zeros,
       TINYLLM_ALL_DTYPES(attention_fwd),
       TINYLLM_ALL_DTYPES(attention_bwd),
+      TINYLLM_ALL_DTYPES(cross_entropy_fwd),
+      TINYLLM_ALL_DTYPES(cross_entropy_bwd),
       TINYLLM_ALL_DTYPES(pack_product),
       TINYLLM_ALL_DTYPES(product_part),
       TINYLLM_ALL_DTYPES(product_dots),

@@ -40,6 +40,10 @@ with ops.backend("cpp"):
             other = reference.embedding(ids, exact[0][0, 0], positions=exact[0][0, 0, :1].expand(4, -1))
             grads = torch.autograd.grad(out.sum(), q), torch.autograd.grad(other.sum(), exact[0])
             pairs += [(out, other), *zip(*grads)]
+            x = torch.randn(size + 3, size).to(dtype).requires_grad_()
+            target, y = torch.arange(size + 3) % size, x.detach().double().requires_grad_()
+            losses = ops.cross_entropy(x, target), reference.cross_entropy(y, target)
+            pairs += [losses, (torch.autograd.grad(losses[0], x)[0], torch.autograd.grad(losses[1], y)[0])]
             for ours, theirs in pairs:
                 error = (ours.double() - theirs).abs().max().item()
                 assert error < tolerance * max(1, theirs.abs().max().item()), (dtype, size, error)

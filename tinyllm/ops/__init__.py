@@ -1,6 +1,7 @@
 """The operators: functions named and shaped like PyTorch's, each served by the best backend for its input."""
 
 from tinyllm.ops.attention import scaled_dot_product_attention
+from tinyllm.ops.cross_entropy import cross_entropy
 from tinyllm.ops.dispatch import backend, last_backend
 from tinyllm.ops.embedding import embedding
 from tinyllm.ops.layer_norm import add_layer_norm, layer_norm
@@ -12,6 +13,7 @@ __all__ = [
     "add_layer_norm",
     "backend",
     "embedding",
+    "cross_entropy",
     "feed_forward",
     "last_backend",
     "layer_norm",

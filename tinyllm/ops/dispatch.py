@@ -25,6 +25,7 @@ OPERATORS = (
     "linear",
     "feed_forward",
     "transformer_block",
+    "cross_entropy",
 )
 _KERNEL_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 

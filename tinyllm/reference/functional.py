@@ -175,9 +175,7 @@ def transformer_block(
         return layer_norm(x, x.shape[-1:], weights[name], biases[name], eps)
 
     def attention(x: Tensor, residual: Tensor) -> Tensor:
-        heads = [
-            layer(name, x).unflatten(-1, (num_heads, -1)).transpose(-2, -3) for name in ("query", "key", "value")
-        ]
+        heads = [layer(name, x).unflatten(-1, (num_heads, -1)).transpose(-2, -3) for name in ("query", "key", "value")]
         attended = scaled_dot_product_attention(*heads, is_causal=causal).transpose(-2, -3).flatten(-2)
         return layer("out_proj", attended, residual) if num_heads > 1 else attended + residual
 
@@ -192,3 +190,25 @@ def transformer_block(
 
 
 BLOCK_PARAMETERS = ("query", "key", "value", "out_proj", "linear1", "linear2", "norm1", "norm2")
+
+
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """PyTorch's own, computed in float32 where input has 16 bits."""
+    compute = torch.promote_types(input.dtype, torch.float32)
+    loss = F.cross_entropy(
+        input.to(compute),
+        target.to(compute) if target.is_floating_point() else target,
+        None if weight is None else weight.to(compute),
+        ignore_index=ignore_index,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+    )
+    return loss.to(input.dtype)

@@ -1,0 +1,96 @@
+// What the losses share on the torch side: targets and class weights, the reduction of the rows' losses, and the
+// gradient that comes back for them.
+#pragma once
+#include <limits>
+#include <optional>
+#include <vector>
+
+#include "torch_side.h"
+
+namespace tinyllm::cpu {
+
+using OptionalTensor = std::optional<Tensor>;
+
+enum class Reduction : int64_t { none = 0, mean = 1, sum = 2 };
+
+inline Reduction reduction_of(const char* op, int64_t reduction) {
+  if (reduction < 0 || reduction > 2)
+    fail(op, ": reduction is ", reduction, "; 0 (none), 1 (mean) or 2 (sum) is needed");
+  return static_cast<Reduction>(reduction);
+}
+
+// Contiguous targets, class weights in the compute dtype, and what the mean divides by: the sum of the weights of all
+// targets that are not ignored.
+struct Targets {
+  Tensor target;
+  OptionalTensor weight;
+  double weight_sum;
+  double divisor;
+
+  const int64_t* data() const { return static_cast<const int64_t*>(data_of(target)); }
+  const void* weight_data() const { return weight.has_value() ? data_of(*weight) : nullptr; }
+};
+
+// Throws std::out_of_range, IndexError in Python, for a target that is neither a class nor ignore_index: before
+// anything is computed, so that no kernel reads beyond a row.
+inline Targets read_targets(const char* op, const Tensor& input, const Tensor& target, const OptionalTensor& weight,
+                            int64_t rows, int64_t classes, int64_t ignore_index) {
+  check_device(op, "target", target, input);
+  check_dtype(op, "target", target, ScalarType::Long);
+  check_shape(op, "target", target, {rows});
+  Targets targets{torch::stable::contiguous(target), std::nullopt, static_cast<double>(classes), 0.0};
+  const ScalarType compute = compute_dtype(input.scalar_type());
+  if (weight.has_value()) {
+    check_device(op, "weight", *weight, input);
+    check_shape(op, "weight", *weight, {classes});
+    targets.weight =
+        torch::stable::contiguous(weight->scalar_type() == compute ? *weight : torch::stable::to(*weight, compute));
+  }
+  const void* weights = targets.weight_data();
+  const auto weight_of = [&](int64_t c) -> double {
+    if (weights == nullptr) return 1.0;
+    return compute == ScalarType::Double ? static_cast<const double*>(weights)[c]
+                                         : static_cast<const float*>(weights)[c];
+  };
+  if (weights != nullptr) {
+    targets.weight_sum = 0.0;
+    for (int64_t c = 0; c < classes; ++c) targets.weight_sum += weight_of(c);
+  }
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t t = targets.data()[r];
+    if (t == ignore_index) continue;
+    if (t < 0 || t >= classes)
+      throw std::out_of_range("Target " + std::to_string(t) + " is out of bounds: there are " +
+                              std::to_string(classes) + " classes");
+    targets.divisor += weight_of(t);
+  }
+  return targets;
+}
+
+// The rows' losses in the order of the rows, whatever the number of threads.
+inline Tensor reduce(const Tensor& losses, Reduction how, double divisor) {
+  if (how == Reduction::none) return losses;
+  const std::vector<int64_t> scalar;
+  const Tensor out = torch::stable::new_empty(losses, scalar);
+  const auto add = [&](auto zero) {
+    using S = decltype(zero);
+    double sum = 0.0;
+    for (int64_t r = 0; r < losses.numel(); ++r) sum += static_cast<double>(static_cast<const S*>(data_of(losses))[r]);
+    *static_cast<S*>(data_of(out)) = static_cast<S>(how == Reduction::mean ? sum / divisor : sum);
+  };
+  losses.scalar_type() == ScalarType::Double ? add(0.0) : add(0.0f);
+  return out;
+}
+
+// The loss' upstream gradient: (rows) contiguous without a reduction, else one number; in the compute dtype.
+inline Tensor upstream_grad(const char* op, const Tensor& grad, const Tensor& input, Reduction how, int64_t rows) {
+  check_device(op, "grad", grad, input);
+  check_dtype(op, "grad", grad, compute_dtype(input.scalar_type()));
+  if (how == Reduction::none)
+    check_shape(op, "grad", grad, {rows});
+  else
+    check_shape(op, "grad", grad, {});
+  return torch::stable::contiguous(grad);
+}
+
+}  // namespace tinyllm::cpu

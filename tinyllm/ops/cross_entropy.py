@@ -1,0 +1,180 @@
+"""cross_entropy: checks, choice of backend, autograd, shapes for the compiler."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tinyllm import _extension, reference
+from tinyllm.ops._autograd import autocast_dtype, grads_by_reference, needs_grad
+from tinyllm.ops.dispatch import choose
+
+REDUCTIONS = ("none", "mean", "sum")  # in the order of PyTorch's numbers for them
+
+
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """Cross-entropy between logits and targets, as `torch.nn.functional.cross_entropy`.
+
+    A row of logits is read from memory once (after Milakov & Gimelshein 2018, "Online normalizer calculation for
+    softmax"). Where a gradient will be wanted, forward writes it right then: loss and gradient together cost one read
+    and one write of the logits.
+
+    Args:
+        input: (N, C), (C,) or (N, C, d1, ...) logits, any floating dtype and strides.
+        target: class indices, (N,), () or (N, d1, ...), int64 or uint8; or probabilities of input's shape.
+        weight: (C,), of the classes, or None; input's dtype or float32.
+        ignore_index: rows with this target give 0, and a gradient of 0 even where their logits are NaN.
+        reduction: "mean" (over the weights of the rows that are not ignored; NaN if all are), "sum" or "none".
+        label_smoothing: in [0, 1]: the share of the target that is spread over all classes (Szegedy et al. 2016).
+
+    Returns:
+        A scalar, or target's shape for "none", of input's dtype (float32 for 16-bit input under autocast). Sums are
+        float32 (float64 for float64).
+
+    Raises:
+        IndexError: a target that is neither a class nor ignore_index.
+        RuntimeError, ValueError: PyTorch's own, for shapes, dtypes and options that do not fit.
+    """
+    dtype = input.dtype
+    if autocast_dtype(input.device.type) is not None:
+        dtype = torch.promote_types(dtype, torch.float32)  # what PyTorch's autocast does with its cross_entropy
+    if choose("cross_entropy", input, _limits(input, target, weight, reduction, label_smoothing)) == "reference":
+        return reference.cross_entropy(
+            input.to(dtype),
+            target,
+            weight,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            label_smoothing=label_smoothing,
+        )
+    # (N, C, d1, ...) -> (N, d1, ..., C) -> rows.
+    rows = input if input.dim() == 2 else input.movedim(min(1, input.dim() - 1), -1).reshape(-1, _classes(input))
+    arguments = (target.long().reshape(-1), weight, REDUCTIONS.index(reduction), ignore_index, label_smoothing)
+    if needs_grad(input):
+        loss = _CrossEntropy.apply(rows, *arguments, dtype)
+    else:
+        loss = torch.ops.tinyllm.cross_entropy_fwd(rows, *arguments, False)[0].to(dtype)
+    return loss.reshape(target.shape) if reduction == "none" else loss
+
+
+def _classes(input: Tensor) -> int:
+    return input.size(min(1, input.dim() - 1))
+
+
+def _limits(
+    input: Tensor, target: Tensor, weight: Tensor | None, reduction: str, label_smoothing: float
+) -> dict[str, str] | None:
+    if input.dim() == 0:
+        return {"cpp": "input is a scalar; the kernel takes (N, C), (C,) or (N, C, d1, ...)"}
+    index_shape = input.shape[:1] + input.shape[2:] if input.dim() > 1 else input.shape[:0]
+    return target_limits(target, index_shape, input) or option_limits(
+        weight, _classes(input), input, reduction, label_smoothing
+    )
+
+
+def target_limits(target: Tensor, index_shape: torch.Size, input: Tensor) -> dict[str, str] | None:
+    """Why the losses' kernels cannot serve a target."""
+    if target.dtype not in (torch.int64, torch.uint8) or target.shape != index_shape:
+        return {
+            "cpp": f"target is {target.dtype} of shape {list(target.shape)}; the kernel takes class indices of shape "
+            f"{list(index_shape)}"
+        }
+    if target.device != input.device:
+        return {"cpp": f"target is on {target.device}; the kernel needs it on input's device, {input.device}"}
+    return None
+
+
+def option_limits(
+    weight: Tensor | None, classes: int, input: Tensor, reduction: str, label_smoothing: float
+) -> dict[str, str] | None:
+    """Why the losses' kernels cannot serve class weights and options."""
+    if reduction not in REDUCTIONS:
+        return {"cpp": f"reduction is {reduction!r}; the kernel knows {', '.join(REDUCTIONS)}"}
+    if not 0.0 <= label_smoothing <= 1.0:
+        return {"cpp": f"label_smoothing is {label_smoothing}; the kernel takes [0, 1]"}
+    if weight is None:
+        return None
+    if list(weight.shape) != [classes] or weight.device != input.device:
+        return {"cpp": f"weight has shape {list(weight.shape)} on {weight.device}; the kernel takes [{classes}]"}
+    if weight.dtype not in (input.dtype, torch.float32):
+        return {"cpp": f"weight is {weight.dtype}; the kernel takes input's dtype, {input.dtype}, or float32"}
+    if needs_grad(weight):
+        return {"cpp": "weight requires a gradient; the kernel gives none"}
+    return None
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        reduction: int,
+        ignore_index: int,
+        label_smoothing: float,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        options = (reduction, ignore_index, label_smoothing)
+        # Without a reduction each row has its own upstream gradient. float16 could lose a gradient that has not been
+        # scaled yet. And a compiled graph cannot ask whether the upstream gradient is 1.
+        early = reduction != 0 and input.dtype != torch.float16 and not torch.compiler.is_compiling()
+        loss, max_and_sum, grad_input = torch.ops.tinyllm.cross_entropy_fwd(input, target, weight, *options, early)
+        ctx.save_for_backward(input, target, weight, max_and_sum)
+        ctx.options, ctx.grad_input = options, grad_input if early else None
+        return loss.to(dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (grad,) = grads
+        input, target, weight, max_and_sum = ctx.saved_tensors
+        nothing = (None,) * 6
+        if torch.is_grad_enabled():
+            reduction, ignore_index, label_smoothing = ctx.options
+            found = grads_by_reference(
+                lambda x: reference.cross_entropy(
+                    x,
+                    target,
+                    weight,
+                    ignore_index=ignore_index,
+                    reduction=REDUCTIONS[reduction],
+                    label_smoothing=label_smoothing,
+                ).to(grad.dtype),
+                (input,),
+                (True,),
+                (grad,),
+            )
+            return found[0], *nothing
+        # Handed out once, because whoever gets it may write to it; a second backward computes it again.
+        early, ctx.grad_input = ctx.grad_input, None
+        if early is not None and grad.item() == 1.0:
+            return early, *nothing
+        if early is not None and early.dtype == max_and_sum.dtype:  # in 16 bits it would be rounded twice
+            return early.mul_(grad), *nothing
+        return torch.ops.tinyllm.cross_entropy_bwd(
+            grad.to(max_and_sum.dtype), input, target, weight, max_and_sum, *ctx.options
+        ), *nothing
+
+
+if _extension.loaded:
+
+    @torch.library.register_fake("tinyllm::cross_entropy_fwd")
+    def _(input, target, weight, reduction, ignore_index, label_smoothing, with_grad):  # type: ignore[no-untyped-def]
+        compute = torch.promote_types(input.dtype, torch.float32)
+        loss = input.new_empty(input.shape[:1] if reduction == 0 else (), dtype=compute)
+        max_and_sum = input.new_empty((input.size(0), 2), dtype=compute)
+        return loss, max_and_sum, input.new_empty(input.shape if with_grad else (0,))
+
+    @torch.library.register_fake("tinyllm::cross_entropy_bwd")
+    def _(grad, input, target, weight, max_and_sum, reduction, ignore_index, label_smoothing):  # type: ignore[no-untyped-def]
+        return input.new_empty(input.shape)
