@@ -20,10 +20,17 @@ SECTIONS = {
     "embedding": "Embedding",
     "layer_norm": "Layer normalisation",
     "attention": "Attention",
+    "losses": "Losses",
     "model": "The whole model",
 }
 MARK = "(!)"  # of disturbed rows
-COLORS = {"embedding": "#d08c3a", "layer_norm": "#2a9d8f", "attention": "#2f6fb0", "model": "#8a5fb5"}
+COLORS = {
+    "embedding": "#c9a227",
+    "layer_norm": "#2a9d8f",
+    "attention": "#2f6fb0",
+    "losses": "#d1793b",
+    "model": "#8a5fb5",
+}
 
 
 # ---- The results

@@ -51,6 +51,17 @@ def embedding_bytes(direction: str, tokens: int, seq_len: int, vocab_size: int, 
     return rows * columns * itemsize
 
 
+def cross_entropy_bytes(direction: str, rows: int, classes: int, itemsize: int = 4) -> int:
+    """The least traffic of a cross-entropy: the logits are read once, and with a backward their gradient written once.
+    Whoever reads them again for it gets no credit; targets and losses, a number a row, are not counted."""
+    return {FORWARD: 1, STEP: 2}[direction] * rows * classes * itemsize
+
+
+def linear_cross_entropy_flops(direction: str, rows: int, features: int, classes: int) -> int:
+    """FLOPs of the products: the logits, and for a step the gradients of input and weight. Softmax counts nothing."""
+    return {FORWARD: 1, STEP: 3}[direction] * 2 * rows * features * classes
+
+
 def visible_pairs(queries: int, keys: int, causal: bool) -> int:
     """How many (query, key) pairs take part; with causal, query i sees keys 0 .. i."""
     return sum(min(i + 1, keys) for i in range(queries)) if causal else queries * keys

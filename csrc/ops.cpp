@@ -43,6 +43,15 @@ STABLE_TORCH_LIBRARY(tinyllm, m) {
   m.def(
       "cross_entropy_bwd(Tensor grad, Tensor input, Tensor target, Tensor? weight, Tensor max_and_sum, int reduction,"
       " int ignore_index, float label_smoothing) -> Tensor grad_input");
+  // Gradients are in the compute dtype, and empty where not wanted.
+  m.def(
+      "linear_cross_entropy_fwd(Tensor input, Tensor linear_weight, Tensor target, Tensor? linear_bias, Tensor? weight,"
+      " int reduction, int ignore_index, float label_smoothing, bool need_input, bool need_weight, bool need_bias)"
+      " -> (Tensor loss, Tensor grad_input, Tensor grad_weight, Tensor grad_bias)");
+  m.def(
+      "linear_cross_entropy_bwd(Tensor grad, Tensor input, Tensor linear_weight, Tensor target, Tensor? linear_bias,"
+      " Tensor? weight, int reduction, int ignore_index, float label_smoothing, bool need_input, bool need_weight,"
+      " bool need_bias) -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)");
   // activation: none, relu, gelu, gelu_tanh
   m.def(
       "linear_fwd(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, str activation, bool pre_activation)"

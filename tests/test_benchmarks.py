@@ -94,6 +94,20 @@ def test_layer_norm_bytes() -> None:
     assert work.add_layer_norm_bytes(BACKWARD, 768, 128) == 4 * size + 3 * 128 * 4
 
 
+def test_cross_entropy_bytes() -> None:
+    assert work.cross_entropy_bytes(FORWARD, 1024, 50257) == 1024 * 50257 * 4
+    assert work.cross_entropy_bytes(STEP, 1024, 50257) == 2 * 1024 * 50257 * 4
+
+
+def test_linear_cross_entropy_flops_are_those_of_the_formula() -> None:
+    input, weight = torch.randn(6, 4, requires_grad=True), torch.randn(9, 4, requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        loss = reference.linear_cross_entropy(input, weight, torch.arange(6))
+        assert work.linear_cross_entropy_flops(FORWARD, 6, 4, 9) == counter.get_total_flops()
+        loss.backward()
+    assert work.linear_cross_entropy_flops(STEP, 6, 4, 9) == counter.get_total_flops()
+
+
 @pytest.mark.parametrize(("queries", "keys"), [(1, 1), (4, 4), (5, 3), (3, 5)])
 def test_visible_pairs(queries: int, keys: int) -> None:
     mask = torch.ones(queries, keys, dtype=torch.bool)

@@ -87,17 +87,21 @@ inline compute_t<T> sum_distances(const T* x, int64_t size, compute_t<T> max, co
 
 // The numbers that make a row's loss and gradient of its target.
 struct TargetTerms {
-  double hard;     // (1 - s) w_t
-  double uniform;  // s / C
-  double total;    // hard + s / C sum w: what p is multiplied by
+  double hard;      // (1 - s) w_t
+  double uniform;   // s / C
+  double total;     // hard + s / C sum w: what p is multiplied by
+  double upstream;  // the gradient that comes back for the row's loss
 };
 
 template <class S>
-inline TargetTerms terms_of(const CrossEntropy& a, int64_t target) {
-  const double weight = a.weight == nullptr ? 1.0 : static_cast<double>(static_cast<const S*>(a.weight)[target]);
-  const double hard = (1.0 - a.label_smoothing) * weight;
+inline TargetTerms terms_of(const CrossEntropy& a, int64_t row) {
+  const S* weight = static_cast<const S*>(a.weight);
+  const double hard =
+      (1.0 - a.label_smoothing) * (weight == nullptr ? 1.0 : static_cast<double>(weight[a.target[row]]));
   const double uniform = a.label_smoothing / static_cast<double>(a.classes);
-  return {hard, uniform, a.label_smoothing == 0.0 ? hard : hard + uniform * a.weight_sum};
+  const double upstream =
+      a.grad == nullptr ? 1.0 : static_cast<double>(static_cast<const S*>(a.grad)[row * a.grad_step]);
+  return {hard, uniform, a.label_smoothing == 0.0 ? hard : hard + uniform * a.weight_sum, a.scale * upstream};
 }
 
 // f(i, n) -> a vector, written for each of a row; `stream`: past the caches, where whole aligned vectors are written.
@@ -133,10 +137,9 @@ inline void write_gradient(const CrossEntropy& a, int64_t r, compute_t<T> max, c
   T* out = static_cast<T*>(a.grad_input) + r * size;
   if (target == a.ignore_index) return write_row(out, size, a.stream, [](int64_t, int64_t) { return V::zero(); });
   const S* weight = static_cast<const S*>(a.weight);
-  const double upstream =
-      a.scale * (a.grad == nullptr ? 1.0 : static_cast<double>(static_cast<const S*>(a.grad)[r * a.grad_step]));
-  const TargetTerms terms = terms_of<S>(a, target);
-  const double factor = upstream * terms.total / static_cast<double>(sum), shift = upstream * terms.uniform;
+  const TargetTerms terms = terms_of<S>(a, r);
+  const double factor = terms.upstream * terms.total / static_cast<double>(sum);
+  const double shift = terms.upstream * terms.uniform;
   const V vmax = V::set1(max), vfactor = V::set1(static_cast<S>(factor)), vshift = V::set1(static_cast<S>(-shift));
   const auto softmax = [&](int64_t i, int64_t n) {
     __builtin_prefetch(x + size + (size + i) / 2);
@@ -154,7 +157,7 @@ inline void write_gradient(const CrossEntropy& a, int64_t r, compute_t<T> max, c
     smooth = shift * static_cast<double>(weight[target]);
   }
   const double e = std::exp(static_cast<double>(to_compute(x[target])) - static_cast<double>(max));
-  from_compute(static_cast<S>(e * factor - smooth - upstream * terms.hard), out[target]);
+  from_compute(static_cast<S>(e * factor - smooth - terms.upstream * terms.hard), out[target]);
 }
 
 template <class T>
@@ -170,7 +173,7 @@ void cross_entropy_fwd(const CrossEntropy& a, int64_t begin, int64_t end) {
     if (a.target[r] != a.ignore_index) {
       max = row_max(x, size);
       sum = sum_exps(x, size, max);
-      const TargetTerms terms = terms_of<S>(a, a.target[r]);
+      const TargetTerms terms = terms_of<S>(a, r);
       const double log_sum = std::log(static_cast<double>(sum));
       const double at_target = static_cast<double>(to_compute(x[a.target[r]])) - static_cast<double>(max);
       double row_loss = terms.hard * (log_sum - at_target);

@@ -76,6 +76,29 @@ struct CrossEntropy {
   bool stream;
 };
 
+// Classes whose logits are worked on together.
+constexpr int64_t kClassRange = 256;
+
+// A block of rows of the cross-entropy of a linear projection. Logits are transposed: (classes, rows of the block).
+struct LinearCrossEntropy {
+  CrossEntropy row;           // the loss of a row; its input, statistics and grad_input are not used
+  const void* input;          // (rows, features)
+  const void* linear_weight;  // (classes, features)
+  const void* bias;           // (classes), compute type; null: zeros
+  int64_t features;
+  int64_t first, count;  // the block
+  void* packed;          // input's block in panels
+  void* logits;          // null: only the loss is wanted
+  int64_t logits_row;    // a multiple of every Vec's size, or the block is
+  void* statistics;      // (ranges, 3, padded): for each row the range's largest logit, sum of exponentials, distances
+  void* terms;           // (3, padded): for each row the target's logit, and what its gradient and all others lose
+  int64_t padded;        // count, rounded up to a multiple of every Vec's size
+  void* grad_input;      // (rows, features), compute type; null: not wanted
+  void* grad_weight;     // (classes, features), compute type; may be where the logits are
+  void* grad_bias;       // (classes), compute type
+  bool accumulate;       // grad_weight and grad_bias hold earlier blocks' gradients
+};
+
 // Element (r, c) at data[r * row + c * column].
 struct Matrix {
   const void* data;
@@ -147,6 +170,14 @@ struct Kernels {
   // Rows [begin, end): loss, statistics, and grad_input where wanted; grad_input from the statistics.
   void (*cross_entropy_fwd[kNumDTypes])(const CrossEntropy&, int64_t begin, int64_t end);
   void (*cross_entropy_bwd[kNumDTypes])(const CrossEntropy&, int64_t begin, int64_t end);
+  // The steps of a block, each finished before the next begins; the parts of one may run at once. `range`: its classes
+  // begin at range * kClassRange.
+  void (*linear_cross_entropy_pack[kNumDTypes])(const LinearCrossEntropy&, bool transposed);
+  void (*linear_cross_entropy_logits[kNumDTypes])(const LinearCrossEntropy&, int64_t range);
+  void (*linear_cross_entropy_loss[kNumDTypes])(const LinearCrossEntropy&);
+  void (*linear_cross_entropy_gradient[kNumDTypes])(const LinearCrossEntropy&, int64_t range);
+  void (*linear_cross_entropy_grad_input[kNumDTypes])(const LinearCrossEntropy&, int64_t begin, int64_t end);
+  void (*linear_cross_entropy_grad_weight[kNumDTypes])(const LinearCrossEntropy&, int64_t range);
   // Columns [begin, end) of B, begin a multiple of `panel`; then a part of the product, its columns begin likewise.
   void (*pack_product[kNumDTypes])(const Product&, int64_t begin, int64_t end);
   void (*product_part[kNumDTypes])(const Product&, int64_t row_begin, int64_t row_end, int64_t column_begin,

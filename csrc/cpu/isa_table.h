@@ -3,6 +3,7 @@
 #include "embedding_kernel.h"
 #include "cross_entropy_kernel.h"
 #include "layer_norm_kernel.h"
+#include "linear_cross_entropy_kernel.h"
 #include "linear_kernel.h"
 
 #define TINYLLM_ALL_DTYPES(kernel) {kernel<float>, kernel<double>, kernel<bfloat16>, kernel<float16>}
@@ -23,6 +24,12 @@ constexpr cpu::Kernels table(const char* name) {
       TINYLLM_ALL_DTYPES(attention_bwd),
       TINYLLM_ALL_DTYPES(cross_entropy_fwd),
       TINYLLM_ALL_DTYPES(cross_entropy_bwd),
+      TINYLLM_ALL_DTYPES(linear_cross_entropy_pack),
+      TINYLLM_ALL_DTYPES(linear_cross_entropy_logits),
+      TINYLLM_ALL_DTYPES(linear_cross_entropy_loss),
+      TINYLLM_ALL_DTYPES(linear_cross_entropy_gradient),
+      TINYLLM_ALL_DTYPES(linear_cross_entropy_grad_input),
+      TINYLLM_ALL_DTYPES(linear_cross_entropy_grad_weight),
       TINYLLM_ALL_DTYPES(pack_product),
       TINYLLM_ALL_DTYPES(product_part),
       TINYLLM_ALL_DTYPES(product_dots),

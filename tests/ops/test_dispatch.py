@@ -44,6 +44,10 @@ with ops.backend("cpp"):
             target, y = torch.arange(size + 3) % size, x.detach().double().requires_grad_()
             losses = ops.cross_entropy(x, target), reference.cross_entropy(y, target)
             pairs += [losses, (torch.autograd.grad(losses[0], x)[0], torch.autograd.grad(losses[1], y)[0])]
+            x, w = (torch.randn(size + 3, size).to(dtype).requires_grad_() for _ in range(2))
+            y, v = (t.detach().double().requires_grad_() for t in (x, w))
+            losses = ops.linear_cross_entropy(x, w, target), reference.linear_cross_entropy(y, v, target)
+            pairs += [losses, *zip(torch.autograd.grad(losses[0], (x, w)), torch.autograd.grad(losses[1], (y, v)))]
             for ours, theirs in pairs:
                 error = (ours.double() - theirs).abs().max().item()
                 assert error < tolerance * max(1, theirs.abs().max().item()), (dtype, size, error)

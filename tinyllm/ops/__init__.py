@@ -7,6 +7,7 @@ from tinyllm.ops.embedding import embedding
 from tinyllm.ops.layer_norm import add_layer_norm, layer_norm
 from tinyllm.ops.linear import feed_forward, linear
 from tinyllm.ops.rms_norm import rms_norm
+from tinyllm.ops.linear_cross_entropy import linear_cross_entropy
 from tinyllm.ops.transformer_block import serves_block, transformer_block
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "layer_norm",
     "linear",
     "rms_norm",
+    "linear_cross_entropy",
     "scaled_dot_product_attention",
     "serves_block",
     "transformer_block",

@@ -26,6 +26,7 @@ OPERATORS = (
     "feed_forward",
     "transformer_block",
     "cross_entropy",
+    "linear_cross_entropy",
 )
 _KERNEL_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 

@@ -13,6 +13,7 @@ from tinyllm.reference.functional import (
     layer_norm,
     linear,
     rms_norm,
+    linear_cross_entropy,
     scaled_dot_product_attention,
     transformer_block,
 )
@@ -40,6 +41,7 @@ __all__ = [
     "layer_norm",
     "linear",
     "rms_norm",
+    "linear_cross_entropy",
     "scaled_dot_product_attention",
     "sinusoidal_table",
     "tokenize",

@@ -212,3 +212,34 @@ def cross_entropy(
         label_smoothing=label_smoothing,
     )
     return loss.to(input.dtype)
+
+
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """`cross_entropy` of the whole (N, C, ...) logits; linear_weight is (C, ..., D)."""
+    compute = torch.promote_types(input.dtype, torch.float32)
+    logits = F.linear(
+        input.to(compute),
+        linear_weight.flatten(0, -2).to(compute),
+        None if linear_bias is None else linear_bias.flatten().to(compute),
+    ).reshape(*input.shape[:-1], *linear_weight.shape[:-1])
+    if target.shape == logits.shape and ignore_index is not None:
+        raise RuntimeError("ignore_index cannot be specified when target contains probabilities")
+    loss = cross_entropy(
+        logits,
+        target,
+        weight,
+        ignore_index=-100 if ignore_index is None else ignore_index,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+    )
+    return loss.to(input.dtype)

@@ -1,0 +1,174 @@
+// linear_cross_entropy on the CPU: check, allocate, split into blocks of rows and these over threads, reduce. The
+// arithmetic is in linear_cross_entropy_kernel.h.
+#include <torch/csrc/stable/library.h>
+
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "losses.h"
+
+namespace tinyllm::cpu {
+namespace {
+
+using torch::headeronly::IntHeaderOnlyArrayRef;
+using torch::stable::contiguous;
+using torch::stable::new_empty;
+using Shape = std::vector<int64_t>;
+
+constexpr int64_t kVector = 16;   // elements of the widest vector
+constexpr int64_t kColumns = 32;  // columns of the widest panel
+
+int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+struct Wanted {
+  bool input, weight, bias;
+  bool any() const { return input || weight || bias; }
+};
+
+struct Outputs {
+  Tensor loss, grad_input, grad_weight, grad_bias;
+};
+
+// Rows whose logits are held at once, a sixteenth of all: with the packed input and the statistics less than a tenth of
+// the logits. Without gradients only ranges of classes exist at all.
+int64_t block_rows(int64_t rows, bool gradients) { return gradients ? std::max<int64_t>(32, rows / 16) : 512; }
+
+// f(range) for all ranges of classes; a thread gets neighbours, for whose memory it has asked beforehand.
+template <class F>
+void parallel_ranges(int64_t classes, const F& f) {
+  torch::stable::parallel_for(0, (classes + kClassRange - 1) / kClassRange, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t range = begin; range < end; ++range) f(range);
+  });
+}
+
+// Everything for one block of rows.
+void run_block(const Kernels& kernels, int dtype, const LinearCrossEntropy& args) {
+  kernels.linear_cross_entropy_pack[dtype](args, true);
+  parallel_ranges(args.row.classes, [&](int64_t r) { kernels.linear_cross_entropy_logits[dtype](args, r); });
+  kernels.linear_cross_entropy_loss[dtype](args);
+  if (args.logits == nullptr) return;
+  parallel_ranges(args.row.classes, [&](int64_t r) { kernels.linear_cross_entropy_gradient[dtype](args, r); });
+  if (args.grad_input != nullptr) {
+    const int64_t threads = torch::stable::get_num_threads();
+    const int64_t part = round_up((args.features + threads - 1) / threads, kColumns);
+    parallel_items((args.features + part - 1) / part, [&](int64_t i) {
+      kernels.linear_cross_entropy_grad_input[dtype](args, i * part, std::min(args.features, (i + 1) * part));
+    });
+  }
+  if (args.grad_weight != nullptr) {
+    kernels.linear_cross_entropy_pack[dtype](args, false);
+    parallel_ranges(args.row.classes, [&](int64_t r) { kernels.linear_cross_entropy_grad_weight[dtype](args, r); });
+  }
+}
+
+Outputs run(const char* op, const OptionalTensor& grad, const Tensor& input, const Tensor& linear_weight,
+            const Tensor& target, const OptionalTensor& linear_bias, const OptionalTensor& weight, int64_t reduction,
+            int64_t ignore_index, double label_smoothing, Wanted wanted) {
+  if (input.dim() != 2) fail(op, ": input has shape ", shape_of(input), "; (rows, features) is needed");
+  if (linear_weight.dim() != 2)
+    fail(op, ": linear_weight has shape ", shape_of(linear_weight), "; (classes, features) is needed");
+  const int64_t rows = input.size(0), features = input.size(1), classes = linear_weight.size(0);
+  check_device(op, "linear_weight", linear_weight, input);
+  check_dtype(op, "linear_weight", linear_weight, input.scalar_type());
+  check_shape(op, "linear_weight", linear_weight, {classes, features});
+  const int dtype = dtype_index(op, input);
+  const ScalarType compute = compute_dtype(input.scalar_type());
+  const Reduction how = reduction_of(op, reduction);
+  const Targets targets = read_targets(op, input, target, weight, rows, classes, ignore_index);
+  OptionalTensor bias;
+  if (linear_bias.has_value()) {
+    check_device(op, "linear_bias", *linear_bias, input);
+    check_shape(op, "linear_bias", *linear_bias, {classes});
+    bias = contiguous(linear_bias->scalar_type() == compute ? *linear_bias : torch::stable::to(*linear_bias, compute));
+  }
+  OptionalTensor upstream;
+  if (grad.has_value()) upstream = upstream_grad(op, *grad, input, how, rows);
+  const Tensor x = contiguous(input), w = contiguous(linear_weight);
+
+  const auto empty = [&](bool really, Shape shape) {
+    if (!really) shape = {0};
+    return new_empty(x, shape, compute);
+  };
+  const Outputs out{empty(true, {rows}), empty(wanted.input, {rows, features}),
+                    empty(wanted.weight, {classes, features}), empty(wanted.bias, {classes})};
+  LinearCrossEntropy args{};
+  args.row.target = targets.data();
+  args.row.weight = targets.weight_data();
+  args.row.weight_sum = targets.weight_sum;
+  args.row.classes = classes;
+  args.row.ignore_index = ignore_index;
+  args.row.label_smoothing = label_smoothing;
+  args.row.loss = data_of(out.loss);
+  args.row.grad = upstream.has_value() ? data_of(*upstream) : nullptr;
+  args.row.grad_step = how == Reduction::none ? 1 : 0;
+  args.row.scale = how == Reduction::mean ? 1.0 / targets.divisor : 1.0;
+  args.input = data_of(x);
+  args.linear_weight = data_of(w);
+  args.bias = bias.has_value() ? data_of(*bias) : nullptr;
+  args.features = features;
+  args.grad_input = wanted.input ? data_of(out.grad_input) : nullptr;
+  args.grad_weight = wanted.weight ? data_of(out.grad_weight) : nullptr;
+  args.grad_bias = wanted.bias ? data_of(out.grad_bias) : nullptr;
+
+  // The first block's logits need no memory of their own: they lie where the weight's gradient will be, a class' logits
+  // in that class' row.
+  const int64_t in_place = wanted.weight ? std::min(rows, features) / kVector * kVector : 0;
+  const int64_t limit = block_rows(rows, wanted.any());
+  const int64_t blocks = (rows - in_place + limit - 1) / limit;
+  const int64_t block = blocks == 0 ? 0 : round_up((rows - in_place + blocks - 1) / blocks, kVector);
+  const int64_t most = std::max(in_place, block);
+  const int64_t ranges = (classes + kClassRange - 1) / kClassRange;
+  const Tensor packed =
+      empty(true, {std::max(round_up(most, kColumns) * features, most * round_up(features, kColumns))});
+  const Tensor statistics = empty(true, {ranges, 3, most}), terms = empty(true, {3, most});
+  const Tensor logits = empty(wanted.any(), {classes, block});
+  args.packed = data_of(packed);
+  args.statistics = data_of(statistics);
+  args.terms = data_of(terms);
+  args.padded = most;
+  if (in_place > 0) {
+    args.count = in_place;
+    args.logits = args.grad_weight;
+    args.logits_row = features;
+    run_block(kernels(), dtype, args);
+    args.accumulate = true;
+  }
+  args.logits = wanted.any() ? data_of(logits) : nullptr;
+  args.logits_row = block;
+  for (args.first = in_place; args.first < rows; args.first += block) {
+    args.count = std::min(block, rows - args.first);
+    run_block(kernels(), dtype, args);
+    args.accumulate = true;
+  }
+  return {reduce(out.loss, how, targets.divisor), out.grad_input, out.grad_weight, out.grad_bias};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_fwd(Tensor input, Tensor linear_weight, Tensor target,
+                                                                    OptionalTensor linear_bias, OptionalTensor weight,
+                                                                    int64_t reduction, int64_t ignore_index,
+                                                                    double label_smoothing, bool need_input,
+                                                                    bool need_weight, bool need_bias) {
+  const Outputs out = run("linear_cross_entropy", std::nullopt, input, linear_weight, target, linear_bias, weight,
+                          reduction, ignore_index, label_smoothing, {need_input, need_weight, need_bias});
+  return {out.loss, out.grad_input, out.grad_weight, out.grad_bias};
+}
+
+std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_bwd(Tensor grad, Tensor input, Tensor linear_weight,
+                                                            Tensor target, OptionalTensor linear_bias,
+                                                            OptionalTensor weight, int64_t reduction,
+                                                            int64_t ignore_index, double label_smoothing,
+                                                            bool need_input, bool need_weight, bool need_bias) {
+  const Outputs out = run("linear_cross_entropy_bwd", grad, input, linear_weight, target, linear_bias, weight,
+                          reduction, ignore_index, label_smoothing, {need_input, need_weight, need_bias});
+  return {out.grad_input, out.grad_weight, out.grad_bias};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(tinyllm, CPU, m) {
+  m.impl("linear_cross_entropy_fwd", TORCH_BOX(&linear_cross_entropy_fwd));
+  m.impl("linear_cross_entropy_bwd", TORCH_BOX(&linear_cross_entropy_bwd));
+}
+
+}  // namespace tinyllm::cpu

@@ -1,0 +1,334 @@
+// The cross-entropy of a linear projection, logits = input weight^T + bias, whose logits never exist all together.
+//
+// Gradients are computed in forward, block of rows by block of rows (as in Liger Kernel, Hsu et al. 2024), so that
+// there are three matrix products and none is computed twice. A block's logits are kept transposed, classes x rows.
+// That makes rows of the projection's weight the side of the product that is read in place, rows of the softmax the
+// lanes of the vectors, and a class' logits the place where that class' row of the weight's gradient can go.
+//
+//   logits       logits^T = weight input^T; for each range of classes the rows' maxima and the sums of exponentials, by
+//                which the logits are replaced
+//   loss         from the ranges' statistics; the factor that makes a range's exponentials a gradient
+//   gradient     of the logits, in their place; its sums are the bias' gradient
+//   grad_input   gradient weight, by columns
+//   grad_weight  gradient^T input. A group of classes is copied before its rows are written: they may be the same
+//   memory
+//
+// Memory is the second limit: what the next tile needs is asked for while this one is computed.
+#pragma once
+#include "cross_entropy_kernel.h"
+#include "pack.h"
+
+namespace tinyllm::TINYLLM_ISA {
+
+using cpu::kClassRange;
+using cpu::LinearCrossEntropy;
+
+// Classes whose weights or gradients are copied together, to be used with each panel.
+constexpr int64_t kClassGroup = 64;
+
+// Memory that is wanted soon, asked for in shares.
+class Ahead {
+ public:
+  Ahead(const void* data, int64_t bytes, int64_t shares)
+      : next_(static_cast<const char*>(data)), end_(next_ + bytes), share_((bytes / kLine + shares) / shares) {}
+  void share() {
+    for (int64_t i = 0; i < share_ && next_ < end_; ++i, next_ += kLine) __builtin_prefetch(next_);
+  }
+
+ private:
+  static constexpr int64_t kLine = 64;
+  const char *next_, *end_;
+  int64_t share_;
+};
+
+// At most kRows x kPanel of C (+)= A B; unlike gemm's, C needs no room beyond n columns.
+template <class S>
+inline void tile_product(int64_t m, int64_t n, int64_t depth, OperandA<S> a, const S* panel, S* c, int64_t c_row,
+                         bool accumulate) {
+  using V = Vec<S>;
+  if (n % V::size == 0) return gemm<S>(m, n, depth, a, panels<S>(panel, depth), c, c_row, accumulate);
+  alignas(64) S tile[kRows * kPanel<S>];
+  gemm<S>(m, n, depth, a, panels<S>(panel, depth), tile, kPanel<S>, false);
+  for (int64_t r = 0; r < m; ++r)
+    for_each_vector<V>(n, [&](int64_t i, int64_t count) {
+      const V x = V::load(tile + r * kPanel<S> + i);
+      store_n(accumulate ? x + load_n<V>(c + r * c_row + i, count) : x, c + r * c_row + i, count);
+    });
+}
+
+// What a range of classes knows of each row: its largest logit, the sum of exp(logit - largest), and of w (logit -
+// largest). Afterwards `max` holds what the range's exponentials are multiplied by.
+template <class S>
+struct RangeStatistics {
+  S *max, *sum, *distances;
+
+  RangeStatistics(const LinearCrossEntropy& a, int64_t range)
+      : max(static_cast<S*>(a.statistics) + range * 3 * a.padded), sum(max + a.padded), distances(sum + a.padded) {}
+};
+
+template <class S>
+struct BlockTerms {
+  S *target_logit, *at_target, *everywhere;
+
+  explicit BlockTerms(const LinearCrossEntropy& a)
+      : target_logit(static_cast<S*>(a.terms)), at_target(target_logit + a.padded), everywhere(at_target + a.padded) {}
+};
+
+inline int64_t range_end(const LinearCrossEntropy& a, int64_t range) {
+  return std::min(a.row.classes, (range + 1) * kClassRange);
+}
+
+// f(j) for the rows of the block whose target is among the classes [begin, end).
+template <class F>
+inline void for_each_target(const LinearCrossEntropy& a, int64_t begin, int64_t end, F&& f) {
+  for (int64_t j = 0; j < a.count; ++j) {
+    const int64_t target = a.row.target[a.first + j];
+    if (target >= begin && target < end && target != a.row.ignore_index) f(j, target);
+  }
+}
+
+// The block of the input in panels: of rows for the logits, of features for grad_weight.
+template <class T>
+void linear_cross_entropy_pack(const LinearCrossEntropy& a, bool transposed) {
+  const T* input = static_cast<const T*>(a.input) + a.first * a.features;
+  compute_t<T>* packed = static_cast<compute_t<T>*>(a.packed);
+  if (transposed)
+    pack_panels(input, a.features, int64_t{1}, a.count, a.features, packed);
+  else
+    pack_panels(input, int64_t{1}, a.features, a.features, a.count, packed);
+}
+
+// Statistics of N vectors of rows from row j on; logits -> exponentials.
+template <class S, int N>
+inline void range_softmax(const LinearCrossEntropy& a, int64_t begin, int64_t end, S* logits, int64_t row, int64_t j,
+                          const RangeStatistics<S>& out) {
+  using V = Vec<S>;
+  const S* bias = static_cast<const S*>(a.bias);
+  const S* weight = static_cast<const S*>(a.row.weight);
+  const auto logit = [&](int64_t c, int v) {
+    const V x = V::load(logits + (c - begin) * row + j + v * V::size);
+    return bias == nullptr ? x : x + V::set1(bias[c]);
+  };
+  V max_[N], sum[N], distances[N];
+  // Not -inf: a range that is -inf throughout must give exponentials of 0, not NaN.
+  for (int v = 0; v < N; ++v) max_[v] = V::set1(std::numeric_limits<S>::lowest());
+  for (int64_t c = begin; c < end; ++c)
+#pragma GCC unroll 4
+    for (int v = 0; v < N; ++v) max_[v] = max(logit(c, v), max_[v]);
+  for (int v = 0; v < N; ++v) sum[v] = distances[v] = V::zero();
+  for (int64_t c = begin; c < end; ++c)
+#pragma GCC unroll 4
+    for (int v = 0; v < N; ++v) {
+      const V x = logit(c, v) - max_[v], e = softmax_exp(x);
+      e.store(logits + (c - begin) * row + j + v * V::size);
+      sum[v] = sum[v] + e;
+      if (a.row.label_smoothing != 0.0)
+        distances[v] = weight == nullptr ? distances[v] + x : fma(x, V::set1(weight[c]), distances[v]);
+    }
+  for (int v = 0; v < N; ++v) {
+    max_[v].store(out.max + j + v * V::size);
+    sum[v].store(out.sum + j + v * V::size);
+    distances[v].store(out.distances + j + v * V::size);
+  }
+}
+
+template <class T>
+void linear_cross_entropy_logits(const LinearCrossEntropy& a, int64_t range) {
+  using S = compute_t<T>;
+  using V = Vec<S>;
+  const int64_t begin = range * kClassRange, end = range_end(a, range), depth = a.features;
+  const int64_t leading = leading_dimension<S>(depth);
+  // The weight is read in place unless its type is a 16-bit one or its rows would share a few sets of the cache.
+  const bool copied = !std::is_same_v<T, S> || depth * int64_t{sizeof(T)} % 4096 == 0;
+  cpu::Arena sizes;
+  const auto carve = [&](cpu::Arena& arena) {
+    S* group = arena.take<S>(copied ? kClassGroup * leading : 0);
+    return std::pair(group, a.logits == nullptr ? arena.take<S>(kClassRange * a.padded) : nullptr);
+  };
+  carve(sizes);
+  const cpu::Scratch scratch(sizes.used());
+  cpu::Arena arena(scratch.data());
+  const auto [group, own_logits] = carve(arena);
+  const int64_t row = a.logits == nullptr ? a.padded : a.logits_row;
+  S* logits = a.logits == nullptr ? own_logits : static_cast<S*>(a.logits) + begin * row;
+  const T* weight = static_cast<const T*>(a.linear_weight);
+  for (int64_t c0 = begin; c0 < end; c0 += kClassGroup) {
+    const int64_t classes = std::min(kClassGroup, end - c0);
+    const OperandA<S> a_weight = [&]() -> OperandA<S> {
+      if constexpr (std::is_same_v<T, S>) {
+        if (!copied) return {weight + c0 * depth, depth, 1};
+      }
+      pack_rows(weight + c0 * depth, depth, int64_t{1}, classes, depth, S(1), group, leading);
+      return {group, leading, 1};
+    }();
+    const int64_t tiles = (classes + kRows - 1) / kRows * ((a.count + kPanel<S> - 1) / kPanel<S>);
+    Ahead next(weight + (c0 + classes) * depth, classes * depth * int64_t{sizeof(T)}, tiles);
+    for (int64_t j = 0; j < a.count; j += kPanel<S>)
+      for (int64_t c = 0; c < classes; c += kRows) {
+        next.share();
+        gemm<S>(std::min<int64_t>(kRows, classes - c), std::min(kPanel<S>, a.count - j), depth,
+                {a_weight.data + c * a_weight.row, a_weight.row, 1},
+                panels<S>(static_cast<const S*>(a.packed) + j * depth, depth), logits + (c0 - begin + c) * row + j, row,
+                false);
+      }
+  }
+  const S* bias = static_cast<const S*>(a.bias);
+  const BlockTerms<S> terms(a);
+  for_each_target(a, begin, end, [&](int64_t j, int64_t target) {
+    terms.target_logit[j] = logits[(target - begin) * row + j] + (bias == nullptr ? S(0) : bias[target]);
+  });
+  const RangeStatistics<S> statistics(a, range);
+  int64_t j = 0;
+  for (; j + 4 * V::size <= a.count; j += 4 * V::size) range_softmax<S, 4>(a, begin, end, logits, row, j, statistics);
+  for (; j < a.count; j += V::size) range_softmax<S, 1>(a, begin, end, logits, row, j, statistics);
+}
+
+template <class T>
+void linear_cross_entropy_loss(const LinearCrossEntropy& a) {
+  using S = compute_t<T>;
+  using V = Vec<S>;
+  const int64_t ranges = (a.row.classes + kClassRange - 1) / kClassRange;
+  const S* weight = static_cast<const S*>(a.row.weight);
+  const BlockTerms<S> terms(a);
+  S* loss = static_cast<S*>(a.row.loss) + a.first;
+  for (int64_t j0 = 0; j0 < a.count; j0 += V::size) {
+    V vmax = V::set1(std::numeric_limits<S>::lowest()), vsum = V::zero(), vdistances = V::zero();
+    for (int64_t r = 0; r < ranges; ++r) vmax = max(V::load(RangeStatistics<S>(a, r).max + j0), vmax);
+    for (int64_t r = 0; r < ranges; ++r) {
+      const RangeStatistics<S> statistics(a, r);
+      const V below = V::load(statistics.max + j0) - vmax, factor = softmax_exp(below);
+      vsum = fma(factor, V::load(statistics.sum + j0), vsum);
+      factor.store(statistics.max + j0);
+      if (a.row.label_smoothing == 0.0) continue;
+      S range_weight = static_cast<S>(range_end(a, r) - r * kClassRange);
+      if (weight != nullptr) {
+        range_weight = 0;
+        for (int64_t c = r * kClassRange; c < range_end(a, r); ++c) range_weight += weight[c];
+      }
+      vdistances = vdistances + fma(below, V::set1(range_weight), V::load(statistics.distances + j0));
+    }
+    S max[V::size], sum[V::size], distances[V::size], factor[V::size] = {};
+    vmax.store(max);
+    vsum.store(sum);
+    vdistances.store(distances);
+    for (int64_t j = j0; j < j0 + V::size; ++j) {
+      terms.at_target[j] = terms.everywhere[j] = 0;
+      if (j >= a.count) continue;
+      loss[j] = 0;
+      if (a.row.target[a.first + j] == a.row.ignore_index) continue;
+      const TargetTerms t = terms_of<S>(a.row, a.first + j);
+      const double log_sum = std::log(static_cast<double>(sum[j - j0]));
+      const double at_target = static_cast<double>(terms.target_logit[j]) - static_cast<double>(max[j - j0]);
+      double row_loss = t.hard * (log_sum - at_target);
+      if (a.row.label_smoothing != 0.0)
+        row_loss += t.uniform * (a.row.weight_sum * log_sum - static_cast<double>(distances[j - j0]));
+      loss[j] = static_cast<S>(row_loss);
+      factor[j - j0] = static_cast<S>(t.upstream * t.total / static_cast<double>(sum[j - j0]));
+      terms.at_target[j] = static_cast<S>(t.upstream * t.hard);
+      terms.everywhere[j] = static_cast<S>(t.upstream * t.uniform);
+    }
+    for (int64_t r = 0; r < ranges; ++r) {
+      S* at = RangeStatistics<S>(a, r).max + j0;
+      (V::load(at) * V::load(factor)).store(at);
+    }
+  }
+}
+
+template <class T>
+void linear_cross_entropy_gradient(const LinearCrossEntropy& a, int64_t range) {
+  using S = compute_t<T>;
+  using V = Vec<S>;
+  const int64_t begin = range * kClassRange, end = range_end(a, range);
+  const S* weight = static_cast<const S*>(a.row.weight);
+  const S* factor = RangeStatistics<S>(a, range).max;
+  const BlockTerms<S> terms(a);
+  S* logits = static_cast<S*>(a.logits);
+  for (int64_t c = begin; c < end; ++c) {
+    const V w = V::set1(weight == nullptr ? S(-1) : -weight[c]);
+    for (int64_t j = 0; j < a.count; j += V::size) {
+      S* at = logits + c * a.logits_row + j;
+      const V g = V::load(at) * V::load(factor + j);
+      (a.row.label_smoothing == 0.0 ? g : fma(w, V::load(terms.everywhere + j), g)).store(at);
+    }
+  }
+  for_each_target(a, begin, end,
+                  [&](int64_t j, int64_t target) { logits[target * a.logits_row + j] -= terms.at_target[j]; });
+  if (a.grad_bias == nullptr) return;
+  S* grad_bias = static_cast<S*>(a.grad_bias);
+  for (int64_t c = begin; c < end; ++c) {
+    V sum = V::zero();
+    for_each_vector<V>(a.count, [&](int64_t j, int64_t n) { sum = sum + load_n<V>(logits + c * a.logits_row + j, n); });
+    grad_bias[c] = a.accumulate ? grad_bias[c] + sum.sum() : sum.sum();
+  }
+}
+
+// Columns [begin, end) of grad_input; begin is a multiple of kPanel.
+template <class T>
+void linear_cross_entropy_grad_input(const LinearCrossEntropy& a, int64_t begin, int64_t end) {
+  using S = compute_t<T>;
+  using V = Vec<S>;
+  const int64_t columns = end - begin, padded = (columns + kPanel<S> - 1) / kPanel<S> * kPanel<S>;
+  const cpu::Scratch scratch(static_cast<size_t>(kDepth * (padded + kRows)) * sizeof(S));
+  S* weights = reinterpret_cast<S*>(scratch.data());
+  S* group = weights + kDepth * padded;
+  const T* weight = static_cast<const T*>(a.linear_weight) + begin;
+  S* out = static_cast<S*>(a.grad_input) + a.first * a.features + begin;
+  const int64_t last_groups = std::max<int64_t>(0, a.count - 8 * kRows) / kRows * kRows;
+  for (int64_t k0 = 0; k0 < a.row.classes; k0 += kDepth) {
+    const int64_t depth = std::min(kDepth, a.row.classes - k0);
+    for (int64_t k = 0; k < depth; ++k) {
+      const T* from = weight + (k0 + k) * a.features;
+      for_each_vector<V>(columns, [&](int64_t i, int64_t n) {
+        load_n<V>(from + i, n).store(weights + i / kPanel<S> * kPanel<S> * depth + k * kPanel<S> + i % kPanel<S>);
+      });
+    }
+    // The rows of the weight that are next, during the last groups: sooner, and they would be gone again.
+    int64_t next = k0 + depth;
+    const int64_t next_end = std::min(a.row.classes, next + kDepth), share = kDepth / 8 / (padded / kPanel<S>)+1;
+    for (int64_t j = 0; j < a.count; j += kRows) {
+      const int64_t m = std::min<int64_t>(kRows, a.count - j);
+      const S* gradient = static_cast<const S*>(a.logits) + k0 * a.logits_row + j;
+      for (int64_t k = 0; k < depth; ++k, gradient += a.logits_row) {
+        __builtin_prefetch(gradient + 2 * kRows);
+        if (m == kRows)
+          std::memcpy(group + k * kRows, gradient, sizeof(S) * kRows);
+        else
+          for (int64_t i = 0; i < m; ++i) group[k * kRows + i] = gradient[i];
+      }
+      for (int64_t c = 0; c < columns; c += kPanel<S>) {
+        if (j >= last_groups)
+          for (int64_t k = 0; k < share && next < next_end; ++k, ++next)
+            for (int64_t i = 0; i < columns; i += 64 / int64_t{sizeof(T)})
+              __builtin_prefetch(weight + next * a.features + i);
+        tile_product<S>(m, std::min(kPanel<S>, columns - c), depth, {group, 1, kRows}, weights + c * depth,
+                        out + j * a.features + c, a.features, k0 > 0);
+      }
+    }
+  }
+}
+
+template <class T>
+void linear_cross_entropy_grad_weight(const LinearCrossEntropy& a, int64_t range) {
+  using S = compute_t<T>;
+  const int64_t begin = range * kClassRange, end = range_end(a, range), columns = a.features;
+  const int64_t leading = leading_dimension<S>(a.count);
+  const cpu::Scratch scratch(static_cast<size_t>(kClassGroup * leading) * sizeof(S));
+  S* group = reinterpret_cast<S*>(scratch.data());
+  S* out = static_cast<S*>(a.grad_weight);
+  for (int64_t c0 = begin; c0 < end; c0 += kClassGroup) {
+    const int64_t classes = std::min(kClassGroup, end - c0);
+    pack_rows(static_cast<const S*>(a.logits) + c0 * a.logits_row, a.logits_row, int64_t{1}, classes, a.count, S(1),
+              group, leading);
+    const int64_t tiles = (classes + kRows - 1) / kRows * ((columns + kPanel<S> - 1) / kPanel<S>);
+    Ahead next(out + (c0 + classes) * columns, classes * columns * int64_t{sizeof(S)}, tiles);
+    for (int64_t column = 0; column < columns; column += kPanel<S>)
+      for (int64_t c = 0; c < classes; c += kRows) {
+        next.share();
+        tile_product<S>(std::min<int64_t>(kRows, classes - c), std::min(kPanel<S>, columns - column), a.count,
+                        {group + c * leading, leading, 1}, static_cast<const S*>(a.packed) + column * a.count,
+                        out + (c0 + c) * columns + column, columns, a.accumulate);
+      }
+  }
+}
+
+}  // namespace tinyllm::TINYLLM_ISA

@@ -1,0 +1,199 @@
+"""linear_cross_entropy: checks, choice of backend, autograd, shapes for the compiler."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tinyllm import _extension, reference
+from tinyllm.ops._autograd import autocast_dtype, grads_by_reference, needs_grad
+from tinyllm.ops.cross_entropy import REDUCTIONS, option_limits, target_limits
+from tinyllm.ops.dispatch import choose
+
+
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
+    options: Any = None,
+) -> Tensor:
+    """`cross_entropy(linear(input, linear_weight, linear_bias), target)` whose logits never exist all together.
+
+    As `torch.nn.functional.linear_cross_entropy` of torch 2.13, on every torch. Where gradients will be wanted, forward
+    computes them, a block of rows at a time (as in Liger Kernel, Hsu et al. 2024): three matrix products in all, and
+    less than a tenth of the logits as extra memory (or 32 rows of them). Without a reduction the gradients wait for
+    backward, which computes the logits again.
+
+    Args:
+        input: (N, D) or (D,), any floating dtype and strides.
+        linear_weight: (C, D), of input's dtype; or (C, d1, ..., D), for logits (N, C, d1, ...).
+        target: class indices, (N,) or (), int64 or uint8; or probabilities of the logits' shape.
+        linear_bias: linear_weight.shape[:-1], or None.
+        weight, reduction, label_smoothing: as in `cross_entropy`.
+        ignore_index: default -100; None where target holds probabilities.
+        options: PyTorch's choice of its chunks; taken, and of no effect.
+
+    Returns:
+        A scalar, or target's shape for "none", of input's dtype (float32 under autocast, which projects in its own
+        dtype). Sums are float32 (float64 for float64).
+
+    Raises:
+        IndexError: a target that is neither a class nor ignore_index.
+        RuntimeError, ValueError: PyTorch's own, for shapes, dtypes and options that do not fit.
+    """
+    low = autocast_dtype(input.device.type)
+    dtype = input.dtype if low is None else torch.promote_types(input.dtype, torch.float32)
+    if low is not None and input.dtype != torch.float64:  # which autocast leaves alone
+        input, linear_weight = input.to(low), linear_weight.to(low)
+        linear_bias = None if linear_bias is None else linear_bias.to(low)
+    limits = _limits(input, linear_weight, target, linear_bias, weight, reduction, label_smoothing)
+    if choose("linear_cross_entropy", input, limits) == "reference":
+        return reference.linear_cross_entropy(
+            input,
+            linear_weight,
+            target,
+            linear_bias=linear_bias,
+            weight=weight,
+            reduction=reduction,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+        ).to(dtype)
+    arguments = (input.reshape(-1, input.size(-1)), linear_weight, target.long().reshape(-1), linear_bias, weight)
+    numbers = (REDUCTIONS.index(reduction), -100 if ignore_index is None else ignore_index, label_smoothing)
+    if needs_grad(input, linear_weight, linear_bias):
+        loss = _LinearCrossEntropy.apply(*arguments, numbers, dtype)
+    else:
+        loss = torch.ops.tinyllm.linear_cross_entropy_fwd(*arguments, *numbers, False, False, False)[0].to(dtype)
+    return loss.reshape(target.shape) if reduction == "none" else loss
+
+
+def _limits(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    linear_bias: Tensor | None,
+    weight: Tensor | None,
+    reduction: str,
+    label_smoothing: float,
+) -> dict[str, str] | None:
+    if input.dim() not in (1, 2) or linear_weight.dim() != 2 or input.size(-1) != linear_weight.size(-1):
+        return {
+            "cpp": f"input has shape {list(input.shape)}, linear_weight {list(linear_weight.shape)}; the kernel takes "
+            "(N, D) or (D,), and (C, D)"
+        }
+    if input.numel() == 0 or linear_weight.numel() == 0:
+        return {"cpp": "there is nothing to multiply"}
+    classes = linear_weight.size(0)
+    tensors: list[tuple[str, Tensor, tuple[torch.dtype, ...]]] = [("linear_weight", linear_weight, (input.dtype,))]
+    if linear_bias is not None:
+        if list(linear_bias.shape) != [classes]:
+            return {"cpp": f"linear_bias has shape {list(linear_bias.shape)}; the kernel takes [{classes}]"}
+        tensors.append(("linear_bias", linear_bias, (input.dtype, torch.float32)))
+    for name, tensor, dtypes in tensors:
+        if tensor.dtype not in dtypes:
+            return {"cpp": f"{name} is {tensor.dtype}; the kernel takes input's dtype, {input.dtype}"}
+        if tensor.device != input.device:
+            return {"cpp": f"{name} is on {tensor.device}; the kernel needs it on input's device, {input.device}"}
+    return target_limits(target, input.shape[:-1], input) or option_limits(
+        weight, classes, input, reduction, label_smoothing
+    )
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        linear_weight: Tensor,
+        target: Tensor,
+        linear_bias: Tensor | None,
+        weight: Tensor | None,
+        numbers: tuple[int, int, float],
+        dtype: torch.dtype,
+    ) -> Tensor:
+        arguments = (input, linear_weight, target, linear_bias, weight)
+        # Without a reduction each row has its own upstream gradient, which only backward knows.
+        early = numbers[0] != 0
+        wanted = [
+            early and x is not None and needed
+            for x, needed in zip((input, linear_weight, linear_bias), _needs(ctx), strict=True)
+        ]
+        loss, *grads = torch.ops.tinyllm.linear_cross_entropy_fwd(*arguments, *numbers, *wanted)
+        # A compiled graph saves the gradients: it cannot hand something out once.
+        compiling = torch.compiler.is_compiling()
+        ctx.save_for_backward(*arguments, *(grads if early and compiling else ()))
+        ctx.grads = grads if early and not compiling else None
+        ctx.numbers = numbers
+        return loss.to(dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (grad,) = grads
+        input, linear_weight, target, linear_bias, weight, *saved = ctx.saved_tensors
+        inputs = (input, linear_weight, linear_bias)
+        reduction, ignore_index, label_smoothing = ctx.numbers
+        needed = _needs(ctx)
+        if torch.is_grad_enabled():
+            found = grads_by_reference(
+                lambda x, w, b: reference.linear_cross_entropy(
+                    x,
+                    w,
+                    target,
+                    linear_bias=b,
+                    weight=weight,
+                    reduction=REDUCTIONS[reduction],
+                    ignore_index=ignore_index,
+                    label_smoothing=label_smoothing,
+                ).to(grad.dtype),
+                inputs,
+                needed,
+                (grad,),
+            )
+            return found[0], found[1], None, found[2], None, None, None
+        # Handed out once, because whoever gets them may write to them; a second backward computes them again.
+        early, ctx.grads = ctx.grads, None
+        if saved:
+            early = [x * grad for x in saved]
+        elif early is None:
+            upstream = grad.to(torch.promote_types(input.dtype, torch.float32))
+            wanted = [x is not None and need for x, need in zip(inputs, needed, strict=True)]
+            early = torch.ops.tinyllm.linear_cross_entropy_bwd(
+                upstream, input, linear_weight, target, linear_bias, weight, *ctx.numbers, *wanted
+            )
+        elif grad.item() != 1.0:
+            early = [x.mul_(grad) for x in early]
+        found = [
+            g.to(x.dtype) if need and x is not None else None for g, x, need in zip(early, inputs, needed, strict=True)
+        ]
+        return found[0], found[1], None, found[2], None, None, None
+
+
+def _needs(ctx: Any) -> tuple[bool, bool, bool]:
+    """Whether input, linear_weight and linear_bias need a gradient."""
+    return ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3]
+
+
+if _extension.loaded:
+
+    def _grads(input, linear_weight, need_input, need_weight, need_bias):  # type: ignore[no-untyped-def]
+        compute = torch.promote_types(input.dtype, torch.float32)
+        shapes = (input.shape, need_input), (linear_weight.shape, need_weight), (linear_weight.shape[:1], need_bias)
+        return tuple(input.new_empty(shape if needed else (0,), dtype=compute) for shape, needed in shapes)
+
+    @torch.library.register_fake("tinyllm::linear_cross_entropy_fwd")
+    def _(input, linear_weight, target, linear_bias, weight, reduction, ignore_index, label_smoothing, *needs):  # type: ignore[no-untyped-def]
+        compute = torch.promote_types(input.dtype, torch.float32)
+        loss = input.new_empty(input.shape[:1] if reduction == 0 else (), dtype=compute)
+        return loss, *_grads(input, linear_weight, *needs)
+
+    @torch.library.register_fake("tinyllm::linear_cross_entropy_bwd")
+    def _(grad, input, linear_weight, target, linear_bias, weight, reduction, ignore_index, label_smoothing, *needs):  # type: ignore[no-untyped-def]
+        return _grads(input, linear_weight, *needs)
