@@ -175,7 +175,9 @@ def transformer_block(
         return layer_norm(x, x.shape[-1:], weights[name], biases[name], eps)
 
     def attention(x: Tensor, residual: Tensor) -> Tensor:
-        heads = [layer(name, x).unflatten(-1, (num_heads, -1)).transpose(-2, -3) for name in ("query", "key", "value")]
+        heads = [
+            layer(name, x).unflatten(-1, (num_heads, -1)).transpose(-2, -3) for name in ("query", "key", "value")
+        ]
         attended = scaled_dot_product_attention(*heads, is_causal=causal).transpose(-2, -3).flatten(-2)
         return layer("out_proj", attended, residual) if num_heads > 1 else attended + residual
 
