@@ -279,6 +279,8 @@ def test_deferred_add_is_the_same_stack() -> None:
         *(tinyllm.nn.TransformerBlock(8, 12, norm_first=True, defer_add=True).double() for _ in range(3))
     )
     deferred.load_state_dict(plain.state_dict(), strict=True)
+    for block in deferred:
+        block.norm1.register_forward_pre_hook(lambda *_: None)  # keeps the modules from being fused into one operator
     x = torch.randn(2, 5, 8, dtype=F64)
     stream, branch = deferred(x)
     torch.testing.assert_close(stream + branch, plain(x), **TIGHT)

@@ -231,6 +231,10 @@ class TransformerBlock(nn.Module):
     next block's, so a block with `defer_add` returns the pair (x, branch), whose sum is its output.
     Pre-norm blocks take such a pair as well as a tensor.
 
+    Where one operator serves the whole block (`ops.transformer_block`) it is taken, and the output
+    is a tensor. Not with dropout in training, under autocast, with frozen parameters, or when one of
+    the modules has been replaced, hooked or parametrized: then each module is called by itself.
+
     Args:
         embedding_dim: D.
         hidden_dim: the width between the two layers of `feed_forward`.
@@ -315,7 +319,7 @@ class TransformerBlock(nn.Module):
         if any(_has_hooks(module) for module in (*parts, *containers)):
             return None
         found = [part._parameters[name] for name in ("weight", "bias") for part in parts]
-        parameters = [parameter for parameter in found if parameter is not None]
+        parameters: list[Tensor] = [parameter for parameter in found if parameter is not None]
         biases = len(parameters) - len(parts)
         # The weights are there, and the biases of all or of none.
         if any(weight is None for weight in found[: len(parts)]) or biases not in (0, len(parts)):

@@ -6,21 +6,21 @@ from tinyllm.ops.dispatch import backend, last_backend
 from tinyllm.ops.embedding import embedding
 from tinyllm.ops.layer_norm import add_layer_norm, layer_norm
 from tinyllm.ops.linear import feed_forward, linear
-from tinyllm.ops.rms_norm import rms_norm
 from tinyllm.ops.linear_cross_entropy import linear_cross_entropy
+from tinyllm.ops.rms_norm import rms_norm
 from tinyllm.ops.transformer_block import serves_block, transformer_block
 
 __all__ = [
     "add_layer_norm",
     "backend",
-    "embedding",
     "cross_entropy",
+    "embedding",
     "feed_forward",
     "last_backend",
     "layer_norm",
     "linear",
-    "rms_norm",
     "linear_cross_entropy",
+    "rms_norm",
     "scaled_dot_product_attention",
     "serves_block",
     "transformer_block",

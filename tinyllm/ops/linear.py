@@ -86,14 +86,10 @@ def feed_forward(
     _check_layer(input, weight1.size(0), "weight2", weight2, "bias2", bias2)
     _check_tensor(input, "residual", residual, (*input.shape[:-1], weight2.size(0)))
     if choose("feed_forward", input, limits(input)) == "reference":
-        return reference.feed_forward(
-            input, weight1, bias1, weight2, bias2, activation=activation, residual=residual
-        )
+        return reference.feed_forward(input, weight1, bias1, weight2, bias2, activation=activation, residual=residual)
     if needs_grad(input, weight1, bias1, weight2, bias2, residual):
         return _FeedForward.apply(input, weight1, bias1, weight2, bias2, residual, activation)
-    return torch.ops.tinyllm.feed_forward_fwd(
-        input, weight1, bias1, weight2, bias2, residual, activation, False
-    )[0]
+    return torch.ops.tinyllm.feed_forward_fwd(input, weight1, bias1, weight2, bias2, residual, activation, False)[0]
 
 
 def _autocast(input: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
@@ -158,10 +154,12 @@ def limits(input: Tensor) -> dict[str, str] | None:
 
 
 @torch.compiler.assume_constant_result
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def torchs_advantage(dtype: torch.dtype, sizes: tuple[int, int, int]) -> float:
-    """How many times as fast as ours PyTorch's product of (rows, in_features, out_features) is on this machine: measured
-    at the first call, in a few milliseconds; the result is kept."""
+    """How many times as fast as ours PyTorch's product of (rows, in_features, out_features) is on this machine.
+
+    Measured at the first call, in a few milliseconds; the result is kept.
+    """
     rows, in_features, out_features = sizes
     if dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         return 1.0
@@ -216,9 +214,7 @@ class _Linear(torch.autograd.Function):
                 (grad,),
             )
             return *found, None
-        found = torch.ops.tinyllm.linear_bwd(
-            grad, input, weight, gate, ctx.activation, wanted[0], wanted[1], wanted[2]
-        )
+        found = torch.ops.tinyllm.linear_bwd(grad, input, weight, gate, ctx.activation, wanted[0], wanted[1], wanted[2])
         return *_where(wanted[:3], found), grad if wanted[3] else None, None
 
 
@@ -238,9 +234,7 @@ class _FeedForward(torch.autograd.Function):
         out, hidden, pre = torch.ops.tinyllm.feed_forward_fwd(
             input, weight1, bias1, weight2, bias2, residual, activation, pre_needed
         )
-        ctx.save_for_backward(
-            input, weight1, bias1, weight2, bias2, residual, hidden, pre if pre_needed else hidden
-        )
+        ctx.save_for_backward(input, weight1, bias1, weight2, bias2, residual, hidden, pre if pre_needed else hidden)
         ctx.activation = activation
         return out
 

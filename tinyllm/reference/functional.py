@@ -152,6 +152,9 @@ def feed_forward(
     return linear(linear(input, weight1, bias1, activation=activation), weight2, bias2, residual=residual)
 
 
+BLOCK_PARAMETERS = ("query", "key", "value", "out_proj", "linear1", "linear2", "norm1", "norm2")
+
+
 def transformer_block(
     input: Tensor,
     parameters: Sequence[Tensor],
@@ -175,10 +178,10 @@ def transformer_block(
         return layer_norm(x, x.shape[-1:], weights[name], biases[name], eps)
 
     def attention(x: Tensor, residual: Tensor) -> Tensor:
-        heads = [
+        query, key, value = (
             layer(name, x).unflatten(-1, (num_heads, -1)).transpose(-2, -3) for name in ("query", "key", "value")
-        ]
-        attended = scaled_dot_product_attention(*heads, is_causal=causal).transpose(-2, -3).flatten(-2)
+        )
+        attended = scaled_dot_product_attention(query, key, value, is_causal=causal).transpose(-2, -3).flatten(-2)
         return layer("out_proj", attended, residual) if num_heads > 1 else attended + residual
 
     def network(x: Tensor, residual: Tensor) -> Tensor:
@@ -189,9 +192,6 @@ def transformer_block(
         return network(norm("norm2", middle, eps2), middle)
     middle = norm("norm1", attention(input, input), eps1)
     return norm("norm2", network(middle, middle), eps2)
-
-
-BLOCK_PARAMETERS = ("query", "key", "value", "out_proj", "linear1", "linear2", "norm1", "norm2")
 
 
 def cross_entropy(
