@@ -307,18 +307,21 @@ class TransformerBlock(nn.Module):
 
         That is: dropout in training, and modules that somebody has replaced, hooked or parametrized.
         """
-        if self.training and (self.dropout.p > 0 or self.attention.dropout > 0):
+        # This runs at every call: dictionaries, because nn.Module's attribute access costs ten times as much.
+        modules = self._modules
+        attention, network, dropout = modules["attention"], modules["feed_forward"], modules["dropout"]
+        if type(attention) is not SelfAttention or type(network) is not nn.Sequential or len(network._modules) != 3:
             return None
-        attention, network = self.attention, self.feed_forward
-        parts = [attention.query, attention.key, attention.value, network[0], network[2], self.norm1, self.norm2]
-        if attention.out_proj is not None:
-            parts.insert(3, attention.out_proj)
-        containers = (attention, network, network[1], self.dropout)
-        if type(attention) is not SelfAttention or any(type(part) not in _PLAIN for part in parts):
+        if self.training and (attention.dropout > 0 or cast(nn.Dropout, dropout).p > 0):
             return None
-        if any(_has_hooks(module) for module in (*parts, *containers)):
+        projections = [part for part in attention._modules.values() if part is not None]
+        first, activation, last = network._modules.values()
+        parts = [*projections, first, last, modules["norm1"], modules["norm2"]]
+        if any(type(part) not in _PLAIN for part in parts):
             return None
-        found = [part._parameters[name] for name in ("weight", "bias") for part in parts]
+        if any(_has_hooks(cast(nn.Module, module)) for module in (*parts, attention, network, activation, dropout)):
+            return None
+        found = [cast(nn.Module, part)._parameters[name] for name in ("weight", "bias") for part in parts]
         parameters: list[Tensor] = [parameter for parameter in found if parameter is not None]
         biases = len(parameters) - len(parts)
         # The weights are there, and the biases of all or of none.
@@ -341,13 +344,13 @@ def _has_hooks(module: nn.Module) -> bool:
 
 def _takes_block(x: Tensor, parameters: list[Tensor], attention: SelfAttention) -> bool:
     """Whether one fused operator serves such a block; parts of it that need no gradient would be wasted work."""
-    if x.dim() != 3 or x.size(-1) != attention.embedding_dim or not x.dtype.is_floating_point:
+    dtype, device, grad = x.dtype, x.device, torch.is_grad_enabled()
+    if x.dim() != 3 or x.size(-1) != attention.embedding_dim or torch.is_autocast_enabled(device.type):
         return False
-    if any(parameter.dtype != x.dtype or parameter.device != x.device for parameter in parameters):
-        return False
-    if torch.is_grad_enabled() and not all(parameter.requires_grad for parameter in parameters):
-        return False
-    return not torch.is_autocast_enabled(x.device.type) and ops.serves_block(x, parameters, attention.num_heads)
+    for parameter in parameters:
+        if parameter.dtype != dtype or parameter.device != device or (grad and not parameter.requires_grad):
+            return False
+    return ops.serves_block(x, parameters, attention.num_heads)
 
 
 def check_int(name: str, value: object, minimum: int) -> int:
