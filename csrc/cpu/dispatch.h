@@ -54,7 +54,8 @@ struct Attention {
   Strided query, key, value, mask;
   MaskKind mask_kind;
   Strided out;
-  void* lse;  // (batch, heads, queries), compute type
+  void*
+      lse;  // (batch, heads, queries), compute type; log2(sum(2^(scores * log2(e)))): backward repeats the very scores
   // backward
   Strided grad_out, grad_query, grad_key, grad_value;
 };

@@ -1,7 +1,8 @@
 // Included last by each isa_<name>.cpp: that instruction set's table of kernels.
-#include "attention_kernel.h"
-#include "embedding_kernel.h"
+#include "attention_bwd_kernel.h"
+#include "attention_fwd_kernel.h"
 #include "cross_entropy_kernel.h"
+#include "embedding_kernel.h"
 #include "layer_norm_kernel.h"
 #include "linear_cross_entropy_kernel.h"
 #include "linear_kernel.h"

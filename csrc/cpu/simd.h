@@ -66,6 +66,15 @@ struct Vec<float> {
   static Vec min(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }
   float sum() const { return _mm512_reduce_add_ps(v); }
   float max_element() const { return _mm512_reduce_max_ps(v); }
+  // The first n elements of a, the others of b.
+  static Vec first(Vec a, int64_t n, Vec b) {
+    return {_mm512_mask_mov_ps(b.v, static_cast<__mmask16>((1u << n) - 1u), a.v)};
+  }
+  // a where `from` holds true, b elsewhere.
+  static Vec where(const bool* from, Vec a, Vec b) {
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+    return {_mm512_mask_mov_ps(b.v, _mm_test_epi8_mask(bytes, bytes), a.v)};
+  }
   // a0 b0 a1 b1 ...: the first half of that into a, the second into b.
   static void interleave(Vec& a, Vec& b) {
     const __m512i first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
@@ -101,6 +110,13 @@ struct Vec<double> {
   static Vec min(Vec a, Vec b) { return {_mm512_min_pd(a.v, b.v)}; }
   double sum() const { return _mm512_reduce_add_pd(v); }
   double max_element() const { return _mm512_reduce_max_pd(v); }
+  static Vec first(Vec a, int64_t n, Vec b) {
+    return {_mm512_mask_mov_pd(b.v, static_cast<__mmask8>((1u << n) - 1u), a.v)};
+  }
+  static Vec where(const bool* from, Vec a, Vec b) {
+    const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
+    return {_mm512_mask_mov_pd(b.v, static_cast<__mmask8>(_mm_test_epi8_mask(bytes, bytes)), a.v)};
+  }
   static void interleave(Vec& a, Vec& b) {
     const __m512i first = _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11);
     const __m512d low = _mm512_permutex2var_pd(a.v, first, b.v);
@@ -167,6 +183,16 @@ struct Vec<float> {
     half = _mm_max_ps(half, _mm_movehl_ps(half, half));
     return _mm_cvtss_f32(_mm_max_ss(half, _mm_movehdup_ps(half)));
   }
+  static Vec first(Vec a, int64_t n, Vec b) {
+    const __m256i index = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    const __m256i inside = _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n)), index);
+    return {_mm256_blendv_ps(b.v, a.v, _mm256_castsi256_ps(inside))};
+  }
+  static Vec where(const bool* from, Vec a, Vec b) {
+    const __m256i words = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
+    const __m256i hidden = _mm256_cmpeq_epi32(words, _mm256_setzero_si256());
+    return {_mm256_blendv_ps(a.v, b.v, _mm256_castsi256_ps(hidden))};
+  }
   static void interleave(Vec& a, Vec& b) {
     const __m256 low = _mm256_unpacklo_ps(a.v, b.v), high = _mm256_unpackhi_ps(a.v, b.v);
     a.v = _mm256_permute2f128_ps(low, high, 0x20);
@@ -204,6 +230,17 @@ struct Vec<double> {
   double max_element() const {
     const __m128d half = _mm_max_pd(_mm256_castpd256_pd128(v), _mm256_extractf128_pd(v, 1));
     return _mm_cvtsd_f64(_mm_max_sd(half, _mm_unpackhi_pd(half, half)));
+  }
+  static Vec first(Vec a, int64_t n, Vec b) {
+    const __m256i inside = _mm256_cmpgt_epi64(_mm256_set1_epi64x(n), _mm256_setr_epi64x(0, 1, 2, 3));
+    return {_mm256_blendv_pd(b.v, a.v, _mm256_castsi256_pd(inside))};
+  }
+  static Vec where(const bool* from, Vec a, Vec b) {
+    int bytes;
+    std::memcpy(&bytes, from, sizeof(bytes));
+    const __m256i words = _mm256_cvtepu8_epi64(_mm_cvtsi32_si128(bytes));
+    const __m256i hidden = _mm256_cmpeq_epi64(words, _mm256_setzero_si256());
+    return {_mm256_blendv_pd(a.v, b.v, _mm256_castsi256_pd(hidden))};
   }
   static void interleave(Vec& a, Vec& b) {
     const __m256d low = _mm256_unpacklo_pd(a.v, b.v), high = _mm256_unpackhi_pd(a.v, b.v);
@@ -244,6 +281,8 @@ struct Vec {
   static Vec fma(Vec a, Vec b, Vec c) { return {a.v * b.v + c.v}; }
   static Vec max(Vec a, Vec b) { return {a.v > b.v ? a.v : b.v}; }
   static Vec min(Vec a, Vec b) { return {a.v < b.v ? a.v : b.v}; }
+  static Vec first(Vec a, int64_t n, Vec b) { return n > 0 ? a : b; }
+  static Vec where(const bool* from, Vec a, Vec b) { return *from ? a : b; }
   S sum() const { return v; }
   S max_element() const { return v; }
 };
@@ -372,6 +411,17 @@ inline Vec<float> exp2(Vec<float> x) {
   return p * V::pow2(shifted);
 }
 
+// e^r 2^n for |r| <= ln2 / 2, n held as for pow2.
+inline Vec<double> exp_reduced(Vec<double> r, Vec<double> shifted) {
+  using V = Vec<double>;
+  // Taylor's series to r^13 / 13!: the first term left out is below 4e-18.
+  V p = V::set1(1.0 / 6227020800.0);
+  for (const double c : {1.0 / 479001600.0, 1.0 / 39916800.0, 1.0 / 3628800.0, 1.0 / 362880.0, 1.0 / 40320.0,
+                         1.0 / 5040.0, 1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0})
+    p = fma(p, r, V::set1(c));
+  return p * V::pow2(shifted);
+}
+
 inline Vec<double> exp(Vec<double> x) {
   using V = Vec<double>;
   x = max(V::set1(-709.0895657128241), x);
@@ -381,15 +431,17 @@ inline Vec<double> exp(Vec<double> x) {
   const V n = shifted - shift;
   V r = fma(n, V::set1(-0.69314718036912382), x);
   r = fma(n, V::set1(-1.9082149292705877e-10), r);
-  // Taylor's series to r^13 / 13!: the first term left out is below 4e-18.
-  V p = V::set1(1.0 / 6227020800.0);
-  for (const double c : {1.0 / 479001600.0, 1.0 / 39916800.0, 1.0 / 3628800.0, 1.0 / 362880.0, 1.0 / 40320.0,
-                         1.0 / 5040.0, 1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0})
-    p = fma(p, r, V::set1(c));
-  return p * V::pow2(shifted);
+  return exp_reduced(r, shifted);
 }
 
-inline Vec<double> exp2(Vec<double> x) { return exp(x * Vec<double>::set1(0.6931471805599453)); }
+inline Vec<double> exp2(Vec<double> x) {
+  using V = Vec<double>;
+  x = max(V::set1(-1023.0), x);
+  const V shift = V::set1(0x1.8p52);
+  const V shifted = x + shift;
+  return exp_reduced((x - (shifted - shift)) * V::set1(0.6931471805599453), shifted);
+}
+
 
 #else
 
@@ -403,5 +455,25 @@ inline Vec<S> exp2(Vec<S> x) {
 }
 
 #endif
+
+// log2 of a sum of at least one normal number; NaN stays NaN. Without branches, so that compilers make vectors of it
+// (x = 2^n m with m in [sqrt(1/2), sqrt(2)], then Cephes' polynomial for log(m)).
+inline float log2(float x) {
+  const int32_t bits = bit_cast<int32_t>(x) - 0x3f3504f3;
+  const float n = static_cast<float>(bits >> 23);
+  const float f = bit_cast<float>((bits & 0x7fffff) + 0x3f3504f3) - 1.0f;
+  float p = 7.0376836292e-2f;
+  p = p * f - 1.1514610310e-1f;
+  p = p * f + 1.1676998740e-1f;
+  p = p * f - 1.2420140846e-1f;
+  p = p * f + 1.4249322787e-1f;
+  p = p * f - 1.6668057665e-1f;
+  p = p * f + 2.0000714765e-1f;
+  p = p * f - 2.4999993993e-1f;
+  p = p * f + 3.3333331174e-1f;
+  const float log = p * f * f * f - 0.5f * f * f + f;
+  return n + 1.44269504f * log + (x - x);
+}
+inline double log2(double x) { return std::log2(x); }
 
 }  // namespace tinyllm::TINYLLM_ISA

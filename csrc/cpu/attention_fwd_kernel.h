@@ -1,0 +1,174 @@
+// Flash attention on a CPU (Dao et al. 2022, "FlashAttention"; Dao 2023, "FlashAttention-2"): no queries x keys matrix
+// exists; scores live in a tile that fits the first-level cache.
+//
+// For one head and a range of queries: keys are transposed once into panels, values copied once into padded rows (which
+// also takes care of strides and 16-bit types). Then for each block of queries, each block of keys and each group of
+// kRows queries: scores = Q K^T, softmax, out = out * correction + P V. A block of keys is as long as the caches allow
+// (512 at head_dim 64), so that short sequences have whole rows of scores at hand, and the running maximum of long ones
+// (Milakov & Gimelshein 2018) moves rarely. Causal attention computes a group's columns only up to its last query,
+// rounded up to one vector, so hardly any work is spent above the diagonal.
+//
+// A query with no key (all masked) has lse = -inf and output 0.
+#pragma once
+#include "attention_scores.h"
+
+namespace tinyllm::TINYLLM_ISA {
+
+constexpr int64_t kGroups = (kQueryBlock + kRows - 1) / kRows;
+
+// A group's rows in whole vectors, one element a row.
+template <class S>
+constexpr int64_t kGroupLanes = (kRows + Vec<S>::size - 1) / Vec<S>::size * Vec<S>::size;
+
+// Keys in a block: as many as leave a block of K and V in a quarter of a 1 MB second-level cache, and a group's scores
+// in half of the first-level one. A multiple of every kPanel.
+inline int64_t fwd_key_block(const Attention& a) {
+  return std::clamp<int64_t>(65536 / std::max<int64_t>(1, a.head_dim + a.value_dim) / 64 * 64, 64, 512);
+}
+
+template <class T>
+struct ForwardBuffers {
+  using S = compute_t<T>;
+  S *keys, *values, *queries, *out, *scores, *max, *sum;
+  int64_t value_row, out_row, query_row, score_row;
+
+  size_t carve(char* base, const Attention& a, int64_t keys_used, int64_t block) {
+    cpu::Arena arena(base);
+    value_row = leading_dimension<S>(a.value_dim);
+    out_row = round_up_to_vector<S>(a.value_dim);
+    query_row = round_up_to_vector<S>(a.head_dim);
+    score_row = leading_dimension<S>(std::min(block, keys_used));
+    const int64_t padded_keys = (keys_used + kPanel<S> - 1) / kPanel<S> * kPanel<S>;
+    keys = arena.take<S>(padded_keys * a.head_dim);
+    values = arena.take<S>(keys_used * value_row);
+    queries = arena.take<S>(kQueryBlock * query_row);
+    out = arena.take<S>(kQueryBlock * out_row);
+    scores = arena.take<S>(kRows * score_row);
+    max = arena.take<S>(kQueryBlock + kGroupLanes<S>);
+    sum = arena.take<S>(kQueryBlock);
+    return arena.used();
+  }
+};
+
+// A group's m rows of scores of the n keys from `first` on become 2^(scores - max), zeros where a row sees less than n;
+// the running maxima and sums are kept. Row r's earlier results must shrink by correction[r].
+//
+// Step by step for all rows, because the steps of one row wait for each other.
+template <class T>
+inline void softmax_group(const Attention& a, int64_t b, int64_t h, int64_t row, int64_t m, int64_t first, int64_t n,
+                          bool masked, const ForwardBuffers<T>& buf, int64_t g, compute_t<T>* correction) {
+  using S = compute_t<T>;
+  using V = Vec<S>;
+  constexpr S inf = std::numeric_limits<S>::infinity();
+  S shift[kGroupLanes<S>] = {};
+  S* const max_of = buf.max + g;
+  S* const sum_of = buf.sum + g;
+  for (int64_t r = 0; r < m; ++r) {
+    S* scores = buf.scores + r * buf.score_row;
+    const int64_t seen = visible(a, row + r, first, n);
+    if (masked) apply_mask<T>(a, b, h, row + r, first, seen, scores);
+    const int64_t whole = hide_rest(scores, seen);
+    V vmax = V::set1(max_of[r]);
+    for (int64_t j = 0; j < whole; j += V::size) vmax = max(vmax, V::load(scores + j));
+    const S row_max = vmax.max_element();
+    // Nothing visible yet: 2^(-inf - 0) = 0 where -inf - -inf would be NaN.
+    shift[r] = row_max == -inf ? S(0) : row_max;
+  }
+  for (int64_t i = 0; i < kGroupLanes<S>; i += V::size)
+    exp2(V::load(max_of + i) - V::load(shift + i)).store(correction + i);
+  for (int64_t r = 0; r < m; ++r) {
+    S* scores = buf.scores + r * buf.score_row;
+    const int64_t whole = round_up_to_vector<S>(visible(a, row + r, first, n)), padded = round_up_to_vector<S>(n);
+    const V vshift = V::set1(shift[r]);
+    V vsum = V::zero();
+    for (int64_t j = 0; j < whole; j += V::size) {
+      const V p = exp2(V::load(scores + j) - vshift);
+      p.store(scores + j);
+      vsum = vsum + p;
+    }
+    for (int64_t j = whole; j < padded; j += V::size) V::zero().store(scores + j);
+    sum_of[r] = sum_of[r] * correction[r] + vsum.sum();
+    if (sum_of[r] != S(0)) max_of[r] = shift[r];
+  }
+}
+
+// Adds to a group's m rows of `out` what the block of keys [k0, k0 + block_keys) gives them. Returns whether any did:
+// `started` says whether `out` holds anything yet.
+template <class T>
+inline bool forward_group(const Attention& a, const ForwardBuffers<T>& buf, int64_t b, int64_t h, int64_t q0, int64_t g,
+                          int64_t m, int64_t k0, int64_t block_keys, bool started) {
+  using S = compute_t<T>;
+  using V = Vec<S>;
+  const KeyRange keys = keys_seen<S>(a, b, h, q0 + g, m, k0, block_keys);
+  const int64_t n = keys.end - keys.begin, first = k0 + keys.begin;
+  if (n <= 0) return started;
+  gemm<S>(m, n, a.head_dim, {buf.queries + g * buf.query_row, buf.query_row, 1},
+          panels<S>(buf.keys + first * a.head_dim, a.head_dim), buf.scores, buf.score_row, false);
+  S correction[kGroupLanes<S>];
+  softmax_group<T>(a, b, h, q0 + g, m, first, n, keys.masked, buf, g, correction);
+  S* out = buf.out + g * buf.out_row;
+  for (int64_t r = 0; started && r < m; ++r)
+    if (correction[r] != S(1))
+      for (int64_t i = r * buf.out_row; i < (r + 1) * buf.out_row; i += V::size)
+        (V::load(out + i) * V::set1(correction[r])).store(out + i);
+  gemm<S>(m, a.value_dim, n, {buf.scores, buf.score_row, 1},
+          row_major<S>(buf.values + first * buf.value_row, buf.value_row), out, buf.out_row, started);
+  return true;
+}
+
+// Asks for rows of a tensor before they are needed: the few lines of a row are too short a stream for the processor to
+// see it coming.
+template <class T, int Write = 0>
+inline void prefetch_rows(const Strided& t, int64_t b, int64_t h, int64_t row, int64_t rows, int64_t columns,
+                          int64_t end) {
+  const int64_t bytes = columns * static_cast<int64_t>(sizeof(T));
+  for (const int64_t last = std::min(row + rows, end); row < last; ++row) {
+    const char* at = reinterpret_cast<const char*>(row_of<T>(t, b, h, row));
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(at + i, Write, 2);
+  }
+}
+
+template <class T>
+void attention_fwd(const Attention& a, int64_t b, int64_t h, int64_t begin, int64_t end) {
+  using S = compute_t<T>;
+  constexpr S inf = std::numeric_limits<S>::infinity();
+  const int64_t kv_head = h / (a.heads / a.kv_heads);
+  const int64_t keys_used = keys_seen<S>(a, b, h, begin, end - begin, 0, a.keys).end;
+  const int64_t block = fwd_key_block(a);
+
+  ForwardBuffers<T> buf;
+  const cpu::Scratch scratch(buf.carve(nullptr, a, keys_used, block));
+  buf.carve(scratch.data(), a, keys_used, block);
+  pack_panels(row_of<T>(a.key, b, kv_head, 0), a.key.row, a.key.column, keys_used, a.head_dim, buf.keys);
+  pack_rows(row_of<T>(a.value, b, kv_head, 0), a.value.row, a.value.column, keys_used, a.value_dim, S(1), buf.values,
+            buf.value_row);
+
+  for (int64_t q0 = begin; q0 < end; q0 += kQueryBlock) {
+    const int64_t rows = std::min(kQueryBlock, end - q0);
+    pack_rows(row_of<T>(a.query, b, h, q0), a.query.row, a.query.column, rows, a.head_dim,
+              static_cast<S>(a.scale * kLog2e), buf.queries, buf.query_row);
+    std::fill(buf.max, buf.max + rows, -inf);
+    std::fill(buf.sum, buf.sum + rows, S(0));
+    bool started[kGroups] = {};
+    const int64_t last_key = visible(a, q0 + rows - 1, 0, keys_used);
+    for (int64_t k0 = 0; k0 < last_key; k0 += block)
+      for (int64_t g = 0; g < rows; g += kRows) {
+        const int64_t m = std::min<int64_t>(kRows, rows - g);
+        prefetch_rows<T>(a.query, b, h, q0 + g + kQueryBlock, m, a.head_dim, end);
+        prefetch_rows<T, 1>(a.out, b, h, q0 + g, m, a.value_dim, end);
+        started[g / kRows] = forward_group<T>(a, buf, b, h, q0, g, std::min<int64_t>(kRows, rows - g), k0,
+                                              std::min(block, keys_used - k0), started[g / kRows]);
+      }
+    S* lse = static_cast<S*>(a.lse) + (b * a.heads + h) * a.queries + q0;
+    for (int64_t r = 0; r < rows; ++r) {
+      const S sum = buf.sum[r];
+      S* out = buf.out + r * buf.out_row;
+      if (!started[r / kRows]) std::fill(out, out + buf.out_row, S(0));
+      unpack_row(out, sum == S(0) ? S(0) : S(1) / sum, a.value_dim, const_cast<T*>(row_of<T>(a.out, b, h, q0 + r)),
+                 a.out.column);
+      lse[r] = sum == S(0) ? -inf : buf.max[r] + log2(sum);
+    }
+  }
+}
+
+}  // namespace tinyllm::TINYLLM_ISA

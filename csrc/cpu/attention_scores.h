@@ -1,0 +1,104 @@
+// What attention's kernels share: where rows lie, which keys a query may see, masks.
+//
+// Scores are kept in units of log2(e), so that their exponential is 2^x: queries are scaled by scale * log2(e).
+#pragma once
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+#include "dispatch.h"
+#include "gemm.h"
+#include "pack.h"
+
+namespace tinyllm::TINYLLM_ISA {
+
+using cpu::Attention;
+using cpu::MaskKind;
+using cpu::Strided;
+
+constexpr int64_t kQueryBlock = 64;
+constexpr double kLog2e = 1.4426950408889634, kLn2 = 0.6931471805599453;
+
+template <class T>
+inline const T* row_of(const Strided& t, int64_t b, int64_t h, int64_t row) {
+  return static_cast<const T*>(t.data) + b * t.batch + h * t.head + row * t.row;
+}
+
+// How many of the keys [first, first + count) query `row` may see by causality.
+inline int64_t visible(const Attention& a, int64_t row, int64_t first, int64_t count) {
+  return a.causal ? std::clamp<int64_t>(row + 1 - first, 0, count) : count;
+}
+
+// Keys [begin, end) of a block, and whether the mask has anything to say about them.
+struct KeyRange {
+  int64_t begin, end;
+  bool masked;
+};
+
+// The end of the last run of visible keys.
+inline int64_t last_visible(const bool* mask, int64_t n) {
+  uint64_t word = 0;
+  while (n >= 8 && (std::memcpy(&word, mask + n - 8, 8), word == 0)) n -= 8;
+  while (n > 0 && !mask[n - 1]) --n;
+  return n;
+}
+
+// The keys of [first, first + count) that any of the queries [row, row + rows) may see, relative to `first`. What a
+// bool mask hides from all of them costs nothing: padding, windows, blocks of documents. The beginning is a whole
+// panel's.
+template <class S>
+inline KeyRange keys_seen(const Attention& a, int64_t b, int64_t h, int64_t row, int64_t rows, int64_t first,
+                          int64_t count) {
+  KeyRange keys{0, visible(a, row + rows - 1, first, count), a.mask_kind != MaskKind::none};
+  if (a.mask_kind != MaskKind::boolean || a.mask.column != 1) return keys;
+  const int64_t n = keys.end, distinct = a.mask.row == 0 ? 1 : rows;
+  keys = {n, 0, false};
+  for (int64_t r = row; r < row + distinct; ++r) {
+    const bool* mask = row_of<bool>(a.mask, b, h, r) + first;
+    const void* found = std::memchr(mask, 1, static_cast<size_t>(keys.begin));
+    if (found != nullptr) keys.begin = static_cast<const bool*>(found) - mask;
+    keys.end = std::max(keys.end, last_visible(mask, n));
+  }
+  keys.begin = keys.begin / kPanel<S> * kPanel<S>;
+  for (int64_t r = row; r < row + distinct && keys.begin < keys.end && !keys.masked; ++r) {
+    const bool* mask = row_of<bool>(a.mask, b, h, r) + first + keys.begin;
+    keys.masked = std::memchr(mask, 0, static_cast<size_t>(keys.end - keys.begin)) != nullptr;
+  }
+  return keys;
+}
+
+// Applies the mask to n scores of query `row` from key `first` on.
+template <class T>
+inline void apply_mask(const Attention& a, int64_t b, int64_t h, int64_t row, int64_t first, int64_t n,
+                       compute_t<T>* scores) {
+  using S = compute_t<T>;
+  using V = Vec<S>;
+  constexpr S inf = std::numeric_limits<S>::infinity();
+  constexpr S log2e = static_cast<S>(kLog2e);
+  const int64_t step = a.mask.column, whole = step == 1 ? n / V::size * V::size : 0;
+  if (a.mask_kind == MaskKind::boolean) {
+    const bool* mask = row_of<bool>(a.mask, b, h, row) + first * step;
+    for (int64_t j = 0; j < whole; j += V::size)
+      V::where(mask + j, V::load(scores + j), V::set1(-inf)).store(scores + j);
+    for (int64_t j = whole; j < n; ++j) scores[j] = mask[j * step] ? scores[j] : -inf;
+  } else {
+    const T* mask = row_of<T>(a.mask, b, h, row) + first * step;
+    for (int64_t j = 0; j < whole; j += V::size)
+      fma(V::load(mask + j), V::set1(log2e), V::load(scores + j)).store(scores + j);
+    for (int64_t j = whole; j < n; ++j) scores[j] += to_compute(mask[j * step]) * log2e;
+  }
+}
+
+// The scores of a row from its n-th on become -inf, to the end of a vector; returns that end.
+template <class S>
+inline int64_t hide_rest(S* scores, int64_t n) {
+  using V = Vec<S>;
+  const int64_t inside = n % V::size;
+  if (inside != 0) {
+    S* last = scores + n - inside;
+    V::first(V::load(last), inside, V::set1(-std::numeric_limits<S>::infinity())).store(last);
+  }
+  return round_up_to_vector<S>(n);
+}
+
+}  // namespace tinyllm::TINYLLM_ISA
