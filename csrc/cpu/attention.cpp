@@ -2,6 +2,7 @@
 // attention_kernel.h.
 #include <torch/csrc/stable/library.h>
 
+#include <memory>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -16,6 +17,7 @@ using torch::stable::new_empty;
 using OptionalTensor = std::optional<Tensor>;
 
 constexpr int64_t kMaxHeadDim = 1024;
+constexpr int64_t kBackwardItems = 32;
 
 Strided strided(const Tensor& t) {
   const auto strides = t.strides();
@@ -124,9 +126,37 @@ void attention_forward(int dtype, const Attention& a) {
   });
 }
 
-void attention_backward(int dtype, const Attention& a) {
-  const auto kernel = kernels().attention_bwd[dtype];
-  parallel_items(a.batch * a.kv_heads, [&](int64_t item) { kernel(a, item / a.kv_heads, item % a.kv_heads); });
+void attention_backward(int dtype, const Attention& arguments) {
+  Attention a = arguments;
+  // One range of keys for each head while there are many heads; else enough for as many threads as most machines have.
+  // Not by the threads at hand: the ranges decide in which order dQ is summed.
+  const int64_t heads = a.batch * a.kv_heads, block = bwd_key_block(a);
+  const int64_t wanted = (kBackwardItems + heads - 1) / std::max<int64_t>(heads, 1);
+  const int64_t ranges = std::clamp<int64_t>(wanted, 1, std::max<int64_t>(1, a.keys / block));
+  a.part = std::max(block, (a.keys + ranges - 1) / ranges + block - 1) / block * block;
+  a.parts = std::max<int64_t>(1, (a.keys + a.part - 1) / a.part);
+  std::unique_ptr<char[]> shares;
+  if (a.parts > 1) {
+    constexpr int64_t line = 64;
+    a.share_row = (a.head_dim + 15) / 16 * 16 + 16;
+    const int64_t element = dtype == static_cast<int>(DType::f64) ? sizeof(double) : sizeof(float);
+    const int64_t bytes = a.batch * a.heads * a.parts * a.queries * a.share_row * element;
+    shares.reset(new char[bytes + line]);
+    a.shares = shares.get() + line - reinterpret_cast<uintptr_t>(shares.get()) % line;
+  }
+  const Kernels& table = kernels();
+  parallel_items(heads * a.parts, [&](int64_t item) {
+    // The first range of a causal head costs most: all heads' first ranges go first.
+    const int64_t head = item % heads;
+    table.attention_bwd[dtype](a, head / a.kv_heads, head % a.kv_heads, item / heads);
+  });
+  if (a.parts == 1) return;
+  constexpr int64_t rows = 64;
+  const int64_t blocks = (a.queries + rows - 1) / rows;
+  parallel_items(a.batch * a.heads * blocks, [&](int64_t item) {
+    const int64_t head = item / blocks, begin = item % blocks * rows;
+    table.attention_bwd_sum[dtype](a, head / a.heads, head % a.heads, begin, std::min(a.queries, begin + rows));
+  });
 }
 
 STABLE_TORCH_LIBRARY_IMPL(tinyllm, CPU, m) {

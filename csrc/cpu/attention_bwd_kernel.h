@@ -1,157 +1,221 @@
-// Attention's backward pass for one key/value head: P is recomputed from the saved log-sum-exp; key blocks outside,
-// query blocks inside. dV += P^T dO, dS = P (dO V^T - rowsum(dO O)), dK += dS^T Q, dQ += dS K. One thread owns a head,
-// so the order of every sum is fixed.
+// Attention's backward pass: P is recomputed from the saved log-sum-exp; key blocks outside, query blocks inside.
+// dV += P^T dO, dS = P (dO V^T - rowsum(dO O)), dK += dS^T Q, dQ += dS K.
+//
+// The work is split into ranges of keys of one key/value head. dK and dV of a range are its own; its share of dQ goes
+// to an array of its own where a head has several ranges, and these are added in order afterwards. The ranges follow
+// from the shape alone, so the bits do not depend on the threads.
 #pragma once
 #include "attention_scores.h"
 
 namespace tinyllm::TINYLLM_ISA {
 
-// Keys in a block: fewer for wide heads, so that a block of K and V stays in the second-level cache. A multiple of
-// every kPanel.
-inline int64_t key_block(int64_t head_dim) { return head_dim <= 128 ? 128 : 64; }
-
 template <class T>
 struct BackwardBuffers {
   using S = compute_t<T>;
-  // Whole heads, padded rows. Queries are scaled, which makes dK = dS^T Q come out scaled.
-  S *queries, *grad_out, *grad_query, *grad_key, *grad_value, *delta;
+  // All queries of the key/value head's query heads.
+  S *grad_query, *delta;
   // One block of keys.
-  S *keys, *keys_t, *values_t;
+  S *keys, *keys_t, *values_t, *grad_key, *grad_value;
+  // One block of queries. They are scaled, which makes dK = dS^T Q come out scaled.
+  S *queries, *grad_out;
   // One block of queries against one of keys: P and dS.
   S *probs, *grad_scores;
-  int64_t row, value_row;
+  int64_t row, value_row, score_row, grad_row;
 
   size_t carve(char* base, const Attention& a, int64_t block) {
     cpu::Arena arena(base);
+    const int64_t group = a.heads / a.kv_heads, padded_block = (block + kPanel<S> - 1) / kPanel<S> * kPanel<S>;
     row = leading_dimension<S>(a.head_dim);
     value_row = leading_dimension<S>(a.value_dim);
-    queries = arena.take<S>(a.queries * row);
-    grad_query = arena.take<S>(a.queries * row);
-    grad_out = arena.take<S>(a.queries * value_row);
-    grad_key = arena.take<S>(a.keys * row);
-    grad_value = arena.take<S>(a.keys * value_row);
-    delta = arena.take<S>(a.queries);
+    score_row = leading_dimension<S>(padded_block);
+    grad_row = a.parts > 1 ? a.share_row : row;
+    grad_query = arena.take<S>(a.parts > 1 ? 0 : group * a.queries * row);
+    delta = arena.take<S>(group * a.queries);
     keys = arena.take<S>(block * row);
-    keys_t = arena.take<S>(block * a.head_dim);
-    values_t = arena.take<S>(block * a.value_dim);
-    probs = arena.take<S>(kQueryBlock * block);
-    grad_scores = arena.take<S>(kQueryBlock * block);
+    keys_t = arena.take<S>(padded_block * a.head_dim);
+    values_t = arena.take<S>(padded_block * a.value_dim);
+    grad_key = arena.take<S>(block * row);
+    grad_value = arena.take<S>(block * value_row);
+    queries = arena.take<S>(kQueryBlock * row);
+    grad_out = arena.take<S>(kQueryBlock * value_row);
+    probs = arena.take<S>(kQueryBlock * score_row);
+    grad_scores = arena.take<S>(kQueryBlock * score_row);
     return arena.used();
   }
 };
 
-// delta = rowsum(dO * O) for every query of a head.
+// delta = rowsum(dO * O) for the queries of a head from `first` on.
 template <class T>
-inline void row_dots(const Attention& a, int64_t b, int64_t h, const BackwardBuffers<T>& buf) {
-  using S = compute_t<T>;
-  for (int64_t i = 0; i < a.queries; ++i) {
-    const T* out = row_of<T>(a.out, b, h, i);
-    const S* grad = buf.grad_out + i * buf.value_row;
-    S sum = 0;
-    for (int64_t d = 0; d < a.value_dim; ++d) sum += grad[d] * to_compute(out[d * a.out.column]);
-    buf.delta[i] = sum;
-  }
-}
-
-// P and dS of queries [q0, q0 + rows) against keys [k0, k0 + block_keys), and dQ += dS K.
-template <class T>
-inline void backward_scores(const Attention& a, int64_t b, int64_t h, int64_t q0, int64_t rows, int64_t k0,
-                            int64_t block_keys, int64_t block, const BackwardBuffers<T>& buf) {
+inline void row_dots(const Attention& a, int64_t b, int64_t h, int64_t first, compute_t<T>* delta) {
   using S = compute_t<T>;
   using V = Vec<S>;
-  constexpr S inf = std::numeric_limits<S>::infinity();
-  const S* lse = static_cast<const S*>(a.lse) + (b * a.heads + h) * a.queries;
-  for (int64_t g = 0; g < rows; g += kRows) {
-    const int64_t m = std::min<int64_t>(kRows, rows - g), first = q0 + g;
-    const int64_t n = visible(a, first + m - 1, k0, block_keys);
-    S* probs = buf.probs + g * block;
-    S* grad_scores = buf.grad_scores + g * block;
-    gemm<S>(m, n, a.head_dim, {buf.queries + first * buf.row, buf.row, 1}, panels<S>(buf.keys_t, a.head_dim), probs,
-            block, false);
-    gemm<S>(m, n, a.value_dim, {buf.grad_out + first * buf.value_row, buf.value_row, 1},
-            panels<S>(buf.values_t, a.value_dim), grad_scores, block, false);
-    for (int64_t r = 0; r < m; ++r, probs += block, grad_scores += block) {
-      const int64_t row = first + r, seen = visible(a, row, k0, block_keys);
-      if (a.mask_kind != MaskKind::none) apply_mask<T>(a, b, h, row, k0, seen, probs);
-      const int64_t whole = round_up_to_vector<S>(seen);
-      for (int64_t j = seen; j < whole; ++j) probs[j] = -inf;
-      const V vlse = V::set1(lse[row] == -inf ? inf : lse[row]);
-      V vsum = V::zero(), vdelta = V::zero();
-      for (int64_t j = 0; j < whole; j += V::size) {
-        const V p = exp2(V::load(probs + j) - vlse);
-        p.store(probs + j);
-        vsum = vsum + p;
-        vdelta = fma(p, V::load(grad_scores + j), vdelta);
-      }
-      // rowsum(dO O) = rowsum(P dP) / rowsum(P). With the whole row at hand the second form is taken: it has the
-      // rounding errors of this very P and dP, so that the rows of dS sum to almost exactly 0. (A row that sees nothing
-      // has P = 0.)
-      const S row_sum = vsum.sum();
-      const S delta = a.keys > block ? buf.delta[row] : row_sum == S(0) ? S(0) : vdelta.sum() / row_sum;
-      vdelta = V::set1(delta);
-      for (int64_t j = 0; j < whole; j += V::size)
-        (V::load(probs + j) * (V::load(grad_scores + j) - vdelta)).store(grad_scores + j);
-      std::fill(probs + whole, probs + block, S(0));
-      std::fill(grad_scores + whole, grad_scores + block, S(0));
+  for (int64_t i = first; i < a.queries; ++i) {
+    const T* out = row_of<T>(a.out, b, h, i);
+    const T* grad = row_of<T>(a.grad_out, b, h, i);
+    S sum = 0;
+    if (a.out.column == 1 && a.grad_out.column == 1) {
+      V vsum = V::zero();
+      for_each_vector<V>(
+          a.value_dim, [&](int64_t d, int64_t n) { vsum = fma(load_n<V>(out + d, n), load_n<V>(grad + d, n), vsum); });
+      sum = vsum.sum();
+    } else {
+      for (int64_t d = 0; d < a.value_dim; ++d)
+        sum += to_compute(grad[d * a.grad_out.column]) * to_compute(out[d * a.out.column]);
     }
-    gemm<S>(m, a.head_dim, n, {buf.grad_scores + g * block, block, 1}, row_major<S>(buf.keys, buf.row),
-            buf.grad_query + first * buf.row, buf.row, true);
+    delta[i] = sum;
   }
 }
 
+// A row of P and of dP becomes P and dS = P (dP - delta), zeros beyond the `seen` keys up to `end`. delta: where all of
+// the row's keys are here, nothing; rowsum(dO O) = rowsum(P dP) / rowsum(P) is then taken in the second form, which has
+// the rounding errors of this very P and dP, so that the rows of dS sum to almost exactly 0.
+template <class S>
+inline void backward_row(S* probs, S* grad_scores, int64_t seen, int64_t end, S lse, const S* delta) {
+  using V = Vec<S>;
+  constexpr S inf = std::numeric_limits<S>::infinity();
+  const int64_t whole = hide_rest(probs, seen);
+  const V vlse = V::set1(lse == -inf ? inf : lse);  // a query that sees nothing has P = 0
+  if (delta != nullptr) {
+    const V vdelta = V::set1(*delta);
+    for (int64_t j = 0; j < whole; j += V::size) {
+      const V p = exp2(V::load(probs + j) - vlse);
+      p.store(probs + j);
+      (p * (V::load(grad_scores + j) - vdelta)).store(grad_scores + j);
+    }
+  } else {
+    V vsum = V::zero(), vdot = V::zero();
+    for (int64_t j = 0; j < whole; j += V::size) {
+      const V p = exp2(V::load(probs + j) - vlse);
+      p.store(probs + j);
+      vsum = vsum + p;
+      vdot = fma(p, V::load(grad_scores + j), vdot);
+    }
+    const S row_sum = vsum.sum();
+    const V vdelta = V::set1(row_sum == S(0) ? S(0) : vdot.sum() / row_sum);
+    for (int64_t j = 0; j < whole; j += V::size)
+      (V::load(probs + j) * (V::load(grad_scores + j) - vdelta)).store(grad_scores + j);
+  }
+  for (int64_t j = whole; j < end; j += V::size) {
+    V::zero().store(probs + j);
+    V::zero().store(grad_scores + j);
+  }
+}
+
+// Adds what queries [q0, q0 + rows) of head h and keys [k0, k0 + block_keys) give each other to dQ, dK and dV.
 template <class T>
-void attention_bwd(const Attention& a, int64_t b, int64_t kv_head) {
+inline void backward_block(const Attention& a, const BackwardBuffers<T>& buf, int64_t b, int64_t h, int64_t q0,
+                           int64_t rows, int64_t k0, int64_t block_keys, const compute_t<T>* delta,
+                           compute_t<T>* grad_query) {
   using S = compute_t<T>;
-  const int64_t group = a.heads / a.kv_heads;
-  const int64_t block = key_block(std::max(a.head_dim, a.value_dim));
+  const KeyRange keys = keys_seen<S>(a, b, h, q0, rows, k0, block_keys);
+  const int64_t first = k0 + keys.begin, count = keys.end - keys.begin;
+  if (count <= 0) return;
+  const int64_t padded = round_up_to_vector<S>(count);
+  const S* lse = static_cast<const S*>(a.lse) + (b * a.heads + h) * a.queries;
+  pack_rows(row_of<T>(a.query, b, h, q0), a.query.row, a.query.column, rows, a.head_dim,
+            static_cast<S>(a.scale * kLog2e), buf.queries, buf.row);
+  pack_rows(row_of<T>(a.grad_out, b, h, q0), a.grad_out.row, a.grad_out.column, rows, a.value_dim, S(1), buf.grad_out,
+            buf.value_row);
+  for (int64_t g = 0; g < rows; g += kRows) {
+    const int64_t m = std::min<int64_t>(kRows, rows - g);
+    const int64_t n = visible(a, q0 + g + m - 1, first, count);
+    prefetch_rows<T>(a.query, b, h, q0 + g + kQueryBlock, m, a.head_dim, a.queries);
+    prefetch_rows<T>(a.grad_out, b, h, q0 + g + kQueryBlock, m, a.value_dim, a.queries);
+    if (n == 0) continue;
+    S* probs = buf.probs + g * buf.score_row;
+    S* grad_scores = buf.grad_scores + g * buf.score_row;
+    gemm<S>(m, n, a.head_dim, {buf.queries + g * buf.row, buf.row, 1},
+            panels<S>(buf.keys_t + keys.begin * a.head_dim, a.head_dim), probs, buf.score_row, false);
+    gemm<S>(m, n, a.value_dim, {buf.grad_out + g * buf.value_row, buf.value_row, 1},
+            panels<S>(buf.values_t + keys.begin * a.value_dim, a.value_dim), grad_scores, buf.score_row, false);
+    for (int64_t r = 0; r < m; ++r) {
+      const int64_t row = q0 + g + r, seen = visible(a, row, first, count);
+      if (keys.masked) apply_mask<T>(a, b, h, row, first, seen, probs + r * buf.score_row);
+      // The products below go by kRows keys and take a row from the first of these that it sees.
+      backward_row(probs + r * buf.score_row, grad_scores + r * buf.score_row, seen,
+                   std::min(padded, round_up_to_vector<S>(seen + kRows)), lse[row], delta ? delta + row : nullptr);
+    }
+    gemm<S>(m, a.head_dim, n, {grad_scores, buf.score_row, 1}, row_major<S>(buf.keys + keys.begin * buf.row, buf.row),
+            grad_query + (q0 + g) * buf.grad_row, buf.grad_row, true);
+  }
+  for (int64_t g = 0; g < count; g += kRows) {
+    const int64_t m = std::min<int64_t>(kRows, count - g), key = keys.begin + g;
+    // Causal: queries before the group's first key contribute nothing.
+    const int64_t skip = a.causal ? std::clamp<int64_t>(first + g - q0, 0, rows) : 0;
+    if (skip == rows) break;
+    const int64_t at = skip * buf.score_row + g;
+    gemm<S>(m, a.value_dim, rows - skip, {buf.probs + at, 1, buf.score_row},
+            row_major<S>(buf.grad_out + skip * buf.value_row, buf.value_row), buf.grad_value + key * buf.value_row,
+            buf.value_row, true);
+    gemm<S>(m, a.head_dim, rows - skip, {buf.grad_scores + at, 1, buf.score_row},
+            row_major<S>(buf.queries + skip * buf.row, buf.row), buf.grad_key + key * buf.row, buf.row, true);
+  }
+}
+
+// Where range `part` of a key/value head leaves its share of dQ.
+template <class S>
+inline S* share_of(const Attention& a, int64_t b, int64_t kv_head, int64_t part) {
+  const int64_t size = a.heads / a.kv_heads * a.queries * a.share_row;
+  return static_cast<S*>(a.shares) + ((b * a.kv_heads + kv_head) * a.parts + part) * size;
+}
+
+template <class T>
+void attention_bwd(const Attention& a, int64_t b, int64_t kv_head, int64_t part) {
+  using S = compute_t<T>;
+  const int64_t begin = part * a.part, end = std::min(a.keys, begin + a.part);
+  const int64_t group = a.heads / a.kv_heads, head = kv_head * group;
+  const int64_t block = std::clamp<int64_t>(end - begin, 1, cpu::bwd_key_block(a));
   BackwardBuffers<T> buf;
   const cpu::Scratch scratch(buf.carve(nullptr, a, block));
   buf.carve(scratch.data(), a, block);
-  std::fill(buf.grad_key, buf.grad_key + a.keys * buf.row, S(0));
-  std::fill(buf.grad_value, buf.grad_value + a.keys * buf.value_row, S(0));
-
-  for (int64_t h = kv_head * group; h < (kv_head + 1) * group; ++h) {
-    pack_rows(row_of<T>(a.query, b, h, 0), a.query.row, a.query.column, a.queries, a.head_dim,
-              static_cast<S>(a.scale * kLog2e), buf.queries, buf.row);
-    pack_rows(row_of<T>(a.grad_out, b, h, 0), a.grad_out.row, a.grad_out.column, a.queries, a.value_dim, S(1),
-              buf.grad_out, buf.value_row);
-    std::fill(buf.grad_query, buf.grad_query + a.queries * buf.row, S(0));
-    if (a.keys > block) row_dots<T>(a, b, h, buf);
-    for (int64_t k0 = 0; k0 < a.keys; k0 += block) {
-      const int64_t block_keys = std::min(block, a.keys - k0);
-      const T* key = row_of<T>(a.key, b, kv_head, k0);
-      pack_rows(key, a.key.row, a.key.column, block_keys, a.head_dim, S(1), buf.keys, buf.row);
-      pack_panels(key, a.key.row, a.key.column, block_keys, a.head_dim, buf.keys_t);
-      pack_panels(row_of<T>(a.value, b, kv_head, k0), a.value.row, a.value.column, block_keys, a.value_dim,
-                  buf.values_t);
-      // The first query that sees this block, rounded down to a block of queries.
-      const int64_t first = a.causal ? k0 / kQueryBlock * kQueryBlock : 0;
-      for (int64_t q0 = first; q0 < a.queries; q0 += kQueryBlock) {
-        const int64_t rows = std::min(kQueryBlock, a.queries - q0);
-        backward_scores<T>(a, b, h, q0, rows, k0, block_keys, block, buf);
-        for (int64_t g = 0; g < block_keys; g += kRows) {
-          const int64_t m = std::min<int64_t>(kRows, block_keys - g);
-          // Causal: queries before the group's first key contribute nothing.
-          const int64_t skip = a.causal ? std::clamp<int64_t>(k0 + g - q0, 0, rows) : 0;
-          if (skip == rows) break;
-          const int64_t row = q0 + skip, at = skip * block + g;
-          gemm<S>(m, a.value_dim, rows - skip, {buf.probs + at, 1, block},
-                  row_major<S>(buf.grad_out + row * buf.value_row, buf.value_row),
-                  buf.grad_value + (k0 + g) * buf.value_row, buf.value_row, true);
-          gemm<S>(m, a.head_dim, rows - skip, {buf.grad_scores + at, 1, block},
-                  row_major<S>(buf.queries + row * buf.row, buf.row), buf.grad_key + (k0 + g) * buf.row, buf.row, true);
-        }
-      }
-    }
-    for (int64_t i = 0; i < a.queries; ++i)
-      unpack_row(buf.grad_query + i * buf.row, static_cast<S>(a.scale), a.head_dim,
-                 const_cast<T*>(row_of<T>(a.grad_query, b, h, i)), a.grad_query.column);
+  if (a.parts > 1) buf.grad_query = share_of<S>(a, b, kv_head, part);
+  // Causal: the first query that sees any of the keys.
+  const int64_t first_query = a.causal ? std::min(begin, a.queries) : 0, head_size = a.queries * buf.grad_row;
+  const bool whole_rows = a.keys <= cpu::bwd_key_block(a);
+  for (int64_t h = 0; h < group; ++h) {
+    std::fill(buf.grad_query + h * head_size + first_query * buf.grad_row, buf.grad_query + (h + 1) * head_size, S(0));
+    if (!whole_rows) row_dots<T>(a, b, head + h, first_query, buf.delta + h * a.queries);
   }
-  for (int64_t j = 0; j < a.keys; ++j) {
-    unpack_row(buf.grad_key + j * buf.row, static_cast<S>(kLn2), a.head_dim,
-               const_cast<T*>(row_of<T>(a.grad_key, b, kv_head, j)), a.grad_key.column);
-    unpack_row(buf.grad_value + j * buf.value_row, S(1), a.value_dim,
-               const_cast<T*>(row_of<T>(a.grad_value, b, kv_head, j)), a.grad_value.column);
+  for (int64_t k0 = begin; k0 < end; k0 += block) {
+    const int64_t block_keys = std::min(block, end - k0);
+    const T* key = row_of<T>(a.key, b, kv_head, k0);
+    pack_rows(key, a.key.row, a.key.column, block_keys, a.head_dim, S(1), buf.keys, buf.row);
+    pack_panels(key, a.key.row, a.key.column, block_keys, a.head_dim, buf.keys_t);
+    pack_panels(row_of<T>(a.value, b, kv_head, k0), a.value.row, a.value.column, block_keys, a.value_dim, buf.values_t);
+    std::fill(buf.grad_key, buf.grad_key + block_keys * buf.row, S(0));
+    std::fill(buf.grad_value, buf.grad_value + block_keys * buf.value_row, S(0));
+    for (int64_t h = 0; h < group; ++h)
+      for (int64_t q0 = a.causal ? k0 / kQueryBlock * kQueryBlock : 0; q0 < a.queries; q0 += kQueryBlock)
+        backward_block<T>(a, buf, b, head + h, q0, std::min(kQueryBlock, a.queries - q0), k0, block_keys,
+                          whole_rows ? nullptr : buf.delta + h * a.queries, buf.grad_query + h * head_size);
+    for (int64_t j = 0; j < block_keys; ++j) {
+      unpack_row(buf.grad_key + j * buf.row, static_cast<S>(kLn2), a.head_dim,
+                 const_cast<T*>(row_of<T>(a.grad_key, b, kv_head, k0 + j)), a.grad_key.column);
+      unpack_row(buf.grad_value + j * buf.value_row, S(1), a.value_dim,
+                 const_cast<T*>(row_of<T>(a.grad_value, b, kv_head, k0 + j)), a.grad_value.column);
+    }
+  }
+  if (a.parts > 1) return;
+  for (int64_t i = 0; i < group * a.queries; ++i)
+    unpack_row(buf.grad_query + i * buf.grad_row, static_cast<S>(a.scale), a.head_dim,
+               const_cast<T*>(row_of<T>(a.grad_query, b, head + i / a.queries, i % a.queries)), a.grad_query.column);
+}
+
+// The shares are added in the order of their keys.
+template <class T>
+void attention_bwd_sum(const Attention& a, int64_t b, int64_t h, int64_t begin, int64_t end) {
+  using S = compute_t<T>;
+  using V = Vec<S>;
+  const int64_t group = a.heads / a.kv_heads, step = group * a.queries * a.share_row;
+  S* head = share_of<S>(a, b, h / group, 0) + h % group * a.queries * a.share_row;
+  for (int64_t i = begin; i < end; ++i) {
+    S* sum = head + i * a.share_row;
+    // Causal: ranges behind the query have nothing for it.
+    const int64_t parts = a.causal ? std::min(a.parts, i / a.part + 1) : a.parts;
+    for (int64_t p = 1; p < parts; ++p)
+      for (int64_t d = 0; d < a.head_dim; d += V::size) (V::load(sum + d) + V::load(sum + p * step + d)).store(sum + d);
+    unpack_row(sum, static_cast<S>(a.scale), a.head_dim, const_cast<T*>(row_of<T>(a.grad_query, b, h, i)),
+               a.grad_query.column);
   }
 }
 

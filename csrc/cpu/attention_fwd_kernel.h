@@ -116,18 +116,6 @@ inline bool forward_group(const Attention& a, const ForwardBuffers<T>& buf, int6
   return true;
 }
 
-// Asks for rows of a tensor before they are needed: the few lines of a row are too short a stream for the processor to
-// see it coming.
-template <class T, int Write = 0>
-inline void prefetch_rows(const Strided& t, int64_t b, int64_t h, int64_t row, int64_t rows, int64_t columns,
-                          int64_t end) {
-  const int64_t bytes = columns * static_cast<int64_t>(sizeof(T));
-  for (const int64_t last = std::min(row + rows, end); row < last; ++row) {
-    const char* at = reinterpret_cast<const char*>(row_of<T>(t, b, h, row));
-    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(at + i, Write, 2);
-  }
-}
-
 template <class T>
 void attention_fwd(const Attention& a, int64_t b, int64_t h, int64_t begin, int64_t end) {
   using S = compute_t<T>;

@@ -58,7 +58,16 @@ struct Attention {
       lse;  // (batch, heads, queries), compute type; log2(sum(2^(scores * log2(e)))): backward repeats the very scores
   // backward
   Strided grad_out, grad_query, grad_key, grad_value;
+  // A head's keys are worked on in `parts` ranges of `part` keys. Where there is more than one, each leaves its share
+  // of grad_query here: (batch, kv_heads, parts, heads / kv_heads, queries, share_row), compute type.
+  int64_t part, parts;
+  void* shares;
+  int64_t share_row;
 };
+
+// Keys that backward takes at once: fewer for wide heads, so that a block of K and V stays in the second-level cache. A
+// multiple of every panel of gemm.h.
+inline int64_t bwd_key_block(const Attention& a) { return a.head_dim <= 128 && a.value_dim <= 128 ? 128 : 64; }
 
 // Rows of contiguous (rows, classes) logits. A row's target is ignore_index or a class.
 struct CrossEntropy {
@@ -166,8 +175,10 @@ struct Kernels {
   void (*stream_zeros)(char* data, int64_t bytes);
   // Queries [begin, end) of one head.
   void (*attention_fwd[kNumDTypes])(const Attention&, int64_t b, int64_t h, int64_t begin, int64_t end);
-  // One key/value head with all its query heads.
-  void (*attention_bwd[kNumDTypes])(const Attention&, int64_t b, int64_t kv_head);
+  // One range of keys of a key/value head with all its query heads; then the sum of the ranges' shares of grad_query
+  // for queries [begin, end) of one head, where there are several.
+  void (*attention_bwd[kNumDTypes])(const Attention&, int64_t b, int64_t kv_head, int64_t part);
+  void (*attention_bwd_sum[kNumDTypes])(const Attention&, int64_t b, int64_t h, int64_t begin, int64_t end);
   // Rows [begin, end): loss, statistics, and grad_input where wanted; grad_input from the statistics.
   void (*cross_entropy_fwd[kNumDTypes])(const CrossEntropy&, int64_t begin, int64_t end);
   void (*cross_entropy_bwd[kNumDTypes])(const CrossEntropy&, int64_t begin, int64_t end);

@@ -23,6 +23,7 @@ constexpr cpu::Kernels table(const char* name) {
       stream_zeros,
       TINYLLM_ALL_DTYPES(attention_fwd),
       TINYLLM_ALL_DTYPES(attention_bwd),
+      TINYLLM_ALL_DTYPES(attention_bwd_sum),
       TINYLLM_ALL_DTYPES(cross_entropy_fwd),
       TINYLLM_ALL_DTYPES(cross_entropy_bwd),
       TINYLLM_ALL_DTYPES(linear_cross_entropy_pack),

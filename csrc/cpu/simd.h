@@ -442,7 +442,6 @@ inline Vec<double> exp2(Vec<double> x) {
   return exp_reduced((x - (shifted - shift)) * V::set1(0.6931471805599453), shifted);
 }
 
-
 #else
 
 template <class S>
