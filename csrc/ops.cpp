@@ -31,11 +31,14 @@ STABLE_TORCH_LIBRARY(tinyllm, m) {
       "embedding_bwd(Tensor grad, Tensor input, SymInt num_embeddings, int? padding_idx, bool weight_grad,"
       " bool positions_grad) -> (Tensor grad_weight, Tensor grad_positions)");
   m.def(
-      "attention_fwd(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, bool is_causal, float scale)"
+      "attention_fwd(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, bool is_causal, float scale,"
+      " float dropout_p=0., Tensor? rng=None)"
       " -> (Tensor out, Tensor lse)");
   m.def(
       "attention_bwd(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor out, Tensor lse,"
-      " bool is_causal, float scale) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)");
+      " bool is_causal, float scale, float dropout_p=0., Tensor? rng=None) -> (Tensor grad_query, Tensor grad_key, "
+      "Tensor grad_value)");
+  m.def("dropout_factors(Tensor rng, SymInt rows, SymInt columns, float p) -> Tensor");
   // reduction: 0 none, 1 mean, 2 sum, as in PyTorch. grad_input is empty unless with_grad.
   m.def(
       "cross_entropy_fwd(Tensor input, Tensor target, Tensor? weight, int reduction, int ignore_index,"

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "attention.h"
+#include "random.h"
 #include "torch_side.h"
 
 namespace tinyllm::cpu {
@@ -31,7 +32,8 @@ Tensor new_heads_inside(const Tensor& like, int64_t batch, int64_t heads, int64_
 }
 
 Attention arguments(const char* op, const Tensor& query, const Tensor& key, const Tensor& value,
-                    const OptionalTensor& mask, bool is_causal, double scale) {
+                    const OptionalTensor& mask, bool is_causal, double scale, double dropout_p,
+                    const OptionalTensor& rng) {
   if (query.dim() != 4 || key.dim() != 4 || value.dim() != 4)
     fail(op, ": query, key and value must have 4 dimensions, not ", query.dim(), ", ", key.dim(), " and ", value.dim());
   Attention a{};
@@ -44,6 +46,7 @@ Attention arguments(const char* op, const Tensor& query, const Tensor& key, cons
   a.value_dim = value.size(3);
   a.scale = scale;
   a.causal = is_causal;
+  a.dropout = dropout_state(op, rng, dropout_p);
   check_shape(op, "key", key, {a.batch, a.kv_heads, a.keys, a.head_dim});
   check_shape(op, "value", value, {a.batch, a.kv_heads, a.keys, a.value_dim});
   if (a.heads > 0 && (a.kv_heads == 0 || a.heads % a.kv_heads != 0))
@@ -68,8 +71,8 @@ Attention arguments(const char* op, const Tensor& query, const Tensor& key, cons
 }
 
 std::tuple<Tensor, Tensor> attention_fwd(Tensor query, Tensor key, Tensor value, OptionalTensor attn_mask,
-                                         bool is_causal, double scale) {
-  Attention a = arguments("attention", query, key, value, attn_mask, is_causal, scale);
+                                         bool is_causal, double scale, double dropout_p, OptionalTensor rng) {
+  Attention a = arguments("attention", query, key, value, attn_mask, is_causal, scale, dropout_p, rng);
   const Tensor out = new_heads_inside(query, a.batch, a.heads, a.queries, a.value_dim);
   const std::vector<int64_t> lse_shape{a.batch, a.heads, a.queries};
   const Tensor lse = new_empty(query, lse_shape, compute_dtype(query.scalar_type()));
@@ -81,9 +84,9 @@ std::tuple<Tensor, Tensor> attention_fwd(Tensor query, Tensor key, Tensor value,
 
 std::tuple<Tensor, Tensor, Tensor> attention_bwd(Tensor grad, Tensor query, Tensor key, Tensor value,
                                                  OptionalTensor attn_mask, Tensor out, Tensor lse, bool is_causal,
-                                                 double scale) {
+                                                 double scale, double dropout_p, OptionalTensor rng) {
   const char* op = "attention_bwd";
-  Attention a = arguments(op, query, key, value, attn_mask, is_causal, scale);
+  Attention a = arguments(op, query, key, value, attn_mask, is_causal, scale, dropout_p, rng);
   for (const auto& [name, t] : {std::pair{"grad", &grad}, std::pair{"out", &out}}) {
     check_device(op, name, *t, query);
     check_dtype(op, name, *t, query.scalar_type());

@@ -19,7 +19,7 @@ struct BackwardBuffers {
   // One block of queries. They are scaled, which makes dK = dS^T Q come out scaled.
   S *queries, *grad_out;
   // One block of queries against one of keys: P and dS.
-  S *probs, *grad_scores;
+  S *probs, *grad_scores, *factors;
   int64_t row, value_row, score_row, grad_row;
 
   size_t carve(char* base, const Attention& a, int64_t block) {
@@ -40,6 +40,7 @@ struct BackwardBuffers {
     grad_out = arena.take<S>(kQueryBlock * value_row);
     probs = arena.take<S>(kQueryBlock * score_row);
     grad_scores = arena.take<S>(kQueryBlock * score_row);
+    factors = arena.take<S>(factors_size(a, score_row));
     return arena.used();
   }
 };
@@ -130,10 +131,17 @@ inline void backward_block(const Attention& a, const BackwardBuffers<T>& buf, in
             panels<S>(buf.values_t + keys.begin * a.value_dim, a.value_dim), grad_scores, buf.score_row, false);
     for (int64_t r = 0; r < m; ++r) {
       const int64_t row = q0 + g + r, seen = visible(a, row, first, count);
-      if (keys.masked) apply_mask<T>(a, b, h, row, first, seen, probs + r * buf.score_row);
+      S* row_probs = probs + r * buf.score_row;
+      S* row_grads = grad_scores + r * buf.score_row;
+      if (keys.masked) apply_mask<T>(a, b, h, row, first, seen, row_probs);
+      const int64_t whole = round_up_to_vector<S>(seen);
+      const bool drops = a.dropout.p > 0;
+      const S* factors = drops ? row_factors(a, b, h, row, first, whole, buf.factors) : nullptr;
+      if (drops) multiply(row_grads, factors, whole);
       // The products below go by kRows keys and take a row from the first of these that it sees.
-      backward_row(probs + r * buf.score_row, grad_scores + r * buf.score_row, seen,
-                   std::min(padded, round_up_to_vector<S>(seen + kRows)), lse[row], delta ? delta + row : nullptr);
+      backward_row(row_probs, row_grads, seen, std::min(padded, round_up_to_vector<S>(seen + kRows)), lse[row],
+                   delta ? delta + row : nullptr);
+      if (drops) multiply(row_probs, factors, whole);
     }
     gemm<S>(m, a.head_dim, n, {grad_scores, buf.score_row, 1}, row_major<S>(buf.keys + keys.begin * buf.row, buf.row),
             grad_query + (q0 + g) * buf.grad_row, buf.grad_row, true);

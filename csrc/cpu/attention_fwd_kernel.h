@@ -29,7 +29,7 @@ inline int64_t fwd_key_block(const Attention& a) {
 template <class T>
 struct ForwardBuffers {
   using S = compute_t<T>;
-  S *keys, *values, *queries, *out, *scores, *max, *sum;
+  S *keys, *values, *queries, *out, *scores, *max, *sum, *factors;
   int64_t value_row, out_row, query_row, score_row;
 
   size_t carve(char* base, const Attention& a, int64_t keys_used, int64_t block) {
@@ -46,6 +46,7 @@ struct ForwardBuffers {
     scores = arena.take<S>(kRows * score_row);
     max = arena.take<S>(kQueryBlock + kGroupLanes<S>);
     sum = arena.take<S>(kQueryBlock);
+    factors = arena.take<S>(factors_size(a, score_row));
     return arena.used();
   }
 };
@@ -87,6 +88,7 @@ inline void softmax_group(const Attention& a, int64_t b, int64_t h, int64_t row,
       vsum = vsum + p;
     }
     for (int64_t j = whole; j < padded; j += V::size) V::zero().store(scores + j);
+    if (a.dropout.p > 0) multiply(scores, row_factors(a, b, h, row + r, first, whole, buf.factors), whole);
     sum_of[r] = sum_of[r] * correction[r] + vsum.sum();
     if (sum_of[r] != S(0)) max_of[r] = shift[r];
   }

@@ -9,6 +9,7 @@
 #include "dispatch.h"
 #include "gemm.h"
 #include "pack.h"
+#include "random_kernel.h"
 
 namespace tinyllm::TINYLLM_ISA {
 
@@ -111,6 +112,25 @@ inline int64_t hide_rest(S* scores, int64_t n) {
     V::first(V::load(last), inside, V::set1(-std::numeric_limits<S>::infinity())).store(last);
   }
   return round_up_to_vector<S>(n);
+}
+
+// Room for the dropout factors of a row of n scores.
+inline int64_t factors_size(const Attention& a, int64_t n) { return a.dropout.p > 0 ? n + 2 * kRandomBlock : 0; }
+
+// The dropout factors of query `row` for n keys from `first` on.
+template <class S>
+inline const S* row_factors(const Attention& a, int64_t b, int64_t h, int64_t row, int64_t first, int64_t n,
+                            S* factors) {
+  const int64_t row_size = (a.keys + kRandomBlock - 1) / kRandomBlock * kRandomBlock;
+  const int64_t index = ((b * a.heads + h) * a.queries + row) * row_size + first;
+  return dropout_factors(a.dropout, static_cast<uint64_t>(index), n, factors);
+}
+
+// x[0, n) *= factors[0, n), by whole vectors.
+template <class S>
+inline void multiply(S* x, const S* factors, int64_t n) {
+  using V = Vec<S>;
+  for (int64_t j = 0; j < n; j += V::size) (V::load(x + j) * V::load(factors + j)).store(x + j);
 }
 
 }  // namespace tinyllm::TINYLLM_ISA

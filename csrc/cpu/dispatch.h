@@ -45,6 +45,12 @@ struct Strided {
   int64_t batch = 0, head = 0, row = 0, column = 0;
 };
 
+// p: the probability that an element becomes 0; (seed, offset) select the bits (random_kernel.h).
+struct Dropout {
+  double p = 0;
+  uint64_t seed = 0, offset = 0;
+};
+
 struct Attention {
   int64_t batch, heads, kv_heads;  // heads is a multiple of kv_heads
   int64_t queries, keys;
@@ -53,6 +59,7 @@ struct Attention {
   bool causal;  // query i sees keys 0..i
   Strided query, key, value, mask;
   MaskKind mask_kind;
+  Dropout dropout;  // of the weights: element (b, h, t, s) of (batch, heads, queries, keys rounded up to 64)
   Strided out;
   void*
       lse;  // (batch, heads, queries), compute type; log2(sum(2^(scores * log2(e)))): backward repeats the very scores
@@ -65,9 +72,9 @@ struct Attention {
   int64_t share_row;
 };
 
-// Keys that backward takes at once: fewer for wide heads, so that a block of K and V stays in the second-level cache. A
-// multiple of every panel of gemm.h.
-inline int64_t bwd_key_block(const Attention& a) { return a.head_dim <= 128 && a.value_dim <= 128 ? 128 : 64; }
+// Keys that backward takes at once: fewer for wide heads, whose blocks of K and V fill the second-level cache. A
+// multiple of every panel of gemm.h and of a block of queries.
+inline int64_t bwd_key_block(const Attention& a) { return a.head_dim <= 64 && a.value_dim <= 64 ? 256 : 128; }
 
 // Rows of contiguous (rows, classes) logits. A row's target is ignore_index or a class.
 struct CrossEntropy {
@@ -173,6 +180,8 @@ struct Kernels {
   // Sums [begin, end), in the compute type until they are written.
   void (*sum_rows[kNumDTypes])(const SumRows&, int64_t begin, int64_t end);
   void (*stream_zeros)(char* data, int64_t bytes);
+  // What dropout multiplies the elements [first, first + n) by; whole blocks of 64.
+  void (*dropout_factors)(const Dropout&, int64_t first, int64_t n, float* factors);
   // Queries [begin, end) of one head.
   void (*attention_fwd[kNumDTypes])(const Attention&, int64_t b, int64_t h, int64_t begin, int64_t end);
   // One range of keys of a key/value head with all its query heads; then the sum of the ranges' shares of grad_query

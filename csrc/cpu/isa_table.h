@@ -6,6 +6,7 @@
 #include "layer_norm_kernel.h"
 #include "linear_cross_entropy_kernel.h"
 #include "linear_kernel.h"
+#include "random_kernel.h"
 
 #define TINYLLM_ALL_DTYPES(kernel) {kernel<float>, kernel<double>, kernel<bfloat16>, kernel<float16>}
 
@@ -21,6 +22,7 @@ constexpr cpu::Kernels table(const char* name) {
       TINYLLM_ALL_DTYPES(embedding_fwd),
       TINYLLM_ALL_DTYPES(sum_rows),
       stream_zeros,
+      write_dropout_factors,
       TINYLLM_ALL_DTYPES(attention_fwd),
       TINYLLM_ALL_DTYPES(attention_bwd),
       TINYLLM_ALL_DTYPES(attention_bwd_sum),

@@ -270,22 +270,131 @@ def test_autocast():
     assert ours.dtype == torchs.dtype == torch.bfloat16
 
 
+class TestDropout:
+    """Which weights are dropped is read from an attention whose values are the identity matrix."""
+
+    def factors(self, q, k, p, seed, **arguments):
+        """The mask that a call after manual_seed(seed) uses: what its weights are multiplied by."""
+        identity = torch.eye(k.size(-2), dtype=k.dtype).expand(*k.shape[:-1], k.size(-2))
+        torch.manual_seed(seed)
+        dropped = ops.scaled_dot_product_attention(q, k, identity, dropout_p=p, **arguments)
+        weights = ops.scaled_dot_product_attention(q, k, identity, **arguments)
+        return torch.where(weights > 0, dropped / weights, 0.0)
+
+    @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
+    def test_the_fraction_kept_and_the_expectation(self, p):
+        q, k, _ = make(2, 4, 130, 257, 8, kv_heads=4)
+        factors = self.factors(q, k, p, seed=0)
+        kept = factors != 0
+        torch.testing.assert_close(factors[kept], torch.full_like(factors[kept], 1 / (1 - p)))
+        # 267,280 draws: five standard deviations.
+        assert abs(kept.double().mean().item() - (1 - p)) < 5 * math.sqrt(p * (1 - p) / kept.numel())
+        # Neither rows, columns nor heads repeat each other.
+        assert abs(kept.double().mean((0, 1, 2)) - (1 - p)).max() < 6 * math.sqrt(p * (1 - p) / 1040)
+        assert abs(kept.double().mean(3) - (1 - p)).max() < 6 * math.sqrt(p * (1 - p) / 257)
+        assert not torch.equal(kept[0], kept[1])
+
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+    @pytest.mark.parametrize("arguments", [{}, {"is_causal": True}, {"attn_mask": draw(70, 131, seed=4) > -1}], ids=str)
+    @pytest.mark.parametrize("shape", [(2, 3, 70, 131, 24), (1, 2, 70, 131, 8)], ids=str)
+    def test_parity_with_the_same_mask(self, shape, arguments, dtype):
+        q, k, v = make(*shape)
+        factors = self.factors(q, k, 0.3, seed=7, **arguments)
+
+        def ours(q, k, v):
+            torch.manual_seed(7)
+            return ops.scaled_dot_product_attention(q, k, v, dropout_p=0.3, **arguments)
+
+        def exact(q, k, v):
+            mask = factors.to(q.dtype)
+            return reference.scaled_dot_product_attention(q, k, v, weight_factors=mask, **arguments)
+
+        check_parity(ours, exact, exact, [x.to(dtype) for x in (q, k, v)])
+        assert ops.last_backend() == "cpp"
+
+    def test_long_rows_split_over_blocks_and_threads(self):
+        q, k, v = make(1, 1, 900, 900, 8, dtype=torch.float32)
+        factors = self.factors(q, k, 0.2, seed=3, is_causal=True)
+        before, results = torch.get_num_threads(), []
+        try:
+            for threads in (1, 2, 3):
+                torch.set_num_threads(threads)
+                leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+                torch.manual_seed(3)
+                out = ops.scaled_dot_product_attention(*leaves, dropout_p=0.2, is_causal=True)
+                results.append([out, *torch.autograd.grad((out * out).sum(), leaves)])
+        finally:
+            torch.set_num_threads(before)
+        for other in results[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+        leaves = [x.detach().double().requires_grad_() for x in (q, k, v)]
+        out = reference.scaled_dot_product_attention(*leaves, is_causal=True, weight_factors=factors)
+        for a, b in zip(results[0], [out, *torch.autograd.grad((out * out).sum(), leaves)], strict=True):
+            torch.testing.assert_close(a.double(), b, atol=1e-4, rtol=1e-4)
+
+    def test_the_seed_decides(self):
+        q, k, v = make(1, 2, 30, 30, 8)
+        outs = []
+        for seed in (1, 1, 2):
+            torch.manual_seed(seed)
+            outs.append(ops.scaled_dot_product_attention(q, k, v, dropout_p=0.5))
+        assert torch.equal(outs[0], outs[1])
+        assert not torch.equal(outs[0], outs[2])
+        assert not torch.equal(outs[2], ops.scaled_dot_product_attention(q, k, v, dropout_p=0.5))
+
+    def test_everything_dropped(self):
+        leaves = [x.requires_grad_() for x in make(1, 2, 30, 40, 8)]
+        out = ops.scaled_dot_product_attention(*leaves, dropout_p=1.0)
+        for x in (out, *torch.autograd.grad(out.sum(), leaves)):
+            assert torch.equal(x, torch.zeros_like(x))
+
+    def test_gradients_of_gradients(self):
+        leaves = [x.requires_grad_() for x in make(1, 2, 3, 4, 2, kv_heads=1)]
+
+        def f(q, k, v):
+            torch.manual_seed(5)
+            return ops.scaled_dot_product_attention(q, k, v, dropout_p=0.4, enable_gqa=True)
+
+        assert torch.autograd.gradcheck(f, leaves)
+        assert torch.autograd.gradgradcheck(f, leaves)
+
+    def test_the_bits_are_philox(self):
+        # The known answer for a counter and a key of zeros (Random123's kat_vectors): words 6627e8d5 e169c58d ...
+        # belong to the elements 0, 16, 32 and 48.
+        rng = torch.zeros(2, dtype=torch.int64)
+        for element, word in zip(range(0, 64, 16), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8), strict=True):
+            for p, kept in ((word / 2**32, True), ((word + 1) / 2**32, False)):
+                assert (torch.ops.tinyllm.dropout_factors(rng, 1, 64, p)[0, element] > 0) == kept
+
+    def test_the_compiler_and_opcheck(self):
+        q, k, v = make(2, 2, 5, 6, 4, dtype=torch.float32)
+        rng = torch.tensor([1, 2])
+        raw = torch.ops.tinyllm
+        torch.library.opcheck(raw.dropout_factors, (rng, 3, 128, 0.5))
+        torch.library.opcheck(raw.attention_fwd, (q, k, v, None, False, 0.5, 0.5, rng))
+        out, lse = raw.attention_fwd(q, k, v, None, False, 0.5, 0.5, rng)
+        torch.library.opcheck(raw.attention_bwd, (out, q, k, v, None, out, lse, False, 0.5, 0.5, rng))
+        with pytest.raises((ValueError, RuntimeError), match="dropout needs rng"):
+            raw.attention_fwd(q, k, v, None, False, 0.5, 0.5, None)
+        compiled = torch.compile(
+            lambda q, k, v: ops.scaled_dot_product_attention(q, k, v, dropout_p=0.5), fullgraph=True
+        )
+        leaves = [x.requires_grad_() for x in (q, k, torch.ones_like(v))]
+        torch.manual_seed(0)
+        first = compiled(*leaves)
+        assert not torch.allclose(first, torch.ones_like(first))
+        assert not torch.equal(first, compiled(*leaves))
+        torch.manual_seed(0)
+        assert torch.equal(first, compiled(*leaves))
+        torch.autograd.grad(first.sum(), leaves)
+
+
 class TestWhereNoKernelServes:
     """The reference takes over; with the kernel forced, the call is refused with the reason."""
 
     @pytest.fixture(autouse=True)
     def _free_choice(self, monkeypatch):
         monkeypatch.setattr("tinyllm.ops.dispatch._forced", None)
-
-    def test_dropout(self):
-        q, k, v = make(1, 2, 30, 30, 8)
-        torch.manual_seed(0)
-        out = ops.scaled_dot_product_attention(q, k, torch.ones_like(v), dropout_p=0.5)
-        assert ops.last_backend() == "reference"
-        assert not torch.allclose(out, torch.ones_like(out))
-        assert abs(out.mean().item() - 1) < 0.1
-        with ops.backend("cpp"), pytest.raises(RuntimeError, match=r"cpp: dropout_p is 0.5.*reference: can serve it"):
-            ops.scaled_dot_product_attention(q, k, v, dropout_p=0.5)
 
     def test_a_mask_that_wants_a_gradient(self):
         q, k, v = make(1, 2, 6, 6, 8)

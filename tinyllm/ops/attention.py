@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tinyllm import _extension, reference
 from tinyllm.ops._autograd import autocast_dtype, grads_by_reference, needs_grad
+from tinyllm.ops._random import draw_rng, dropout_factors
 from tinyllm.ops.dispatch import choose
 
 
@@ -41,7 +42,7 @@ def scaled_dot_product_attention(
         attn_mask: broadcastable to (*, H, T, S). bool: True where a key takes part. Floating, of query's dtype: added
             to the scores. Unlike PyTorch's, it may be combined with is_causal.
         dropout_p: probability of dropping an attention weight, in [0, 1]; applied whenever it is above 0, as in
-            PyTorch.
+            PyTorch. Which ones follows from the default generator's state, though other ones than in PyTorch.
         is_causal: hide later keys.
         scale: default 1 / sqrt(D).
         enable_gqa: H may be a multiple of Hkv; each key/value head serves H / Hkv query heads.
@@ -64,13 +65,14 @@ def scaled_dot_product_attention(
     _check_mask(attn_mask, query, key)
     if scale is None:
         scale = 1.0 / math.sqrt(query.size(-1)) if query.size(-1) > 0 else 1.0
-    if choose("attention", query, _limits(query, value, attn_mask, dropout_p)) == "reference":
+    if choose("attention", query, _limits(query, value, attn_mask)) == "reference":
         return reference.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
         )
+    rng = draw_rng(query.device) if dropout_p > 0.0 else None
     if needs_grad(query, key, value):
-        return _Attention.apply(query, key, value, attn_mask, is_causal, scale)
-    return _forward(query, key, value, attn_mask, is_causal, scale)[0]
+        return _Attention.apply(query, key, value, attn_mask, is_causal, scale, dropout_p, rng)
+    return _forward(query, key, value, attn_mask, is_causal, scale, dropout_p, rng)[0]
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, dropout_p: float, enable_gqa: bool) -> None:
@@ -128,9 +130,7 @@ def _broadcast(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> t
     return query, key, value
 
 
-def _limits(query: Tensor, value: Tensor, attn_mask: Tensor | None, dropout_p: float) -> dict[str, str] | None:
-    if dropout_p > 0.0:
-        return {"cpp": f"dropout_p is {dropout_p}; the kernel has no dropout"}
+def _limits(query: Tensor, value: Tensor, attn_mask: Tensor | None) -> dict[str, str] | None:
     if attn_mask is not None and needs_grad(attn_mask):
         return {"cpp": "attn_mask requires a gradient; the kernel gives none"}
     if max(query.size(-1), value.size(-1)) > 1024:
@@ -148,12 +148,19 @@ def _four_dims(x: Tensor) -> Tensor:
 
 
 def _forward(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, is_causal: bool, scale: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    dropout_p: float,
+    rng: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     if attn_mask is not None:
         attn_mask = _four_dims(attn_mask.expand(*query.shape[:-1], key.size(-2)))
     out, lse = torch.ops.tinyllm.attention_fwd(
-        _four_dims(query), _four_dims(key), _four_dims(value), attn_mask, is_causal, scale
+        _four_dims(query), _four_dims(key), _four_dims(value), attn_mask, is_causal, scale, dropout_p, rng
     )
     return _shape_back(out, query, value.size(-1)), lse
 
@@ -165,28 +172,40 @@ def _shape_back(x: Tensor, like: Tensor, columns: int) -> Tensor:
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, is_causal: bool, scale: float
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None,
+        is_causal: bool,
+        scale: float,
+        dropout_p: float,
+        rng: Tensor | None,
     ) -> Tensor:
-        out, lse = _forward(query, key, value, attn_mask, is_causal, scale)
-        ctx.save_for_backward(query, key, value, attn_mask, out, lse)
-        ctx.is_causal, ctx.scale = is_causal, scale
+        out, lse = _forward(query, key, value, attn_mask, is_causal, scale, dropout_p, rng)
+        ctx.save_for_backward(query, key, value, attn_mask, out, lse, rng)
+        ctx.is_causal, ctx.scale, ctx.dropout_p = is_causal, scale, dropout_p
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         (grad,) = grads
-        query, key, value, attn_mask, out, lse = ctx.saved_tensors
+        query, key, value, attn_mask, out, lse, rng = ctx.saved_tensors
         if torch.is_grad_enabled():
             gqa = query.dim() > 2 and query.size(-3) != key.size(-3)
+            shape = (*query.shape[:-1], key.size(-2))
+            factors = None
+            if rng is not None:
+                factors = dropout_factors(rng, math.prod(shape[:-1]), shape[-1], ctx.dropout_p).view(shape)
             found = grads_by_reference(
                 lambda q, k, v: reference.scaled_dot_product_attention(
-                    q, k, v, attn_mask, 0.0, ctx.is_causal, ctx.scale, gqa
+                    q, k, v, attn_mask, 0.0, ctx.is_causal, ctx.scale, gqa, weight_factors=factors
                 ),
                 (query, key, value),
                 ctx.needs_input_grad[:3],
                 (grad,),
             )
-            return *found, None, None, None
+            return *found, None, None, None, None, None
         if attn_mask is not None:
             attn_mask = _four_dims(attn_mask.expand(*query.shape[:-1], key.size(-2)))
         grads = torch.ops.tinyllm.attention_bwd(
@@ -196,9 +215,13 @@ class _Attention(torch.autograd.Function):
             lse,
             ctx.is_causal,
             ctx.scale,
+            ctx.dropout_p,
+            rng,
         )
         return (
             *(_shape_back(g, x, x.size(-1)) for g, x in zip(grads, (query, key, value), strict=True)),
+            None,
+            None,
             None,
             None,
             None,
@@ -213,10 +236,10 @@ if _extension.loaded:
         return x.new_empty(batch, rows, heads, columns).transpose(1, 2)
 
     @torch.library.register_fake("tinyllm::attention_fwd")
-    def _(query, key, value, attn_mask, is_causal, scale):  # type: ignore[no-untyped-def]
+    def _(query, key, value, attn_mask, is_causal, scale, dropout_p=0.0, rng=None):  # type: ignore[no-untyped-def]
         lse = query.new_empty(query.shape[:3], dtype=torch.promote_types(query.dtype, torch.float32))
         return _heads_inside(query, value.size(-1)), lse
 
     @torch.library.register_fake("tinyllm::attention_bwd")
-    def _(grad, query, key, value, attn_mask, out, lse, is_causal, scale):  # type: ignore[no-untyped-def]
+    def _(grad, query, key, value, attn_mask, out, lse, is_causal, scale, dropout_p=0.0, rng=None):  # type: ignore[no-untyped-def]
         return tuple(_heads_inside(x, x.size(-1)) for x in (query, key, value))

@@ -90,8 +90,13 @@ def scaled_dot_product_attention(
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
+    *,
+    weight_factors: Tensor | None = None,
 ) -> Tensor:
-    """softmax(query key^T * scale + mask) value, with the whole (queries x keys) matrix in memory."""
+    """softmax(query key^T * scale + mask) value, with the whole (queries x keys) matrix in memory.
+
+    weight_factors: what the softmax is multiplied by, such as a dropout mask that is known already.
+    """
     if enable_gqa:
         group = query.size(-3) // key.size(-3)
         key = key.repeat_interleave(group, -3)
@@ -114,6 +119,8 @@ def scaled_dot_product_attention(
     else:
         weights = torch.softmax(scores, -1)
     weights = torch.dropout(weights, dropout_p, dropout_p > 0.0)
+    if weight_factors is not None:
+        weights = weights * weight_factors
     return (weights @ value.to(compute)).to(query.dtype)
 
 

@@ -1,0 +1,117 @@
+// Counter-based random bits (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3": Philox4x32-10): the
+// bits of an element depend on its index, the seed and the offset alone, so that a kernel can make them again, in any
+// order and on any processor.
+//
+// Elements come in blocks of kRandomBlock. Block i uses the counters 16 i ... 16 i + 15, each of which gives four
+// words: word w of counter 16 i + c belongs to element 16 w + 2 (c % 8) + c / 8 of the block. In that order a processor
+// with 64-bit products needs no shuffle.
+#pragma once
+#include <algorithm>
+#include <cmath>
+
+#include "dispatch.h"
+
+namespace tinyllm::TINYLLM_ISA {
+
+constexpr int64_t kRandomBlock = 64;
+
+// 64-bit lanes whose lower halves hold 32-bit words; what is in the upper halves does not matter.
+#if defined(TINYLLM_AVX512)
+struct Words {
+  static constexpr int size = 8;
+  __m512i v;
+  static Words set1(uint32_t x) { return {_mm512_set1_epi64(x)}; }
+  static Words count(uint32_t x) {
+    return {_mm512_add_epi64(_mm512_set1_epi64(x), _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7))};
+  }
+  Words operator*(Words b) const { return {_mm512_mul_epu32(v, b.v)}; }
+  Words operator^(Words b) const { return {_mm512_xor_si512(v, b.v)}; }
+  Words upper() const { return {_mm512_srli_epi64(v, 32)}; }
+  // The lower halves of a and b, taking turns.
+  static void store_pairs(Words a, Words b, uint32_t* to) {
+    _mm512_storeu_si512(to, _mm512_mask_mov_epi32(_mm512_slli_epi64(b.v, 32), 0x5555, a.v));
+  }
+};
+#elif defined(TINYLLM_AVX2)
+struct Words {
+  static constexpr int size = 4;
+  __m256i v;
+  static Words set1(uint32_t x) { return {_mm256_set1_epi64x(x)}; }
+  static Words count(uint32_t x) { return {_mm256_add_epi64(_mm256_set1_epi64x(x), _mm256_setr_epi64x(0, 1, 2, 3))}; }
+  Words operator*(Words b) const { return {_mm256_mul_epu32(v, b.v)}; }
+  Words operator^(Words b) const { return {_mm256_xor_si256(v, b.v)}; }
+  Words upper() const { return {_mm256_srli_epi64(v, 32)}; }
+  static void store_pairs(Words a, Words b, uint32_t* to) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_blend_epi32(_mm256_slli_epi64(b.v, 32), a.v, 0x55));
+  }
+};
+#else
+struct Words {
+  static constexpr int size = 1;
+  uint64_t v;
+  static Words set1(uint32_t x) { return {x}; }
+  static Words count(uint32_t x) { return {x}; }
+  Words operator*(Words b) const { return {(v & 0xffffffffu) * (b.v & 0xffffffffu)}; }
+  Words operator^(Words b) const { return {v ^ b.v}; }
+  Words upper() const { return {v >> 32}; }
+  static void store_pairs(Words a, Words b, uint32_t* to) {
+    to[0] = static_cast<uint32_t>(a.v);
+    to[1] = static_cast<uint32_t>(b.v);
+  }
+};
+#endif
+
+inline uint32_t low_word(uint64_t x) { return static_cast<uint32_t>(x); }
+inline uint32_t high_word(uint64_t x) { return static_cast<uint32_t>(x >> 32); }
+
+// The words of the elements [kRandomBlock * block, kRandomBlock * (block + 1)).
+inline void random_words(uint64_t seed, uint64_t offset, uint64_t block, uint32_t* words) {
+  const uint64_t counter = block * 16;
+  const Words multiplier0 = Words::set1(0xD2511F53u), multiplier1 = Words::set1(0xCD9E8D57u);
+  for (uint32_t c = 0; c < 8; c += Words::size) {
+    Words x[2][4];  // counters c ... and c + 8 ...
+#pragma GCC unroll 2
+    for (uint32_t i = 0; i < 2; ++i) {
+      x[i][0] = Words::count(low_word(counter) + c + 8 * i);
+      x[i][1] = Words::set1(high_word(counter));
+      x[i][2] = Words::set1(low_word(offset));
+      x[i][3] = Words::set1(high_word(offset));
+    }
+    uint32_t key0 = low_word(seed), key1 = high_word(seed);
+#pragma GCC unroll 10
+    for (int round = 0; round < 10; ++round, key0 += 0x9E3779B9u, key1 += 0xBB67AE85u) {
+#pragma GCC unroll 2
+      for (int i = 0; i < 2; ++i) {
+        const Words product0 = multiplier0 * x[i][0], product1 = multiplier1 * x[i][2];
+        x[i][0] = product1.upper() ^ x[i][1] ^ Words::set1(key0);
+        x[i][1] = product1;
+        x[i][2] = product0.upper() ^ x[i][3] ^ Words::set1(key1);
+        x[i][3] = product0;
+      }
+    }
+#pragma GCC unroll 4
+    for (int w = 0; w < 4; ++w) Words::store_pairs(x[0][w], x[1][w], words + 16 * w + 2 * c);
+  }
+}
+
+// What dropout multiplies the elements [first, first + n) by: 0 with probability p, else 1 / (1 - p). Writes whole
+// blocks, n + 2 kRandomBlock elements at most, and returns where the first element's factor is.
+template <class S>
+inline const S* dropout_factors(const cpu::Dropout& dropout, uint64_t first, int64_t n, S* factors) {
+  const S kept = static_cast<S>(dropout.p < 1.0 ? 1.0 / (1.0 - dropout.p) : 0.0);
+  const uint32_t threshold = static_cast<uint32_t>(std::min(std::round(dropout.p * 0x1p32), 0x1p32 - 1.0));
+  const uint64_t begin = first / kRandomBlock, end = first + static_cast<uint64_t>(n);
+  S* at = factors;
+  for (uint64_t block = begin; block * kRandomBlock < end; ++block, at += kRandomBlock) {
+    alignas(64) uint32_t words[kRandomBlock];
+    random_words(dropout.seed, dropout.offset, block, words);
+    for (int64_t i = 0; i < kRandomBlock; ++i) at[i] = words[i] >= threshold ? kept : S(0);
+  }
+  return factors + (first - begin * kRandomBlock);
+}
+
+inline void write_dropout_factors(const cpu::Dropout& dropout, int64_t first, int64_t n, float* factors) {
+  dropout_factors(dropout, static_cast<uint64_t>(first), n, factors);
+}
+
+}  // namespace tinyllm::TINYLLM_ISA
