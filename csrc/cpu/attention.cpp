@@ -109,9 +109,42 @@ std::tuple<Tensor, Tensor, Tensor> attention_bwd(Tensor grad, Tensor query, Tens
   return {grad_query, grad_key, grad_value};
 }
 
+// Memory for the ranges' shares, `columns` wide.
+std::unique_ptr<char[]> new_shares(int dtype, int64_t columns, Attention& a) {
+  constexpr int64_t line = 64;
+  a.share_row = (columns + 15) / 16 * 16 + 16;
+  const int64_t element = dtype == static_cast<int>(DType::f64) ? sizeof(double) : sizeof(float);
+  const int64_t bytes = a.batch * a.heads * a.parts * a.queries * a.share_row * element;
+  std::unique_ptr<char[]> shares(new char[bytes + line]);
+  a.shares = shares.get() + line - reinterpret_cast<uintptr_t>(shares.get()) % line;
+  return shares;
+}
+
+// Whether keys and values are used so few times that packing them would not pay, and a head is worth splitting.
+bool decodes(const Attention& a) {
+  return a.keys >= 64 && a.queries > 0 && !a.causal && a.key.column == 1 && a.value.column == 1 &&
+         a.heads / std::max<int64_t>(a.kv_heads, 1) * a.queries <= 8;
+}
+
+void attention_decode(int dtype, Attention a) {
+  a.part = 512;
+  a.parts = (a.keys + a.part - 1) / a.part;
+  const std::unique_ptr<char[]> shares = new_shares(dtype, a.value_dim, a);
+  const Kernels& table = kernels();
+  const int64_t heads = a.batch * a.kv_heads;
+  parallel_items(heads * a.parts, [&](int64_t item) {
+    const int64_t head = item / a.parts;
+    table.attention_decode[dtype](a, head / a.kv_heads, head % a.kv_heads, item % a.parts);
+  });
+  // Waking the threads again would cost more than this takes.
+  for (int64_t head = 0; head < heads; ++head)
+    table.attention_decode_sum[dtype](a, head / a.kv_heads, head % a.kv_heads);
+}
+
 }  // namespace
 
 void attention_forward(int dtype, const Attention& a) {
+  if (decodes(a)) return attention_decode(dtype, a);
   const auto kernel = kernels().attention_fwd[dtype];
   // A head is one item while there are heads for every thread. Else its queries are split: each part packs the keys
   // again, so parts are not made smaller than 256 queries.
@@ -139,14 +172,7 @@ void attention_backward(int dtype, const Attention& arguments) {
   a.part = std::max(block, (a.keys + ranges - 1) / ranges + block - 1) / block * block;
   a.parts = std::max<int64_t>(1, (a.keys + a.part - 1) / a.part);
   std::unique_ptr<char[]> shares;
-  if (a.parts > 1) {
-    constexpr int64_t line = 64;
-    a.share_row = (a.head_dim + 15) / 16 * 16 + 16;
-    const int64_t element = dtype == static_cast<int>(DType::f64) ? sizeof(double) : sizeof(float);
-    const int64_t bytes = a.batch * a.heads * a.parts * a.queries * a.share_row * element;
-    shares.reset(new char[bytes + line]);
-    a.shares = shares.get() + line - reinterpret_cast<uintptr_t>(shares.get()) % line;
-  }
+  if (a.parts > 1) shares = new_shares(dtype, a.head_dim, a);
   const Kernels& table = kernels();
   parallel_items(heads * a.parts, [&](int64_t item) {
     // The first range of a causal head costs most: all heads' first ranges go first.

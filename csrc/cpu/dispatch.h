@@ -65,8 +65,8 @@ struct Attention {
       lse;  // (batch, heads, queries), compute type; log2(sum(2^(scores * log2(e)))): backward repeats the very scores
   // backward
   Strided grad_out, grad_query, grad_key, grad_value;
-  // A head's keys are worked on in `parts` ranges of `part` keys. Where there is more than one, each leaves its share
-  // of grad_query here: (batch, kv_heads, parts, heads / kv_heads, queries, share_row), compute type.
+  // Backward and decoding work on a head's keys in `parts` ranges of `part` keys. Each leaves its share of grad_query
+  // (if there are several) or out here: (batch, kv_heads, parts, heads / kv_heads, queries, share_row), compute type.
   int64_t part, parts;
   void* shares;
   int64_t share_row;
@@ -184,6 +184,10 @@ struct Kernels {
   void (*dropout_factors)(const Dropout&, int64_t first, int64_t n, float* factors);
   // Queries [begin, end) of one head.
   void (*attention_fwd[kNumDTypes])(const Attention&, int64_t b, int64_t h, int64_t begin, int64_t end);
+  // Few queries, many keys: all queries of all heads of a key/value head against one range of its keys; then the ranges
+  // put together.
+  void (*attention_decode[kNumDTypes])(const Attention&, int64_t b, int64_t kv_head, int64_t part);
+  void (*attention_decode_sum[kNumDTypes])(const Attention&, int64_t b, int64_t kv_head);
   // One range of keys of a key/value head with all its query heads; then the sum of the ranges' shares of grad_query
   // for queries [begin, end) of one head, where there are several.
   void (*attention_bwd[kNumDTypes])(const Attention&, int64_t b, int64_t kv_head, int64_t part);

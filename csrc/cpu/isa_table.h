@@ -1,5 +1,6 @@
 // Included last by each isa_<name>.cpp: that instruction set's table of kernels.
 #include "attention_bwd_kernel.h"
+#include "attention_decode_kernel.h"
 #include "attention_fwd_kernel.h"
 #include "cross_entropy_kernel.h"
 #include "embedding_kernel.h"
@@ -24,6 +25,8 @@ constexpr cpu::Kernels table(const char* name) {
       stream_zeros,
       write_dropout_factors,
       TINYLLM_ALL_DTYPES(attention_fwd),
+      TINYLLM_ALL_DTYPES(attention_decode),
+      TINYLLM_ALL_DTYPES(attention_decode_sum),
       TINYLLM_ALL_DTYPES(attention_bwd),
       TINYLLM_ALL_DTYPES(attention_bwd_sum),
       TINYLLM_ALL_DTYPES(cross_entropy_fwd),

@@ -1,0 +1,180 @@
+// Attention's forward pass for few queries, such as the one of a token being generated. Every key and value is read
+// once and used hardly more often, so nothing is packed: time is that of reading them. The keys are split into ranges
+// by their number alone, for the threads; each range leaves its unnormalised output, its maximum and its sum, which
+// are put together in order (Dao et al. 2023, "Flash-Decoding").
+//
+// The rows of a task are all queries of all heads that share a key/value head.
+#pragma once
+#include "attention_scores.h"
+
+namespace tinyllm::TINYLLM_ISA {
+
+// How far ahead keys and values are asked for.
+constexpr int64_t kAheadBytes = 32768;
+
+template <class T>
+struct DecodeBuffers {
+  using S = compute_t<T>;
+  S *queries, *scores, *factors;
+  int64_t query_row, score_row;
+
+  size_t carve(char* base, const Attention& a, int64_t rows) {
+    cpu::Arena arena(base);
+    query_row = round_up_to_vector<S>(a.head_dim);
+    score_row = round_up_to_vector<S>(a.part);
+    queries = arena.take<S>(rows * query_row);
+    scores = arena.take<S>(rows * score_row);
+    factors = arena.take<S>(factors_size(a, score_row));
+    return arena.used();
+  }
+};
+
+// A range's share of one row: the output, then the maximum and the sum.
+template <class S>
+inline S* decode_share(const Attention& a, int64_t b, int64_t kv_head, int64_t part, int64_t row) {
+  const int64_t rows = a.heads / a.kv_heads * a.queries;
+  return static_cast<S*>(a.shares) + (((b * a.kv_heads + kv_head) * a.parts + part) * rows + row) * a.share_row;
+}
+
+// The scores of n <= Vec::size keys for every row. One vector of sums for each key, then all of them turned at once.
+template <class T>
+inline void decode_scores(const Attention& a, const DecodeBuffers<T>& buf, const T* key, int64_t n, int64_t rows,
+                          compute_t<T>* scores) {
+  using S = compute_t<T>;
+  using V = Vec<S>;
+  for (int64_t r = 0; r < rows; ++r, scores += buf.score_row) {
+    const S* query = buf.queries + r * buf.query_row;
+    V sums[V::size];
+    for (int i = 0; i < V::size; ++i) sums[i] = V::zero();
+    if (n == V::size) {
+      for_each_vector<V>(a.head_dim, [&](int64_t d, int64_t inside) {
+        const V q = V::load(query + d);
+#pragma GCC unroll 16
+        for (int i = 0; i < V::size; ++i) sums[i] = fma(load_n<V>(key + i * a.key.row + d, inside), q, sums[i]);
+      });
+    } else {
+      for_each_vector<V>(a.head_dim, [&](int64_t d, int64_t inside) {
+        const V q = V::load(query + d);
+        for (int64_t i = 0; i < n; ++i) sums[i] = fma(load_n<V>(key + i * a.key.row + d, inside), q, sums[i]);
+      });
+    }
+    transpose(sums);
+    for (int step = V::size / 2; step > 0; step /= 2)
+      for (int i = 0; i < step; ++i) sums[i] = sums[i] + sums[i + step];
+    sums[0].store(scores);
+  }
+}
+
+// out[0, value_dim) += P V for n keys.
+template <class T, int N>
+inline void decode_values(const T* value, int64_t value_row, const compute_t<T>* probs, int64_t n, int64_t columns,
+                          compute_t<T>* out) {
+  using V = Vec<compute_t<T>>;
+  V sums[N];
+#pragma GCC unroll 4
+  for (int i = 0; i < N; ++i) sums[i] = V::load(out + i * V::size);
+  for (int64_t j = 0; j < n; ++j, value += value_row) {
+    const V p = V::set1(probs[j]);
+    if constexpr (N == 1) {
+      sums[0] = fma(p, load_n<V>(value, columns), sums[0]);
+    } else {
+#pragma GCC unroll 4
+      for (int i = 0; i < N; ++i) sums[i] = fma(p, V::load(value + i * V::size), sums[i]);
+    }
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < N; ++i) sums[i].store(out + i * V::size);
+}
+
+// Scores of n keys become 2^(scores - max), zeros to the end of a vector.
+template <class S>
+inline void decode_softmax(S* scores, int64_t n, S& row_max, S& row_sum) {
+  using V = Vec<S>;
+  constexpr S inf = std::numeric_limits<S>::infinity();
+  const int64_t whole = hide_rest(scores, n);
+  V vmax = V::set1(-inf), vsum = V::zero();
+  for (int64_t j = 0; j < whole; j += V::size) vmax = max(vmax, V::load(scores + j));
+  row_max = vmax.max_element();
+  const V shift = V::set1(row_max == -inf ? S(0) : row_max);
+  for (int64_t j = 0; j < whole; j += V::size) {
+    const V p = exp2(V::load(scores + j) - shift);
+    p.store(scores + j);
+    vsum = vsum + p;
+  }
+  row_sum = vsum.sum();
+}
+
+template <class T>
+void attention_decode(const Attention& a, int64_t b, int64_t kv_head, int64_t part) {
+  using S = compute_t<T>;
+  using V = Vec<S>;
+  const int64_t group = a.heads / a.kv_heads, rows = group * a.queries;
+  const int64_t begin = part * a.part, n = std::min(a.keys - begin, a.part);
+  DecodeBuffers<T> buf;
+  const cpu::Scratch scratch(buf.carve(nullptr, a, rows));
+  buf.carve(scratch.data(), a, rows);
+  for (int64_t h = 0; h < group; ++h)
+    pack_rows(row_of<T>(a.query, b, kv_head * group + h, 0), a.query.row, a.query.column, a.queries, a.head_dim,
+              static_cast<S>(a.scale * kLog2e), buf.queries + h * a.queries * buf.query_row, buf.query_row);
+  const int64_t ahead = std::max<int64_t>(V::size, kAheadBytes / std::max<int64_t>(1, a.head_dim * sizeof(T)));
+  const int64_t values_ahead = std::max<int64_t>(1, kAheadBytes / std::max<int64_t>(1, a.value_dim * sizeof(T)));
+  for_each_vector<V>(n, [&](int64_t j, int64_t inside) {
+    prefetch_rows<T>(a.key, b, kv_head, begin + j + ahead, V::size, a.head_dim, a.keys);
+    decode_scores<T>(a, buf, row_of<T>(a.key, b, kv_head, begin + j), inside, rows, buf.scores + j);
+  });
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t h = kv_head * group + r / a.queries, row = r % a.queries, padded = round_up_to_vector<S>(n);
+    S* scores = buf.scores + r * buf.score_row;
+    S* share = decode_share<S>(a, b, kv_head, part, r);
+    S* statistics = share + a.share_row - 2;
+    if (a.mask_kind != MaskKind::none) apply_mask<T>(a, b, h, row, begin, n, scores);
+    decode_softmax(scores, n, statistics[0], statistics[1]);
+    if (a.dropout.p > 0) multiply(scores, row_factors(a, b, h, row, begin, padded, buf.factors), padded);
+    std::fill(share, statistics, S(0));
+  }
+  // Few keys at a time, so that all rows find their values in the first-level cache.
+  constexpr int64_t keys = 32;
+  for (int64_t j = 0; j < n; j += keys) {
+    const T* value = row_of<T>(a.value, b, kv_head, begin + j);
+    prefetch_rows<T>(a.value, b, kv_head, begin + j + values_ahead, keys, a.value_dim, a.keys);
+    for (int64_t r = 0; r < rows; ++r) {
+      const S* probs = buf.scores + r * buf.score_row + j;
+      S* out = decode_share<S>(a, b, kv_head, part, r);
+      int64_t d = 0;
+      for (; d + 4 * V::size <= a.value_dim; d += 4 * V::size)
+        decode_values<T, 4>(value + d, a.value.row, probs, std::min(keys, n - j), 0, out + d);
+      for (; d < a.value_dim; d += V::size)
+        decode_values<T, 1>(value + d, a.value.row, probs, std::min(keys, n - j),
+                            std::min<int64_t>(V::size, a.value_dim - d), out + d);
+    }
+  }
+}
+
+// Puts the ranges' shares of all rows of a key/value head together, in the order of the keys.
+template <class T>
+void attention_decode_sum(const Attention& a, int64_t b, int64_t kv_head) {
+  using S = compute_t<T>;
+  using V = Vec<S>;
+  constexpr S inf = std::numeric_limits<S>::infinity();
+  const int64_t group = a.heads / a.kv_heads;
+  for (int64_t r = 0; r < group * a.queries; ++r) {
+    const int64_t h = kv_head * group + r / a.queries, row = r % a.queries, statistics = a.share_row - 2;
+    S* out = decode_share<S>(a, b, kv_head, 0, r);
+    S row_max = out[statistics], row_sum = out[statistics + 1];
+    for (int64_t p = 1; p < a.parts; ++p) {
+      const S* share = decode_share<S>(a, b, kv_head, p, r);
+      const S new_max = share[statistics] > row_max ? share[statistics] : row_max;
+      const S shift = new_max == -inf ? S(0) : new_max;
+      const S before = std::exp2(row_max - shift), added = std::exp2(share[statistics] - shift);
+      for (int64_t d = 0; d < a.value_dim; d += V::size)
+        fma(V::load(share + d), V::set1(added), V::load(out + d) * V::set1(before)).store(out + d);
+      row_sum = row_sum * before + share[statistics + 1] * added;
+      row_max = new_max;
+    }
+    unpack_row(out, row_sum == S(0) ? S(0) : S(1) / row_sum, a.value_dim, const_cast<T*>(row_of<T>(a.out, b, h, row)),
+               a.out.column);
+    static_cast<S*>(a.lse)[(b * a.heads + h) * a.queries + row] = row_sum == S(0) ? -inf : row_max + log2(row_sum);
+  }
+}
+
+}  // namespace tinyllm::TINYLLM_ISA
