@@ -112,6 +112,8 @@ def _pair(sizes: tuple[int, int, int], vocab_size: int, seq_len: int, scaled: bo
 
 def _provider(model: nn.Module, direction: str, ids: Tensor, targets: Tensor, compiled: bool = False) -> Provider:
     def loss_of(ids: Tensor, targets: Tensor) -> Tensor:
+        if isinstance(model, SimpleLLM):
+            return model.loss(ids, targets)
         return F.cross_entropy(model(ids).flatten(0, 1), targets.flatten())
 
     parameters = dict(model.named_parameters())

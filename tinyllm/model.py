@@ -16,7 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from tinyllm import ops
 from tinyllm.nn import (
     ACTIVATIONS,
     Embedding,
@@ -24,10 +26,12 @@ from tinyllm.nn import (
     LearnedPositionalEncoding,
     PositionalEncoding,
     TransformerBlock,
+    apply_linear,
     check_choice,
     check_heads,
     check_int,
     check_probability,
+    embed,
 )
 
 __all__ = ["SimpleLLM", "SimpleLLMConfig", "init_gpt2_weights"]
@@ -37,6 +41,7 @@ POSITIONS: dict[str, type[PositionalEncoding] | type[LearnedPositionalEncoding]]
     "learned": LearnedPositionalEncoding,
 }
 
+_MANY_LOGITS = 1_000_000  # from so many on, the loss is computed without holding them
 _INDEX_DTYPES = (torch.int32, torch.int64)  # those that torch's embedding takes as they are
 _INTEGER_DTYPES = (
     *_INDEX_DTYPES,
@@ -247,14 +252,35 @@ class SimpleLLM(nn.Module):
             ValueError: x is not 2-D, or its sequences are longer than max_seq_len.
             IndexError: an id is out of range (on eager CPU; a GPU stops with a device-side assert).
         """
-        logits: Tensor = self.output(self.features(x))
-        return logits
+        return apply_linear(self.output, self.features(x))
+
+    def loss(self, x: Tensor, targets: Tensor) -> Tensor:
+        """Mean cross-entropy of the logits and what came next, in nats; for a large vocabulary the logits never exist
+        whole (see `ops.linear_cross_entropy`).
+
+        Args:
+            x: token ids (B, T), as `forward` takes them.
+            targets: the token after each one, int64 (B, T); -100 where there is none.
+
+        Returns:
+            A scalar.
+
+        Raises:
+            As `forward`; ValueError: targets are not of x's shape.
+        """
+        if targets.shape != x.shape:
+            raise ValueError(f"targets has shape {tuple(targets.shape)}; it must have x's, {tuple(x.shape)}")
+        features, output = self.features(x).flatten(0, 1), self.output
+        # A small vocabulary's logits cost less than the bookkeeping of their blocks; a changed output must be called.
+        fused = type(output) is nn.Linear and features.size(0) * output.out_features >= _MANY_LOGITS
+        if not fused or output._forward_hooks or output._forward_pre_hooks:
+            return F.cross_entropy(apply_linear(output, features), targets.flatten())
+        return ops.linear_cross_entropy(features, output.weight, targets.flatten(), linear_bias=output.bias)
 
     def features(self, x: Tensor) -> Tensor:
         """What `output` turns into logits: (B, T) ids to (B, T, D) vectors. Raises as `forward`."""
-        x = self.embedding(_checked_ids(x))
-        x = self.dropout(self.positional_encoding(x))
-        x = self.transformer_blocks(x)
+        x = embed(self.embedding, self.positional_encoding, _checked_ids(x))
+        x = self.transformer_blocks(self.dropout(x))
         if self.final_norm is None:
             return x
         if isinstance(x, tuple):  # the last block's output, not summed yet: see TransformerBlock

@@ -119,7 +119,11 @@ class PositionalEncoding(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         _check_seq_len(x.size(1), self.max_seq_len)
-        return x + self.pe[: x.size(1), 0]
+        return x + self.rows(x.size(1))
+
+    def rows(self, seq_len: int) -> Tensor:
+        """(seq_len, D): what is added to the tokens of a sequence."""
+        return self.pe[:seq_len, 0]
 
     def extra_repr(self) -> str:
         return f"{self.embedding_dim}, max_seq_len={self.max_seq_len}"
@@ -144,7 +148,11 @@ class LearnedPositionalEncoding(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         _check_seq_len(x.size(1), self.max_seq_len)
-        return x + self.weight[: x.size(1)]
+        return x + self.rows(x.size(1))
+
+    def rows(self, seq_len: int) -> Tensor:
+        """(seq_len, D): what is added to the tokens of a sequence."""
+        return self.weight[:seq_len]
 
     def extra_repr(self) -> str:
         return f"{self.embedding_dim}, max_seq_len={self.max_seq_len}"
@@ -197,7 +205,7 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() != 3 or x.size(-1) != self.embedding_dim:
             raise ValueError(f"x has shape {tuple(x.shape)}; it must be (B, T, {self.embedding_dim})")
-        query, key, value = self.query(x), self.key(x), self.value(x)
+        query, key, value = apply_linear(self.query, x), apply_linear(self.key, x), apply_linear(self.value, x)
         dropout_p = self.dropout if self.training else 0.0
         if self.out_proj is None:
             return ops.scaled_dot_product_attention(query, key, value, dropout_p=dropout_p, is_causal=self.causal)
@@ -208,8 +216,7 @@ class SelfAttention(nn.Module):
             dropout_p=dropout_p,
             is_causal=self.causal,
         )
-        projected: Tensor = self.out_proj(attended.transpose(1, 2).flatten(2))
-        return projected
+        return apply_linear(self.out_proj, attended.transpose(1, 2).flatten(2))
 
     def _split_heads(self, x: Tensor) -> Tensor:
         """(B, T, D) to (B, H, T, head_dim): a view, the kernels take any strides."""
@@ -295,12 +302,25 @@ class TransformerBlock(nn.Module):
             )
         if not self.norm_first:
             normed, _ = self.norm1(x, self.dropout(self.attention(x)))
-            normed, _ = self.norm2(normed, self.dropout(self.feed_forward(normed)))
+            normed, _ = self.norm2(normed, self.dropout(self._network(normed)))
             return cast(Tensor, normed)
         normed, stream = self.norm1(*x) if isinstance(x, tuple) else (self.norm1(x), x)
         normed, stream = self.norm2(stream, self.dropout(self.attention(normed)))
-        branch = self.dropout(self.feed_forward(normed))
+        branch = self.dropout(self._network(normed))
         return (stream, branch) if self.defer_add else stream + branch
+
+    def _network(self, x: Tensor) -> Tensor:
+        """feed_forward(x), in one operator where nothing stands against it."""
+        network = self.feed_forward
+        if type(network) is not nn.Sequential or len(network) != 3 or not _is_worth_it(x, network[0]):
+            out: Tensor = network(x)
+            return out
+        first, activation, last = network
+        plain = type(first) is type(last) is nn.Linear and type(activation) in (nn.ReLU, nn.GELU)
+        if not plain or any(_has_hooks(module) for module in (network, *network)):
+            return cast(Tensor, network(x))
+        first, last = cast(nn.Linear, first), cast(nn.Linear, last)
+        return ops.feed_forward(x, first.weight, first.bias, last.weight, last.bias, activation=self.activation)
 
     def _plain_parameters(self) -> list[Tensor] | None:
         """The parameters as `ops.transformer_block` lists them; None where the modules must be called one by one.
@@ -340,6 +360,36 @@ def _has_hooks(module: nn.Module) -> bool:
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
+
+
+def apply_linear(module: nn.Module, x: Tensor) -> Tensor:
+    """module(x), on the operator of tinyllm where it is an unchanged nn.Linear and large enough for that to pay."""
+    if type(module) is nn.Linear and not _has_hooks(module) and _is_worth_it(x, module):
+        return ops.linear(x, module.weight, module.bias)
+    out: Tensor = module(x)
+    return out
+
+
+def _is_worth_it(x: Tensor, first: nn.Module) -> bool:
+    """Whether a product of x is large enough for the gain to exceed some microseconds of Python."""
+    return isinstance(first, nn.Linear) and x.numel() * first.out_features >= 1_000_000
+
+
+def embed(embedding: nn.Module, positional_encoding: nn.Module, ids: Tensor) -> Tensor:
+    """positional_encoding(embedding(ids)), (B, T) to (B, T, D): in one pass where both are unchanged modules."""
+    known = type(positional_encoding) in (PositionalEncoding, LearnedPositionalEncoding)
+    if known and type(embedding) is Embedding and type(table := embedding.embedding) is nn.Embedding:
+        encoding = cast(PositionalEncoding, positional_encoding)
+        if not any(_has_hooks(module) for module in (embedding, table, encoding)):
+            _check_seq_len(ids.size(1), encoding.max_seq_len)
+            options = (table.padding_idx, table.max_norm, table.norm_type, table.scale_grad_by_freq, table.sparse)
+            try:
+                return ops.embedding(ids, table.weight, *options, positions=encoding.rows(ids.size(1)))
+            except IndexError:
+                embedding(ids)  # says it in the model's terms
+                raise
+    out: Tensor = positional_encoding(embedding(ids))
+    return out
 
 
 def _takes_block(x: Tensor, parameters: list[Tensor], attention: SelfAttention) -> bool:

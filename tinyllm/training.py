@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from tqdm import tqdm
 
 from tinyllm import checkpoint
@@ -219,7 +218,7 @@ def fit(
 
 def next_token_loss(model: SimpleLLM, inputs: Tensor, targets: Tensor) -> Tensor:
     """Mean cross-entropy of `model(inputs)` and `targets`, both int64 (B, T): a scalar, in nats."""
-    return F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
+    return model.loss(inputs, targets)
 
 
 @torch.no_grad()
