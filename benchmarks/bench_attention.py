@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -12,12 +13,16 @@ from torch.nn import functional as F
 
 from benchmarks.harness import (
     BACKWARD,
+    BYTES,
+    COMPILED,
     EAGER,
     FLOPS,
     FORWARD,
     OURS,
     PROVIDERS,
+    STEP,
     Case,
+    Provider,
     Row,
     each_provider,
     passes,
@@ -89,6 +94,65 @@ def _row(kind: str, shape: Shape, direction: str, dtype: torch.dtype = torch.flo
     )
 
 
+def _dropout_row(shape: Shape, dropout_p: float = 0.1) -> Row:
+    """Forward and backward, because backward needs forward's mask. The masks are random and differ between providers,
+    so what is verified is an expectation: the weights of a query sum to 1, and with gradients of 1 that is what
+    value's gradients sum to."""
+
+    def build() -> Case:
+        inputs = [randn(shape, seed) for seed in range(3)]
+        ones = torch.ones(shape)
+
+        def bind(function: Callable[..., Tensor]) -> Provider:
+            leaves = [x.detach().requires_grad_() for x in inputs]
+            return Provider(
+                lambda: torch.autograd.grad(function(*leaves, None, dropout_p, True), leaves, ones),
+                lambda grads: (grads[2].sum((0, 1, 2)),),
+            )
+
+        functions: dict[str, Callable[..., Tensor]] = {
+            OURS: ops.scaled_dot_product_attention,
+            EAGER: F.scaled_dot_product_attention,
+            COMPILED: torch.compile(F.scaled_dot_product_attention, dynamic=False),
+        }
+        queries = shape.batch * shape.heads * shape.seq_len
+        return Case(
+            {name: bind(function) for name, function in functions.items()},
+            lambda: (torch.full((shape.head_dim,), float(queries)),),
+        )
+
+    pairs = shape.batch * shape.heads * visible_pairs(shape.seq_len, shape.seq_len, True)
+    return Row(
+        section="attention",
+        operation=f"causal attention, dropout {dropout_p}",
+        direction=STEP,
+        shape=str(shape),
+        work=attention_flops(STEP, pairs, shape.head_dim),
+        unit=FLOPS,
+        build=build,
+        smooth=False,
+    )
+
+
+def _decode_row(shape: Shape) -> Row:
+    """One query against all keys, as when a token is generated: the work is reading keys and values."""
+
+    def build() -> Case:
+        query = randn(shape._replace(seq_len=1), 0)
+        functions = {OURS: attention, EAGER: torch_attention}
+        return passes(functions, FORWARD, [query, randn(shape, 1), randn(shape, 2)], (None, False))
+
+    return Row(
+        section="attention",
+        operation="one query's attention",
+        direction=FORWARD,
+        shape=str(shape),
+        work=2 * 4 * math.prod(shape),
+        unit=BYTES,
+        build=build,
+    )
+
+
 def _rows() -> list[Row]:
     gpt = Shape(8, 12, 256, 64)
     kinds = [
@@ -105,7 +169,18 @@ def _rows() -> list[Row]:
         for kind, shape in kinds
         for direction in (FORWARD, BACKWARD)
     ]
-    return [*rows, _row("padded", gpt, FORWARD), _row("causal", gpt, FORWARD, torch.bfloat16)]
+    return [
+        *rows,
+        _row("causal", Shape(1, 12, 2048, 64), BACKWARD),
+        _row("full", Shape(12, 1, 64, 128), FORWARD),  # the article's heads
+        _row("full", Shape(12, 1, 64, 128), BACKWARD),
+        _row("padded", gpt, FORWARD),
+        _row("padded", gpt, BACKWARD),
+        _row("causal", gpt, FORWARD, torch.bfloat16),
+        _dropout_row(gpt),
+        _decode_row(Shape(1, 1, 4096, 64)),
+        _decode_row(Shape(1, 12, 4096, 64)),
+    ]
 
 
 @pytest.mark.parametrize(("row", "provider"), each_provider(_rows()))

@@ -36,32 +36,39 @@ inline S* decode_share(const Attention& a, int64_t b, int64_t kv_head, int64_t p
   return static_cast<S*>(a.shares) + (((b * a.kv_heads + kv_head) * a.parts + part) * rows + row) * a.share_row;
 }
 
-// The scores of n <= Vec::size keys for every row. One vector of sums for each key, then all of them turned at once.
+// The scores of n <= Vec::size keys for every row. One vector of sums for each key, then all of them turned at once, in
+// chunks of the depth as in gemm.h.
 template <class T>
 inline void decode_scores(const Attention& a, const DecodeBuffers<T>& buf, const T* key, int64_t n, int64_t rows,
                           compute_t<T>* scores) {
   using S = compute_t<T>;
   using V = Vec<S>;
   for (int64_t r = 0; r < rows; ++r, scores += buf.score_row) {
-    const S* query = buf.queries + r * buf.query_row;
-    V sums[V::size];
-    for (int i = 0; i < V::size; ++i) sums[i] = V::zero();
-    if (n == V::size) {
-      for_each_vector<V>(a.head_dim, [&](int64_t d, int64_t inside) {
-        const V q = V::load(query + d);
+    int64_t begin = 0;
+    do {  // once for head_dim 0
+      const int64_t depth = std::min(kDepth, a.head_dim - begin);
+      const S* query = buf.queries + r * buf.query_row + begin;
+      V sums[V::size];
+      for (int i = 0; i < V::size; ++i) sums[i] = V::zero();
+      if (n == V::size) {
+        for_each_vector<V>(depth, [&](int64_t d, int64_t inside) {
+          const V q = V::load(query + d);
 #pragma GCC unroll 16
-        for (int i = 0; i < V::size; ++i) sums[i] = fma(load_n<V>(key + i * a.key.row + d, inside), q, sums[i]);
-      });
-    } else {
-      for_each_vector<V>(a.head_dim, [&](int64_t d, int64_t inside) {
-        const V q = V::load(query + d);
-        for (int64_t i = 0; i < n; ++i) sums[i] = fma(load_n<V>(key + i * a.key.row + d, inside), q, sums[i]);
-      });
-    }
-    transpose(sums);
-    for (int step = V::size / 2; step > 0; step /= 2)
-      for (int i = 0; i < step; ++i) sums[i] = sums[i] + sums[i + step];
-    sums[0].store(scores);
+          for (int i = 0; i < V::size; ++i)
+            sums[i] = fma(load_n<V>(key + i * a.key.row + begin + d, inside), q, sums[i]);
+        });
+      } else {
+        for_each_vector<V>(depth, [&](int64_t d, int64_t inside) {
+          const V q = V::load(query + d);
+          for (int64_t i = 0; i < n; ++i) sums[i] = fma(load_n<V>(key + i * a.key.row + begin + d, inside), q, sums[i]);
+        });
+      }
+      transpose(sums);
+      for (int step = V::size / 2; step > 0; step /= 2)
+        for (int i = 0; i < step; ++i) sums[i] = sums[i] + sums[i + step];
+      (begin == 0 ? sums[0] : sums[0] + V::load(scores)).store(scores);
+      begin += depth;
+    } while (begin < a.head_dim);
   }
 }
 
@@ -72,7 +79,7 @@ inline void decode_values(const T* value, int64_t value_row, const compute_t<T>*
   using V = Vec<compute_t<T>>;
   V sums[N];
 #pragma GCC unroll 4
-  for (int i = 0; i < N; ++i) sums[i] = V::load(out + i * V::size);
+  for (int i = 0; i < N; ++i) sums[i] = V::zero();
   for (int64_t j = 0; j < n; ++j, value += value_row) {
     const V p = V::set1(probs[j]);
     if constexpr (N == 1) {
@@ -83,7 +90,7 @@ inline void decode_values(const T* value, int64_t value_row, const compute_t<T>*
     }
   }
 #pragma GCC unroll 4
-  for (int i = 0; i < N; ++i) sums[i].store(out + i * V::size);
+  for (int i = 0; i < N; ++i) (V::load(out + i * V::size) + sums[i]).store(out + i * V::size);
 }
 
 // Scores of n keys become 2^(scores - max), zeros to the end of a vector.

@@ -11,6 +11,7 @@ from tinyllm import ops, reference
 SHAPES = [
     (1, 1, 1, 1, 1), (2, 3, 7, 7, 5), (1, 2, 64, 64, 32), (2, 1, 65, 131, 17), (1, 2, 129, 40, 64),
     (1, 1, 200, 257, 128), (1, 1, 33, 70, 160), (1, 1, 9, 11, 1024), (3, 2, 1, 300, 16),
+    (1, 1, 70, 1031, 7), (1, 2, 3, 1100, 24), (2, 1, 1, 1025, 67), (1, 1, 8, 70, 1024),
 ]  # fmt: skip
 
 
@@ -92,6 +93,15 @@ def test_grouped_heads(kv_heads, is_causal):
     compare(make(2, 4, 66, 66, 16, dtype=torch.float32, kv_heads=kv_heads), is_causal=is_causal, enable_gqa=True)
 
 
+@pytest.mark.parametrize("kind", ["none", "bool", "additive"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_few_queries_of_grouped_heads(dtype, kind):
+    mask = None if kind == "none" else draw(2, 6, 2, 1100, seed=4)
+    mask = mask > -1 if kind == "bool" else mask if mask is None else mask.to(dtype)
+    inputs = make(2, 6, 2, 1100, 24, dtype=dtype, kv_heads=2, value_dim=40)
+    compare(inputs, mask, scale=0.1, enable_gqa=True)
+
+
 def test_value_dim_differs_from_head_dim_and_scale():
     compare(make(2, 2, 50, 60, 24, dtype=torch.float32, value_dim=40), scale=0.25)
 
@@ -158,6 +168,38 @@ def test_keys_masked_in_the_first_block_only():
     compare(make(1, 1, 40, 300, 16, dtype=torch.float32), mask)
 
 
+@pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("pattern", ["window", "documents", "padding", "holes", "few queries"])
+def test_masks_that_hide_whole_blocks(pattern, is_causal):
+    queries, keys = (4, 1300) if pattern == "few queries" else (300, 700)
+    i, j = torch.arange(queries)[:, None], torch.arange(keys)
+    mask = {
+        "window": (j - i).abs() < 40,
+        "documents": i // 90 == j // 90,
+        "padding": (j < 333).expand(queries, keys),
+        "holes": (j // 64 % 3 == 0) & (i % 7 > 0),
+        "few queries": (j > 1250) & (i > 0),
+    }[pattern]
+    inputs = make(1, 2, queries, keys, 16)
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    doubles = [x.clone().requires_grad_() for x in inputs]
+    ours = ops.scaled_dot_product_attention(*leaves, mask, is_causal=is_causal)
+    exact = reference.scaled_dot_product_attention(*doubles, mask, is_causal=is_causal)
+    torch.testing.assert_close(ours, exact)
+    grad = draw(1, 2, queries, 16, seed=8)
+    for a, b in zip(torch.autograd.grad(ours, leaves, grad), torch.autograd.grad(exact, doubles, grad), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("queries", [1, 20])
+def test_infinite_inputs(queries):
+    for value in (math.inf, -math.inf):
+        q, k, v = make(1, 1, queries, 200, 8, dtype=torch.float32)
+        k[0, 0, 150, 3] = value
+        ours, torchs = ops.scaled_dot_product_attention(q, k, v), F.scaled_dot_product_attention(q, k, v)
+        torch.testing.assert_close(ours, torchs, equal_nan=True)
+
+
 @pytest.mark.parametrize("size", [1e2, 1e4])
 def test_huge_scores(size):
     # At 1e4 the softmax is one-hot: what counts is no NaN and no overflow.
@@ -165,13 +207,14 @@ def test_huge_scores(size):
     compare((q * size, k, v), is_causal=True)
 
 
-def test_nan_in_nan_out():
-    q, k, v = make(1, 1, 20, 200, 8, dtype=torch.float32)
+@pytest.mark.parametrize("queries", [4, 20])
+def test_nan_in_nan_out(queries):
+    q, k, v = make(1, 1, queries, 200, 8, dtype=torch.float32)
     k[0, 0, 150, 3] = math.nan
     ours, torchs = ops.scaled_dot_product_attention(q, k, v), F.scaled_dot_product_attention(q, k, v)
     assert ours.isnan().all()
     assert torchs.isnan().all()
-    q, k, v = make(1, 1, 20, 200, 8, dtype=torch.float32)
+    q, k, v = make(1, 1, queries, 200, 8, dtype=torch.float32)
     q[0, 0, 3, 0] = math.nan
     ours = ops.scaled_dot_product_attention(q, k, v)
     assert torch.equal(ours.isnan(), F.scaled_dot_product_attention(q, k, v).isnan())
@@ -186,7 +229,7 @@ def test_causal_outputs_do_not_see_later_keys():
     assert not torch.equal(before[:, :, 60:], after[:, :, 60:])
 
 
-@pytest.mark.parametrize("shape", [(3, 2, 90, 90, 16), (1, 1, 1100, 1100, 8)], ids=str)
+@pytest.mark.parametrize("shape", [(3, 2, 90, 90, 16), (1, 1, 1100, 1100, 8), (1, 2, 3, 2100, 8)], ids=str)
 def test_bits_do_not_depend_on_threads(shape):
     inputs = [x.float() for x in make(*shape)]
     before, results = torch.get_num_threads(), []
@@ -194,7 +237,7 @@ def test_bits_do_not_depend_on_threads(shape):
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             leaves = [x.detach().requires_grad_() for x in inputs]
-            out = ops.scaled_dot_product_attention(*leaves, is_causal=True)
+            out = ops.scaled_dot_product_attention(*leaves, is_causal=shape[2] == shape[3])
             results.append([out, *torch.autograd.grad((out * out).sum(), leaves)])
     finally:
         torch.set_num_threads(before)

@@ -60,8 +60,9 @@ def scaled_dot_product_attention(
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
         if attn_mask is not None and attn_mask.dtype.is_floating_point:
             attn_mask = attn_mask.to(dtype)
-    _check(query, key, value, dropout_p, enable_gqa)
-    query, key, value = _broadcast(query, key, value, enable_gqa)
+    if not _alike(query, key, value) or not 0.0 <= dropout_p <= 1.0:
+        _check(query, key, value, dropout_p, enable_gqa)
+        query, key, value = _broadcast(query, key, value, enable_gqa)
     _check_mask(attn_mask, query, key)
     if scale is None:
         scale = 1.0 / math.sqrt(query.size(-1)) if query.size(-1) > 0 else 1.0
@@ -73,6 +74,21 @@ def scaled_dot_product_attention(
     if needs_grad(query, key, value):
         return _Attention.apply(query, key, value, attn_mask, is_causal, scale, dropout_p, rng)
     return _forward(query, key, value, attn_mask, is_causal, scale, dropout_p, rng)[0]
+
+
+def _alike(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether the three agree so plainly that nothing needs a closer look, which for small tensors costs as much as the
+    kernel."""
+    shape, dtype, device = query.shape, query.dtype, query.device
+    return (
+        len(shape) > 2
+        and key.shape == value.shape
+        and key.shape[:-2] == shape[:-2]
+        and key.shape[-1] == shape[-1]
+        and key.dtype == value.dtype == dtype
+        and dtype.is_floating_point
+        and key.device == value.device == device
+    )
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, dropout_p: float, enable_gqa: bool) -> None:
