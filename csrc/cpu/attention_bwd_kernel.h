@@ -16,8 +16,9 @@ struct BackwardBuffers {
   S *grad_query, *delta;
   // One block of keys.
   S *keys, *keys_t, *values_t, *grad_key, *grad_value;
-  // One block of queries. They are scaled, which makes dK = dS^T Q come out scaled.
-  S *queries, *grad_out;
+  // One block of queries: scaled for the scores, which must be forward's to the bit, and as they are for dK, which
+  // would be rounded more often otherwise.
+  S *scaled_queries, *queries, *grad_out;
   // One block of queries against one of keys: P and dS.
   S *probs, *grad_scores, *factors;
   int64_t row, value_row, score_row, grad_row;
@@ -36,6 +37,7 @@ struct BackwardBuffers {
     values_t = arena.take<S>(padded_block * a.value_dim);
     grad_key = arena.take<S>(block * row);
     grad_value = arena.take<S>(block * value_row);
+    scaled_queries = arena.take<S>(kQueryBlock * row);
     queries = arena.take<S>(kQueryBlock * row);
     grad_out = arena.take<S>(kQueryBlock * value_row);
     probs = arena.take<S>(kQueryBlock * score_row);
@@ -114,7 +116,8 @@ inline void backward_block(const Attention& a, const BackwardBuffers<T>& buf, in
   const int64_t padded = round_up_to_vector<S>(count);
   const S* lse = static_cast<const S*>(a.lse) + (b * a.heads + h) * a.queries;
   pack_rows(row_of<T>(a.query, b, h, q0), a.query.row, a.query.column, rows, a.head_dim,
-            static_cast<S>(a.scale * kLog2e), buf.queries, buf.row);
+            static_cast<S>(a.scale * kLog2e), buf.scaled_queries, buf.row);
+  pack_rows(row_of<T>(a.query, b, h, q0), a.query.row, a.query.column, rows, a.head_dim, S(1), buf.queries, buf.row);
   pack_rows(row_of<T>(a.grad_out, b, h, q0), a.grad_out.row, a.grad_out.column, rows, a.value_dim, S(1), buf.grad_out,
             buf.value_row);
   for (int64_t g = 0; g < rows; g += kRows) {
@@ -125,7 +128,7 @@ inline void backward_block(const Attention& a, const BackwardBuffers<T>& buf, in
     if (n == 0) continue;
     S* probs = buf.probs + g * buf.score_row;
     S* grad_scores = buf.grad_scores + g * buf.score_row;
-    gemm<S>(m, n, a.head_dim, {buf.queries + g * buf.row, buf.row, 1},
+    gemm<S>(m, n, a.head_dim, {buf.scaled_queries + g * buf.row, buf.row, 1},
             panels<S>(buf.keys_t + keys.begin * a.head_dim, a.head_dim), probs, buf.score_row, false);
     gemm<S>(m, n, a.value_dim, {buf.grad_out + g * buf.value_row, buf.value_row, 1},
             panels<S>(buf.values_t + keys.begin * a.value_dim, a.value_dim), grad_scores, buf.score_row, false);
@@ -197,7 +200,7 @@ void attention_bwd(const Attention& a, int64_t b, int64_t kv_head, int64_t part)
         backward_block<T>(a, buf, b, head + h, q0, std::min(kQueryBlock, a.queries - q0), k0, block_keys,
                           whole_rows ? nullptr : buf.delta + h * a.queries, buf.grad_query + h * head_size);
     for (int64_t j = 0; j < block_keys; ++j) {
-      unpack_row(buf.grad_key + j * buf.row, static_cast<S>(kLn2), a.head_dim,
+      unpack_row(buf.grad_key + j * buf.row, static_cast<S>(a.scale), a.head_dim,
                  const_cast<T*>(row_of<T>(a.grad_key, b, kv_head, k0 + j)), a.grad_key.column);
       unpack_row(buf.grad_value + j * buf.value_row, S(1), a.value_dim,
                  const_cast<T*>(row_of<T>(a.grad_value, b, kv_head, k0 + j)), a.grad_value.column);

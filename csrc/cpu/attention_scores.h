@@ -18,7 +18,7 @@ using cpu::MaskKind;
 using cpu::Strided;
 
 constexpr int64_t kQueryBlock = 64;
-constexpr double kLog2e = 1.4426950408889634, kLn2 = 0.6931471805599453;
+constexpr double kLog2e = 1.4426950408889634;
 
 template <class T>
 inline const T* row_of(const Strided& t, int64_t b, int64_t h, int64_t row) {
