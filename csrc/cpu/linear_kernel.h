@@ -3,9 +3,10 @@
 //
 // B is packed into panels first (pack_product), a block of columns at a time that all threads then share; a narrow
 // row-major B is as good as a panel already. Each thread
-// takes a slab of rows (product_part) and goes through the panels in groups that stay in its second-level cache; a tile
-// of kRows x kPanel is finished over the whole depth before it is written, once. A is read where it is, unless its
-// strides would map its rows to a few cache sets or its type is a 16-bit one: then the slab is copied.
+// takes a slab of rows (product_part) and goes through blocks of kDepth x kTogether of B that stay in its second-level
+// cache; what follows the product is done where a tile's last chunk has been added, and written once. A is read where
+// it is, unless its strides would map its rows to a few cache sets or its type is a 16-bit one: then the slab is
+// copied.
 //
 // A product of few rows would spend more on packing than on multiplying: there each output is a dot product of a row of
 // A and a column of B read in place (product_dots).
@@ -20,8 +21,9 @@ namespace tinyllm::TINYLLM_ISA {
 
 using cpu::Product;
 
-// Panels of B that are used together, in bytes: half of a second-level cache.
-constexpr int64_t kPanelBytes = 512 * 1024;
+// Columns that are worked on together: kDepth rows of so many stay in a second-level cache, with as much of A beside.
+template <class S>
+constexpr int64_t kTogether = 256 * 4 / int64_t{sizeof(S)};
 
 // Whether tiles can broadcast from A as it lies in memory: not where what a tile reads falls into a few sets of the
 // first-level cache, which addresses 4096 bytes apart share.
@@ -59,7 +61,7 @@ struct Slab {
   const S* data;
   int64_t row, step, group;
 
-  OperandA<S> at(int64_t first) const { return {data + first / kRows * group, row, step}; }
+  OperandA<S> at(int64_t first, int64_t k) const { return {data + first / kRows * group + k * step, row, step}; }
 };
 
 template <class T>
@@ -85,18 +87,19 @@ inline Slab<compute_t<T>> load_slab(const Product& p, int64_t begin, int64_t end
   return {buffer, 1, kRows, kRows * p.depth};
 }
 
-// The lines of the next group's rows, asked for in equal shares while this group's panels are multiplied: a tile walks
-// along kRows rows at once and leaves each too soon for the processor to see where it goes.
+// The lines of the next group's rows, asked for in equal shares while this group's panels are multiplied: where the
+// rows are short, a tile that walks along kRows of them leaves each too soon for the processor to see where it goes.
+// Into the second-level cache, since the panels fill the first.
 template <class S>
 class Lines {
  public:
-  Lines(const Slab<S>& slab, int64_t first, int64_t rows, int64_t depth, int64_t shares)
-      : data_(slab.at(first).data), row_(slab.row), depth_(depth), rows_(slab.step == 1 ? rows : 0) {
+  Lines(OperandA<S> a, int64_t rows, bool row_major, int64_t depth, int64_t shares)
+      : data_(a.data), row_(a.row), depth_(depth), rows_(row_major ? rows : 0) {
     share_ = (depth * rows_ / kLine + shares - 1) / std::max<int64_t>(1, shares);
   }
   void prefetch() {
     for (int64_t left = share_; left > 0 && rows_ > 0; --left) {
-      __builtin_prefetch(data_ + at_);
+      __builtin_prefetch(data_ + at_, 0, 2);
       at_ += kLine;
       if (at_ < depth_) continue;
       at_ = 0;
@@ -165,27 +168,46 @@ void pack_product(const Product& p, int64_t begin, int64_t end) {
 template <class T>
 void product_part(const Product& p, int64_t begin, int64_t end, int64_t column_begin, int64_t column_end) {
   using S = compute_t<T>;
-  const cpu::Scratch scratch(static_cast<size_t>(slab_elements<T>(p, end - begin)) * sizeof(S));
-  const Slab<S> slab = load_slab<T>(p, begin, end, reinterpret_cast<S*>(scratch.data()));
+  const int64_t rows = end - begin;
+  const bool whole = p.depth <= kDepth;  // a tile is finished at once; else its sums wait in `sums`
+  cpu::Arena counted;
+  const auto carve = [&](cpu::Arena& arena) {
+    S* copy = arena.take<S>(slab_elements<T>(p, rows));
+    return std::pair(copy, arena.take<S>(whole ? 0 : rows * kTogether<S>));
+  };
+  carve(counted);
+  const cpu::Scratch scratch(counted.used());
+  cpu::Arena arena(scratch.data());
+  const auto [copy, sums] = carve(arena);
+  const Slab<S> slab = load_slab<T>(p, begin, end, copy);
   alignas(64) S tile[kRows * kPanel<S>];
-  const int64_t panel_bytes = std::max<int64_t>(1, kPanel<S> * p.depth * int64_t{sizeof(S)});
-  const int64_t together = std::max<int64_t>(1, kPanelBytes / panel_bytes) * kPanel<S>;
-  for (int64_t c0 = column_begin; c0 < column_end; c0 += together) {
-    const int64_t c1 = std::min(c0 + together, column_end);
-    for (int64_t first = 0; first < end - begin; first += kRows) {
-      const int64_t m = std::min<int64_t>(kRows, end - begin - first);
-      const int64_t next = std::min<int64_t>(kRows, end - begin - first - m);
-      Lines<S> ahead(slab, first + kRows, next, p.depth, (c1 - c0 + kPanel<S> - 1) / kPanel<S>);
-      for (int64_t column = c0; column < c1; column += kPanel<S>) {
-        const int64_t n = std::min(kPanel<S>, c1 - column);
-        const OperandB<S> b = p.packed == nullptr ? row_major(static_cast<const S*>(p.b.data) + column, p.b.row)
-                                                  : panels(static_cast<const S*>(p.packed) + column * p.depth, p.depth);
-        prefetch_rows<T>(p, begin + first, m, column);
-        ahead.prefetch();
-        gemm<S>(m, n, p.depth, slab.at(first), b, tile, kPanel<S>, false);
-        for (int64_t r = 0; r < m; ++r) finish_row<T>(p, begin + first + r, column, n, tile + r * kPanel<S>);
+  for (int64_t c0 = column_begin; c0 < column_end; c0 += kTogether<S>) {
+    const int64_t c1 = std::min(c0 + kTogether<S>, column_end);
+    int64_t k = 0;
+    do {  // once for depth 0, which must still write out
+      const int64_t chunk = std::min(kDepth, p.depth - k);
+      const bool last = k + chunk == p.depth;
+      for (int64_t first = 0; first < rows; first += kRows) {
+        const int64_t m = std::min<int64_t>(kRows, rows - first), next = std::min<int64_t>(kRows, rows - first - m);
+        Lines<S> ahead(slab.at(first + kRows, k), next, slab.step == 1, chunk, (c1 - c0 + kPanel<S> - 1) / kPanel<S>);
+        for (int64_t column = c0; column < c1; column += kPanel<S>) {
+          const int64_t n = std::min(kPanel<S>, c1 - column);
+          const OperandB<S> b = p.packed == nullptr
+                                    ? row_major(static_cast<const S*>(p.b.data) + k * p.b.row + column, p.b.row)
+                                    : panels(static_cast<const S*>(p.packed) + column * p.depth + k * kPanel<S>, chunk);
+          S* c = whole ? tile : sums + first * kTogether<S> + (column - c0);
+          const int64_t c_row = whole ? kPanel<S> : kTogether<S>;
+          if (whole) {
+            prefetch_rows<T>(p, begin + first, m, column);
+            ahead.prefetch();
+          }
+          gemm<S>(m, n, chunk, slab.at(first, k), b, c, c_row, k > 0);
+          if (!last) continue;
+          for (int64_t r = 0; r < m; ++r) finish_row<T>(p, begin + first + r, column, n, c + r * c_row);
+        }
       }
-    }
+      k += chunk;
+    } while (k < p.depth);
   }
 }
 
