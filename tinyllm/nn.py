@@ -14,6 +14,7 @@ from typing import cast, overload
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from tinyllm import ops
 from tinyllm.reference import sinusoidal_table
@@ -316,8 +317,8 @@ class TransformerBlock(nn.Module):
             out: Tensor = network(x)
             return out
         first, activation, last = network
-        plain = type(first) is type(last) is nn.Linear and type(activation) in (nn.ReLU, nn.GELU)
-        if not plain or any(_has_hooks(module) for module in (network, *network)):
+        plain = type(first) is type(last) is nn.Linear and _is_plain_activation(activation, self.activation)
+        if not plain or _has_hooks(network, *network):
             return cast(Tensor, network(x))
         first, last = cast(nn.Linear, first), cast(nn.Linear, last)
         return ops.feed_forward(x, first.weight, first.bias, last.weight, last.bias, activation=self.activation)
@@ -327,21 +328,33 @@ class TransformerBlock(nn.Module):
 
         That is: dropout in training, and modules that somebody has replaced, hooked or parametrized.
         """
-        # This runs at every call: dictionaries, because nn.Module's attribute access costs ten times as much.
-        modules = self._modules
-        attention, network, dropout = modules["attention"], modules["feed_forward"], modules["dropout"]
-        if type(attention) is not SelfAttention or type(network) is not nn.Sequential or len(network._modules) != 3:
+        # Modules are looked up in the dictionaries they are in: nn.Module's search takes as long as a small product.
+        own = self._modules
+        attention, network, dropout, norm1, norm2 = map(
+            own.__getitem__, ("attention", "feed_forward", "dropout", "norm1", "norm2")
+        )
+        if (
+            type(attention) is not SelfAttention
+            or type(network) is not nn.Sequential
+            or type(dropout) is not nn.Dropout
+        ):
             return None
-        if self.training and (attention.dropout > 0 or cast(nn.Dropout, dropout).p > 0):
+        if (dropout.training and dropout.p > 0) or (attention.training and attention.dropout > 0):
             return None
-        projections = [part for part in attention._modules.values() if part is not None]
-        first, activation, last = network._modules.values()
-        parts = [*projections, first, last, modules["norm1"], modules["norm2"]]
-        if any(type(part) not in _PLAIN for part in parts):
+        names = ("query", "key", "value", "out_proj") if attention.num_heads > 1 else ("query", "key", "value")
+        projections = [attention._modules.get(name) for name in names]
+        inner = [*network._modules.values()]
+        if len(inner) != 3 or not _is_plain_activation(inner[1], self.activation):
             return None
-        if any(_has_hooks(cast(nn.Module, module)) for module in (*parts, attention, network, activation, dropout)):
+        layers = [*projections, inner[0], inner[2]]
+        if any(type(layer) is not nn.Linear for layer in layers):
             return None
-        found = [cast(nn.Module, part)._parameters[name] for name in ("weight", "bias") for part in parts]
+        if type(norm1) is not LayerNorm or type(norm2) is not LayerNorm:
+            return None
+        parts = cast("list[nn.Module]", [*layers, norm1, norm2])
+        if _has_hooks(*parts, attention, network, inner[1], dropout):
+            return None
+        found = [part._parameters[name] for name in ("weight", "bias") for part in parts]
         parameters: list[Tensor] = [parameter for parameter in found if parameter is not None]
         biases = len(parameters) - len(parts)
         # The weights are there, and the biases of all or of none.
@@ -353,12 +366,19 @@ class TransformerBlock(nn.Module):
         return f"norm_first={self.norm_first}"
 
 
-_PLAIN = (nn.Linear, LayerNorm)
+def _is_plain_activation(module: nn.Module | None, name: str) -> bool:
+    return type(module) is ACTIVATIONS[name] and getattr(module, "approximate", "none") == "none"
 
 
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+def _has_hooks(*modules: nn.Module) -> bool:
+    """Whether calling one of them does more than its class says."""
+    return _has_any_global_hook() or any(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+        for module in modules
     )
 
 
@@ -380,7 +400,7 @@ def embed(embedding: nn.Module, positional_encoding: nn.Module, ids: Tensor) -> 
     known = type(positional_encoding) in (PositionalEncoding, LearnedPositionalEncoding)
     if known and type(embedding) is Embedding and type(table := embedding.embedding) is nn.Embedding:
         encoding = cast(PositionalEncoding, positional_encoding)
-        if not any(_has_hooks(module) for module in (embedding, table, encoding)):
+        if not _has_hooks(embedding, table, encoding):
             _check_seq_len(ids.size(1), encoding.max_seq_len)
             options = (table.padding_idx, table.max_norm, table.norm_type, table.scale_grad_by_freq, table.sparse)
             try:
@@ -394,12 +414,8 @@ def embed(embedding: nn.Module, positional_encoding: nn.Module, ids: Tensor) -> 
 
 def _takes_block(x: Tensor, parameters: list[Tensor], attention: SelfAttention) -> bool:
     """Whether one fused operator serves such a block; parts of it that need no gradient would be wasted work."""
-    dtype, device, grad = x.dtype, x.device, torch.is_grad_enabled()
-    if x.dim() != 3 or x.size(-1) != attention.embedding_dim or torch.is_autocast_enabled(device.type):
+    if torch.is_grad_enabled() and not all(parameter.requires_grad for parameter in parameters):
         return False
-    for parameter in parameters:
-        if parameter.dtype != dtype or parameter.device != device or (grad and not parameter.requires_grad):
-            return False
     return ops.serves_block(x, parameters, attention.num_heads)
 
 

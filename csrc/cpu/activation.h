@@ -1,6 +1,7 @@
 // The activations of feed-forward layers, and their derivatives, a vector at a time.
 #pragma once
 #include <cmath>
+#include <limits>
 
 #include "dispatch.h"
 #include "simd.h"
@@ -45,13 +46,22 @@ inline Vec<S> normal_cdf(Vec<S> x) {
   return fma(V::set1(S(0.5)), erf(x * V::set1(S(0.70710678118654752))), V::set1(S(0.5)));
 }
 
-// gelu's tanh form: x (1 + tanh(u)) / 2 = x sigmoid(2u), u = sqrt(2 / pi) (x + 0.044715 x^3). This is sigmoid(2u).
+// gelu's tanh form: x (1 + tanh(u)) / 2 = x sigmoid(2u), u = sqrt(2 / pi) (x + 0.044715 x^3). This has sigmoid(2u), and
+// 1 - sigmoid(2u) without the cancellation.
 template <class S>
-inline Vec<S> tanh_gate(Vec<S> x) {
-  using V = Vec<S>;
-  const V cubic = fma(V::set1(S(-2 * 0.7978845608028654 * 0.044715)), x * x, V::set1(S(-2 * 0.7978845608028654)));
-  return V::set1(S(1)) / (V::set1(S(1)) + exp(x * cubic));
-}
+struct TanhGate {
+  Vec<S> open, closed;
+
+  explicit TanhGate(Vec<S> x) {
+    using V = Vec<S>;
+    const V cubic = fma(V::set1(S(-2 * 0.7978845608028654 * 0.044715)), x * x, V::set1(S(-2 * 0.7978845608028654)));
+    // Where exp would overflow the gate is shut for good: the largest x times the least gate that is left would show.
+    const V most = V::set1(std::numeric_limits<S>::max() / 4);
+    const V e = min(most, exp(x * cubic));
+    open = (V::set1(S(1)) / (V::set1(S(1)) + e)).where_positive(most - e);
+    closed = e * open;
+  }
+};
 
 template <class S>
 inline Vec<S> activate(Activation activation, Vec<S> x) {
@@ -61,7 +71,7 @@ inline Vec<S> activate(Activation activation, Vec<S> x) {
     case Activation::gelu:
       return x * normal_cdf(x);
     case Activation::gelu_tanh:
-      return x * tanh_gate(x);
+      return x * TanhGate<S>(x).open;
     case Activation::none:
       break;
   }
@@ -80,9 +90,9 @@ inline Vec<S> activation_grad(Activation activation, Vec<S> x, Vec<S> grad) {
       return grad * fma(x, density, normal_cdf(x));
     }
     case Activation::gelu_tanh: {
-      const V gate = tanh_gate(x);
+      const TanhGate<S> gate(x);
       const V slope = fma(V::set1(S(6 * 0.7978845608028654 * 0.044715)), x * x, V::set1(S(2 * 0.7978845608028654)));
-      return grad * fma(x * gate * (V::set1(S(1)) - gate), slope, gate);
+      return grad * fma(x * gate.open * gate.closed, slope, gate.open);
     }
     case Activation::none:
       break;

@@ -58,8 +58,9 @@ struct Vec<float> {
   Vec operator*(Vec b) const { return {_mm512_mul_ps(v, b.v)}; }
   Vec operator/(Vec b) const { return {_mm512_div_ps(v, b.v)}; }
   // v where gate > 0, else 0.
+  // Zero where gate <= 0. A NaN lets it through, as PyTorch's threshold does.
   Vec where_positive(Vec gate) const {
-    return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(gate.v, _mm512_setzero_ps(), _CMP_GT_OQ), v)};
+    return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(gate.v, _mm512_setzero_ps(), _CMP_NLE_UQ), v)};
   }
   static Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
   static Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
@@ -103,7 +104,7 @@ struct Vec<double> {
   Vec operator*(Vec b) const { return {_mm512_mul_pd(v, b.v)}; }
   Vec operator/(Vec b) const { return {_mm512_div_pd(v, b.v)}; }
   Vec where_positive(Vec gate) const {
-    return {_mm512_maskz_mov_pd(_mm512_cmp_pd_mask(gate.v, _mm512_setzero_pd(), _CMP_GT_OQ), v)};
+    return {_mm512_maskz_mov_pd(_mm512_cmp_pd_mask(gate.v, _mm512_setzero_pd(), _CMP_NLE_UQ), v)};
   }
   static Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_pd(a.v, b.v, c.v)}; }
   static Vec max(Vec a, Vec b) { return {_mm512_max_pd(a.v, b.v)}; }
@@ -168,7 +169,7 @@ struct Vec<float> {
   Vec operator*(Vec b) const { return {_mm256_mul_ps(v, b.v)}; }
   Vec operator/(Vec b) const { return {_mm256_div_ps(v, b.v)}; }
   Vec where_positive(Vec gate) const {
-    return {_mm256_and_ps(_mm256_cmp_ps(gate.v, _mm256_setzero_ps(), _CMP_GT_OQ), v)};
+    return {_mm256_and_ps(_mm256_cmp_ps(gate.v, _mm256_setzero_ps(), _CMP_NLE_UQ), v)};
   }
   static Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
   static Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }
@@ -218,7 +219,7 @@ struct Vec<double> {
   Vec operator*(Vec b) const { return {_mm256_mul_pd(v, b.v)}; }
   Vec operator/(Vec b) const { return {_mm256_div_pd(v, b.v)}; }
   Vec where_positive(Vec gate) const {
-    return {_mm256_and_pd(_mm256_cmp_pd(gate.v, _mm256_setzero_pd(), _CMP_GT_OQ), v)};
+    return {_mm256_and_pd(_mm256_cmp_pd(gate.v, _mm256_setzero_pd(), _CMP_NLE_UQ), v)};
   }
   static Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_pd(a.v, b.v, c.v)}; }
   static Vec max(Vec a, Vec b) { return {_mm256_max_pd(a.v, b.v)}; }
@@ -277,7 +278,7 @@ struct Vec {
   Vec operator-(Vec b) const { return {v - b.v}; }
   Vec operator*(Vec b) const { return {v * b.v}; }
   Vec operator/(Vec b) const { return {v / b.v}; }
-  Vec where_positive(Vec gate) const { return {gate.v > S(0) ? v : S(0)}; }
+  Vec where_positive(Vec gate) const { return {gate.v <= S(0) ? S(0) : v}; }
   static Vec fma(Vec a, Vec b, Vec c) { return {a.v * b.v + c.v}; }
   static Vec max(Vec a, Vec b) { return {a.v > b.v ? a.v : b.v}; }
   static Vec min(Vec a, Vec b) { return {a.v < b.v ? a.v : b.v}; }

@@ -93,10 +93,14 @@ def feed_forward(
 
 
 def _autocast(input: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
+    """The tensors as an enclosing torch.autocast wants them for a product; it leaves float64 alone."""
     dtype = autocast_dtype(input.device.type)
     if dtype is None:
         return input, *others
-    return input.to(dtype), *(None if x is None else x.to(dtype) for x in others)
+    return tuple(
+        x if x is None or not x.is_floating_point() or x.dtype == torch.float64 else x.to(dtype)
+        for x in (input, *others)
+    )
 
 
 def _check_input(input: Tensor, activation: str) -> None:

@@ -9,9 +9,12 @@ import torch
 from torch import Tensor
 
 from tinyllm import _extension, reference
-from tinyllm.ops._autograd import grads_by_reference, needs_grad
+from tinyllm.ops._autograd import autocast_dtype, grads_by_reference, needs_grad
 from tinyllm.ops.dispatch import choose, serves
 from tinyllm.ops.linear import limits as linear_limits
+from tinyllm.reference import BLOCK_PARAMETERS
+
+_ONE_HEAD = tuple(name for name in BLOCK_PARAMETERS if name != "out_proj")
 
 # Below so many multiplications the calls saved outweigh whatever PyTorch's products are faster by.
 _SMALL = 4_000_000
@@ -45,8 +48,14 @@ def transformer_block(
         (B, T, D), like input.
 
     Raises:
-        ValueError: shapes that do not fit.
+        ValueError: parameters whose number, shape, dtype or device does not fit, num_heads that does not divide D,
+            another activation.
     """
+    misfit = _misfit(input, parameters, num_heads)
+    if misfit is None and activation not in ("relu", "gelu"):
+        misfit = f"activation is {activation!r}; relu or gelu is needed"
+    if misfit is not None:
+        raise ValueError(misfit)
     settings = (num_heads, causal, norm_first, activation)
     if choose("transformer_block", input, _limits(input, parameters, num_heads)) == "reference":
         return reference.transformer_block(
@@ -66,10 +75,36 @@ def transformer_block(
 
 def serves_block(input: Tensor, parameters: Sequence[Tensor], num_heads: int) -> bool:
     """Whether a kernel takes such a block; otherwise it is faster in parts, each on its best backend."""
-    return serves("cpp", input, _limits(input, parameters, num_heads))
+    return _misfit(input, parameters, num_heads) is None and serves("cpp", input, _limits(input, parameters, num_heads))
+
+
+def _misfit(input: Tensor, parameters: Sequence[Tensor], num_heads: int) -> str | None:
+    """What does not fit together, if anything; the module-by-module path may still make sense of it."""
+    if input.dim() != 3:
+        return f"input has shape {list(input.shape)}; (B, T, D) is needed"
+    width = input.size(-1)
+    if num_heads < 1 or width % num_heads:
+        return f"num_heads is {num_heads}; it must be a divisor of D, {width}"
+    names = BLOCK_PARAMETERS if num_heads > 1 else _ONE_HEAD
+    count = len(names)
+    if len(parameters) not in (count, 2 * count):
+        return f"parameters has {len(parameters)} tensors; {count}, or {2 * count} with biases, are needed"
+    hidden = parameters[count - 4].size(0) if parameters[count - 4].dim() > 0 else 0
+    shapes: list[tuple[int, ...]] = [(width, width)] * (count - 4)
+    shapes += [(hidden, width), (width, hidden), (width,), (width,)]
+    shapes += [shape[:1] for shape in shapes]
+    dtype, device = input.dtype, input.device
+    for i, (parameter, shape) in enumerate(zip(parameters, shapes, strict=False)):
+        if parameter.shape != shape or parameter.dtype != dtype or parameter.device != device:
+            name = f"parameters: {names[i % count]}'s {'weight' if i < count else 'bias'}"
+            has = f"{list(parameter.shape)}, {parameter.dtype} on {parameter.device}"
+            return f"{name} is {has}; {list(shape)}, {dtype} on {device}, is needed"
+    return None
 
 
 def _limits(input: Tensor, parameters: Sequence[Tensor], num_heads: int) -> dict[str, str] | None:
+    if autocast_dtype(input.device.type) is not None:
+        return {"cpp": "autocast wants some of the parts in another dtype"}
     if input.dtype not in (torch.float32, torch.float64):
         return {"cpp": f"input is {input.dtype}; the kernel takes float32 and float64"}
     if input.size(-1) // num_heads > 1024:

@@ -6,6 +6,7 @@ the function of its own name, and `tinyllm.SimpleLLM` against the model of this 
 
 from tinyllm.reference.functional import (
     ACTIVATIONS,
+    BLOCK_PARAMETERS,
     add_layer_norm,
     cross_entropy,
     embedding,
@@ -29,6 +30,7 @@ from tinyllm.reference.model import (
 
 __all__ = [
     "ACTIVATIONS",
+    "BLOCK_PARAMETERS",
     "Embedding",
     "PositionalEncoding",
     "SelfAttention",
