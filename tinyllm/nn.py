@@ -341,8 +341,9 @@ class TransformerBlock(nn.Module):
             return None
         if (dropout.training and dropout.p > 0) or (attention.training and attention.dropout > 0):
             return None
-        names = ("query", "key", "value", "out_proj") if attention.num_heads > 1 else ("query", "key", "value")
-        projections = [attention._modules.get(name) for name in names]
+        projections = [attention._modules.get(name) for name in ("query", "key", "value", "out_proj")]
+        if attention.num_heads == 1 and projections.pop() is not None:
+            return None
         inner = [*network._modules.values()]
         if len(inner) != 3 or not _is_plain_activation(inner[1], self.activation):
             return None

@@ -12,6 +12,7 @@
 // A and a column of B read in place (product_dots).
 #pragma once
 #include <algorithm>
+#include <cmath>
 #include <type_traits>
 
 #include "activation.h"
@@ -263,18 +264,21 @@ void product_dots(const Product& p, int64_t begin, int64_t end) {
   }
 }
 
-// out[begin, end) = the sums of these columns of a row-major matrix, each in blocks of kDepth rows, in row order.
+// out[begin, end) = the sums of these columns of a row-major matrix, each in blocks of rows, in row order. Blocks are
+// as long as there are blocks, which keeps both the sums and the sum of the sums short: roundings grow with their
+// length.
 template <class T>
 void column_sums(const cpu::ColumnSums& p, int64_t begin, int64_t end) {
   using S = compute_t<T>;
   using V = Vec<S>;
   const T* data = static_cast<const T*>(p.data);
   constexpr int64_t kStrip = 4 * V::size;
+  const int64_t block = std::max<int64_t>(32, static_cast<int64_t>(std::sqrt(static_cast<double>(p.rows))));
   for (int64_t c0 = begin; c0 < end; c0 += kStrip) {
     const int64_t columns = std::min(kStrip, end - c0);
     S totals[kStrip] = {};
-    for (int64_t r0 = 0; r0 < p.rows; r0 += kDepth) {
-      const int64_t r1 = std::min(p.rows, r0 + kDepth);
+    for (int64_t r0 = 0; r0 < p.rows; r0 += block) {
+      const int64_t r1 = std::min(p.rows, r0 + block);
       if (columns == kStrip) {
         V sum[4] = {V::zero(), V::zero(), V::zero(), V::zero()};
         for (int64_t r = r0; r < r1; ++r)
