@@ -18,8 +18,9 @@ def python(code, **environment):
 
 
 PARITY = """
-import torch, tinyllm
+import os, torch, tinyllm
 from tinyllm import ops, reference
+os.environ["TINYLLM_LINEAR"] = "cpp"
 torch.manual_seed(0)
 with ops.backend("cpp"):
     tolerances = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 6e-2, torch.float16: 8e-3}
@@ -48,6 +49,25 @@ with ops.backend("cpp"):
             y, v = (t.detach().double().requires_grad_() for t in (x, w))
             losses = ops.linear_cross_entropy(x, w, target), reference.linear_cross_entropy(y, v, target)
             pairs += [losses, *zip(torch.autograd.grad(losses[0], (x, w)), torch.autograd.grad(losses[1], (y, v)))]
+            network = [t / size**0.5 for t in torch.randn(3, 3 * size, size)]
+            network = [t.to(dtype).requires_grad_() for t in (torch.randn(size, size), network[0], network[1].T)]
+            exact = [t.detach().double().requires_grad_() for t in network]
+            for activation in ("relu", "gelu", "gelu_tanh"):
+                options = dict(activation=activation, residual=network[0])
+                out = ops.feed_forward(network[0], network[1], None, network[2], None, **options)
+                options["residual"] = exact[0]
+                other = reference.feed_forward(exact[0], exact[1], None, exact[2], None, **options)
+                pairs += [(out, other)]
+                pairs += zip(torch.autograd.grad(out.sum(), network), torch.autograd.grad(other.sum(), exact))
+            if dtype in (torch.float32, torch.float64):
+                shapes = [(size, size)] * 5 + [(size,)] * 2
+                block = [torch.randn(2, 3, size), *(torch.randn(s) / s[-1] ** 0.5 for s in shapes)]
+                block = [t.to(dtype).requires_grad_() for t in block]
+                exact = [t.detach().double().requires_grad_() for t in block]
+                out = ops.transformer_block(block[0], block[1:], norm_first=True, activation="gelu")
+                other = reference.transformer_block(exact[0], exact[1:], norm_first=True, activation="gelu")
+                grads = torch.autograd.grad(out.sum(), block), torch.autograd.grad(other.sum(), exact)
+                pairs += [(out, other), *zip(*grads)]
             for ours, theirs in pairs:
                 error = (ours.double() - theirs).abs().max().item()
                 assert error < tolerance * max(1, theirs.abs().max().item()), (dtype, size, error)
