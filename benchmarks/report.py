@@ -20,6 +20,7 @@ SECTIONS = {
     "embedding": "Embedding",
     "layer_norm": "Layer normalisation",
     "attention": "Attention",
+    "linear": "Linear layers",
     "losses": "Losses",
     "model": "The whole model",
 }
@@ -28,6 +29,7 @@ COLORS = {
     "embedding": "#c9a227",
     "layer_norm": "#2a9d8f",
     "attention": "#2f6fb0",
+    "linear": "#b5485d",
     "losses": "#d1793b",
     "model": "#8a5fb5",
 }

@@ -51,6 +51,17 @@ def embedding_bytes(direction: str, tokens: int, seq_len: int, vocab_size: int, 
     return rows * columns * itemsize
 
 
+def linear_flops(direction: str, rows: int, inputs: int, outputs: int) -> int:
+    """FLOPs of a linear layer's products: the output, and for a step the gradients of input and weight, too."""
+    return {FORWARD: 1, STEP: 3}[direction] * 2 * rows * inputs * outputs
+
+
+def linear_bytes(direction: str, rows: int, inputs: int, outputs: int, itemsize: int = 4) -> int:
+    """The least traffic of a linear layer's forward pass: input, weight and bias are read once, the output written."""
+    assert direction == FORWARD
+    return (rows * inputs + outputs * inputs + outputs + rows * outputs) * itemsize
+
+
 def cross_entropy_bytes(direction: str, rows: int, classes: int, itemsize: int = 4) -> int:
     """The least traffic of a cross-entropy: the logits are read once, and with a backward their gradient written once.
     Whoever reads them again for it gets no credit; targets and losses, a number a row, are not counted."""

@@ -94,6 +94,19 @@ def test_layer_norm_bytes() -> None:
     assert work.add_layer_norm_bytes(BACKWARD, 768, 128) == 4 * size + 3 * 128 * 4
 
 
+def test_linear_flops_are_those_of_the_formula() -> None:
+    x, weight = torch.randn(6, 4, requires_grad=True), torch.randn(9, 4, requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        out = torch.nn.functional.linear(x, weight)
+        assert work.linear_flops(FORWARD, 6, 4, 9) == counter.get_total_flops()
+        out.sum().backward()
+    assert work.linear_flops(STEP, 6, 4, 9) == counter.get_total_flops()
+
+
+def test_linear_bytes() -> None:
+    assert work.linear_bytes(FORWARD, 1, 768, 3072) == (768 + 3072 * 768 + 3072 + 3072) * 4
+
+
 def test_cross_entropy_bytes() -> None:
     assert work.cross_entropy_bytes(FORWARD, 1024, 50257) == 1024 * 50257 * 4
     assert work.cross_entropy_bytes(STEP, 1024, 50257) == 2 * 1024 * 50257 * 4
