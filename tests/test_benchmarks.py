@@ -368,7 +368,7 @@ def test_one_row_from_end_to_end(tmp_path: Path) -> None:
     before = [path.read_bytes() for path in kept]
     out = tmp_path / "out"
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.run", "--quick", "--only", "attention forward B12", "--out", str(out)],
+        [sys.executable, "-m", "benchmarks.run", "--quick", "--only=causal attention forward B12", "--out", str(out)],
         cwd=ROOT,
         capture_output=True,
         encoding="utf-8",
