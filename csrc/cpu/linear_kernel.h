@@ -212,27 +212,31 @@ void product_part(const Product& p, int64_t begin, int64_t end, int64_t column_b
   }
 }
 
-// Dot products of M rows of A and N columns of B, both contiguous along the depth.
+// Dot products of M rows of A and N columns of B, both contiguous along the depth, in chunks of kDepth as in gemm.h.
 template <class T, int M, int N>
 inline void dots(const Product& p, const T* a, const T* b, compute_t<T>* sums, int64_t sums_row) {
   using S = compute_t<T>;
   using V = Vec<S>;
-  V sum[M][N];
   for (int m = 0; m < M; ++m)
-    for (int n = 0; n < N; ++n) sum[m][n] = V::zero();
-  for_each_vector<V>(p.depth, [&](int64_t k, int64_t count) {
-    V vb[N];
+    for (int n = 0; n < N; ++n) sums[m * sums_row + n] = S(0);
+  for (int64_t k0 = 0; k0 < p.depth; k0 += kDepth, a += kDepth, b += kDepth) {
+    V sum[M][N];
+    for (int m = 0; m < M; ++m)
+      for (int n = 0; n < N; ++n) sum[m][n] = V::zero();
+    for_each_vector<V>(std::min(kDepth, p.depth - k0), [&](int64_t k, int64_t count) {
+      V vb[N];
 #pragma GCC unroll 4
-    for (int n = 0; n < N; ++n) vb[n] = load_n<V>(b + n * p.b.column + k, count);
+      for (int n = 0; n < N; ++n) vb[n] = load_n<V>(b + n * p.b.column + k, count);
 #pragma GCC unroll 4
-    for (int m = 0; m < M; ++m) {
-      const V va = load_n<V>(a + m * p.a.row + k, count);
+      for (int m = 0; m < M; ++m) {
+        const V va = load_n<V>(a + m * p.a.row + k, count);
 #pragma GCC unroll 4
-      for (int n = 0; n < N; ++n) sum[m][n] = fma(va, vb[n], sum[m][n]);
-    }
-  });
-  for (int m = 0; m < M; ++m)
-    for (int n = 0; n < N; ++n) sums[m * sums_row + n] = sum[m][n].sum();
+        for (int n = 0; n < N; ++n) sum[m][n] = fma(va, vb[n], sum[m][n]);
+      }
+    });
+    for (int m = 0; m < M; ++m)
+      for (int n = 0; n < N; ++n) sums[m * sums_row + n] += sum[m][n].sum();
+  }
 }
 
 // Columns [begin, end) of a product of few rows whose A and B are contiguous along the depth.

@@ -423,8 +423,9 @@ def test_a_measurement_chooses_by_the_rows(setting, unforced, monkeypatch):
     for rows, taken in (((4,), "cpp"), ((32,), "cpp"), ((2, 100), "reference"), ((), "cpp")):
         ops.linear(torch.ones(*rows, 8), torch.ones(5, 8))
         assert ops.last_backend() == taken
-    with ops.backend("cpp"), pytest.raises(RuntimeError, match=r"PyTorch's product is 3\.0x as fast for so many rows"):
+    with ops.backend("cpp"):  # forced: whatever is faster
         ops.linear(torch.ones(200, 8), torch.ones(5, 8))
+        assert ops.last_backend() == "cpp"
 
 
 def test_the_measurement():

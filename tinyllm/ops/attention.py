@@ -56,7 +56,7 @@ def scaled_dot_product_attention(
         ValueError: shapes that do not fit, tensors on different devices, dropout_p outside [0, 1].
     """
     dtype = autocast_dtype(query.device.type)
-    if dtype is not None:
+    if dtype is not None and query.dtype != torch.float64:  # which autocast leaves alone
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
         if attn_mask is not None and attn_mask.dtype.is_floating_point:
             attn_mask = attn_mask.to(dtype)

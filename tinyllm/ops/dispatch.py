@@ -78,6 +78,11 @@ def _why_not(name: str, tensor: torch.Tensor, limits: Mapping[str, str]) -> str 
     return reason
 
 
+def forced_backend() -> str | None:
+    """The backend that an enclosing `backend(...)` forces; None outside one."""
+    return _forced
+
+
 def last_backend() -> str | None:
     """The backend that served the latest operator call of this process outside torch.compile; None before the first."""
     return _last

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from tinyllm import _extension, reference
 from tinyllm.ops._autograd import autocast_dtype, grads_by_reference, needs_grad
-from tinyllm.ops.dispatch import choose
+from tinyllm.ops.dispatch import choose, forced_backend
 from tinyllm.reference import ACTIVATIONS
 
 
@@ -151,6 +151,8 @@ def limits(input: Tensor) -> dict[str, str] | None:
         return {"cpp": "TINYLLM_LINEAR=torch"}
     if setting != "auto":
         raise ValueError(f"TINYLLM_LINEAR is {setting!r}; auto, cpp or torch is needed")
+    if forced_backend() == "cpp":
+        return None
     rows = input.numel() // max(1, input.size(-1))
     sample = next(sample for most, sample in _SAMPLES if most is None or rows <= most)
     faster = torchs_advantage(input.dtype, sample)
