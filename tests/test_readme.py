@@ -37,3 +37,5 @@ def test_python_examples_run():
     for block in blocks:
         exec(block.replace("50257, 768, 3072, 12", "100, 768, 128, 1"), names)
     assert names["normed"].shape == names["total"].shape == (3, 768)
+    assert names["hidden"].shape == (3, 3072)
+    assert names["loss"].isfinite()
