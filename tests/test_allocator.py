@@ -27,8 +27,8 @@ def faults():
 torch.zeros(25_000_000)
 fresh = faults()
 print(tinyllm.tune_allocator(), tinyllm.tune_allocator())
-faults()  # the heap grows once
-print(fresh, faults())
+faults(), faults()  # the heap grows
+print(fresh, min(faults() for _ in range(3)))  # the system may have taken pages back meanwhile
 print(tinyllm.info()["cpu"]["allocator"])
 """
 

@@ -28,9 +28,10 @@ LARGE = [
 
 
 @pytest.fixture(autouse=True)
-def _on_the_kernel(monkeypatch):
-    monkeypatch.setenv("TINYLLM_LINEAR", "cpp")
-    with ops.backend("cpp"):
+def _on_the_kernel():
+    # With a patch of its own: the test's would be undone after the `with`, and whatever the test does to it, too late.
+    with pytest.MonkeyPatch.context() as patch, ops.backend("cpp"):
+        patch.setenv("TINYLLM_LINEAR", "cpp")
         yield
 
 
