@@ -32,6 +32,7 @@ from tinyllm.nn import (
     check_int,
     check_probability,
     embed,
+    is_plain_linear,
 )
 
 __all__ = ["SimpleLLM", "SimpleLLMConfig", "init_gpt2_weights"]
@@ -272,8 +273,7 @@ class SimpleLLM(nn.Module):
             raise ValueError(f"targets has shape {tuple(targets.shape)}; it must have x's, {tuple(x.shape)}")
         features, output = self.features(x).flatten(0, 1), self.output
         # A small vocabulary's logits cost less than the bookkeeping of their blocks; a changed output must be called.
-        fused = type(output) is nn.Linear and features.size(0) * output.out_features >= _MANY_LOGITS
-        if not fused or output._forward_hooks or output._forward_pre_hooks:
+        if not is_plain_linear(output) or features.size(0) * output.out_features < _MANY_LOGITS:
             return F.cross_entropy(apply_linear(output, features), targets.flatten())
         return ops.linear_cross_entropy(features, output.weight, targets.flatten(), linear_bias=output.bias)
 

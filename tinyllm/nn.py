@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Collection
-from typing import cast, overload
+from typing import TypeGuard, cast, overload
 
 import torch
 from torch import Tensor, nn
@@ -317,10 +317,9 @@ class TransformerBlock(nn.Module):
             out: Tensor = network(x)
             return out
         first, activation, last = network
-        plain = type(first) is type(last) is nn.Linear and _is_plain_activation(activation, self.activation)
-        if not plain or _has_hooks(network, *network):
+        plain = _is_plain_activation(activation, self.activation) and not _has_hooks(network, activation)
+        if not plain or not is_plain_linear(first) or not is_plain_linear(last):
             return cast(Tensor, network(x))
-        first, last = cast(nn.Linear, first), cast(nn.Linear, last)
         return ops.feed_forward(x, first.weight, first.bias, last.weight, last.bias, activation=self.activation)
 
     def _plain_parameters(self) -> list[Tensor] | None:
@@ -361,6 +360,8 @@ class TransformerBlock(nn.Module):
         # The weights are there, and the biases of all or of none.
         if any(weight is None for weight in found[: len(parts)]) or biases not in (0, len(parts)):
             return None
+        if any(type(parameter) not in _PLAIN_TENSORS for parameter in parameters):
+            return None
         return parameters
 
     def extra_repr(self) -> str:
@@ -383,9 +384,18 @@ def _has_hooks(*modules: nn.Module) -> bool:
     )
 
 
+def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether calling the module is a product with its weight, and the weight a tensor of numbers as they are."""
+    return type(module) is nn.Linear and not _has_hooks(module) and type(module.weight) in _PLAIN_TENSORS
+
+
+# Not a subclass, such as a quantized or distributed weight: it has its own way of being multiplied.
+_PLAIN_TENSORS = (nn.Parameter, Tensor)
+
+
 def apply_linear(module: nn.Module, x: Tensor) -> Tensor:
     """module(x), on the operator of tinyllm where it is an unchanged nn.Linear and large enough for that to pay."""
-    if type(module) is nn.Linear and not _has_hooks(module) and _is_worth_it(x, module):
+    if is_plain_linear(module) and _is_worth_it(x, module):
         return ops.linear(x, module.weight, module.bias)
     out: Tensor = module(x)
     return out
