@@ -72,13 +72,23 @@ STABLE_TORCH_LIBRARY(tinyllm, m) {
       "Tensor grad_weight1,"
       " Tensor grad_bias1, Tensor grad_weight2, Tensor grad_bias2)");
   // parameters: the weights of query, key, value, out_proj (only with several heads), linear1, linear2, norm1, norm2,
-  // then, if there are biases, those in the same order; the gradients come in this order, end to end.
+  // then, if there are biases, those in the same order.
   m.def(
       "transformer_block_fwd(Tensor input, Tensor[] parameters, int num_heads, bool causal, bool norm_first,"
       " str activation, float eps1, float eps2, bool save) -> (Tensor out, Tensor saved)");
   m.def(
       "transformer_block_bwd(Tensor grad, Tensor input, Tensor[] parameters, Tensor saved, int num_heads, bool causal,"
-      " bool norm_first, str activation) -> (Tensor grad_input, Tensor grads)");
+      " bool norm_first, str activation) -> (Tensor grad_input, Tensor[] grads)");
+  // parameters: table, those of each block, the final norm's (norm_first), output's; see cpu/transformer.cpp. With a
+  // target (B T) the output is the mean loss, else the logits.
+  m.def(
+      "transformer_fwd(Tensor input, Tensor[] parameters, Tensor? positions, Tensor? target, int num_layers,"
+      " int num_heads, bool causal, bool norm_first, str activation, float eps, bool save)"
+      " -> (Tensor out, Tensor saved)");
+  m.def(
+      "transformer_bwd(Tensor grad, Tensor input, Tensor[] parameters, Tensor? positions, Tensor? target, Tensor saved,"
+      " int num_layers, int num_heads, bool causal, bool norm_first, str activation, float eps, bool positions_grad)"
+      " -> (Tensor[] grads, Tensor grad_positions)");
 }
 
 namespace {

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tinyllm import ops
+from tinyllm._whole_model import WholeModel
 from tinyllm.nn import (
     ACTIVATIONS,
     Embedding,
@@ -43,6 +44,10 @@ POSITIONS: dict[str, type[PositionalEncoding] | type[LearnedPositionalEncoding]]
 }
 
 _MANY_LOGITS = 1_000_000  # from so many on, the loss is computed without holding them
+# Multiplications of a call, from which on what Python takes between the blocks is lost in their time. One operator for
+# all of them then has only disadvantages: all activations are held until its backward ends, and no gradient is there
+# before.
+_SMALL_MODEL = 1_000_000_000
 _INDEX_DTYPES = (torch.int32, torch.int64)  # those that torch's embedding takes as they are
 _INTEGER_DTYPES = (
     *_INDEX_DTYPES,
@@ -208,6 +213,7 @@ class SimpleLLM(nn.Module):
             position=position,
         )
         self.config = config
+        self._whole: WholeModel | None = None  # see _as_one_operator
         # The order in which parameters are made decides which random numbers each one gets.
         self.embedding = Embedding(config.vocab_size, config.embedding_dim)
         self.positional_encoding = POSITIONS[config.position](config.embedding_dim, config.max_seq_len)
@@ -253,7 +259,9 @@ class SimpleLLM(nn.Module):
             ValueError: x is not 2-D, or its sequences are longer than max_seq_len.
             IndexError: an id is out of range (on eager CPU; a GPU stops with a device-side assert).
         """
-        return apply_linear(self.output, self.features(x))
+        ids = _checked_ids(x)
+        logits = self._as_one_operator(ids)
+        return apply_linear(self.output, self.features(ids)) if logits is None else logits
 
     def loss(self, x: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy of the logits and what came next, in nats; for a large vocabulary the logits never exist
@@ -271,7 +279,11 @@ class SimpleLLM(nn.Module):
         """
         if targets.shape != x.shape:
             raise ValueError(f"targets has shape {tuple(targets.shape)}; it must have x's, {tuple(x.shape)}")
-        features, output = self.features(x).flatten(0, 1), self.output
+        ids = _checked_ids(x)
+        loss = self._as_one_operator(ids, targets)
+        if loss is not None:
+            return loss
+        features, output = self.features(ids).flatten(0, 1), self.output
         # A small vocabulary's logits cost less than the bookkeeping of their blocks; a changed output must be called.
         if not is_plain_linear(output) or features.size(0) * output.out_features < _MANY_LOGITS:
             return F.cross_entropy(apply_linear(output, features), targets.flatten())
@@ -286,6 +298,25 @@ class SimpleLLM(nn.Module):
         if isinstance(x, tuple):  # the last block's output, not summed yet: see TransformerBlock
             return self.final_norm(*x)[0]
         return self.final_norm(x)  # a tensor only if there are no blocks
+
+    def _as_one_operator(self, ids: Tensor, targets: Tensor | None = None) -> Tensor | None:
+        """Logits, or their loss; None where the parts are better run one by one."""
+        own = getattr(self.features, "__func__", None) is SimpleLLM.features
+        if torch.compiler.is_compiling() or not own or ids.numel() == 0:
+            return None
+        whole = self._whole
+        if whole is None or not whole.holds(self):
+            self._whole = whole = WholeModel.of(self)
+        if whole is None or ids.numel() * whole.work > _SMALL_MODEL:
+            return None
+        try:
+            return whole.run(ids, targets)
+        except IndexError:
+            self.embedding(ids)  # says it in the model's terms, if it is an id
+            raise
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_whole": None}  # it is found again; copies and files need not carry it
 
     def num_parameters(self) -> int:
         """How many numbers are learned; tied weights count once."""

@@ -119,11 +119,11 @@ class PositionalEncoding(nn.Module):
         self.register_buffer("pe", sinusoidal_table(max_seq_len, embedding_dim).unsqueeze(1))
 
     def forward(self, x: Tensor) -> Tensor:
-        _check_seq_len(x.size(1), self.max_seq_len)
         return x + self.rows(x.size(1))
 
     def rows(self, seq_len: int) -> Tensor:
-        """(seq_len, D): what is added to the tokens of a sequence."""
+        """(seq_len, D): what is added to the tokens of a sequence. ValueError above max_seq_len."""
+        _check_seq_len(seq_len, self.max_seq_len)
         return self.pe[:seq_len, 0]
 
     def extra_repr(self) -> str:
@@ -148,11 +148,11 @@ class LearnedPositionalEncoding(nn.Module):
         nn.init.normal_(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        _check_seq_len(x.size(1), self.max_seq_len)
         return x + self.rows(x.size(1))
 
     def rows(self, seq_len: int) -> Tensor:
-        """(seq_len, D): what is added to the tokens of a sequence."""
+        """(seq_len, D): what is added to the tokens of a sequence. ValueError above max_seq_len."""
+        _check_seq_len(seq_len, self.max_seq_len)
         return self.weight[:seq_len]
 
     def extra_repr(self) -> str:
@@ -289,7 +289,7 @@ class TransformerBlock(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor | tuple[Tensor, Tensor]) -> Tensor | tuple[Tensor, Tensor]:
-        parameters = self._plain_parameters()
+        parameters = self.plain_parameters()
         if parameters is not None and isinstance(x, Tensor) and _takes_block(x, parameters, self.attention):
             return ops.transformer_block(
                 x,
@@ -317,12 +317,12 @@ class TransformerBlock(nn.Module):
             out: Tensor = network(x)
             return out
         first, activation, last = network
-        plain = _is_plain_activation(activation, self.activation) and not _has_hooks(network, activation)
+        plain = _is_plain_activation(activation, self.activation) and not has_hooks(network, activation)
         if not plain or not is_plain_linear(first) or not is_plain_linear(last):
             return cast(Tensor, network(x))
         return ops.feed_forward(x, first.weight, first.bias, last.weight, last.bias, activation=self.activation)
 
-    def _plain_parameters(self) -> list[Tensor] | None:
+    def plain_parameters(self) -> list[Tensor] | None:
         """The parameters as `ops.transformer_block` lists them; None where the modules must be called one by one.
 
         That is: dropout in training, and modules that somebody has replaced, hooked or parametrized.
@@ -352,7 +352,7 @@ class TransformerBlock(nn.Module):
         if type(norm1) is not LayerNorm or type(norm2) is not LayerNorm:
             return None
         parts = cast("list[nn.Module]", [*layers, norm1, norm2])
-        if _has_hooks(*parts, attention, network, inner[1], dropout):
+        if has_hooks(*parts, attention, network, inner[1], dropout):
             return None
         found = [part._parameters[name] for name in ("weight", "bias") for part in parts]
         parameters: list[Tensor] = [parameter for parameter in found if parameter is not None]
@@ -372,7 +372,7 @@ def _is_plain_activation(module: nn.Module | None, name: str) -> bool:
     return type(module) is ACTIVATIONS[name] and getattr(module, "approximate", "none") == "none"
 
 
-def _has_hooks(*modules: nn.Module) -> bool:
+def has_hooks(*modules: nn.Module) -> bool:
     """Whether calling one of them does more than its class says."""
     return _has_any_global_hook() or any(
         module._forward_hooks
@@ -386,7 +386,7 @@ def _has_hooks(*modules: nn.Module) -> bool:
 
 def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether calling the module is a product with its weight, and the weight a tensor of numbers as they are."""
-    return type(module) is nn.Linear and not _has_hooks(module) and type(module.weight) in _PLAIN_TENSORS
+    return type(module) is nn.Linear and not has_hooks(module) and type(module.weight) in _PLAIN_TENSORS
 
 
 # Not a subclass, such as a quantized or distributed weight: it has its own way of being multiplied.
@@ -408,19 +408,25 @@ def _is_worth_it(x: Tensor, first: nn.Module) -> bool:
 
 def embed(embedding: nn.Module, positional_encoding: nn.Module, ids: Tensor) -> Tensor:
     """positional_encoding(embedding(ids)), (B, T) to (B, T, D): in one pass where both are unchanged modules."""
+    table = plain_embedding(embedding, positional_encoding)
+    if table is None:
+        out: Tensor = positional_encoding(embedding(ids))
+        return out
+    positions = cast(PositionalEncoding, positional_encoding).rows(ids.size(1))
+    options = (table.padding_idx, table.max_norm, table.norm_type, table.scale_grad_by_freq, table.sparse)
+    try:
+        return ops.embedding(ids, table.weight, *options, positions=positions)
+    except IndexError:
+        embedding(ids)  # says it in the model's terms
+        raise
+
+
+def plain_embedding(embedding: nn.Module, positional_encoding: nn.Module) -> nn.Embedding | None:
+    """The table of ids, where calling the two modules is no more than looking up its rows and adding positions."""
     known = type(positional_encoding) in (PositionalEncoding, LearnedPositionalEncoding)
-    if known and type(embedding) is Embedding and type(table := embedding.embedding) is nn.Embedding:
-        encoding = cast(PositionalEncoding, positional_encoding)
-        if not _has_hooks(embedding, table, encoding):
-            _check_seq_len(ids.size(1), encoding.max_seq_len)
-            options = (table.padding_idx, table.max_norm, table.norm_type, table.scale_grad_by_freq, table.sparse)
-            try:
-                return ops.embedding(ids, table.weight, *options, positions=encoding.rows(ids.size(1)))
-            except IndexError:
-                embedding(ids)  # says it in the model's terms
-                raise
-    out: Tensor = positional_encoding(embedding(ids))
-    return out
+    if not known or type(embedding) is not Embedding or type(table := embedding.embedding) is not nn.Embedding:
+        return None
+    return None if has_hooks(embedding, table, positional_encoding) else table
 
 
 def _takes_block(x: Tensor, parameters: list[Tensor], attention: SelfAttention) -> bool:

@@ -8,7 +8,7 @@
 #include <tuple>
 #include <vector>
 
-#include "torch_side.h"
+#include "embedding.h"
 
 namespace tinyllm::cpu {
 namespace {
@@ -19,6 +19,24 @@ using Index = std::vector<int64_t>;
 
 // Rows for a thread to be worth waking: about 32 KB.
 int64_t grain(int64_t size) { return std::max<int64_t>(1, 8192 / std::max<int64_t>(1, size)); }
+
+// The tokens in the order of their ids, those of the same id in their own order: a radix sort.
+Index sorted_by_id(const int64_t* ids, int64_t tokens, int64_t rows) {
+  constexpr int kBits = 11;
+  Index order(tokens), other(tokens);
+  std::iota(order.begin(), order.end(), 0);
+  for (int shift = 0; (rows - 1) >> shift > 0; shift += kBits) {
+    int64_t starts[(1 << kBits) + 1] = {};
+    const auto digit = [&](int64_t token) { return (ids[token] >> shift) & ((1 << kBits) - 1); };
+    for (int64_t i = 0; i < tokens; ++i) ++starts[digit(i) + 1];
+    for (int i = 0; i < 1 << kBits; ++i) starts[i + 1] += starts[i];
+    for (const int64_t token : order) other[starts[digit(token)]++] = token;
+    order.swap(other);
+  }
+  return order;
+}
+
+}  // namespace
 
 // The ids as contiguous int64, each in [0, rows).
 Tensor checked_ids(const char* op, const Tensor& input, const Tensor& like, int64_t rows) {
@@ -32,6 +50,65 @@ Tensor checked_ids(const char* op, const Tensor& input, const Tensor& like, int6
     if (id[i] < 0 || id[i] >= rows) fail(op, ": input has the id ", id[i], "; ids must be in 0 .. ", rows - 1);
   return ids;
 }
+
+void embedding_forward(int dtype, const Embedding& args, int64_t tokens) {
+  const auto kernel = kernels().embedding_fwd[dtype];
+  parallel_for(0, tokens, grain(args.size), [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+}
+
+// Each row of the gradient is the sum, in the order of the tokens, of the gradients of those that read it; the others
+// are zero. A row belongs to one thread, so that the bits do not depend on how many there are.
+void embedding_weight_grad(int dtype, const void* grad, const int64_t* id, int64_t tokens,
+                           std::optional<int64_t> padding_idx, void* out, int64_t rows, int64_t size) {
+  const Index order = sorted_by_id(id, tokens, rows);
+  Index starts, targets;  // of the rows that were read
+  for (int64_t i = 0; i < tokens; ++i)
+    if (i == 0 || id[order[i]] != id[order[i - 1]]) {
+      starts.push_back(i);
+      targets.push_back(id[order[i]]);
+    }
+  starts.push_back(tokens);
+  const SumRows args{grad, order.data(), starts.data(), targets.data(), out, size};
+  const auto kernel = kernels().sum_rows[dtype];
+  const int64_t row_bytes = size * element_size(dtype);
+  const bool stream = rows * row_bytes > last_level_cache() / 2;  // the gradient could not stay in the caches
+  char* const base = static_cast<char*>(out);
+  const int64_t chunk = std::max<int64_t>(grain(size), (rows + 63) / 64);
+  parallel_items((rows + chunk - 1) / chunk, [&](int64_t c) {
+    const int64_t begin = c * chunk, end = std::min(rows, begin + chunk);
+    int64_t zeros = begin;  // rows from here on are not written yet
+    const auto zero_until = [&](int64_t row) {
+      char* const from = base + zeros * row_bytes;
+      stream ? kernels().stream_zeros(from, (row - zeros) * row_bytes)
+             : static_cast<void>(std::memset(from, 0, static_cast<size_t>((row - zeros) * row_bytes)));
+    };
+    for (auto s = std::lower_bound(targets.begin(), targets.end(), begin) - targets.begin();
+         s < static_cast<int64_t>(targets.size()) && targets[s] < end; ++s) {
+      if (targets[s] == padding_idx) continue;
+      zero_until(targets[s]);
+      kernel(args, s, s + 1);
+      zeros = targets[s] + 1;
+    }
+    zero_until(end);
+  });
+}
+
+void embedding_positions_grad(int dtype, const void* grad, int64_t batch, void* out, int64_t seq_len, int64_t size) {
+  const int64_t tokens = batch * seq_len;
+  Index order(tokens), starts(seq_len + 1), targets(seq_len);
+  for (int64_t t = 0; t < seq_len; ++t) {
+    for (int64_t b = 0; b < batch; ++b) order[t * batch + b] = b * seq_len + t;
+    starts[t] = t * batch;
+    targets[t] = t;
+  }
+  starts[seq_len] = tokens;
+  const SumRows args{grad, order.data(), starts.data(), targets.data(), out, size};
+  const auto kernel = kernels().sum_rows[dtype];
+  parallel_for(0, seq_len, grain(size * std::max<int64_t>(1, batch)),
+               [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+}
+
+namespace {
 
 Tensor embedding_fwd(Tensor input, Tensor weight, OptionalTensor positions) {
   const char* const op = "embedding";
@@ -55,81 +132,8 @@ Tensor embedding_fwd(Tensor input, Tensor weight, OptionalTensor positions) {
   const Embedding args{
       data_of(table), static_cast<const int64_t*>(data_of(ids)), added ? data_of(*added) : nullptr, data_of(out), size,
       seq_len};
-  const auto kernel = kernels().embedding_fwd[dtype];
-  parallel_for(0, ids.numel(), grain(size), [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+  embedding_forward(dtype, args, ids.numel());
   return out;
-}
-
-// The tokens in the order of their ids, those of the same id in their own order: a radix sort.
-Index sorted_by_id(const int64_t* ids, int64_t tokens, int64_t rows) {
-  constexpr int kBits = 11;
-  Index order(tokens), other(tokens);
-  std::iota(order.begin(), order.end(), 0);
-  for (int shift = 0; (rows - 1) >> shift > 0; shift += kBits) {
-    int64_t starts[(1 << kBits) + 1] = {};
-    const auto digit = [&](int64_t token) { return (ids[token] >> shift) & ((1 << kBits) - 1); };
-    for (int64_t i = 0; i < tokens; ++i) ++starts[digit(i) + 1];
-    for (int i = 0; i < 1 << kBits; ++i) starts[i + 1] += starts[i];
-    for (const int64_t token : order) other[starts[digit(token)]++] = token;
-    order.swap(other);
-  }
-  return order;
-}
-
-// Each row of the gradient is the sum, in the order of the tokens, of the gradients of those that read it; the others
-// are zero. A row belongs to one thread, so that the bits do not depend on how many there are.
-void weight_gradient(int dtype, const Tensor& grad, const Tensor& ids, std::optional<int64_t> padding_idx,
-                     const Tensor& out) {
-  const int64_t rows = out.size(0), size = out.size(1);
-  const int64_t* const id = static_cast<const int64_t*>(data_of(ids));
-  const Index order = sorted_by_id(id, ids.numel(), rows);
-  Index starts, targets;  // of the rows that were read
-  for (int64_t i = 0; i < ids.numel(); ++i)
-    if (i == 0 || id[order[i]] != id[order[i - 1]]) {
-      starts.push_back(i);
-      targets.push_back(id[order[i]]);
-    }
-  starts.push_back(ids.numel());
-  const SumRows args{data_of(grad), order.data(), starts.data(), targets.data(), data_of(out), size};
-  const auto kernel = kernels().sum_rows[dtype];
-  const int64_t row_bytes = size * static_cast<int64_t>(out.element_size());
-  const bool stream = rows * row_bytes > last_level_cache() / 2;  // the gradient could not stay in the caches
-  char* const base = static_cast<char*>(data_of(out));
-  const int64_t chunk = std::max<int64_t>(grain(size), (rows + 63) / 64);
-  parallel_items((rows + chunk - 1) / chunk, [&](int64_t c) {
-    const int64_t begin = c * chunk, end = std::min(rows, begin + chunk);
-    int64_t zeros = begin;  // rows from here on are not written yet
-    const auto zero_until = [&](int64_t row) {
-      char* const from = base + zeros * row_bytes;
-      stream ? kernels().stream_zeros(from, (row - zeros) * row_bytes)
-             : static_cast<void>(std::memset(from, 0, static_cast<size_t>((row - zeros) * row_bytes)));
-    };
-    for (auto s = std::lower_bound(targets.begin(), targets.end(), begin) - targets.begin();
-         s < static_cast<int64_t>(targets.size()) && targets[s] < end; ++s) {
-      if (targets[s] == padding_idx) continue;
-      zero_until(targets[s]);
-      kernel(args, s, s + 1);
-      zeros = targets[s] + 1;
-    }
-    zero_until(end);
-  });
-}
-
-// Summed over the batch, in its order.
-void positions_gradient(int dtype, const Tensor& grad, const Tensor& out) {
-  const int64_t seq_len = out.size(0), size = out.size(1), tokens = size == 0 ? 0 : grad.numel() / size;
-  const int64_t batch = seq_len == 0 ? 0 : tokens / seq_len;
-  Index order(tokens), starts(seq_len + 1), targets(seq_len);
-  for (int64_t t = 0; t < seq_len; ++t) {
-    for (int64_t b = 0; b < batch; ++b) order[t * batch + b] = b * seq_len + t;
-    starts[t] = t * batch;
-    targets[t] = t;
-  }
-  starts[seq_len] = tokens;
-  const SumRows args{data_of(grad), order.data(), starts.data(), targets.data(), data_of(out), size};
-  const auto kernel = kernels().sum_rows[dtype];
-  parallel_for(0, seq_len, grain(size * std::max<int64_t>(1, batch)),
-               [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
 }
 
 std::tuple<Tensor, Tensor> embedding_bwd(Tensor grad, Tensor input, int64_t num_embeddings,
@@ -140,12 +144,16 @@ std::tuple<Tensor, Tensor> embedding_bwd(Tensor grad, Tensor input, int64_t num_
   bool fits = grad.dim() == input.dim() + 1 && (!positions_grad || input.dim() > 0);
   for (int64_t i = 0; fits && i < input.dim(); ++i) fits = grad.size(i) == input.size(i);
   if (!fits) fail(op, ": grad has shape ", shape_of(grad), "; input's, ", shape_of(input), ", and one more is needed");
-  const int64_t size = grad.size(grad.dim() - 1);
+  const int64_t size = grad.size(grad.dim() - 1), tokens = ids.numel();
   const Tensor grad_weight = empty(weight_grad ? Index{num_embeddings, size} : Index{0}, grad.scalar_type());
-  if (weight_grad) weight_gradient(dtype, dy, ids, padding_idx, grad_weight);
-  const Tensor grad_positions =
-      empty(positions_grad ? Index{input.size(input.dim() - 1), size} : Index{0}, grad.scalar_type());
-  if (positions_grad) positions_gradient(dtype, dy, grad_positions);
+  if (weight_grad)
+    embedding_weight_grad(dtype, data_of(dy), static_cast<const int64_t*>(data_of(ids)), tokens, padding_idx,
+                          data_of(grad_weight), num_embeddings, size);
+  const int64_t seq_len = input.dim() > 0 ? input.size(input.dim() - 1) : 1;
+  const Tensor grad_positions = empty(positions_grad ? Index{seq_len, size} : Index{0}, grad.scalar_type());
+  if (positions_grad)
+    embedding_positions_grad(dtype, data_of(dy), seq_len == 0 ? 0 : tokens / seq_len, data_of(grad_positions), seq_len,
+                             size);
   return {grad_weight, grad_positions};
 }
 

@@ -67,15 +67,24 @@ inline Targets read_targets(const char* op, const Tensor& input, const Tensor& t
   return targets;
 }
 
-// The rows' losses in the order of the rows, whatever the number of threads.
+// What cross entropy ignores unless told otherwise, as in PyTorch.
+constexpr int64_t kIgnoreIndex = -100;
+
+// In the order of the rows, whatever the number of threads.
+template <class S>
+double sum_of_rows(const S* losses, int64_t rows) {
+  double sum = 0.0;
+  for (int64_t r = 0; r < rows; ++r) sum += static_cast<double>(losses[r]);
+  return sum;
+}
+
 inline Tensor reduce(const Tensor& losses, Reduction how, double divisor) {
   if (how == Reduction::none) return losses;
   const std::vector<int64_t> scalar;
   const Tensor out = torch::stable::new_empty(losses, scalar);
   const auto add = [&](auto zero) {
     using S = decltype(zero);
-    double sum = 0.0;
-    for (int64_t r = 0; r < losses.numel(); ++r) sum += static_cast<double>(static_cast<const S*>(data_of(losses))[r]);
+    const double sum = sum_of_rows(static_cast<const S*>(data_of(losses)), losses.numel());
     *static_cast<S*>(data_of(out)) = static_cast<S>(how == Reduction::mean ? sum / divisor : sum);
   };
   losses.scalar_type() == ScalarType::Double ? add(0.0) : add(0.0f);

@@ -10,10 +10,6 @@ constexpr int64_t kFewRows = 4;                     // so few are not worth pack
 constexpr double kSmallFlops = 2e5;                 // less than what waking a thread costs
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-int64_t element_size(int dtype) {
-  constexpr int64_t sizes[kNumDTypes] = {4, 8, 2, 2};
-  return sizes[dtype];
-}
 int64_t compute_size(int dtype) { return std::max<int64_t>(4, element_size(dtype)); }
 
 const void* advance(const void* data, int64_t elements, int dtype) {

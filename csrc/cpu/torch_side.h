@@ -26,6 +26,11 @@ inline int dtype_index(const char* op, const Tensor& t) {
   }
 }
 
+inline int64_t element_size(int dtype) {
+  constexpr int64_t sizes[kNumDTypes] = {4, 8, 2, 2};
+  return sizes[dtype];
+}
+
 inline void* data_of(const Tensor& t) { return const_cast<void*>(t.const_data_ptr()); }
 
 // An uninitialised contiguous tensor. torch::stable::new_empty goes through the dispatcher, boxed, which takes as long

@@ -1,97 +1,20 @@
 // A whole transformer block as one operator forward and one backward: at the sizes of a small model the calls between
-// its parts cost more than the parts.
-//
-//   post-norm                                  pre-norm
-//   normed1 = norm1(sum1 = x + attention(x))   sum1 = x + attention(normed1 = norm1(x))
-//   out = norm2(sum2 = normed1 + ff(normed1))  out = sum1 + ff(normed2 = norm2(sum1))
-//
-// with attention(y) = softmax(Q K^T / sqrt(head_dim)) V [W_o^T + b_o] and ff(y) = activation(y W_1^T + b_1) W_2^T +
-// b_2. What backward needs lies in one tensor, `saved`; all parameters' gradients come as one tensor, too.
+// its parts cost more than the parts. What backward needs lies in one tensor, `saved`.
+#include "transformer_block.h"
+
 #include <torch/csrc/stable/library.h>
 
 #include <cmath>
-#include <string>
 #include <tuple>
-#include <vector>
 
 #include "attention.h"
 #include "layer_norm.h"
-#include "products.h"
 
 namespace tinyllm::cpu {
 namespace {
 
-using torch::stable::contiguous;
-using torch::stable::new_empty;
-using Shape = std::vector<int64_t>;
-
-struct Sizes {
-  int64_t batch, tokens, rows, width, hidden, heads;
-  bool projected;  // attention ends in a projection
-  bool bias, causal, norm_first;
-  Activation activation;
-  int dtype;
-};
-
-// The parameters, or their gradients, in the order of the operator's list.
-template <class P>
-struct Parameters {
-  P query, key, value, out_proj, linear1, linear2, norm1, norm2;
-  P query_bias, key_bias, value_bias, out_proj_bias, linear1_bias, linear2_bias, norm1_bias, norm2_bias;
-
-  // f(parameter, shape) for each that there is.
-  template <class F>
-  void visit(const Sizes& s, F&& f) {
-    const Shape square{s.width, s.width}, row{s.width};
-    for (P* p : {&query, &key, &value}) f(*p, square);
-    if (s.projected) f(out_proj, square);
-    f(linear1, Shape{s.hidden, s.width});
-    f(linear2, Shape{s.width, s.hidden});
-    for (P* p : {&norm1, &norm2}) f(*p, row);
-    if (!s.bias) return;
-    for (P* p : {&query_bias, &key_bias, &value_bias}) f(*p, row);
-    if (s.projected) f(out_proj_bias, row);
-    f(linear1_bias, Shape{s.hidden});
-    for (P* p : {&linear2_bias, &norm1_bias, &norm2_bias}) f(*p, row);
-  }
-};
-
-// Hands out parts of a tensor of S; without one it only counts.
 template <class S>
-class Parts {
- public:
-  explicit Parts(void* base = nullptr) : base_(static_cast<S*>(base)) {}
-  S* take(int64_t count) {
-    S* at = base_ == nullptr ? nullptr : base_ + used_;
-    used_ += count;
-    return at;
-  }
-  int64_t used() const { return used_; }
-
- private:
-  S* base_;
-  int64_t used_ = 0;
-};
-
-template <class S>
-struct Saved {
-  S *query, *key, *value, *attended, *lse;
-  S *sum1, *normed1, *mean1, *rstd1;
-  S *hidden, *pre_activation;    // the latter only where the derivative cannot be told from the former
-  S *norm2_row, *mean2, *rstd2;  // post-norm: sum2, what norm2 takes; pre-norm: normed2, what it gives
-
-  explicit Saved(const Sizes& s, Parts<S>& parts) {
-    for (S** p : {&query, &key, &value, &attended, &sum1, &normed1, &norm2_row}) *p = parts.take(s.rows * s.width);
-    hidden = parts.take(s.rows * s.hidden);
-    pre_activation = s.activation == Activation::relu ? nullptr : parts.take(s.rows * s.hidden);
-    lse = parts.take(s.rows * s.heads);
-    for (S** p : {&mean1, &rstd1, &mean2, &rstd2}) *p = parts.take(s.rows);
-  }
-  const S* gate() const { return pre_activation == nullptr ? hidden : pre_activation; }
-};
-
-template <class S>
-Attention attention_of(const Sizes& s, const Saved<S>& saved) {
+Attention attention_of(const BlockSizes& s, const BlockSaved<S>& saved) {
   const int64_t head_dim = s.width / s.heads;
   const auto heads = [&](void* data) { return Strided{data, s.tokens * s.width, head_dim, s.width, 1}; };
   Attention a{};
@@ -118,9 +41,11 @@ Product plus(Product p, const void* residual) {
   return p;
 }
 
+}  // namespace
+
 template <class S>
-void forward(const Sizes& s, const Parameters<const void*>& w, const S* input, double eps1, double eps2, S* out,
-             const Saved<S>& saved) {
+void block_forward(const BlockSizes& s, const BlockParameters<const void*>& w, const S* input, double eps1, double eps2,
+                   S* out, const BlockSaved<S>& saved) {
   const int64_t rows = s.rows, d = s.width, h = s.hidden;
   const auto norm = [&](const S* x, const S* residual, const void* weight, const void* bias, double eps, S* normed,
                         S* sum, S* mean, S* rstd) {
@@ -158,8 +83,8 @@ void forward(const Sizes& s, const Parameters<const void*>& w, const S* input, d
 }
 
 template <class S>
-void backward(const Sizes& s, const Parameters<const void*>& w, const S* input, const S* grad, const Saved<S>& saved,
-              S* grad_input, const Parameters<void*>& g) {
+void block_backward(const BlockSizes& s, const BlockParameters<const void*>& w, const S* input, const S* grad,
+                    const BlockSaved<S>& saved, S* grad_input, const BlockParameters<void*>& g) {
   const int64_t rows = s.rows, d = s.width, h = s.hidden;
   const auto carve = [&](Parts<S>& parts, S** wide, std::initializer_list<S**> narrow) {
     *wide = parts.take(rows * h);
@@ -239,105 +164,127 @@ void backward(const Sizes& s, const Parameters<const void*>& w, const S* input, 
     norm(grad_middle, grad_sum1, input, w.norm1, saved.mean1, saved.rstd1, grad_input, g.norm1, g.norm1_bias);
 }
 
-Sizes sizes_of(const char* op, const Tensor& input, const std::vector<Tensor>& parameters, int64_t num_heads,
-               bool causal, bool norm_first, const std::string& activation) {
-  Sizes s{};
-  s.dtype = dtype_index(op, input);
-  if (s.dtype > static_cast<int>(DType::f64))
-    fail(op, ": input has dtype ", torch::headeronly::toString(input.scalar_type()), "; float or double is needed");
-  if (input.dim() != 3) fail(op, ": input has shape ", shape_of(input), "; (B, T, D) is needed");
-  s.batch = input.size(0);
-  s.tokens = input.size(1);
-  s.rows = s.batch * s.tokens;
-  s.width = input.size(2);
+template void block_forward(const BlockSizes&, const BlockParameters<const void*>&, const float*, double, double,
+                            float*, const BlockSaved<float>&);
+template void block_forward(const BlockSizes&, const BlockParameters<const void*>&, const double*, double, double,
+                            double*, const BlockSaved<double>&);
+template void block_backward(const BlockSizes&, const BlockParameters<const void*>&, const float*, const float*,
+                             const BlockSaved<float>&, float*, const BlockParameters<void*>&);
+template void block_backward(const BlockSizes&, const BlockParameters<const void*>&, const double*, const double*,
+                             const BlockSaved<double>&, double*, const BlockParameters<void*>&);
+
+BlockSizes block_settings(const char* op, int dtype, int64_t batch, int64_t tokens, int64_t width, int64_t num_heads,
+                          bool causal, bool norm_first, const std::string& activation) {
+  if (num_heads < 1 || width % num_heads != 0 || width / std::max<int64_t>(1, num_heads) > 1024)
+    fail(op, ": num_heads is ", num_heads, "; it must divide D, ", width, ", into at most 1024 columns");
+  if (activation != "relu" && activation != "gelu")
+    fail(op, ": activation is '", activation, "'; relu or gelu is needed");
+  BlockSizes s{};
+  s.dtype = dtype;
+  s.batch = batch;
+  s.tokens = tokens;
+  s.rows = batch * tokens;
+  s.width = width;
   s.heads = num_heads;
-  if (num_heads < 1 || s.width % num_heads != 0 || s.width / std::max<int64_t>(1, num_heads) > 1024)
-    fail(op, ": num_heads is ", num_heads, "; it must divide D, ", s.width, ", into at most 1024 columns");
   s.projected = num_heads > 1;
   s.causal = causal;
   s.norm_first = norm_first;
-  if (activation != "relu" && activation != "gelu")
-    fail(op, ": activation is '", activation, "'; relu or gelu is needed");
   s.activation = activation == "relu" ? Activation::relu : Activation::gelu;
-  const size_t without = s.projected ? 8 : 7, biases = without;
-  s.bias = parameters.size() == without + biases;
-  if (!s.bias && parameters.size() != without)
-    fail(op, ": there are ", parameters.size(), " parameters; ", without, " or ", without + biases, " are needed");
-  const Tensor& linear1 = parameters[s.projected ? 4 : 3];
-  s.hidden = linear1.dim() > 0 ? linear1.size(0) : 0;
   return s;
 }
 
-// Contiguous parameters, kept alive by `held`, and where their data is.
-Parameters<const void*> data_of_all(const char* op, const Tensor& input, std::vector<Tensor>& held, const Sizes& s) {
-  Parameters<const void*> data{};
-  size_t i = 0;
-  data.visit(s, [&](const void*& at, const Shape& shape) {
-    Tensor& t = held[i++];
-    check_device(op, "a parameter", t, input);
-    check_dtype(op, "a parameter", t, input.scalar_type());
-    bool same = t.dim() == std::ssize(shape);
-    for (size_t k = 0; same && k < shape.size(); ++k) same = t.size(k) == shape[k];
-    if (!same) fail(op, ": parameter ", i - 1, " has shape ", shape_of(t), ", which does not fit the others");
-    if (!t.is_contiguous()) t = contiguous(t);
-    at = data_of(t);
-  });
-  return data;
+int64_t hidden_dim(const BlockSizes& s, const std::vector<Tensor>& parameters, size_t first) {
+  const Tensor& linear1 = parameters[first + (s.projected ? 4 : 3)];
+  return linear1.dim() > 0 ? linear1.size(0) : 0;
 }
 
-template <class F>
-auto with_compute_type(int dtype, F&& f) {
-  return dtype == static_cast<int>(DType::f64) ? f(double{}) : f(float{});
+const void* parameter_data(const char* op, std::vector<Tensor>& parameters, size_t index, ScalarType dtype,
+                           const Extents& extents) {
+  Tensor& t = parameters[index];
+  if (!t.is_cpu()) fail(op, ": parameter ", index, " is not on the CPU, where the others are");
+  check_dtype(op, "a parameter", t, dtype);
+  const bool vector = extents.columns < 0;
+  if (t.dim() != (vector ? 1 : 2) || t.size(0) != extents.rows || (!vector && t.size(1) != extents.columns))
+    fail(op, ": parameter ", index, " has shape ", shape_of(t), ", which does not fit the others");
+  if (!t.is_contiguous()) t = torch::stable::contiguous(t);
+  return data_of(t);
+}
+
+namespace {
+
+struct Block {
+  BlockSizes sizes;
+  BlockParameters<const void*> weights;
+};
+
+Block prepare(const char* op, const Tensor& input, std::vector<Tensor>& parameters, int64_t num_heads, bool causal,
+              bool norm_first, const std::string& activation) {
+  const int dtype = dtype_index(op, input);
+  if (dtype > static_cast<int>(DType::f64))
+    fail(op, ": input has dtype ", torch::headeronly::toString(input.scalar_type()), "; float or double is needed");
+  if (input.dim() != 3) fail(op, ": input has shape ", shape_of(input), "; (B, T, D) is needed");
+  Block block{
+      block_settings(op, dtype, input.size(0), input.size(1), input.size(2), num_heads, causal, norm_first, activation),
+      {}};
+  BlockSizes& s = block.sizes;
+  const int64_t given = std::ssize(parameters), without = s.parameters();
+  s.bias = given == 2 * without;
+  if (!s.bias && given != without)
+    fail(op, ": there are ", given, " parameters; ", without, " or ", 2 * without, " are needed");
+  s.hidden = hidden_dim(s, parameters, 0);
+  size_t index = 0;
+  block.weights.visit(s, [&](const void*& at, const Extents& extents) {
+    at = parameter_data(op, parameters, index++, input.scalar_type(), extents);
+  });
+  return block;
 }
 
 std::tuple<Tensor, Tensor> transformer_block_fwd(Tensor input, std::vector<Tensor> parameters, int64_t num_heads,
                                                  bool causal, bool norm_first, std::string activation, double eps1,
                                                  double eps2, bool save) {
-  const char* op = "transformer_block";
-  const Sizes s = sizes_of(op, input, parameters, num_heads, causal, norm_first, activation);
-  const Parameters<const void*> w = data_of_all(op, input, parameters, s);
-  const Tensor x = contiguous(input), out = new_empty(x, x.sizes());
+  const auto [s, w] = prepare("transformer_block", input, parameters, num_heads, causal, norm_first, activation);
+  const Tensor x = as_contiguous(input), out = empty(x.sizes(), x.scalar_type());
   return with_compute_type(s.dtype, [&](auto zero) -> std::tuple<Tensor, Tensor> {
     using S = decltype(zero);
     Parts<S> counted;
-    Saved<S>(s, counted);
-    const Tensor saved = new_empty(x, Shape{save ? counted.used() : 0});
+    BlockSaved<S>(s, counted);
+    const Tensor saved = empty({save ? counted.used() : 0}, x.scalar_type());
     const Scratch scratch(save ? 0 : static_cast<size_t>(counted.used()) * sizeof(S));
     Parts<S> parts(save ? data_of(saved) : scratch.data());
-    forward<S>(s, w, static_cast<const S*>(data_of(x)), eps1, eps2, static_cast<S*>(data_of(out)), Saved<S>(s, parts));
+    block_forward<S>(s, w, static_cast<const S*>(data_of(x)), eps1, eps2, static_cast<S*>(data_of(out)),
+                     BlockSaved<S>(s, parts));
     return {out, saved};
   });
 }
 
-std::tuple<Tensor, Tensor> transformer_block_bwd(Tensor grad, Tensor input, std::vector<Tensor> parameters,
-                                                 Tensor saved, int64_t num_heads, bool causal, bool norm_first,
-                                                 std::string activation) {
-  const char* op = "transformer_block_bwd";
-  const Sizes s = sizes_of(op, input, parameters, num_heads, causal, norm_first, activation);
-  const Parameters<const void*> w = data_of_all(op, input, parameters, s);
+std::tuple<Tensor, std::vector<Tensor>> transformer_block_bwd(Tensor grad, Tensor input, std::vector<Tensor> parameters,
+                                                              Tensor saved, int64_t num_heads, bool causal,
+                                                              bool norm_first, std::string activation) {
+  const char* const op = "transformer_block_bwd";
+  const auto [s, w] = prepare(op, input, parameters, num_heads, causal, norm_first, activation);
   for (const auto& [name, t] : {std::pair{"grad", &grad}, std::pair{"saved", &saved}}) {
     check_device(op, name, *t, input);
     check_dtype(op, name, *t, input.scalar_type());
   }
   check_shape(op, "grad", grad, {s.batch, s.tokens, s.width});
-  const Tensor x = contiguous(input), dy = contiguous(grad), grad_input = new_empty(x, x.sizes());
-  return with_compute_type(s.dtype, [&](auto zero) -> std::tuple<Tensor, Tensor> {
+  if (!saved.is_contiguous()) fail(op, ": saved must be contiguous");
+  const Tensor x = as_contiguous(input), dy = as_contiguous(grad), grad_input = empty(x.sizes(), x.scalar_type());
+  std::vector<Tensor> grads;
+  BlockParameters<void*> g{};
+  g.visit(s, [&](void*& at, const Extents& extents) {
+    grads.push_back(empty(extents.shape(), x.scalar_type()));
+    at = data_of(grads.back());
+  });
+  with_compute_type(s.dtype, [&](auto zero) {
     using S = decltype(zero);
     Parts<S> counted;
-    Saved<S>(s, counted);
+    BlockSaved<S>(s, counted);
     check_shape(op, "saved", saved, {counted.used()});
-    if (!saved.is_contiguous()) fail(op, ": saved must be contiguous");
-    int64_t total = 0;
-    Parameters<void*> g{};
-    const auto numel = [](const Shape& shape) { return shape.size() == 1 ? shape[0] : shape[0] * shape[1]; };
-    g.visit(s, [&](void*&, const Shape& shape) { total += numel(shape); });
-    const Tensor grads = new_empty(x, Shape{total});
-    Parts<S> of_grads(data_of(grads)), of_saved(data_of(saved));
-    g.visit(s, [&](void*& at, const Shape& shape) { at = of_grads.take(numel(shape)); });
-    backward<S>(s, w, static_cast<const S*>(data_of(x)), static_cast<const S*>(data_of(dy)), Saved<S>(s, of_saved),
-                static_cast<S*>(data_of(grad_input)), g);
-    return {grad_input, grads};
+    Parts<S> parts(data_of(saved));
+    block_backward<S>(s, w, static_cast<const S*>(data_of(x)), static_cast<const S*>(data_of(dy)),
+                      BlockSaved<S>(s, parts), static_cast<S*>(data_of(grad_input)), g);
   });
+  return {grad_input, grads};
 }
 
 }  // namespace

@@ -8,9 +8,17 @@ from tinyllm.ops.layer_norm import add_layer_norm, layer_norm
 from tinyllm.ops.linear import feed_forward, linear
 from tinyllm.ops.linear_cross_entropy import linear_cross_entropy
 from tinyllm.ops.rms_norm import rms_norm
+from tinyllm.ops.transformer import (
+    TransformerSettings,
+    run_transformer,
+    serves_transformer,
+    transformer,
+    transformer_misfit,
+)
 from tinyllm.ops.transformer_block import serves_block, transformer_block
 
 __all__ = [
+    "TransformerSettings",
     "add_layer_norm",
     "backend",
     "cross_entropy",
@@ -21,7 +29,11 @@ __all__ = [
     "linear",
     "linear_cross_entropy",
     "rms_norm",
+    "run_transformer",
     "scaled_dot_product_attention",
     "serves_block",
+    "serves_transformer",
+    "transformer",
     "transformer_block",
+    "transformer_misfit",
 ]

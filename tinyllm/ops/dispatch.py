@@ -25,6 +25,7 @@ OPERATORS = (
     "linear",
     "feed_forward",
     "transformer_block",
+    "transformer",
     "cross_entropy",
     "linear_cross_entropy",
 )

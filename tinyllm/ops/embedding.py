@@ -67,7 +67,7 @@ def embedding(
     try:
         return call()
     except (IndexError, RuntimeError, ValueError):
-        _raise_for_ids(input, weight.size(0))
+        raise_for_ids(input, weight.size(0))
         raise
 
 
@@ -122,7 +122,7 @@ def _limits(
     return None
 
 
-def _raise_for_ids(input: Tensor, rows: int) -> None:
+def raise_for_ids(input: Tensor, rows: int) -> None:
     """IndexError if there is an id out of range, which is then why an operator failed."""
     bad = input[(input < 0) | (input >= rows)]
     if bad.numel() > 0:

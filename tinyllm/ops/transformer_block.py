@@ -51,7 +51,7 @@ def transformer_block(
         ValueError: parameters whose number, shape, dtype or device does not fit, num_heads that does not divide D,
             another activation.
     """
-    misfit = _misfit(input, parameters, num_heads)
+    misfit = block_misfit(input, parameters, num_heads)
     if misfit is None and activation not in ("relu", "gelu"):
         misfit = f"activation is {activation!r}; relu or gelu is needed"
     if misfit is not None:
@@ -75,10 +75,12 @@ def transformer_block(
 
 def serves_block(input: Tensor, parameters: Sequence[Tensor], num_heads: int) -> bool:
     """Whether a kernel takes such a block; otherwise it is faster in parts, each on its best backend."""
-    return _misfit(input, parameters, num_heads) is None and serves("cpp", input, _limits(input, parameters, num_heads))
+    return block_misfit(input, parameters, num_heads) is None and serves(
+        "cpp", input, _limits(input, parameters, num_heads)
+    )
 
 
-def _misfit(input: Tensor, parameters: Sequence[Tensor], num_heads: int) -> str | None:
+def block_misfit(input: Tensor, parameters: Sequence[Tensor], num_heads: int) -> str | None:
     """What does not fit together, if anything; the module-by-module path may still make sense of it."""
     if input.dim() != 3:
         return f"input has shape {list(input.shape)}; (B, T, D) is needed"
@@ -103,16 +105,21 @@ def _misfit(input: Tensor, parameters: Sequence[Tensor], num_heads: int) -> str 
 
 
 def _limits(input: Tensor, parameters: Sequence[Tensor], num_heads: int) -> dict[str, str] | None:
-    if autocast_dtype(input.device.type) is not None:
+    width, hidden = input.size(-1), parameters[4 if num_heads > 1 else 3].size(0)
+    return block_limits(input, input.numel() // max(1, width), width, hidden, num_heads)
+
+
+def block_limits(like: Tensor, rows: int, width: int, hidden: int, num_heads: int) -> dict[str, str] | None:
+    """Why a kernel does not serve blocks of these sizes; `like` has their dtype and device."""
+    if autocast_dtype(like.device.type) is not None:
         return {"cpp": "autocast wants some of the parts in another dtype"}
-    if input.dtype not in (torch.float32, torch.float64):
-        return {"cpp": f"input is {input.dtype}; the kernel takes float32 and float64"}
-    if input.size(-1) // num_heads > 1024:
-        return {"cpp": f"head_dim is {input.size(-1) // num_heads}; the kernel takes at most 1024"}
-    linear1 = parameters[4 if num_heads > 1 else 3]
-    if input.numel() * linear1.size(0) <= _SMALL:
+    if like.dtype not in (torch.float32, torch.float64):
+        return {"cpp": f"the dtype is {like.dtype}; the kernel takes float32 and float64"}
+    if width // num_heads > 1024:
+        return {"cpp": f"head_dim is {width // num_heads}; the kernel takes at most 1024"}
+    if rows * width * hidden <= _SMALL:
         return None
-    return linear_limits(input)
+    return linear_limits(like)
 
 
 class _TransformerBlock(torch.autograd.Function):
@@ -140,28 +147,25 @@ class _TransformerBlock(torch.autograd.Function):
                 (grad,),
             )
             return found[0], None, None, None, *found[1:]
-        grad_input, flat = torch.ops.tinyllm.transformer_block_bwd(grad, input, parameters, saved, *ctx.settings)
-        pieces = flat.split([p.numel() for p in parameters])
-        found = [
-            (piece if p.dim() == 1 else piece.view(p.shape)) if want else None
-            for piece, p, want in zip(pieces, parameters, wanted[4:], strict=True)
-        ]
+        grad_input, grads = torch.ops.tinyllm.transformer_block_bwd(grad, input, parameters, saved, *ctx.settings)
+        found = [grad if want else None for grad, want in zip(grads, wanted[4:], strict=True)]
         return grad_input if wanted[0] else None, None, None, None, *found
+
+
+def saved_by_block(width: int, hidden: int, num_heads: int, activation: str) -> int:
+    """The numbers that csrc/cpu/transformer_block.h keeps for backward, for each token."""
+    return 7 * width + (1 if activation == "relu" else 2) * hidden + num_heads + 4
 
 
 if _extension.loaded:
 
-    def _saved_size(input: Tensor, parameters: Sequence[Tensor], num_heads: int, activation: str) -> int:
-        """The numbers that csrc/cpu/transformer_block.cpp keeps for backward."""
-        batch, tokens, width = input.shape
-        hidden = parameters[4 if num_heads > 1 else 3].size(0)
-        return batch * tokens * (7 * width + (1 if activation == "relu" else 2) * hidden + num_heads + 4)
-
     @torch.library.register_fake("tinyllm::transformer_block_fwd")
     def _(input, parameters, num_heads, causal, norm_first, activation, eps1, eps2, save):  # type: ignore[no-untyped-def]
-        size = _saved_size(input, parameters, num_heads, activation) if save else 0
+        batch, tokens, width = input.shape
+        hidden = parameters[4 if num_heads > 1 else 3].size(0)
+        size = batch * tokens * saved_by_block(width, hidden, num_heads, activation) if save else 0
         return input.new_empty(input.shape), input.new_empty(size)
 
     @torch.library.register_fake("tinyllm::transformer_block_bwd")
     def _(grad, input, parameters, saved, num_heads, causal, norm_first, activation):  # type: ignore[no-untyped-def]
-        return input.new_empty(input.shape), input.new_empty(sum(p.numel() for p in parameters))
+        return input.new_empty(input.shape), [p.new_empty(p.shape) for p in parameters]

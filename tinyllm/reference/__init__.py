@@ -16,6 +16,8 @@ from tinyllm.reference.functional import (
     linear_cross_entropy,
     rms_norm,
     scaled_dot_product_attention,
+    split_transformer_parameters,
+    transformer,
     transformer_block,
 )
 from tinyllm.reference.model import (
@@ -46,6 +48,8 @@ __all__ = [
     "rms_norm",
     "scaled_dot_product_attention",
     "sinusoidal_table",
+    "split_transformer_parameters",
     "tokenize",
+    "transformer",
     "transformer_block",
 ]

@@ -4,6 +4,7 @@ no kernel serves. Signatures are those of `tinyllm.ops`; every function is diffe
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -199,6 +200,57 @@ def transformer_block(
         return network(norm("norm2", middle, eps2), middle)
     middle = norm("norm1", attention(input, input), eps1)
     return norm("norm2", network(middle, middle), eps2)
+
+
+def split_transformer_parameters(
+    parameters: Sequence[Tensor], num_layers: int, num_heads: int, norm_first: bool
+) -> tuple[Tensor, list[Sequence[Tensor]], Sequence[Tensor], Sequence[Tensor]] | str:
+    """Table, blocks, final norm and output of the list that `tinyllm.ops.transformer` takes; or why it is none."""
+    each = len(BLOCK_PARAMETERS) - (num_heads <= 1)
+    without = num_layers * each + 1 + norm_first
+    given = len(parameters) - 1
+    if given not in (without, 2 * without):
+        return f"parameters has {given + 1} tensors; {without + 1}, or {2 * without + 1} with biases, are needed"
+    copies = given // without
+    ends = [1 + i * each * copies for i in range(num_layers + 1)]
+    blocks = [parameters[begin:end] for begin, end in itertools.pairwise(ends)]
+    return parameters[0], blocks, parameters[ends[-1] : given + 1 - copies], parameters[given + 1 - copies :]
+
+
+def transformer(
+    input: Tensor,
+    parameters: Sequence[Tensor],
+    *,
+    num_layers: int,
+    positions: Tensor | None = None,
+    target: Tensor | None = None,
+    num_heads: int = 1,
+    causal: bool = False,
+    norm_first: bool = False,
+    activation: str = "relu",
+    eps: float = 1e-5,
+) -> Tensor:
+    """Logits, or their mean loss, of a model whose parameters `tinyllm.ops.transformer` lists."""
+    parts = split_transformer_parameters(parameters, num_layers, num_heads, norm_first)
+    if isinstance(parts, str):
+        raise ValueError(parts)
+    table, blocks, norm, output = parts
+    x = embedding(input, table, positions=positions)
+    for block in blocks:
+        x = transformer_block(
+            x,
+            block,
+            num_heads=num_heads,
+            causal=causal,
+            norm_first=norm_first,
+            activation=activation,
+            eps1=eps,
+            eps2=eps,
+        )
+    if norm_first:
+        x = layer_norm(x, x.shape[-1:], norm[0], norm[1] if len(norm) > 1 else None, eps)
+    logits = linear(x, *output)
+    return logits if target is None else cross_entropy(logits.flatten(0, 1), target.flatten())
 
 
 def cross_entropy(
