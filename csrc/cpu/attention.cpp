@@ -14,7 +14,6 @@
 namespace tinyllm::cpu {
 namespace {
 
-using torch::stable::new_empty;
 using OptionalTensor = std::optional<Tensor>;
 
 constexpr int64_t kMaxHeadDim = 1024;
@@ -27,8 +26,10 @@ Strided strided(const Tensor& t) {
 
 // (B, H, T, D) over memory in the order (B, T, H, D): joining the heads afterwards is free.
 Tensor new_heads_inside(const Tensor& like, int64_t batch, int64_t heads, int64_t rows, int64_t columns) {
-  const std::vector<int64_t> shape{batch, rows, heads, columns};
-  return torch::stable::transpose(new_empty(like, shape), 1, 2);
+  const int64_t row = std::max<int64_t>(1, heads) * std::max<int64_t>(1, columns);
+  const std::vector<int64_t> shape{batch, heads, rows, columns};
+  const std::vector<int64_t> strides{std::max<int64_t>(1, rows) * row, std::max<int64_t>(1, columns), row, 1};
+  return empty_strided(shape, strides, like.scalar_type());
 }
 
 Attention arguments(const char* op, const Tensor& query, const Tensor& key, const Tensor& value,
@@ -75,7 +76,7 @@ std::tuple<Tensor, Tensor> attention_fwd(Tensor query, Tensor key, Tensor value,
   Attention a = arguments("attention", query, key, value, attn_mask, is_causal, scale, dropout_p, rng);
   const Tensor out = new_heads_inside(query, a.batch, a.heads, a.queries, a.value_dim);
   const std::vector<int64_t> lse_shape{a.batch, a.heads, a.queries};
-  const Tensor lse = new_empty(query, lse_shape, compute_dtype(query.scalar_type()));
+  const Tensor lse = empty(lse_shape, compute_dtype(query.scalar_type()));
   a.out = strided(out);
   a.lse = data_of(lse);
   attention_forward(dtype_index("attention", query), a);

@@ -10,9 +10,6 @@
 namespace tinyllm::cpu {
 namespace {
 
-using torch::headeronly::IntHeaderOnlyArrayRef;
-using torch::stable::contiguous;
-using torch::stable::new_empty;
 using torch::stable::parallel_for;
 using Shape = std::vector<int64_t>;
 
@@ -30,7 +27,7 @@ struct Call {
 Call prepare(const char* op, const Tensor& input, const Tensor& target, const OptionalTensor& weight,
              Reduction reduction, int64_t ignore_index, double label_smoothing) {
   if (input.dim() != 2) fail(op, ": input has shape ", shape_of(input), "; (rows, classes) is needed");
-  Call call{contiguous(input),
+  Call call{as_contiguous(input),
             read_targets(op, input, target, weight, input.size(0), input.size(1), ignore_index),
             {},
             dtype_index(op, input)};
@@ -59,8 +56,8 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_fwd(Tensor input, Tensor target
   Call call = prepare(op, input, target, weight, how, ignore_index, label_smoothing);
   const ScalarType compute = compute_dtype(input.scalar_type());
   const Shape row_shape{call.rows()}, statistics_shape{call.rows(), 2}, none{0};
-  const Tensor losses = new_empty(input, row_shape, compute), max_and_sum = new_empty(input, statistics_shape, compute);
-  const Tensor grad_input = with_grad ? new_empty(input, input.sizes()) : new_empty(input, none);
+  const Tensor losses = empty(row_shape, compute), max_and_sum = empty(statistics_shape, compute);
+  const Tensor grad_input = empty(with_grad ? input.sizes() : IntArray(none), input.scalar_type());
   call.args.loss = data_of(losses);
   call.args.max_and_sum = data_of(max_and_sum);
   if (with_grad) set_grad_input(call, grad_input);
@@ -79,7 +76,7 @@ Tensor cross_entropy_bwd(Tensor grad, Tensor input, Tensor target, OptionalTenso
   check_dtype(op, "max_and_sum", max_and_sum, compute_dtype(input.scalar_type()));
   check_shape(op, "max_and_sum", max_and_sum, {call.rows(), 2});
   if (!max_and_sum.is_contiguous()) fail(op, ": max_and_sum must be contiguous");
-  const Tensor grad_input = new_empty(input, input.sizes());
+  const Tensor grad_input = empty(input.sizes(), input.scalar_type());
   call.args.max_and_sum = data_of(max_and_sum);
   call.args.grad = data_of(upstream);
   call.args.grad_step = how == Reduction::none ? 1 : 0;

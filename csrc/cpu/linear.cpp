@@ -10,8 +10,6 @@
 namespace tinyllm::cpu {
 namespace {
 
-using torch::stable::contiguous;
-using torch::stable::new_empty;
 using OptionalTensor = std::optional<Tensor>;
 using Shape = std::vector<int64_t>;
 
@@ -31,7 +29,7 @@ Tensor operand(const char* op, const char* name, const Tensor& t, const Tensor& 
   check_device(op, name, t, like);
   check_dtype(op, name, t, like.scalar_type());
   check_shape(op, name, t, shape);
-  return contiguous(t);
+  return as_contiguous(t);
 }
 OptionalTensor operand(const char* op, const char* name, const OptionalTensor& t, const Tensor& like,
                        std::initializer_list<int64_t> shape) {
@@ -43,7 +41,7 @@ struct Rows {
   Tensor tensor;  // contiguous
   int64_t count, columns;
 
-  Rows(const char* op, const char* name, const Tensor& t) : tensor(contiguous(t)) {
+  Rows(const char* op, const char* name, const Tensor& t) : tensor(as_contiguous(t)) {
     if (t.dim() == 0) fail(op, ": ", name, " has no dimensions; (..., features) is needed");
     columns = t.size(t.dim() - 1);
     count = 1;
@@ -53,7 +51,7 @@ struct Rows {
     Shape shape;
     for (int64_t i = 0; i + 1 < tensor.dim(); ++i) shape.push_back(tensor.size(i));
     shape.push_back(last);
-    return new_empty(tensor, shape);
+    return empty(shape, tensor.scalar_type());
   }
   void* data() const { return data_of(tensor); }
 };
@@ -68,7 +66,7 @@ Rows with_rows(const char* op, const char* name, const Tensor& t, const Rows& li
   return rows;
 }
 
-Tensor none_like(const Tensor& t) { return new_empty(t, Shape{0}); }
+Tensor none_like(const Tensor& t) { return empty({0}, t.scalar_type()); }
 
 int64_t outputs_of(const char* op, const char* name, const Tensor& weight) {
   if (weight.dim() != 2) fail(op, ": ", name, " has shape ", shape_of(weight), "; it must have 2 dimensions");
@@ -101,8 +99,8 @@ struct ParameterGrads {
 
   ParameterGrads(int dtype, const void* grad, const void* input, int64_t rows, const Tensor& w, bool weight_grad,
                  bool bias_grad)
-      : weight(weight_grad ? new_empty(w, w.sizes()) : none_like(w)),
-        bias(bias_grad ? new_empty(w, Shape{w.size(0)}) : none_like(w)) {
+      : weight(weight_grad ? empty(w.sizes(), w.scalar_type()) : none_like(w)),
+        bias(bias_grad ? empty({w.size(0)}, w.scalar_type()) : none_like(w)) {
     if (weight_grad)
       run_products(dtype, {linear_grad_weight(grad, input, rows, w.size(1), w.size(0), data_of(weight))});
     if (bias_grad) sum_columns(dtype, grad, rows, w.size(0), data_of(bias));

@@ -12,8 +12,6 @@ namespace tinyllm::cpu {
 namespace {
 
 using torch::headeronly::IntHeaderOnlyArrayRef;
-using torch::stable::contiguous;
-using torch::stable::new_empty;
 using Shape = std::vector<int64_t>;
 
 constexpr int64_t kVector = 16;   // elements of the widest vector
@@ -80,18 +78,16 @@ Outputs run(const char* op, const OptionalTensor& grad, const Tensor& input, con
   if (linear_bias.has_value()) {
     check_device(op, "linear_bias", *linear_bias, input);
     check_shape(op, "linear_bias", *linear_bias, {classes});
-    bias = contiguous(linear_bias->scalar_type() == compute ? *linear_bias : torch::stable::to(*linear_bias, compute));
+    bias =
+        as_contiguous(linear_bias->scalar_type() == compute ? *linear_bias : torch::stable::to(*linear_bias, compute));
   }
   OptionalTensor upstream;
   if (grad.has_value()) upstream = upstream_grad(op, *grad, input, how, rows);
-  const Tensor x = contiguous(input), w = contiguous(linear_weight);
+  const Tensor x = as_contiguous(input), w = as_contiguous(linear_weight);
 
-  const auto empty = [&](bool really, Shape shape) {
-    if (!really) shape = {0};
-    return new_empty(x, shape, compute);
-  };
-  const Outputs out{empty(true, {rows}), empty(wanted.input, {rows, features}),
-                    empty(wanted.weight, {classes, features}), empty(wanted.bias, {classes})};
+  const auto allocate = [&](bool really, const Shape& shape) { return empty(really ? shape : Shape{0}, compute); };
+  const Outputs out{allocate(true, {rows}), allocate(wanted.input, {rows, features}),
+                    allocate(wanted.weight, {classes, features}), allocate(wanted.bias, {classes})};
   LinearCrossEntropy args{};
   args.row.target = targets.data();
   args.row.weight = targets.weight_data();
@@ -120,9 +116,9 @@ Outputs run(const char* op, const OptionalTensor& grad, const Tensor& input, con
   const int64_t most = std::max(in_place, block);
   const int64_t ranges = (classes + kClassRange - 1) / kClassRange;
   const Tensor packed =
-      empty(true, {std::max(round_up(most, kColumns) * features, most * round_up(features, kColumns))});
-  const Tensor statistics = empty(true, {ranges, 3, most}), terms = empty(true, {3, most});
-  const Tensor logits = empty(wanted.any(), {classes, block});
+      allocate(true, {std::max(round_up(most, kColumns) * features, most * round_up(features, kColumns))});
+  const Tensor statistics = allocate(true, {ranges, 3, most}), terms = allocate(true, {3, most});
+  const Tensor logits = allocate(wanted.any(), {classes, block});
   args.packed = data_of(packed);
   args.statistics = data_of(statistics);
   args.terms = data_of(terms);

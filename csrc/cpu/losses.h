@@ -38,13 +38,12 @@ inline Targets read_targets(const char* op, const Tensor& input, const Tensor& t
   check_device(op, "target", target, input);
   check_dtype(op, "target", target, ScalarType::Long);
   check_shape(op, "target", target, {rows});
-  Targets targets{torch::stable::contiguous(target), std::nullopt, static_cast<double>(classes), 0.0};
+  Targets targets{as_contiguous(target), std::nullopt, static_cast<double>(classes), 0.0};
   const ScalarType compute = compute_dtype(input.scalar_type());
   if (weight.has_value()) {
     check_device(op, "weight", *weight, input);
     check_shape(op, "weight", *weight, {classes});
-    targets.weight =
-        torch::stable::contiguous(weight->scalar_type() == compute ? *weight : torch::stable::to(*weight, compute));
+    targets.weight = as_contiguous(weight->scalar_type() == compute ? *weight : torch::stable::to(*weight, compute));
   }
   const void* weights = targets.weight_data();
   const auto weight_of = [&](int64_t c) -> double {
@@ -81,7 +80,7 @@ double sum_of_rows(const S* losses, int64_t rows) {
 inline Tensor reduce(const Tensor& losses, Reduction how, double divisor) {
   if (how == Reduction::none) return losses;
   const std::vector<int64_t> scalar;
-  const Tensor out = torch::stable::new_empty(losses, scalar);
+  const Tensor out = empty(scalar, losses.scalar_type());
   const auto add = [&](auto zero) {
     using S = decltype(zero);
     const double sum = sum_of_rows(static_cast<const S*>(data_of(losses)), losses.numel());
@@ -99,7 +98,7 @@ inline Tensor upstream_grad(const char* op, const Tensor& grad, const Tensor& in
     check_shape(op, "grad", grad, {rows});
   else
     check_shape(op, "grad", grad, {});
-  return torch::stable::contiguous(grad);
+  return as_contiguous(grad);
 }
 
 }  // namespace tinyllm::cpu

@@ -27,7 +27,7 @@ Tensor dropout_factors(Tensor rng, int64_t rows, int64_t columns, double p) {
     fail(op, ": rows and columns must not be negative, and columns a multiple of 64");
   const Dropout dropout = dropout_state(op, rng, p);
   const std::vector<int64_t> shape{rows, columns};
-  const Tensor factors = torch::stable::new_empty(rng, shape, ScalarType::Float);
+  const Tensor factors = empty(shape, ScalarType::Float);
   const auto kernel = kernels().dropout_factors;
   parallel_items(rows, [&](int64_t row) {
     kernel(dropout, row * columns, columns, static_cast<float*>(data_of(factors)) + row * columns);

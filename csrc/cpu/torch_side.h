@@ -33,20 +33,26 @@ inline int64_t element_size(int dtype) {
 
 inline void* data_of(const Tensor& t) { return const_cast<void*>(t.const_data_ptr()); }
 
-// An uninitialised contiguous tensor. torch::stable::new_empty goes through the dispatcher, boxed, which takes as long
-// as a small layer norm.
-inline Tensor empty(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype) {
+// An uninitialised tensor. torch::stable::new_empty goes through the dispatcher, boxed, which takes as long as a small
+// layer norm.
+using IntArray = torch::headeronly::IntHeaderOnlyArrayRef;
+inline Tensor empty_strided(IntArray sizes, IntArray strides, ScalarType dtype) {
+  AtenTensorHandle made = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), aoti_torch_device_type_cpu(), 0, &made));
+  return Tensor(made);
+}
+
+// The same, contiguous.
+inline Tensor empty(IntArray sizes, ScalarType dtype) {
   std::vector<int64_t> strides(sizes.size());
   int64_t step = 1;
   for (size_t i = sizes.size(); i-- > 0;) {
     strides[i] = step;
     step *= std::max<int64_t>(1, sizes[i]);
   }
-  AtenTensorHandle made = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
-      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), aoti_torch_device_type_cpu(), 0, &made));
-  return Tensor(made);
+  return empty_strided(sizes, strides, dtype);
 }
 
 inline Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }

@@ -206,7 +206,7 @@ const void* parameter_data(const char* op, std::vector<Tensor>& parameters, size
   const bool vector = extents.columns < 0;
   if (t.dim() != (vector ? 1 : 2) || t.size(0) != extents.rows || (!vector && t.size(1) != extents.columns))
     fail(op, ": parameter ", index, " has shape ", shape_of(t), ", which does not fit the others");
-  if (!t.is_contiguous()) t = torch::stable::contiguous(t);
+  t = as_contiguous(t);
   return data_of(t);
 }
 
