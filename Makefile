@@ -8,10 +8,6 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
 
-# glibc hands every large block back to the kernel and page-faults it in again at the next allocation; benchmarks give
-# every side an allocator that keeps them. (Our own programs do so themselves: tinyllm.tune_allocator.)
-TUNED := MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=4294967296
-
 .PHONY: demo test bench lint format clean
 
 # What building and checking need; torch is pinned, so that no other one is downloaded.
@@ -35,7 +31,7 @@ test: .venv/installed
 	$(BIN)/python -m pytest
 
 bench: .venv/installed
-	$(TUNED) $(BIN)/python -m benchmarks.run
+	$(BIN)/tinyllm bench
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.harness import (
+from tinyllm import ops
+
+from .harness import (
     BACKWARD,
     BYTES,
     COMPILED,
@@ -28,8 +30,7 @@ from benchmarks.harness import (
     passes,
     randn,
 )
-from benchmarks.work import attention_flops, visible_pairs
-from tinyllm import ops
+from .work import attention_flops, visible_pairs
 
 # Where a processor has no bfloat16 products, PyTorch's bfloat16 attention is very slow, and this is the best peer.
 VIA_FLOAT32 = "torch via float32"

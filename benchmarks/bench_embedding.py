@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.harness import BACKWARD, BYTES, EAGER, FORWARD, OURS, Case, Row, each_provider, passes, randn
-from benchmarks.work import embedding_bytes
 from tinyllm import ops
+
+from .harness import BACKWARD, BYTES, EAGER, FORWARD, OURS, Case, Row, each_provider, passes, randn
+from .work import embedding_bytes
 
 # Sequences, tokens in each, V, D: the article's model on characters, and GPT-2.
 SHAPES = [(12, 64, 65, 128), (4, 256, 50257, 768)]

@@ -8,7 +8,9 @@ import pytest
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.harness import (
+from tinyllm import ops
+
+from .harness import (
     BACKWARD,
     BYTES,
     EAGER,
@@ -22,8 +24,7 @@ from benchmarks.harness import (
     passes,
     randn,
 )
-from benchmarks.work import add_layer_norm_bytes, layer_norm_bytes, rms_norm_bytes
-from tinyllm import ops
+from .work import add_layer_norm_bytes, layer_norm_bytes, rms_norm_bytes
 
 SHAPES = [(768, 128), (4096, 768), (8192, 1024)]
 

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.harness import (
+from tinyllm import ops
+
+from .harness import (
     BYTES,
     EAGER,
     FLOPS,
@@ -23,8 +25,7 @@ from benchmarks.harness import (
     passes,
     randn,
 )
-from benchmarks.work import linear_bytes, linear_flops
-from tinyllm import ops
+from .work import linear_bytes, linear_flops
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

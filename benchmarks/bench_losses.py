@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.harness import (
+from tinyllm import ops
+
+from .harness import (
     BYTES,
     COMPILED,
     EAGER,
@@ -23,8 +25,7 @@ from benchmarks.harness import (
     each_provider,
     randn,
 )
-from benchmarks.work import cross_entropy_bytes, linear_cross_entropy_flops
-from tinyllm import ops
+from .work import cross_entropy_bytes, linear_cross_entropy_flops
 
 CHUNKED = "torch, chunked"  # F.linear_cross_entropy of torch 2.13
 

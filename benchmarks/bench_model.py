@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.harness import (
+from tinyllm import SimpleLLM, reference
+
+from .harness import (
     COMPILED,
     EAGER,
     FLOPS,
@@ -25,8 +27,7 @@ from benchmarks.harness import (
     Row,
     each_provider,
 )
-from benchmarks.work import model_flops
-from tinyllm import SimpleLLM, reference
+from .work import model_flops
 
 # embedding_dim, hidden_dim, num_layers; B, T, V. The first is the article's own run.
 ARTICLE = [((16, 32, 2), (1, 5, 6)), ((128, 512, 4), (12, 64, 65)), ((512, 2048, 4), (4, 256, 8192))]

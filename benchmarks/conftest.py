@@ -13,21 +13,23 @@ import pytest
 # Before torch reads it: torch.compile's worker processes would still be starting while the first rows are timed.
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
-from benchmarks.harness import Measured, Row, compare, replay
-from benchmarks.timing import format_time
 from tinyllm import _extension
+
+from .harness import Measured, Row, compare, replay
+from .timing import format_time
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("tinyllm benchmarks")
     group.addoption("--rows", metavar="PATTERN", help="only rows whose name contains this; * and ? match anything")
+    group.addoption("--headline", action="store_true", help="only rows of the short table")
     group.addoption("--attempts", type=int, default=3, help="so often a disturbed row is timed at most (%(default)s)")
     group.addoption("--seconds", type=float, default=1.0, help="about how long each provider runs (%(default)s)")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    pattern = config.getoption("--rows")
-    if not pattern:
+    pattern, headline = config.getoption("--rows") or "", config.getoption("--headline")
+    if not pattern and not headline:
         return
     chosen: list[pytest.Item] = []
     others: list[pytest.Item] = []
@@ -35,7 +37,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         row = (
             item.callspec.params.get("row") if isinstance(item, pytest.Function) and hasattr(item, "callspec") else None
         )
-        matches = isinstance(row, Row) and fnmatch(row.name.lower(), f"*{pattern.lower()}*")
+        matches = (
+            isinstance(row, Row)
+            and fnmatch(row.name.lower(), f"*{pattern.lower()}*")
+            and (row.headline or not headline)
+        )
         (chosen if matches else others).append(item)
     config.hook.pytest_deselected(items=others)
     items[:] = chosen

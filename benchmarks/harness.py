@@ -19,9 +19,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.machine import DISTURBED, OtherLoad
-from benchmarks.timing import take_turns
 from tinyllm import ops
+
+from .machine import DISTURBED, OtherLoad
+from .timing import take_turns
 
 OURS, EAGER, COMPILED = "tinyllm", "torch", "torch.compile"
 PROVIDERS = (OURS, EAGER, COMPILED)
@@ -66,6 +67,7 @@ class Row:
         headline: whether the short table shows it.
         smooth: whether a rounding moves the result by about as much. Not the gradient of a ReLU, which jumps where a
             rounding changes its input's sign.
+        facts_of_shape: numbers of the shape that a picture needs.
     """
 
     section: str
@@ -79,6 +81,7 @@ class Row:
     providers: tuple[str, ...] = PROVIDERS
     headline: bool = False
     smooth: bool = True
+    facts_of_shape: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -97,6 +100,8 @@ class Row:
             "unit": self.unit,
             "work": self.work,
             "headline": self.headline,
+            "threads": torch.get_num_threads(),
+            **self.facts_of_shape,
         }
 
 

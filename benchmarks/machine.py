@@ -177,6 +177,8 @@ def _commit() -> str | None:
         done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
         return done.stdout.strip()
 
+    if not (ROOT / "pyproject.toml").exists():
+        return None  # an installed package, in whosever repository that may lie
     try:
         changed = git("status", "--porcelain", "--", ".", ":!benchmarks/results", ":!README.md")
         return git("rev-parse", "--short=12", "HEAD") + ("+changes" if changed else "")

@@ -22,13 +22,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.timing import format_time, take_turns
 from tinyllm import _extension, info, ops, reference, tune_allocator
 from tinyllm.checkpoint import CONFIG_FILE, load_run
 from tinyllm.data import TRAIN_FILE, TokenDataset, train_loader
 from tinyllm.generation import generate
 from tinyllm.model import SimpleLLM
 from tinyllm.training import TrainConfig, adamw, next_token_loss
+
+from .timing import format_time, take_turns
 
 OURS, PLAIN = "tinyllm's kernels", "plain PyTorch"
 NEW_TOKENS = 8

@@ -1,4 +1,4 @@
-"""From measurements to what people read: results/cpu.json, the README's tables, the chart."""
+"""From measurements to what people read: results/cpu.json, the README's tables, the pictures."""
 
 from __future__ import annotations
 
@@ -8,13 +8,16 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import BYTES, OURS
-from benchmarks.machine import DISTURBED
-from benchmarks.timing import format_digits, format_time
 from tinyllm._files import replacing, write_text
 
-RESULTS = Path(__file__).parent / "results"
-README = Path(__file__).parents[1] / "README.md"
+from .harness import BYTES, OURS
+from .machine import DISTURBED
+from .timing import format_digits, format_time
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+# Of an installed package: the same folder below the one it is run in.
+RESULTS = (ROOT if (ROOT / "pyproject.toml").exists() else Path()) / "benchmarks" / "results"
 DEMO = README.parent / "docs" / "demo.txt"  # what `make demo` printed
 SECTIONS = {
     "embedding": "Embedding",
@@ -38,32 +41,40 @@ COLORS = {
 # ---- The results
 
 
-def make_results(facts: Mapping[str, Any], ceilings: Mapping[str, Any], benchmarks: Iterable[Any]) -> dict[str, Any]:
+def make_results(
+    facts: Mapping[str, Any], ceilings: Mapping[str, Any], benchmarks: Iterable[Any], one_thread: Iterable[Any] = ()
+) -> dict[str, Any]:
     """The content of cpu.json.
 
     Args:
         facts: machine, versions, ..., see `benchmarks.machine.describe`.
         ceilings: see `benchmarks.machine.ceilings`.
         benchmarks: the "benchmarks" of pytest-benchmark's JSON.
+        one_thread: the same of rows measured on one thread.
     """
-    rows = []
+    rows = _rows(benchmarks)
+    for row in rows:
+        row["fraction_of_ceiling"] = row["rate"] / ceiling_of(row, ceilings)
+    return _rounded({**facts, "ceilings": ceilings, "rows": rows, "one_thread": _rows(one_thread)})
+
+
+def _rows(benchmarks: Iterable[Any]) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
     for benchmark in benchmarks:
         info, stats = dict(benchmark["extra_info"]), benchmark["stats"]
-        rate = info["work"] / stats["median"] / 1e9
         rows.append(
             {
                 **info,
                 "rounds": stats["rounds"],
                 "median_s": stats["median"],
                 "iqr_s": stats["iqr"],
-                "rate": rate,
-                "fraction_of_ceiling": rate / ceiling_of(info, ceilings),
+                "rate": info["work"] / stats["median"] / 1e9,
             }
         )
     for row in rows:
         peers = [other for other in rows if other["benchmark"] == row["benchmark"] and other is not row]
         row["ratios"] = {peer["provider"]: peer["median_s"] / row["median_s"] for peer in peers}
-    return _rounded({**facts, "ceilings": ceilings, "rows": rows})
+    return rows
 
 
 def ceiling_of(row: Mapping[str, Any], ceilings: Mapping[str, Any]) -> float:
@@ -92,10 +103,10 @@ def best_peer(row: Mapping[str, Any]) -> float:
     return float(min(row["ratios"].values()))
 
 
-def save(results: Mapping[str, Any], directory: Path) -> None:
-    """Write cpu.json and cpu.png."""
+def save(results: Mapping[str, Any], directory: Path) -> list[Path]:
+    """Write cpu.json and the pictures; where they are."""
     write_text(directory / "cpu.json", json.dumps(results, indent=1) + "\n")
-    draw_chart(results, directory / "cpu.png")
+    return [directory / "cpu.json", *draw_pictures(results, directory)]
 
 
 def load(directory: Path = RESULTS) -> dict[str, Any]:
@@ -110,13 +121,14 @@ def load(directory: Path = RESULTS) -> dict[str, Any]:
 def render_table(results: Mapping[str, Any], headline: bool = False) -> str:
     """Markdown: who was faster, by how much, and how near to the ceiling. With `headline` a few rows in one table."""
     if headline:
-        rows = [row for row in results["rows"] if row["headline"]]
+        rows, one = [row for row in results["rows"] if row["headline"]], results["one_thread"]
         return "\n".join(
             [
                 *_section_table(rows, short=True),
+                *(["", "The same on one thread:", "", *_section_table(one, short=True)] if one else []),
                 "",
-                f"{_machine_line(results)}. {_disturbance(results, rows)}Medians ± half the interquartile range; the",
-                "factor is how many times as long as tinyllm a peer takes.",
+                f"{_machine_line(results)}. {_disturbance(results, [*rows, *one])}Medians ± half the interquartile",
+                "range; the factor is how many times as long as tinyllm a peer takes.",
             ]
         )
     lines = [_notes(results)]
@@ -225,7 +237,19 @@ def update_readme(results: Mapping[str, Any], path: Path = README) -> None:
         write_text(path, new)
 
 
-# ---- The chart
+# ---- The pictures
+
+
+def draw_pictures(results: Mapping[str, Any], directory: Path) -> list[Path]:
+    """cpu.png, and cpu_attention_length.png if the results have its rows."""
+    paths = []
+    if any(row["section"] in SECTIONS for row in results["rows"]):
+        paths.append(directory / "cpu.png")
+        draw_chart(results, paths[-1])
+    if any(row["section"] == "length" for row in results["rows"]):
+        paths.append(directory / "cpu_attention_length.png")
+        draw_lengths(results, paths[-1])
+    return paths
 
 
 def draw_chart(results: Mapping[str, Any], path: Path) -> None:
@@ -286,5 +310,65 @@ def draw_chart(results: Mapping[str, Any], path: Path) -> None:
     )
     handles = [Patch(color=COLORS[section], label=SECTIONS[section]) for section in sections]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=9)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png")
+
+
+def draw_lengths(results: Mapping[str, Any], path: Path) -> None:
+    """Time of causal attention over the length of the sequence, both axes logarithmic."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows = [row for row in results["rows"] if row["section"] == "length"]
+    figure = Figure(figsize=(8, 5.2), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    lengths = sorted({row["seq_len"] for row in rows})
+    for direction, line in (("backward", "--"), ("forward", "-")):
+        for provider, color in ((OURS, COLORS["attention"]), ("torch", COLORS["losses"])):
+            found = [row for row in rows if (row["direction"], row["provider"]) == (direction, provider)]
+            if not found:
+                continue
+            found.sort(key=lambda row: row["seq_len"])
+            axes.plot(
+                [row["seq_len"] for row in found],
+                [row["median_s"] for row in found],
+                line,
+                marker="o",
+                markersize=4,
+                color=color,
+                label=f"{provider}, {direction}",
+            )
+    for row in rows:  # below our line: how many times as long PyTorch takes
+        if row["provider"] == OURS and row["direction"] == "forward":
+            axes.annotate(
+                f"{best_peer(row):.2f}x",
+                (row["seq_len"], row["median_s"]),
+                xytext=(5, -11),
+                textcoords="offset points",
+                fontsize=8,
+                color=COLORS["attention"],
+            )
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xticks(lengths, [f"{n}" if n < 1024 else f"{n // 1024}k" for n in lengths])
+    axes.minorticks_off()
+    axes.yaxis.set_major_formatter(lambda seconds, _: format_time(seconds).replace(".00", "").replace(".0", ""))
+    axes.set_xlabel("T, queries and keys of a sequence (numbers: torch's forward time / tinyllm's)", fontsize=9)
+    axes.set_ylabel("time of a call", fontsize=9)
+    axes.grid(color="#dddddd", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=9, loc="upper left")
+    axes.set_title("Causal attention over T (12 heads of 64)", loc="left", fontsize=13, fontweight="bold", pad=24)
+    axes.annotate(
+        f"{_machine_line(results)}; {results['date'][:10]}",
+        (0, 1),
+        xytext=(0, 9),
+        textcoords="offset points",
+        xycoords="axes fraction",
+        fontsize=8,
+        color="#555555",
+    )
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png")

@@ -24,7 +24,7 @@ from tinyllm.training import train
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the benchmarks are not part of the installed package
 
-from benchmarks import harness, machine, model_speed, report, run, timing, work
+from benchmarks import bench_attention_length, harness, machine, model_speed, report, run, timing, work
 from benchmarks.bench_attention import Shape, padding_mask
 from benchmarks.harness import (
     BACKWARD,
@@ -78,7 +78,12 @@ def test_stored_results_are_whole() -> None:
         providers.setdefault(row["benchmark"], set()).add(row["provider"])
     assert all(found >= {OURS, EAGER} for found in providers.values())
     assert any(COMPILED in found for found in providers.values())
-    assert {row["section"] for row in results["rows"]} == set(report.SECTIONS)
+    assert {row["section"] for row in results["rows"]} == {*report.SECTIONS, "length"}
+    assert {row["threads"] for row in results["rows"]} == {results["machine"]["threads"]}
+    assert {row["threads"] for row in results["one_thread"]} == {1}
+    headline = {row["benchmark"] for row in results["rows"] if row["headline"]}
+    assert {row["benchmark"] for row in results["one_thread"]} == headline
+    assert (report.RESULTS / "cpu_attention_length.png").read_bytes().startswith(b"\x89PNG")
 
 
 # ---- What counts as work
@@ -322,9 +327,49 @@ def test_tables_say_what_stands_against_trusting_them(results: dict[str, Any]) -
     assert "| an operation forward 4x4 |" in table
 
 
-def test_chart(results: dict[str, Any], tmp_path: Path) -> None:
-    report.draw_chart(results, tmp_path / "chart.png")
-    assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")
+def test_rows_on_one_thread_have_a_table_of_their_own(results: dict[str, Any]) -> None:
+    one = [measured(a_row(headline=True), provider, time) for provider, time in {OURS: 0.2, EAGER: 0.3}.items()]
+    benchmarks = [measured(a_row(headline=True), provider, time) for provider, time in {OURS: 0.1, EAGER: 0.4}.items()]
+    both = report.make_results(results, results["ceilings"], benchmarks, one)
+    assert len(both["rows"]) == len(both["one_thread"]) == 2
+    headline = report.render_table(both, headline=True)
+    before, after = headline.split("The same on one thread:")
+    assert "4.00x" in before
+    assert "1.50x" in after
+    assert "1.50x" not in report.render_table(both)
+    assert "one thread" not in report.render_table(results, headline=True)
+
+
+def test_pictures(results: dict[str, Any], tmp_path: Path) -> None:
+    assert report.draw_pictures(results, tmp_path) == [tmp_path / "cpu.png"]
+    rows = [
+        Row(
+            "length",
+            "attention",
+            direction,
+            f"T{n}",
+            1e9,
+            FLOPS,
+            lambda: Case({}, tuple),
+            facts_of_shape={"seq_len": n},
+        )
+        for direction in (FORWARD, BACKWARD)
+        for n in (64, 2048)
+    ]
+    benchmarks = [measured(row, provider, 0.1) for row in rows for provider in (OURS, EAGER)]
+    lengths = report.make_results(results, results["ceilings"], benchmarks)
+    assert report.draw_pictures(lengths, tmp_path) == [tmp_path / "cpu_attention_length.png"]
+    for name in ("cpu", "cpu_attention_length"):
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_lengths_are_verified_by_one_head() -> None:
+    row = next(row for row in bench_attention_length._rows() if row.direction == BACKWARD)
+    errors = verify(row, case := row.build())
+    assert errors.keys() == {OURS, EAGER}
+    wrong = dataclasses.replace(case.providers[OURS], call=lambda: [x * 1.01 for x in case.providers[EAGER].call()])
+    with pytest.raises(AssertionError, match="tinyllm has error"):
+        verify(row, Case({**case.providers, OURS: wrong}, case.exact))
 
 
 def test_times_have_three_digits() -> None:
@@ -368,8 +413,8 @@ def test_one_row_from_end_to_end(tmp_path: Path) -> None:
     before = [path.read_bytes() for path in kept]
     out = tmp_path / "out"
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.run", "--quick", "--only=causal attention forward B12", "--out", str(out)],
-        cwd=ROOT,
+        [sys.executable, "-m", "tinyllm", "bench", "--quick", "--only=causal attention forward B12", "--out", str(out)],
+        cwd=tmp_path,
         capture_output=True,
         encoding="utf-8",
         timeout=300,
@@ -393,6 +438,16 @@ def test_one_row_from_end_to_end(tmp_path: Path) -> None:
     assert results["ceilings"]["copy_gb_per_s"] > 0
     assert (out / "cpu.png").read_bytes().startswith(b"\x89PNG")
     assert report.render_table(results) in done.stdout
+
+
+@needs_extension
+def test_only_the_short_tables_rows_on_one_thread() -> None:
+    found = run.measure("add_layer_norm", quick=True, headline=True, threads=1)
+    assert found is not None
+    assert {row["extra_info"]["benchmark"] for row in found} == {
+        f"add_layer_norm {direction} 8192x1024" for direction in (FORWARD, BACKWARD)
+    }
+    assert {row["extra_info"]["threads"] for row in found} == {1}
 
 
 @needs_extension

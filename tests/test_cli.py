@@ -97,6 +97,7 @@ def test_help(here: Here, tmp_path: Path) -> None:
     flags = {
         "train": "data preset tokenizer vocab-size steps batch-size seq-len lr dropout seed out overwrite device",
         "generate": "run prompt max-new-tokens temperature top-k seed device",
+        "bench": "quick only out",
         "info": "help",
     }
     for command, names in flags.items():
@@ -125,6 +126,13 @@ def test_presets_offered_are_the_presets_there_are() -> None:
 
 def test_version(here: Here, tmp_path: Path) -> None:
     assert re.match(r"tinyllm( \d|, run from its sources)", here("--version", cwd=tmp_path)[1])
+
+
+def test_bench_says_what_is_missing(here: Here, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "find_spec", lambda name: None if name == "pytest_benchmark" else object())
+    status, _, err = here("bench", "--quick", cwd=tmp_path)
+    assert status == 2
+    assert "pytest_benchmark missing; pip install 'tinyllm[test]' brings what bench needs" in err
 
 
 def test_info(here: Here, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-TRACKED = ("csrc", "kernels", "tinyllm", "pyproject.toml", "setup.py", "MANIFEST.in", "README.md")
+TRACKED = ("benchmarks", "csrc", "kernels", "tinyllm", "pyproject.toml", "setup.py", "MANIFEST.in", "README.md")
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def test_a_wheel_without_the_extension_works_and_says_why(checkout, tmp_path):
     assert wheel.name.endswith("-py3-none-any.whl")
     site = tmp_path / "site"
     with zipfile.ZipFile(wheel) as archive:
-        assert "tinyllm/kernels/__init__.py" in archive.namelist()
+        assert {"tinyllm/kernels/__init__.py", "tinyllm/benchmarks/run.py"} <= set(archive.namelist())
         archive.extractall(site)
     code = """
 import torch, tinyllm, tinyllm.kernels

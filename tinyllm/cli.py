@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -156,6 +157,33 @@ def generate(
         for piece in pieces:
             _write(piece)
         _write("\n")
+
+
+@app.command()
+def bench(
+    quick: Annotated[bool, typer.Option("--quick", help="A first impression, in a few minutes.")] = False,
+    only: Annotated[
+        str | None,
+        typer.Option(metavar="PATTERN", help="Rows whose name contains this; * and ? match anything."),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Write JSON and pictures there. Default, of a whole run: benchmarks/results."),
+    ] = None,
+) -> None:
+    """Compare every operator and the model with PyTorch and torch.compile, on this machine.
+
+    Each result is checked before it is timed. A whole run takes a quarter of an hour. For example:
+    tinyllm bench --only "causal attention forward"
+    """
+    with _one_line_errors():
+        missing = [name for name in ("pytest", "pytest_benchmark") if find_spec(name) is None]
+        if missing:
+            raise ValueError(f"{' and '.join(missing)} missing; pip install 'tinyllm[test]' brings what bench needs")
+        _prepare_process()
+        from tinyllm.benchmarks.run import bench
+
+        raise typer.Exit(bench(only, quick, out))
 
 
 @app.command()
