@@ -26,10 +26,11 @@ STABLE_TORCH_LIBRARY(tinyllm, m) {
   m.def(
       "rms_norm_bwd(Tensor grad, Tensor input, int[] normalized_shape, Tensor? weight, Tensor rstd,"
       " bool parameter_grads) -> (Tensor grad_input, Tensor grad_weight)");
-  m.def("embedding_fwd(Tensor input, Tensor weight, Tensor? positions) -> Tensor");
+  m.def(
+      "embedding_fwd(Tensor input, Tensor weight, Tensor? positions, float dropout_p=0., Tensor? rng=None) -> Tensor");
   m.def(
       "embedding_bwd(Tensor grad, Tensor input, SymInt num_embeddings, int? padding_idx, bool weight_grad,"
-      " bool positions_grad) -> (Tensor grad_weight, Tensor grad_positions)");
+      " bool positions_grad, float dropout_p=0., Tensor? rng=None) -> (Tensor grad_weight, Tensor grad_positions)");
   m.def(
       "attention_fwd(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, bool is_causal, float scale,"
       " float dropout_p=0., Tensor? rng=None)"

@@ -244,6 +244,35 @@ def test_dropout_is_on_the_embedded_input() -> None:
     assert not model.features(torch.tensor([[1, 2]])).any()
 
 
+def test_dropout_of_the_embedded_input_is_fused_where_it_is_plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    passed = []
+    embedding = ops.embedding
+
+    def watched(*args: Any, **kwargs: Any) -> Tensor:
+        passed.append(kwargs["dropout_p"])
+        return embedding(*args, **kwargs)
+
+    monkeypatch.setattr(ops, "embedding", watched)
+    x = torch.tensor([[1, 2]])
+    model = SimpleLLM(11, 8, 12, 0, dropout=0.25)
+    model.features(x)
+    model.eval().features(x)
+    assert passed == [0.25, 0.0]
+
+    passed.clear()
+    called = []
+    model.train().dropout.register_forward_hook(lambda *_: called.append("hook"))
+    model.features(x)
+    model.dropout = nn.AlphaDropout(1 - 1e-9)
+    torch.manual_seed(0)
+    expected = F.alpha_dropout(torch.zeros(1, 2, 8), 1 - 1e-9, training=True)
+    torch.testing.assert_close(model.features(x), expected)
+    model.dropout = nn.Identity()
+    model.features(x)
+    assert passed == [0.0, 0.0, 0.0]
+    assert called == ["hook"]
+
+
 def test_learned_positions_tell_places_apart() -> None:
     model = SimpleLLM(11, 8, 12, 1, position="learned", max_seq_len=5)
     assert "positional_encoding.pe" not in model.state_dict()

@@ -291,8 +291,8 @@ class SimpleLLM(nn.Module):
 
     def features(self, x: Tensor) -> Tensor:
         """What `output` turns into logits: (B, T) ids to (B, T, D) vectors. Raises as `forward`."""
-        x = embed(self.embedding, self.positional_encoding, _checked_ids(x))
-        x = self.transformer_blocks(self.dropout(x))
+        x = embed(self.embedding, self.positional_encoding, self.dropout, _checked_ids(x))
+        x = self.transformer_blocks(x)
         if self.final_norm is None:
             return x
         if isinstance(x, tuple):  # the last block's output, not summed yet: see TransformerBlock

@@ -406,19 +406,22 @@ def _is_worth_it(x: Tensor, first: nn.Module) -> bool:
     return isinstance(first, nn.Linear) and x.numel() * first.out_features >= 1_000_000
 
 
-def embed(embedding: nn.Module, positional_encoding: nn.Module, ids: Tensor) -> Tensor:
-    """positional_encoding(embedding(ids)), (B, T) to (B, T, D): in one pass where both are unchanged modules."""
+def embed(embedding: nn.Module, positional_encoding: nn.Module, dropout: nn.Module, ids: Tensor) -> Tensor:
+    """dropout(positional_encoding(embedding(ids))), (B, T) to (B, T, D): in one pass if they are unchanged modules."""
     table = plain_embedding(embedding, positional_encoding)
     if table is None:
-        out: Tensor = positional_encoding(embedding(ids))
-        return out
+        return cast(Tensor, dropout(positional_encoding(embedding(ids))))
     positions = cast(PositionalEncoding, positional_encoding).rows(ids.size(1))
     options = (table.padding_idx, table.max_norm, table.norm_type, table.scale_grad_by_freq, table.sparse)
+    p = None  # of a dropout that the operator does
+    if type(dropout) is nn.Dropout and not has_hooks(dropout):
+        p = dropout.p if dropout.training else 0.0
     try:
-        return ops.embedding(ids, table.weight, *options, positions=positions)
+        vectors = ops.embedding(ids, table.weight, *options, positions=positions, dropout_p=p or 0.0)
     except IndexError:
         embedding(ids)  # says it in the model's terms
         raise
+    return cast(Tensor, dropout(vectors)) if p is None else vectors
 
 
 def plain_embedding(embedding: nn.Module, positional_encoding: nn.Module) -> nn.Embedding | None:

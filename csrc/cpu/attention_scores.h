@@ -121,8 +121,7 @@ inline int64_t factors_size(const Attention& a, int64_t n) { return a.dropout.p 
 template <class S>
 inline const S* row_factors(const Attention& a, int64_t b, int64_t h, int64_t row, int64_t first, int64_t n,
                             S* factors) {
-  const int64_t row_size = (a.keys + kRandomBlock - 1) / kRandomBlock * kRandomBlock;
-  const int64_t index = ((b * a.heads + h) * a.queries + row) * row_size + first;
+  const int64_t index = ((b * a.heads + h) * a.queries + row) * random_row(a.keys) + first;
   return dropout_factors(a.dropout, static_cast<uint64_t>(index), n, factors);
 }
 

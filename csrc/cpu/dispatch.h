@@ -154,6 +154,7 @@ struct Embedding {
   const void* positions;  // (seq_len rows), token t gets row t % seq_len; null: zeros
   void* out;              // (tokens rows)
   int64_t size, seq_len;
+  Dropout dropout = {};  // of the sums: element (token, column) of (tokens, size rounded up to 64)
 };
 
 // Sums of rows: out[targets[s]] = rows[order[starts[s]]] + ... + rows[order[starts[s + 1] - 1]], in this order.
@@ -164,6 +165,7 @@ struct SumRows {
   const int64_t* targets;
   void* out;
   int64_t size;
+  Dropout dropout = {};  // of the rows that are summed, as in Embedding
 };
 
 struct Kernels {

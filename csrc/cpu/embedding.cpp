@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "embedding.h"
+#include "random.h"
 
 namespace tinyllm::cpu {
 namespace {
@@ -59,7 +60,8 @@ void embedding_forward(int dtype, const Embedding& args, int64_t tokens) {
 // Each row of the gradient is the sum, in the order of the tokens, of the gradients of those that read it; the others
 // are zero. A row belongs to one thread, so that the bits do not depend on how many there are.
 void embedding_weight_grad(int dtype, const void* grad, const int64_t* id, int64_t tokens,
-                           std::optional<int64_t> padding_idx, void* out, int64_t rows, int64_t size) {
+                           std::optional<int64_t> padding_idx, void* out, int64_t rows, int64_t size,
+                           const Dropout& dropout) {
   const Index order = sorted_by_id(id, tokens, rows);
   Index starts, targets;  // of the rows that were read
   for (int64_t i = 0; i < tokens; ++i)
@@ -68,7 +70,7 @@ void embedding_weight_grad(int dtype, const void* grad, const int64_t* id, int64
       targets.push_back(id[order[i]]);
     }
   starts.push_back(tokens);
-  const SumRows args{grad, order.data(), starts.data(), targets.data(), out, size};
+  const SumRows args{grad, order.data(), starts.data(), targets.data(), out, size, dropout};
   const auto kernel = kernels().sum_rows[dtype];
   const int64_t row_bytes = size * element_size(dtype);
   const bool stream = rows * row_bytes > last_level_cache() / 2;  // the gradient could not stay in the caches
@@ -93,7 +95,8 @@ void embedding_weight_grad(int dtype, const void* grad, const int64_t* id, int64
   });
 }
 
-void embedding_positions_grad(int dtype, const void* grad, int64_t batch, void* out, int64_t seq_len, int64_t size) {
+void embedding_positions_grad(int dtype, const void* grad, int64_t batch, void* out, int64_t seq_len, int64_t size,
+                              const Dropout& dropout) {
   const int64_t tokens = batch * seq_len;
   Index order(tokens), starts(seq_len + 1), targets(seq_len);
   for (int64_t t = 0; t < seq_len; ++t) {
@@ -102,7 +105,7 @@ void embedding_positions_grad(int dtype, const void* grad, int64_t batch, void* 
     targets[t] = t;
   }
   starts[seq_len] = tokens;
-  const SumRows args{grad, order.data(), starts.data(), targets.data(), out, size};
+  const SumRows args{grad, order.data(), starts.data(), targets.data(), out, size, dropout};
   const auto kernel = kernels().sum_rows[dtype];
   parallel_for(0, seq_len, grain(size * std::max<int64_t>(1, batch)),
                [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
@@ -110,7 +113,7 @@ void embedding_positions_grad(int dtype, const void* grad, int64_t batch, void* 
 
 namespace {
 
-Tensor embedding_fwd(Tensor input, Tensor weight, OptionalTensor positions) {
+Tensor embedding_fwd(Tensor input, Tensor weight, OptionalTensor positions, double dropout_p, OptionalTensor rng) {
   const char* const op = "embedding";
   if (weight.dim() != 2) fail(op, ": weight has shape ", shape_of(weight), "; two dimensions are needed");
   const int dtype = dtype_index(op, weight);
@@ -131,13 +134,14 @@ Tensor embedding_fwd(Tensor input, Tensor weight, OptionalTensor positions) {
   const Tensor out = empty(shape, weight.scalar_type());
   const Embedding args{
       data_of(table), static_cast<const int64_t*>(data_of(ids)), added ? data_of(*added) : nullptr, data_of(out), size,
-      seq_len};
+      seq_len,        dropout_state(op, rng, dropout_p)};
   embedding_forward(dtype, args, ids.numel());
   return out;
 }
 
 std::tuple<Tensor, Tensor> embedding_bwd(Tensor grad, Tensor input, int64_t num_embeddings,
-                                         std::optional<int64_t> padding_idx, bool weight_grad, bool positions_grad) {
+                                         std::optional<int64_t> padding_idx, bool weight_grad, bool positions_grad,
+                                         double dropout_p, OptionalTensor rng) {
   const char* const op = "embedding_bwd";
   const int dtype = dtype_index(op, grad);
   const Tensor ids = checked_ids(op, input, grad, num_embeddings), dy = as_contiguous(grad);
@@ -145,15 +149,16 @@ std::tuple<Tensor, Tensor> embedding_bwd(Tensor grad, Tensor input, int64_t num_
   for (int64_t i = 0; fits && i < input.dim(); ++i) fits = grad.size(i) == input.size(i);
   if (!fits) fail(op, ": grad has shape ", shape_of(grad), "; input's, ", shape_of(input), ", and one more is needed");
   const int64_t size = grad.size(grad.dim() - 1), tokens = ids.numel();
+  const Dropout dropout = dropout_state(op, rng, dropout_p);
   const Tensor grad_weight = empty(weight_grad ? Index{num_embeddings, size} : Index{0}, grad.scalar_type());
   if (weight_grad)
     embedding_weight_grad(dtype, data_of(dy), static_cast<const int64_t*>(data_of(ids)), tokens, padding_idx,
-                          data_of(grad_weight), num_embeddings, size);
+                          data_of(grad_weight), num_embeddings, size, dropout);
   const int64_t seq_len = input.dim() > 0 ? input.size(input.dim() - 1) : 1;
   const Tensor grad_positions = empty(positions_grad ? Index{seq_len, size} : Index{0}, grad.scalar_type());
   if (positions_grad)
     embedding_positions_grad(dtype, data_of(dy), seq_len == 0 ? 0 : tokens / seq_len, data_of(grad_positions), seq_len,
-                             size);
+                             size, dropout);
   return {grad_weight, grad_positions};
 }
 

@@ -11,11 +11,14 @@ Tensor checked_ids(const char* op, const Tensor& input, const Tensor& like, int6
 
 void embedding_forward(int dtype, const Embedding& args, int64_t tokens);
 
-// Writes (rows, size): each row the sum, in the order of the tokens, of the gradients of those that read it.
+// Writes (rows, size): each row the sum, in the order of the tokens, of the gradients of those that read it. dropout:
+// what forward was given; the gradients of what it dropped are left out.
 void embedding_weight_grad(int dtype, const void* grad, const int64_t* ids, int64_t tokens,
-                           std::optional<int64_t> padding_idx, void* out, int64_t rows, int64_t size);
+                           std::optional<int64_t> padding_idx, void* out, int64_t rows, int64_t size,
+                           const Dropout& dropout = {});
 
 // Writes (seq_len, size): the sums over the batch, in its order.
-void embedding_positions_grad(int dtype, const void* grad, int64_t batch, void* out, int64_t seq_len, int64_t size);
+void embedding_positions_grad(int dtype, const void* grad, int64_t batch, void* out, int64_t seq_len, int64_t size,
+                              const Dropout& dropout = {});
 
 }  // namespace tinyllm::cpu

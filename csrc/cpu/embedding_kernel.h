@@ -2,14 +2,45 @@
 // each row of a gradient is the sum of the rows that came from it, in their order.
 //
 // Memory is the limit: a row is read and written once, nothing is scattered, and no two threads write the same row.
+// With dropout the random bits are: a block of columns is worked on as soon as its factors are made, in backward again.
 #pragma once
 #include "dispatch.h"
+#include "random_kernel.h"
 #include "simd.h"
 
 namespace tinyllm::TINYLLM_ISA {
 
+// What dropout multiplies the n <= kRandomBlock columns of a row from `first`, a multiple of kRandomBlock, by.
+template <class S>
+inline void block_factors(const cpu::Dropout& dropout, int64_t row, int64_t size, int64_t first, int64_t n,
+                          S* factors) {
+  dropout_factors(dropout, static_cast<uint64_t>(row * random_row(size) + first), n, factors);
+}
+
+template <class T>
+void dropped_embedding(const cpu::Embedding& a, int64_t begin, int64_t end) {
+  using S = compute_t<T>;
+  using V = Vec<S>;
+  alignas(64) S factors[kRandomBlock];
+  for (int64_t token = begin; token < end; ++token)
+    for (int64_t first = 0; first < a.size; first += kRandomBlock) {
+      const int64_t width = std::min(kRandomBlock, a.size - first);
+      const T* from = static_cast<const T*>(a.weight) + a.ids[token] * a.size + first;
+      const T* position =
+          a.positions == nullptr ? nullptr : static_cast<const T*>(a.positions) + token % a.seq_len * a.size + first;
+      T* out = static_cast<T*>(a.out) + token * a.size + first;
+      block_factors(a.dropout, token, a.size, first, width, factors);
+      for_each_vector<V>(width, [&](int64_t i, int64_t n) {
+        V x = load_n<V>(from + i, n);
+        if (position != nullptr) x = x + load_n<V>(position + i, n);
+        store_n(x * V::load(factors + i), out + i, n);
+      });
+    }
+}
+
 template <class T>
 void embedding_fwd(const cpu::Embedding& a, int64_t begin, int64_t end) {
+  if (a.dropout.p > 0) return dropped_embedding<T>(a, begin, end);
   using V = Vec<compute_t<T>>;
   const int64_t size = a.size;
   for (int64_t token = begin; token < end; ++token) {
@@ -26,7 +57,29 @@ void embedding_fwd(const cpu::Embedding& a, int64_t begin, int64_t end) {
 }
 
 template <class T>
+void sum_dropped_rows(const cpu::SumRows& a, int64_t begin, int64_t end) {
+  using S = compute_t<T>;
+  using V = Vec<S>;
+  alignas(64) S factors[kRandomBlock], sums[kRandomBlock];
+  for (int64_t s = begin; s < end; ++s)
+    for (int64_t first = 0; first < a.size; first += kRandomBlock) {
+      const int64_t width = std::min(kRandomBlock, a.size - first);
+      std::fill(sums, sums + kRandomBlock, S(0));
+      for (int64_t k = a.starts[s]; k < a.starts[s + 1]; ++k) {
+        const T* row = static_cast<const T*>(a.rows) + a.order[k] * a.size + first;
+        block_factors(a.dropout, a.order[k], a.size, first, width, factors);
+        for_each_vector<V>(width, [&](int64_t i, int64_t n) {
+          fma(load_n<V>(row + i, n), V::load(factors + i), V::load(sums + i)).store(sums + i);
+        });
+      }
+      T* out = static_cast<T*>(a.out) + a.targets[s] * a.size + first;
+      for_each_vector<V>(width, [&](int64_t i, int64_t n) { store_n(V::load(sums + i), out + i, n); });
+    }
+}
+
+template <class T>
 void sum_rows(const cpu::SumRows& a, int64_t begin, int64_t end) {
+  if (a.dropout.p > 0) return sum_dropped_rows<T>(a, begin, end);
   using V = Vec<compute_t<T>>;
   constexpr int64_t kWidth = 4 * V::size;  // columns whose sums stay in registers
   const int64_t size = a.size;

@@ -15,6 +15,9 @@ namespace tinyllm::TINYLLM_ISA {
 
 constexpr int64_t kRandomBlock = 64;
 
+// How far apart rows of n elements are numbered, so that each begins a block.
+inline int64_t random_row(int64_t n) { return (n + kRandomBlock - 1) / kRandomBlock * kRandomBlock; }
+
 // 64-bit lanes whose lower halves hold 32-bit words; what is in the upper halves does not matter.
 #if defined(TINYLLM_AVX512)
 struct Words {

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -153,6 +155,125 @@ def test_compile_and_export():
     torch.testing.assert_close(program.module()(ids), F.embedding(ids, weight))
 
 
+class TestDropout:
+    """Which elements are dropped is read from a table of ones."""
+
+    def factors(self, ids, size, p, seed):
+        """The mask that a call after manual_seed(seed) uses: what the sum is multiplied by."""
+        ones = torch.ones(int(ids.max()) + 1, size, dtype=torch.float64)
+        torch.manual_seed(seed)
+        return ops.embedding(ids, ones, dropout_p=p)
+
+    @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
+    def test_the_fraction_kept_and_the_expectation(self, p):
+        factors = self.factors(torch.zeros(8, 130, dtype=torch.int64), 257, p, seed=0)
+        kept = factors != 0
+        torch.testing.assert_close(factors[kept], torch.full_like(factors[kept], 1 / (1 - p)))
+        # 267,280 draws: five standard deviations.
+        assert abs(kept.double().mean().item() - (1 - p)) < 5 * math.sqrt(p * (1 - p) / kept.numel())
+        # Neither columns nor tokens repeat each other.
+        assert abs(kept.double().mean((0, 1)) - (1 - p)).max() < 6 * math.sqrt(p * (1 - p) / 1040)
+        assert abs(kept.double().mean(2) - (1 - p)).max() < 6 * math.sqrt(p * (1 - p) / 257)
+        assert not torch.equal(kept[0], kept[1])
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize(("shape", "rows", "size"), SHAPES, ids=str)
+    @pytest.mark.parametrize("with_positions", [True, False], ids=["positions", "plain"])
+    def test_parity_with_the_same_mask(self, shape, rows, size, dtype, with_positions):
+        if with_positions and not shape:
+            pytest.skip("a single id has no position")
+        ids, weight, positions = make(shape, rows, size, dtype)
+        factors = self.factors(ids, size, 0.3, seed=7)
+
+        def ours(w, *p):
+            torch.manual_seed(7)
+            return ops.embedding(ids, w, positions=p[0] if p else None, dropout_p=0.3)
+
+        def exact(w, *p):
+            return reference.embedding(ids, w, positions=p[0] if p else None, factors=factors)
+
+        check_parity(ours, exact, exact, (weight, positions) if with_positions else (weight,))
+        assert ops.last_backend() == "cpp"
+
+    def test_bits_do_not_depend_on_threads(self):
+        ids, weight, positions = make((16, 700), 300, 72, torch.float32)
+        grad = torch.randn(16, 700, 72)
+        before, results = torch.get_num_threads(), []
+        try:
+            for threads in (1, 2, 3):
+                torch.set_num_threads(threads)
+                torch.manual_seed(3)
+                leaves = [t.detach().requires_grad_() for t in (weight, positions)]
+                y = ops.embedding(ids, leaves[0], positions=leaves[1], dropout_p=0.2)
+                results.append([y, *torch.autograd.grad(y, leaves, grad)])
+        finally:
+            torch.set_num_threads(before)
+        for other in results[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+    def test_the_seed_decides(self):
+        ids, weight, positions = make((3, 20), 65, 33, torch.float32)
+        outs = []
+        for seed in (1, 1, 2):
+            torch.manual_seed(seed)
+            outs.append(ops.embedding(ids, weight, positions=positions, dropout_p=0.5))
+        assert torch.equal(outs[0], outs[1])
+        assert not torch.equal(outs[0], outs[2])
+        assert not torch.equal(outs[2], ops.embedding(ids, weight, positions=positions, dropout_p=0.5))
+
+    def test_everything_dropped(self):
+        ids, weight, positions = make((3, 20), 65, 33, torch.float32)
+        leaves = weight.requires_grad_(), positions.requires_grad_()
+        out = ops.embedding(ids, leaves[0], positions=leaves[1], dropout_p=1.0)
+        for x in (out, *torch.autograd.grad(out.sum(), leaves)):
+            assert torch.equal(x, torch.zeros_like(x))
+
+    def test_padding_gets_no_gradient(self):
+        ids, weight, _ = make((4, 30), 6, 8, torch.float32)
+        y = ops.embedding(ids, weight.requires_grad_(), 3, dropout_p=0.5)
+        (grad,) = torch.autograd.grad(y.sum(), weight)
+        assert grad.eq(0).all(1).tolist() == [row == 3 for row in range(6)]
+
+    def test_gradients_of_gradients(self):
+        ids, weight, positions = make((2, 3), 4, 3, torch.float64)
+        leaves = weight.requires_grad_(), positions.requires_grad_()
+
+        def f(w, p):
+            torch.manual_seed(5)
+            return ops.embedding(ids, w, positions=p, dropout_p=0.4)
+
+        assert torch.autograd.gradcheck(f, leaves)
+        assert torch.autograd.gradgradcheck(lambda w, p: f(w, p).pow(2), leaves)
+
+    @pytest.mark.parametrize(("shape", "rows", "size"), [((0,), 4, 3), ((2, 3), 4, 0)])
+    def test_empty(self, shape, rows, size):
+        ids, weight = torch.zeros(shape, dtype=torch.int64), torch.randn(rows, size, requires_grad=True)
+        y = ops.embedding(ids, weight, dropout_p=0.5)
+        assert y.shape == (*shape, size)
+        assert torch.equal(torch.autograd.grad(y.sum(), weight)[0], torch.zeros_like(weight))
+
+    def test_the_compiler_and_opcheck(self):
+        ids, weight, positions = make((2, 3), 4, 5, torch.float32)
+        rng = torch.tensor([1, 2])
+        raw = torch.ops.tinyllm
+        torch.library.opcheck(raw.embedding_fwd, (ids, weight, positions, 0.5, rng))
+        torch.library.opcheck(raw.embedding_bwd, (torch.randn(2, 3, 5), ids, 4, 1, True, True, 0.5, rng))
+        with pytest.raises((ValueError, RuntimeError), match="dropout needs rng"):
+            raw.embedding_fwd(ids, weight, positions, 0.5, None)
+        with pytest.raises((ValueError, RuntimeError), match="dropout needs rng"):
+            raw.embedding_bwd(torch.randn(2, 3, 5), ids, 4, None, True, True, 0.5, None)
+        compiled = torch.compile(lambda w, p: ops.embedding(ids, w, positions=p, dropout_p=0.5), fullgraph=True)
+        leaves = [torch.ones_like(x).requires_grad_() for x in (weight, positions)]
+        torch.manual_seed(0)
+        first = compiled(*leaves)
+        assert set(first.unique().tolist()) == {0.0, 4.0}
+        assert not torch.equal(first, compiled(*leaves))
+        torch.manual_seed(0)
+        assert torch.equal(first, compiled(*leaves))
+        (grad,) = torch.autograd.grad(first.sum(), leaves[1])
+        assert torch.equal(grad, first.detach().sum(0) / 2)
+
+
 @pytest.mark.parametrize("backend", ["cpp", "reference"])
 @pytest.mark.parametrize("bad", [-1, 4, 2**31 - 1])
 @pytest.mark.parametrize("grad", [True, False])
@@ -166,7 +287,6 @@ def test_an_id_out_of_range_is_named(backend, bad, grad):
     ({"max_norm": 1.0}, "max_norm changes the weight"),
     ({"sparse": True}, "gradient is dense"),
     ({"scale_grad_by_freq": True}, "not scaled"),
-    ({"dropout_p": 0.5}, "no dropout"),
     ({"positions": torch.ones(2, 2, dtype=torch.float64)}, "positions is torch.float64"),
 ])  # fmt: skip
 def test_what_the_kernel_has_not_goes_to_pytorch(arguments, reason):

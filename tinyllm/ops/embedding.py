@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tinyllm import _extension, reference
 from tinyllm.ops._autograd import grads_by_reference, needs_grad
+from tinyllm.ops._random import draw_rng, dropout_factors
 from tinyllm.ops.dispatch import choose
 
 
@@ -33,6 +34,7 @@ def embedding(
         max_norm, norm_type, scale_grad_by_freq, sparse: as in PyTorch, which then does the work.
         positions: (T, D), added to every sequence; weight's dtype, else both are promoted.
         dropout_p: probability of dropping an element of the sum, the others being scaled by 1 / (1 - dropout_p).
+            Applied whenever it is above 0; which elements go follows from the default generator's state.
 
     Returns:
         (*, D). The gradient of weight is dense; each of its rows is summed in the order of the tokens, so that its bits
@@ -45,7 +47,7 @@ def embedding(
         ValueError: shapes that do not fit, tensors on different devices, a number out of range.
     """
     padding_idx = _check(input, weight, padding_idx, positions, dropout_p)
-    limits = _limits(weight, max_norm, scale_grad_by_freq, sparse, positions, dropout_p)
+    limits = _limits(weight, max_norm, scale_grad_by_freq, sparse, positions)
     if choose("embedding", weight, limits) == "reference":
         call = lambda: reference.embedding(  # noqa: E731
             input,
@@ -58,10 +60,12 @@ def embedding(
             positions=positions,
             dropout_p=dropout_p,
         )
-    elif needs_grad(weight, positions):
-        call = lambda: _Embedding.apply(input, weight, padding_idx, positions)  # noqa: E731
     else:
-        call = lambda: torch.ops.tinyllm.embedding_fwd(input, weight, positions)  # noqa: E731
+        rng = draw_rng(weight.device) if dropout_p > 0.0 else None
+        if needs_grad(weight, positions):
+            call = lambda: _Embedding.apply(input, weight, padding_idx, positions, dropout_p, rng)  # noqa: E731
+        else:
+            call = lambda: torch.ops.tinyllm.embedding_fwd(input, weight, positions, dropout_p, rng)  # noqa: E731
     if torch.compiler.is_compiling():
         return call()
     try:
@@ -109,7 +113,6 @@ def _limits(
     scale_grad_by_freq: bool,
     sparse: bool,
     positions: Tensor | None,
-    dropout_p: float,
 ) -> dict[str, str] | None:
     if max_norm is not None:
         return {"cpp": "max_norm changes the weight itself"}
@@ -117,8 +120,6 @@ def _limits(
         return {"cpp": "the kernel's gradient is dense and not scaled"}
     if positions is not None and positions.dtype != weight.dtype:
         return {"cpp": f"positions is {positions.dtype}; the kernel takes weight's dtype, {weight.dtype}"}
-    if dropout_p > 0.0:
-        return {"cpp": "the kernel has no dropout"}
     return None
 
 
@@ -131,39 +132,50 @@ def raise_for_ids(input: Tensor, rows: int) -> None:
 
 class _Embedding(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, input: Tensor, weight: Tensor, padding_idx: int | None, positions: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        weight: Tensor,
+        padding_idx: int | None,
+        positions: Tensor | None,
+        dropout_p: float,
+        rng: Tensor | None,
+    ) -> Tensor:
         # Backward needs no value of weight or positions, but their shapes and, for a second backward, themselves.
-        ctx.save_for_backward(input, weight, positions)
-        ctx.padding_idx = padding_idx
-        return torch.ops.tinyllm.embedding_fwd(input, weight, positions)
+        ctx.save_for_backward(input, weight, positions, rng)
+        ctx.padding_idx, ctx.dropout_p = padding_idx, dropout_p
+        return torch.ops.tinyllm.embedding_fwd(input, weight, positions, dropout_p, rng)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         (grad,) = grads
-        input, weight, positions = ctx.saved_tensors
-        _, need_weight, _, need_positions = ctx.needs_input_grad
+        input, weight, positions, rng = ctx.saved_tensors
+        _, need_weight, _, need_positions, _, _ = ctx.needs_input_grad
         if torch.is_grad_enabled():
+            factors = None
+            if rng is not None:
+                factors = dropout_factors(rng, input.numel(), weight.size(1), ctx.dropout_p).view(grad.shape)
             found = grads_by_reference(
-                lambda w, p: reference.embedding(input, w, ctx.padding_idx, positions=p),
+                lambda w, p: reference.embedding(input, w, ctx.padding_idx, positions=p, factors=factors),
                 (weight, positions),
                 (need_weight, need_positions),
                 (grad,),
             )
-            return None, found[0], None, found[1]
+            return None, found[0], None, found[1], None, None
         grad_weight, grad_positions = torch.ops.tinyllm.embedding_bwd(
-            grad, input, weight.size(0), ctx.padding_idx, need_weight, need_positions
+            grad, input, weight.size(0), ctx.padding_idx, need_weight, need_positions, ctx.dropout_p, rng
         )
-        return None, grad_weight if need_weight else None, None, grad_positions if need_positions else None
+        return None, grad_weight if need_weight else None, None, grad_positions if need_positions else None, None, None
 
 
 if _extension.loaded:
 
     @torch.library.register_fake("tinyllm::embedding_fwd")
-    def _(input, weight, positions):  # type: ignore[no-untyped-def]
+    def _(input, weight, positions, dropout_p=0.0, rng=None):  # type: ignore[no-untyped-def]
         return weight.new_empty([*input.shape, weight.size(1)])
 
     @torch.library.register_fake("tinyllm::embedding_bwd")
-    def _(grad, input, num_embeddings, padding_idx, weight_grad, positions_grad):  # type: ignore[no-untyped-def]
+    def _(grad, input, num_embeddings, padding_idx, weight_grad, positions_grad, dropout_p=0.0, rng=None):  # type: ignore[no-untyped-def]
         size = grad.size(-1)
         return (
             grad.new_empty([num_embeddings, size] if weight_grad else [0]),

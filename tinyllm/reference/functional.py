@@ -74,11 +74,17 @@ def embedding(
     *,
     positions: Tensor | None = None,
     dropout_p: float = 0.0,
+    factors: Tensor | None = None,
 ) -> Tensor:
-    """weight[input] + positions, with dropout; the other arguments are those of `torch.nn.functional.embedding`."""
+    """weight[input] + positions, with dropout; the other arguments are those of `torch.nn.functional.embedding`.
+
+    factors: what the sum is multiplied by, such as a dropout mask that is known already.
+    """
     vectors = F.embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
     if positions is not None:
         vectors = vectors + positions
+    if factors is not None:
+        vectors = vectors * factors.to(vectors.dtype)
     return torch.dropout(vectors, dropout_p, dropout_p > 0.0)
 
 
