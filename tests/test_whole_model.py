@@ -234,6 +234,15 @@ def test_a_large_call_is_not_one_operator(monkeypatch: pytest.MonkeyPatch, taken
     assert len(taken) == 2
 
 
+def test_the_loss_of_many_logits_does_not_hold_them(monkeypatch: pytest.MonkeyPatch, taken: list[Tensor]) -> None:
+    model, (ids, targets) = small_model(), tokens()
+    expected = model.loss(ids, targets)
+    monkeypatch.setattr(tinyllm.model, "_MANY_LOGITS", ids.numel() * 11)
+    torch.testing.assert_close(model.loss(ids, targets), expected)
+    assert ops.last_backend() == "cpp"
+    assert len(taken) == 1
+
+
 def test_a_frozen_model_is_one_operator(taken: list[Tensor]) -> None:
     small_model().requires_grad_(False)(tokens()[0])
     assert len(taken) == 1

@@ -279,13 +279,14 @@ class SimpleLLM(nn.Module):
         """
         if targets.shape != x.shape:
             raise ValueError(f"targets has shape {tuple(targets.shape)}; it must have x's, {tuple(x.shape)}")
-        ids = _checked_ids(x)
-        loss = self._as_one_operator(ids, targets)
+        ids, output = _checked_ids(x), self.output
+        # A small vocabulary's logits cost less than the bookkeeping of their blocks; a changed output must be called.
+        many = is_plain_linear(output) and ids.numel() * output.out_features >= _MANY_LOGITS
+        loss = None if many else self._as_one_operator(ids, targets)
         if loss is not None:
             return loss
-        features, output = self.features(ids).flatten(0, 1), self.output
-        # A small vocabulary's logits cost less than the bookkeeping of their blocks; a changed output must be called.
-        if not is_plain_linear(output) or features.size(0) * output.out_features < _MANY_LOGITS:
+        features = self.features(ids).flatten(0, 1)
+        if not many:
             return F.cross_entropy(apply_linear(output, features), targets.flatten())
         return ops.linear_cross_entropy(features, output.weight, targets.flatten(), linear_bias=output.bias)
 
