@@ -298,16 +298,7 @@ def draw_chart(results: Mapping[str, Any], path: Path) -> None:
     axes.set_axisbelow(True)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(axis="y", length=0)
-    axes.set_title("tinyllm against PyTorch on the CPU", loc="left", fontsize=13, fontweight="bold", pad=24)
-    axes.annotate(
-        _machine_line(results),
-        (0, 1),
-        xytext=(0, 9),
-        textcoords="offset points",
-        xycoords="axes fraction",
-        fontsize=9,
-        color="#555555",
-    )
+    _set_title(axes, "tinyllm against PyTorch on the CPU", results)
     handles = [Patch(color=COLORS[section], label=SECTIONS[section]) for section in sections]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=9)
     with replacing(path) as temporary:
@@ -360,15 +351,20 @@ def draw_lengths(results: Mapping[str, Any], path: Path) -> None:
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=9, loc="upper left")
-    axes.set_title("Causal attention over T (12 heads of 64)", loc="left", fontsize=13, fontweight="bold", pad=24)
+    _set_title(axes, "Causal attention over T (12 heads of 64)", results)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png")
+
+
+def _set_title(axes: Any, title: str, results: Mapping[str, Any]) -> None:
+    """The title, and below it where and when the figures were measured."""
+    axes.set_title(title, loc="left", fontsize=13, fontweight="bold", pad=24)
     axes.annotate(
         f"{_machine_line(results)}; {results['date'][:10]}",
         (0, 1),
         xytext=(0, 9),
         textcoords="offset points",
         xycoords="axes fraction",
-        fontsize=8,
+        fontsize=9,
         color="#555555",
     )
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png")

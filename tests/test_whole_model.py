@@ -79,7 +79,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "tied": {"num_heads": 2, "tie_embeddings": True, "bias": False},
     "tied pre-norm": {"tie_embeddings": True, "norm_first": True, "bias": False, "position": "learned"},
     "one layer": {"num_layers": 1, "causal": True, "norm_first": True},
-    "dropout": {"dropout": 0.0, "activation": "gelu"},
+    "gelu": {"activation": "gelu"},
 }
 
 
@@ -260,6 +260,21 @@ def test_what_stands_against_one_operator(taken: list[Tensor]) -> None:
     assert copy.deepcopy(model).bfloat16()(ids).dtype == torch.bfloat16
     assert copy.deepcopy(model).to("meta")(ids.to("meta")).device.type == "meta"
     assert not taken
+
+
+@pytest.mark.parametrize("position", ["sinusoidal", "learned"])
+def test_positions_of_another_dtype_are_promoted_as_by_the_modules(position: str, taken: list[Tensor]) -> None:
+    model, (ids, targets) = small_model(position=position), tokens()
+    model(ids)
+    assert len(taken) == 1
+    for name, parameter in model.named_parameters():
+        if not name.startswith("positional_encoding"):
+            parameter.data = parameter.data.double()
+    out = model(ids)
+    assert out.dtype == F64
+    torch.testing.assert_close(out, by_modules(model)(ids), **TIGHT)
+    assert model.loss(ids, targets).dtype == F64
+    assert len(taken) == 1
 
 
 def test_errors_are_those_of_the_modules() -> None:

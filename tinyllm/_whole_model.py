@@ -16,6 +16,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from tinyllm import ops
 from tinyllm.nn import (
+    PLAIN_TENSORS,
     LayerNorm,
     SelfAttention,
     TransformerBlock,
@@ -94,7 +95,8 @@ class WholeModel:
         if not is_plain_linear(output):
             return None
         parameters += [parameter for parameter in (output.weight, output.bias) if parameter is not None]
-        if len(settings) != 1 or len(eps) != 1 or any(type(p) not in (nn.Parameter, Tensor) for p in parameters):
+        plain_tensors = all(type(p) in PLAIN_TENSORS for p in (*parameters, *model.positional_encoding.parameters()))
+        if len(settings) != 1 or len(eps) != 1 or not plain_tensors:
             return None  # no layers: there is nothing to gain
         ((num_heads, causal, norm_first, activation),) = settings
         ids = torch.empty((1, 0), dtype=torch.int64, device=table.weight.device)
@@ -132,6 +134,11 @@ class WholeModel:
             wanted = [parameter.requires_grad for parameter in operands]
             if any(wanted) and not all(wanted):
                 return None
-        if ids.device != operands[0].device or not ops.serves_transformer(ids, operands, *self._settings[:2]):
+        positions = self._encoding.rows(ids.size(1))
+        # Positions are a buffer, or a parameter outside the list: nothing says that they were converted with the rest.
+        for tensor in (ids, positions):
+            if tensor.device != operands[0].device:
+                return None
+        if positions.dtype != operands[0].dtype or not ops.serves_transformer(ids, operands, *self._settings[:2]):
             return None
-        return ops.run_transformer(ids, operands, self._encoding.rows(ids.size(1)), target, self._settings)
+        return ops.run_transformer(ids, operands, positions, target, self._settings)

@@ -360,7 +360,7 @@ class TransformerBlock(nn.Module):
         # The weights are there, and the biases of all or of none.
         if any(weight is None for weight in found[: len(parts)]) or biases not in (0, len(parts)):
             return None
-        if any(type(parameter) not in _PLAIN_TENSORS for parameter in parameters):
+        if any(type(parameter) not in PLAIN_TENSORS for parameter in parameters):
             return None
         return parameters
 
@@ -386,11 +386,11 @@ def has_hooks(*modules: nn.Module) -> bool:
 
 def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether calling the module is a product with its weight, and the weight a tensor of numbers as they are."""
-    return type(module) is nn.Linear and not has_hooks(module) and type(module.weight) in _PLAIN_TENSORS
+    return type(module) is nn.Linear and not has_hooks(module) and type(module.weight) in PLAIN_TENSORS
 
 
 # Not a subclass, such as a quantized or distributed weight: it has its own way of being multiplied.
-_PLAIN_TENSORS = (nn.Parameter, Tensor)
+PLAIN_TENSORS = (nn.Parameter, Tensor)
 
 
 def apply_linear(module: nn.Module, x: Tensor) -> Tensor:

@@ -11,7 +11,6 @@
 namespace tinyllm::cpu {
 namespace {
 
-using torch::headeronly::IntHeaderOnlyArrayRef;
 using Shape = std::vector<int64_t>;
 
 constexpr int64_t kVector = 16;   // elements of the widest vector
