@@ -39,12 +39,14 @@ def info() -> dict[str, Any]:
             "threads": torch.get_num_threads(),
             "allocator": allocator_state(),
         },
-        "operators": {operator: {device: _backends(device) for device in devices} for operator in dispatch.OPERATORS},
+        "operators": {
+            operator: {device: _backends(operator, device) for device in devices} for operator in dispatch.OPERATORS
+        },
     }
 
 
-def _backends(device: str) -> dict[str, Any]:
-    reasons = {name: dispatch.unavailable(name, device) for name in dispatch.BACKENDS}
+def _backends(operator: str, device: str) -> dict[str, Any]:
+    reasons = {name: dispatch.unavailable(name, operator, device) for name in dispatch.BACKENDS}
     chosen = next(name for name in dispatch.BACKENDS if reasons[name] is None)
     return {"backend": chosen, "not": {name: reason for name, reason in reasons.items() if reason}}
 

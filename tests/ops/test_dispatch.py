@@ -115,7 +115,22 @@ def test_forcing_a_backend():
         assert ops.last_backend() == "reference"
     ops.layer_norm(x, 3)
     assert ops.last_backend() == ("cpp" if _extension.loaded else "reference")
-    with pytest.raises(ValueError, match="name is 'cuda2'; backends are cpp, reference"), ops.backend("cuda2"):
+    with pytest.raises(ValueError, match="name is 'cuda2'; backends are cpp, triton, reference"), ops.backend("cuda2"):
+        pass
+
+
+@pytest.mark.any_build
+def test_forcing_some_operators():
+    x = torch.ones(2, 3)
+    with ops.backend("reference", "layer_norm", "linear"):
+        ops.layer_norm(x, 3)
+        assert ops.last_backend() == "reference"
+        ops.rms_norm(x, 3)
+        assert ops.last_backend() == ("cpp" if _extension.loaded else "reference")
+    ops.layer_norm(x, 3)
+    assert ops.last_backend() == ("cpp" if _extension.loaded else "reference")
+    says = "operators has 'norm'; operators are layer_norm,"
+    with pytest.raises(ValueError, match=says), ops.backend("reference", "norm"):
         pass
 
 

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from tinyllm.ops.dispatch import no_kernel
+
 
 def check(
     input: Tensor,
@@ -46,7 +48,7 @@ def limits(input: Tensor, weight: Tensor | None, bias: Tensor | None = None) -> 
     """Why a backend cannot serve these parameters."""
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None and tensor.dtype != input.dtype and tensor.dtype != torch.float32:
-            return {"cpp": f"{name} is {tensor.dtype}; the kernel takes input's dtype, {input.dtype}, or float32"}
+            return no_kernel(f"{name} is {tensor.dtype}; the kernel takes input's dtype, {input.dtype}, or float32")
     return None
 
 

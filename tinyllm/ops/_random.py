@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tinyllm import _extension
+from tinyllm.ops._triton import register_fake
+from tinyllm.ops.dispatch import kernels
 
 
 def draw_rng(device: torch.device) -> Tensor:
@@ -14,16 +15,14 @@ def draw_rng(device: torch.device) -> Tensor:
     return torch.randint(2**63 - 1, (2,), dtype=torch.int64, device=device)
 
 
-def dropout_factors(rng: Tensor, rows: int, columns: int, dropout_p: float) -> Tensor:
-    """What a kernel with this state multiplies a (rows, columns) matrix by: 0 with probability dropout_p, else
-    1 / (1 - dropout_p). float32."""
+def dropout_factors(name: str, rng: Tensor, rows: int, columns: int, dropout_p: float) -> Tensor:
+    """What a kernel of backend `name` with this state multiplies a (rows, columns) matrix by: 0 with probability
+    dropout_p, else 1 / (1 - dropout_p). float32."""
     padded = (columns + 63) // 64 * 64
-    factors: Tensor = torch.ops.tinyllm.dropout_factors(rng, rows, padded, dropout_p)
+    factors: Tensor = kernels(name).dropout_factors(rng, rows, padded, dropout_p)
     return factors[:, :columns]
 
 
-if _extension.loaded:
-
-    @torch.library.register_fake("tinyllm::dropout_factors")
-    def _(rng, rows, columns, p):  # type: ignore[no-untyped-def]
-        return rng.new_empty(rows, columns, dtype=torch.float32)
+@register_fake("dropout_factors")
+def _(rng, rows, columns, p):  # type: ignore[no-untyped-def]
+    return rng.new_empty(rows, columns, dtype=torch.float32)

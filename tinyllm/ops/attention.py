@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tinyllm import _extension, reference
+from tinyllm import reference
 from tinyllm.ops._autograd import autocast_dtype, grads_by_reference, needs_grad
 from tinyllm.ops._random import draw_rng, dropout_factors
-from tinyllm.ops.dispatch import choose
+from tinyllm.ops._triton import register_fake
+from tinyllm.ops.dispatch import choose, kernels, no_kernel
 
 
 def scaled_dot_product_attention(
@@ -66,14 +67,15 @@ def scaled_dot_product_attention(
     _check_mask(attn_mask, query, key)
     if scale is None:
         scale = 1.0 / math.sqrt(query.size(-1)) if query.size(-1) > 0 else 1.0
-    if choose("attention", query, _limits(query, value, attn_mask)) == "reference":
+    name = choose("attention", query, _limits(query, value, attn_mask))
+    if name == "reference":
         return reference.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
         )
     rng = draw_rng(query.device) if dropout_p > 0.0 else None
     if needs_grad(query, key, value):
-        return _Attention.apply(query, key, value, attn_mask, is_causal, scale, dropout_p, rng)
-    return _forward(query, key, value, attn_mask, is_causal, scale, dropout_p, rng)[0]
+        return _Attention.apply(query, key, value, attn_mask, is_causal, scale, dropout_p, rng, name)
+    return _forward(name, query, key, value, attn_mask, is_causal, scale, dropout_p, rng)[0]
 
 
 def _alike(query: Tensor, key: Tensor, value: Tensor) -> bool:
@@ -148,7 +150,7 @@ def _broadcast(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> t
 
 def _limits(query: Tensor, value: Tensor, attn_mask: Tensor | None) -> dict[str, str] | None:
     if attn_mask is not None and needs_grad(attn_mask):
-        return {"cpp": "attn_mask requires a gradient; the kernel gives none"}
+        return no_kernel("attn_mask requires a gradient; the kernel gives none")
     if max(query.size(-1), value.size(-1)) > 1024:
         return {"cpp": f"head_dim is {max(query.size(-1), value.size(-1))}; the kernel takes at most 1024"}
     return None
@@ -164,6 +166,7 @@ def _four_dims(x: Tensor) -> Tensor:
 
 
 def _forward(
+    name: str,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -175,7 +178,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     if attn_mask is not None:
         attn_mask = _four_dims(attn_mask.expand(*query.shape[:-1], key.size(-2)))
-    out, lse = torch.ops.tinyllm.attention_fwd(
+    out, lse = kernels(name).attention_fwd(
         _four_dims(query), _four_dims(key), _four_dims(value), attn_mask, is_causal, scale, dropout_p, rng
     )
     return _shape_back(out, query, value.size(-1)), lse
@@ -197,10 +200,11 @@ class _Attention(torch.autograd.Function):
         scale: float,
         dropout_p: float,
         rng: Tensor | None,
+        name: str,
     ) -> Tensor:
-        out, lse = _forward(query, key, value, attn_mask, is_causal, scale, dropout_p, rng)
+        out, lse = _forward(name, query, key, value, attn_mask, is_causal, scale, dropout_p, rng)
         ctx.save_for_backward(query, key, value, attn_mask, out, lse, rng)
-        ctx.is_causal, ctx.scale, ctx.dropout_p = is_causal, scale, dropout_p
+        ctx.is_causal, ctx.scale, ctx.dropout_p, ctx.name = is_causal, scale, dropout_p, name
         return out
 
     @staticmethod
@@ -212,7 +216,7 @@ class _Attention(torch.autograd.Function):
             shape = (*query.shape[:-1], key.size(-2))
             factors = None
             if rng is not None:
-                factors = dropout_factors(rng, math.prod(shape[:-1]), shape[-1], ctx.dropout_p).view(shape)
+                factors = dropout_factors(ctx.name, rng, math.prod(shape[:-1]), shape[-1], ctx.dropout_p).view(shape)
             found = grads_by_reference(
                 lambda q, k, v: reference.scaled_dot_product_attention(
                     q, k, v, attn_mask, 0.0, ctx.is_causal, ctx.scale, gqa, weight_factors=factors
@@ -221,10 +225,10 @@ class _Attention(torch.autograd.Function):
                 ctx.needs_input_grad[:3],
                 (grad,),
             )
-            return *found, None, None, None, None, None
+            return *found, None, None, None, None, None, None
         if attn_mask is not None:
             attn_mask = _four_dims(attn_mask.expand(*query.shape[:-1], key.size(-2)))
-        grads = torch.ops.tinyllm.attention_bwd(
+        grads = kernels(ctx.name).attention_bwd(
             *(_four_dims(x) for x in (grad, query, key, value)),
             attn_mask,
             _four_dims(out),
@@ -241,21 +245,22 @@ class _Attention(torch.autograd.Function):
             None,
             None,
             None,
+            None,
         )
 
 
-if _extension.loaded:
+def _heads_inside(x: Tensor, columns: int) -> Tensor:
+    # (B, H, T, D) over memory in the order (B, T, H, D): joining the heads afterwards is free.
+    batch, heads, rows, _ = x.shape
+    return x.new_empty(batch, rows, heads, columns).transpose(1, 2)
 
-    def _heads_inside(x: Tensor, columns: int) -> Tensor:
-        # (B, H, T, D) over memory in the order (B, T, H, D): joining the heads afterwards is free.
-        batch, heads, rows, _ = x.shape
-        return x.new_empty(batch, rows, heads, columns).transpose(1, 2)
 
-    @torch.library.register_fake("tinyllm::attention_fwd")
-    def _(query, key, value, attn_mask, is_causal, scale, dropout_p=0.0, rng=None):  # type: ignore[no-untyped-def]
-        lse = query.new_empty(query.shape[:3], dtype=torch.promote_types(query.dtype, torch.float32))
-        return _heads_inside(query, value.size(-1)), lse
+@register_fake("attention_fwd")
+def _(query, key, value, attn_mask, is_causal, scale, dropout_p=0.0, rng=None):  # type: ignore[no-untyped-def]
+    lse = query.new_empty(query.shape[:3], dtype=torch.promote_types(query.dtype, torch.float32))
+    return _heads_inside(query, value.size(-1)), lse
 
-    @torch.library.register_fake("tinyllm::attention_bwd")
-    def _(grad, query, key, value, attn_mask, out, lse, is_causal, scale, dropout_p=0.0, rng=None):  # type: ignore[no-untyped-def]
-        return tuple(_heads_inside(x, x.size(-1)) for x in (query, key, value))
+
+@register_fake("attention_bwd")
+def _(grad, query, key, value, attn_mask, out, lse, is_causal, scale, dropout_p=0.0, rng=None):  # type: ignore[no-untyped-def]
+    return tuple(_heads_inside(x, x.size(-1)) for x in (query, key, value))

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tinyllm import _extension, reference
+from tinyllm import reference
 from tinyllm.ops._autograd import autocast_dtype, grads_by_reference, needs_grad
-from tinyllm.ops.dispatch import choose
+from tinyllm.ops._triton import register_fake
+from tinyllm.ops.dispatch import choose, kernels, no_kernel
 
 REDUCTIONS = ("none", "mean", "sum")  # in the order of PyTorch's numbers for them
 
@@ -48,7 +49,8 @@ def cross_entropy(
     dtype = input.dtype
     if autocast_dtype(input.device.type) is not None:
         dtype = torch.promote_types(dtype, torch.float32)  # what PyTorch's autocast does with its cross_entropy
-    if choose("cross_entropy", input, _limits(input, target, weight, reduction, label_smoothing)) == "reference":
+    name = choose("cross_entropy", input, _limits(input, target, weight, reduction, label_smoothing))
+    if name == "reference":
         return reference.cross_entropy(
             input.to(dtype),
             target,
@@ -61,9 +63,9 @@ def cross_entropy(
     rows = input if input.dim() == 2 else input.movedim(min(1, input.dim() - 1), -1).reshape(-1, _classes(input))
     arguments = (target.long().reshape(-1), weight, REDUCTIONS.index(reduction), ignore_index, label_smoothing)
     if needs_grad(input):
-        loss = _CrossEntropy.apply(rows, *arguments, dtype)
+        loss = _CrossEntropy.apply(rows, *arguments, dtype, name)
     else:
-        loss = torch.ops.tinyllm.cross_entropy_fwd(rows, *arguments, False)[0].to(dtype)
+        loss = kernels(name).cross_entropy_fwd(rows, *arguments, False)[0].to(dtype)
     return loss.reshape(target.shape) if reduction == "none" else loss
 
 
@@ -75,7 +77,7 @@ def _limits(
     input: Tensor, target: Tensor, weight: Tensor | None, reduction: str, label_smoothing: float
 ) -> dict[str, str] | None:
     if input.dim() == 0:
-        return {"cpp": "input is a scalar; the kernel takes (N, C), (C,) or (N, C, d1, ...)"}
+        return no_kernel("input is a scalar; the kernel takes (N, C), (C,) or (N, C, d1, ...)")
     index_shape = input.shape[:1] + input.shape[2:] if input.dim() > 1 else input.shape[:0]
     return target_limits(target, index_shape, input) or option_limits(
         weight, _classes(input), input, reduction, label_smoothing
@@ -85,12 +87,12 @@ def _limits(
 def target_limits(target: Tensor, index_shape: torch.Size, input: Tensor) -> dict[str, str] | None:
     """Why the losses' kernels cannot serve a target."""
     if target.dtype not in (torch.int64, torch.uint8) or target.shape != index_shape:
-        return {
-            "cpp": f"target is {target.dtype} of shape {list(target.shape)}; the kernel takes class indices of shape "
+        return no_kernel(
+            f"target is {target.dtype} of shape {list(target.shape)}; the kernel takes class indices of shape "
             f"{list(index_shape)}"
-        }
+        )
     if target.device != input.device:
-        return {"cpp": f"target is on {target.device}; the kernel needs it on input's device, {input.device}"}
+        return no_kernel(f"target is on {target.device}; the kernel needs it on input's device, {input.device}")
     return None
 
 
@@ -99,17 +101,17 @@ def option_limits(
 ) -> dict[str, str] | None:
     """Why the losses' kernels cannot serve class weights and options."""
     if reduction not in REDUCTIONS:
-        return {"cpp": f"reduction is {reduction!r}; the kernel knows {', '.join(REDUCTIONS)}"}
+        return no_kernel(f"reduction is {reduction!r}; the kernel knows {', '.join(REDUCTIONS)}")
     if not 0.0 <= label_smoothing <= 1.0:
-        return {"cpp": f"label_smoothing is {label_smoothing}; the kernel takes [0, 1]"}
+        return no_kernel(f"label_smoothing is {label_smoothing}; the kernel takes [0, 1]")
     if weight is None:
         return None
     if list(weight.shape) != [classes] or weight.device != input.device:
-        return {"cpp": f"weight has shape {list(weight.shape)} on {weight.device}; the kernel takes [{classes}]"}
+        return no_kernel(f"weight has shape {list(weight.shape)} on {weight.device}; the kernel takes [{classes}]")
     if weight.dtype not in (input.dtype, torch.float32):
-        return {"cpp": f"weight is {weight.dtype}; the kernel takes input's dtype, {input.dtype}, or float32"}
+        return no_kernel(f"weight is {weight.dtype}; the kernel takes input's dtype, {input.dtype}, or float32")
     if needs_grad(weight):
-        return {"cpp": "weight requires a gradient; the kernel gives none"}
+        return no_kernel("weight requires a gradient; the kernel gives none")
     return None
 
 
@@ -124,21 +126,22 @@ class _CrossEntropy(torch.autograd.Function):
         ignore_index: int,
         label_smoothing: float,
         dtype: torch.dtype,
+        name: str,
     ) -> Tensor:
         options = (reduction, ignore_index, label_smoothing)
         # Without a reduction each row has its own upstream gradient. float16 could lose a gradient that has not been
         # scaled yet. And a compiled graph cannot ask whether the upstream gradient is 1.
         early = reduction != 0 and input.dtype != torch.float16 and not torch.compiler.is_compiling()
-        loss, max_and_sum, grad_input = torch.ops.tinyllm.cross_entropy_fwd(input, target, weight, *options, early)
+        loss, max_and_sum, grad_input = kernels(name).cross_entropy_fwd(input, target, weight, *options, early)
         ctx.save_for_backward(input, target, weight, max_and_sum)
-        ctx.options, ctx.grad_input = options, grad_input if early else None
+        ctx.options, ctx.grad_input, ctx.name = options, grad_input if early else None, name
         return loss.to(dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         (grad,) = grads
         input, target, weight, max_and_sum = ctx.saved_tensors
-        nothing = (None,) * 6
+        nothing = (None,) * 7
         if torch.is_grad_enabled():
             reduction, ignore_index, label_smoothing = ctx.options
             found = grads_by_reference(
@@ -161,20 +164,19 @@ class _CrossEntropy(torch.autograd.Function):
             return early, *nothing
         if early is not None and early.dtype == max_and_sum.dtype:  # in 16 bits it would be rounded twice
             return early.mul_(grad), *nothing
-        return torch.ops.tinyllm.cross_entropy_bwd(
+        return kernels(ctx.name).cross_entropy_bwd(
             grad.to(max_and_sum.dtype), input, target, weight, max_and_sum, *ctx.options
         ), *nothing
 
 
-if _extension.loaded:
+@register_fake("cross_entropy_fwd")
+def _(input, target, weight, reduction, ignore_index, label_smoothing, with_grad):  # type: ignore[no-untyped-def]
+    compute = torch.promote_types(input.dtype, torch.float32)
+    loss = input.new_empty(input.shape[:1] if reduction == 0 else (), dtype=compute)
+    max_and_sum = input.new_empty((input.size(0), 2), dtype=compute)
+    return loss, max_and_sum, input.new_empty(input.shape if with_grad else (0,))
 
-    @torch.library.register_fake("tinyllm::cross_entropy_fwd")
-    def _(input, target, weight, reduction, ignore_index, label_smoothing, with_grad):  # type: ignore[no-untyped-def]
-        compute = torch.promote_types(input.dtype, torch.float32)
-        loss = input.new_empty(input.shape[:1] if reduction == 0 else (), dtype=compute)
-        max_and_sum = input.new_empty((input.size(0), 2), dtype=compute)
-        return loss, max_and_sum, input.new_empty(input.shape if with_grad else (0,))
 
-    @torch.library.register_fake("tinyllm::cross_entropy_bwd")
-    def _(grad, input, target, weight, max_and_sum, reduction, ignore_index, label_smoothing):  # type: ignore[no-untyped-def]
-        return input.new_empty(input.shape)
+@register_fake("cross_entropy_bwd")
+def _(grad, input, target, weight, max_and_sum, reduction, ignore_index, label_smoothing):  # type: ignore[no-untyped-def]
+    return input.new_empty(input.shape)

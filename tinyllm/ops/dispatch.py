@@ -2,6 +2,8 @@
 
 backend     serves          what it is
 cpp         CPU tensors     csrc/cpu, compiled into tinyllm._C
+triton      CUDA tensors    kernels/, compiled by Triton at the first call; in its interpreter (TRITON_INTERPRET=1) also
+                            CPU tensors, where it is forced
 reference   any tensor      tinyllm.reference, plain PyTorch
 """
 
@@ -9,39 +11,74 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
 from tinyllm import _extension
+from tinyllm.ops import _triton
 
 # Best first.
-BACKENDS = ("cpp", "reference")
-OPERATORS = (
-    "layer_norm",
-    "add_layer_norm",
-    "rms_norm",
-    "embedding",
-    "attention",
-    "linear",
-    "feed_forward",
-    "transformer_block",
-    "transformer",
-    "cross_entropy",
-    "linear_cross_entropy",
-)
-_KERNEL_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+BACKENDS = ("cpp", "triton", "reference")
+_REFERENCE = "reference"
+
+_FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_LEFT_TO_CUBLAS = "PyTorch's products (cuBLAS) serve it"
+_IN_PARTS = "its parts are served one by one"
+# Operator -> the dtypes that its Triton kernels take, or why there are none.
+_TRITON: dict[str, tuple[torch.dtype, ...] | str] = {
+    "layer_norm": _FLOATS,
+    "add_layer_norm": _FLOATS,
+    "rms_norm": _FLOATS,
+    "embedding": "no kernel yet",
+    "attention": "no kernel yet",
+    "linear": _LEFT_TO_CUBLAS,
+    "feed_forward": _LEFT_TO_CUBLAS,
+    "transformer_block": _IN_PARTS,
+    "transformer": _IN_PARTS,
+    "cross_entropy": "no kernel yet",
+    "linear_cross_entropy": "no kernel yet",
+}
+OPERATORS = tuple(_TRITON)
 
 _forced: str | None = None
+_forced_operators: tuple[str, ...] = ()  # none: all
 _last: str | None = None
 
 
-def unavailable(backend_name: str, device_type: str) -> str | None:
-    """Why a backend cannot serve tensors of a device type at all; None when it can."""
-    if backend_name == "reference":
+def unavailable(backend_name: str, operator: str, device_type: str, dtype: torch.dtype | None = None) -> str | None:
+    """Why a backend cannot serve an operator on tensors of a device type (and dtype) at all; None when it can."""
+    if backend_name == _REFERENCE:
         return None
-    if device_type != "cpu":
-        return f"it serves CPU tensors, not {device_type} ones"
-    return _extension.why_not
+    if backend_name == "cpp":
+        if device_type != "cpu":
+            return f"it serves CPU tensors, not {device_type} ones"
+        if _extension.why_not is not None:
+            return _extension.why_not
+        dtypes: tuple[torch.dtype, ...] = _FLOATS
+    else:
+        if device_type == "cpu" and _triton.interpreted:
+            if forced_backend(operator) != "triton":
+                return "it serves CUDA tensors; in its interpreter, CPU tensors where it is forced"
+        elif device_type != "cuda":
+            return f"it serves CUDA tensors, not {device_type} ones"
+        if _triton.why_not is not None:
+            return _triton.why_not
+        kernels = _TRITON[operator]
+        if isinstance(kernels, str):
+            return kernels
+        dtypes = kernels
+    return None if dtype is None or dtype in dtypes else f"no kernel for {dtype}"
+
+
+def no_kernel(reason: str) -> dict[str, str]:
+    """Limits of a call whose arguments no backend but the reference serves."""
+    return {"cpp": reason, "triton": reason}
+
+
+def kernels(backend_name: str) -> Any:
+    """The namespace of a backend's raw operators."""
+    return torch.ops.tinyllm_triton if backend_name == "triton" else torch.ops.tinyllm
 
 
 def choose(operator: str, tensor: torch.Tensor, limits: Mapping[str, str] | None = None) -> str:
@@ -56,32 +93,38 @@ def choose(operator: str, tensor: torch.Tensor, limits: Mapping[str, str] | None
     return name
 
 
-def serves(backend_name: str, tensor: torch.Tensor, limits: Mapping[str, str] | None = None) -> bool:
-    """Whether a call would be served by this backend, a forced one included."""
-    return _forced in (None, backend_name) and _why_not(backend_name, tensor, limits or {}) is None
+def serves(backend_name: str, operator: str, tensor: torch.Tensor, limits: Mapping[str, str] | None = None) -> bool:
+    """Whether a call would be served by this backend, a forced one included.
+
+    For operators that stand for several others: they do not, while only some are forced, which they would hide.
+    """
+    if _forced_operators and operator not in _forced_operators:
+        return False
+    return (
+        forced_backend(operator) in (None, backend_name)
+        and _why_not(backend_name, operator, tensor, limits or {}) is None
+    )
 
 
 def _choose(operator: str, tensor: torch.Tensor, limits: Mapping[str, str]) -> str:
-    if _forced is None:
-        if _why_not("cpp", tensor, limits) is None:
-            return "cpp"
-        return "reference"
-    if _why_not(_forced, tensor, limits) is None:
-        return _forced
-    reasons = "; ".join(f"{name}: {_why_not(name, tensor, limits) or 'can serve it'}" for name in BACKENDS)
-    raise RuntimeError(f"the forced backend {_forced!r} cannot serve this call of {operator}. {reasons}")
+    forced = forced_backend(operator)
+    for name in BACKENDS if forced is None else (forced,):
+        if _why_not(name, operator, tensor, limits) is None:
+            return name
+    reasons = "; ".join(f"{name}: {_why_not(name, operator, tensor, limits) or 'can serve it'}" for name in BACKENDS)
+    raise RuntimeError(f"the forced backend {forced!r} cannot serve this call of {operator}. {reasons}")
 
 
-def _why_not(name: str, tensor: torch.Tensor, limits: Mapping[str, str]) -> str | None:
-    reason = unavailable(name, tensor.device.type) or limits.get(name)
-    if reason is None and name != "reference" and tensor.dtype not in _KERNEL_DTYPES:
-        return f"no kernel for {tensor.dtype}"
+def _why_not(name: str, operator: str, tensor: torch.Tensor, limits: Mapping[str, str]) -> str | None:
+    reason = unavailable(name, operator, tensor.device.type, tensor.dtype) or limits.get(name)
+    if reason is None and name == "triton" and tensor.is_cuda:
+        return _triton.too_old(tensor.get_device())
     return reason
 
 
-def forced_backend() -> str | None:
-    """The backend that an enclosing `backend(...)` forces; None outside one."""
-    return _forced
+def forced_backend(operator: str) -> str | None:
+    """The backend that an enclosing `backend(...)` forces an operator to; None outside one."""
+    return _forced if not _forced_operators or operator in _forced_operators else None
 
 
 def last_backend() -> str | None:
@@ -90,19 +133,27 @@ def last_backend() -> str | None:
 
 
 @contextmanager
-def backend(name: str) -> Iterator[None]:
-    """Forces every operator to one backend, for comparisons and tests; for the whole process, not one thread.
+def backend(name: str, *operators: str) -> Iterator[None]:
+    """Forces every operator, or the named ones, to one backend, for comparisons and tests; for the whole process, not
+    one thread. Inside another one it stands alone.
 
-    A call that the backend cannot serve then raises RuntimeError and names each backend's reason.
+    A call that the backend cannot serve then raises RuntimeError and names each backend's reason. "triton" is for CUDA
+    tensors; under TRITON_INTERPRET=1, which must be set before tinyllm is imported, for CPU tensors too, slowly.
 
         with tinyllm.ops.backend("reference"):
             logits = model(tokens)
+        with tinyllm.ops.backend("triton", "attention", "layer_norm"):  # and the others as always
+            logits = model(tokens)
     """
-    global _forced
+    global _forced, _forced_operators
     if name not in BACKENDS:
         raise ValueError(f"name is {name!r}; backends are {', '.join(BACKENDS)}")
-    before, _forced = _forced, name
+    for operator in operators:
+        if operator not in OPERATORS:
+            raise ValueError(f"operators has {operator!r}; operators are {', '.join(OPERATORS)}")
+    before = _forced, _forced_operators
+    _forced, _forced_operators = name, operators
     try:
         yield
     finally:
-        _forced = before
+        _forced, _forced_operators = before

@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tinyllm import _extension, reference
+from tinyllm import reference
 from tinyllm.ops._autograd import grads_by_reference, needs_grad
 from tinyllm.ops._random import draw_rng, dropout_factors
-from tinyllm.ops.dispatch import choose
+from tinyllm.ops._triton import register_fake
+from tinyllm.ops.dispatch import choose, kernels, no_kernel
 
 
 def embedding(
@@ -48,7 +49,8 @@ def embedding(
     """
     padding_idx = _check(input, weight, padding_idx, positions, dropout_p)
     limits = _limits(weight, max_norm, scale_grad_by_freq, sparse, positions)
-    if choose("embedding", weight, limits) == "reference":
+    name = choose("embedding", weight, limits)
+    if name == "reference":
         call = lambda: reference.embedding(  # noqa: E731
             input,
             weight,
@@ -63,9 +65,9 @@ def embedding(
     else:
         rng = draw_rng(weight.device) if dropout_p > 0.0 else None
         if needs_grad(weight, positions):
-            call = lambda: _Embedding.apply(input, weight, padding_idx, positions, dropout_p, rng)  # noqa: E731
+            call = lambda: _Embedding.apply(input, weight, padding_idx, positions, dropout_p, rng, name)  # noqa: E731
         else:
-            call = lambda: torch.ops.tinyllm.embedding_fwd(input, weight, positions, dropout_p, rng)  # noqa: E731
+            call = lambda: kernels(name).embedding_fwd(input, weight, positions, dropout_p, rng)  # noqa: E731
     if torch.compiler.is_compiling():
         return call()
     try:
@@ -115,11 +117,11 @@ def _limits(
     positions: Tensor | None,
 ) -> dict[str, str] | None:
     if max_norm is not None:
-        return {"cpp": "max_norm changes the weight itself"}
+        return no_kernel("max_norm changes the weight itself")
     if scale_grad_by_freq or sparse:
-        return {"cpp": "the kernel's gradient is dense and not scaled"}
+        return no_kernel("the kernel's gradient is dense and not scaled")
     if positions is not None and positions.dtype != weight.dtype:
-        return {"cpp": f"positions is {positions.dtype}; the kernel takes weight's dtype, {weight.dtype}"}
+        return no_kernel(f"positions is {positions.dtype}; the kernel takes weight's dtype, {weight.dtype}")
     return None
 
 
@@ -140,44 +142,45 @@ class _Embedding(torch.autograd.Function):
         positions: Tensor | None,
         dropout_p: float,
         rng: Tensor | None,
+        name: str,
     ) -> Tensor:
         # Backward needs no value of weight or positions, but their shapes and, for a second backward, themselves.
         ctx.save_for_backward(input, weight, positions, rng)
-        ctx.padding_idx, ctx.dropout_p = padding_idx, dropout_p
-        return torch.ops.tinyllm.embedding_fwd(input, weight, positions, dropout_p, rng)
+        ctx.padding_idx, ctx.dropout_p, ctx.name = padding_idx, dropout_p, name
+        return kernels(name).embedding_fwd(input, weight, positions, dropout_p, rng)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         (grad,) = grads
         input, weight, positions, rng = ctx.saved_tensors
-        _, need_weight, _, need_positions, _, _ = ctx.needs_input_grad
+        _, need_weight, _, need_positions = ctx.needs_input_grad[:4]
         if torch.is_grad_enabled():
             factors = None
             if rng is not None:
-                factors = dropout_factors(rng, input.numel(), weight.size(1), ctx.dropout_p).view(grad.shape)
+                factors = dropout_factors(ctx.name, rng, input.numel(), weight.size(1), ctx.dropout_p).view(grad.shape)
             found = grads_by_reference(
                 lambda w, p: reference.embedding(input, w, ctx.padding_idx, positions=p, factors=factors),
                 (weight, positions),
                 (need_weight, need_positions),
                 (grad,),
             )
-            return None, found[0], None, found[1], None, None
-        grad_weight, grad_positions = torch.ops.tinyllm.embedding_bwd(
+            return None, found[0], None, found[1], None, None, None
+        grad_weight, grad_positions = kernels(ctx.name).embedding_bwd(
             grad, input, weight.size(0), ctx.padding_idx, need_weight, need_positions, ctx.dropout_p, rng
         )
-        return None, grad_weight if need_weight else None, None, grad_positions if need_positions else None, None, None
+        results = grad_weight if need_weight else None, grad_positions if need_positions else None
+        return None, results[0], None, results[1], None, None, None
 
 
-if _extension.loaded:
+@register_fake("embedding_fwd")
+def _(input, weight, positions, dropout_p=0.0, rng=None):  # type: ignore[no-untyped-def]
+    return weight.new_empty([*input.shape, weight.size(1)])
 
-    @torch.library.register_fake("tinyllm::embedding_fwd")
-    def _(input, weight, positions, dropout_p=0.0, rng=None):  # type: ignore[no-untyped-def]
-        return weight.new_empty([*input.shape, weight.size(1)])
 
-    @torch.library.register_fake("tinyllm::embedding_bwd")
-    def _(grad, input, num_embeddings, padding_idx, weight_grad, positions_grad, dropout_p=0.0, rng=None):  # type: ignore[no-untyped-def]
-        size = grad.size(-1)
-        return (
-            grad.new_empty([num_embeddings, size] if weight_grad else [0]),
-            grad.new_empty([input.size(-1), size] if positions_grad else [0]),
-        )
+@register_fake("embedding_bwd")
+def _(grad, input, num_embeddings, padding_idx, weight_grad, positions_grad, dropout_p=0.0, rng=None):  # type: ignore[no-untyped-def]
+    size = grad.size(-1)
+    return (
+        grad.new_empty([num_embeddings, size] if weight_grad else [0]),
+        grad.new_empty([input.size(-1), size] if positions_grad else [0]),
+    )

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tinyllm import _extension, reference
+from tinyllm import reference
 from tinyllm.ops._autograd import autocast_dtype, grads_by_reference, needs_grad
 from tinyllm.ops._norm import as_parameter, check, fake_parameter_grad, fake_statistics, limits
-from tinyllm.ops.dispatch import choose
+from tinyllm.ops._triton import register_fake
+from tinyllm.ops.dispatch import choose, kernels
 
 
 def layer_norm(
@@ -39,11 +40,12 @@ def layer_norm(
     shape = check(input, normalized_shape, weight, bias)
     if input.device.type != "cpu" and autocast_dtype(input.device.type) is not None:
         input = input.float()  # what PyTorch's autocast does with layer_norm on accelerators
-    if choose("layer_norm", input, limits(input, weight, bias)) == "reference":
+    name = choose("layer_norm", input, limits(input, weight, bias))
+    if name == "reference":
         return reference.layer_norm(input, shape, weight, bias, eps)
     if needs_grad(input, weight, bias):
-        return _LayerNorm.apply(input, shape, weight, bias, eps)
-    return torch.ops.tinyllm.layer_norm_fwd(input, shape, weight, bias, eps)[0]
+        return _LayerNorm.apply(input, shape, weight, bias, eps, name)
+    return kernels(name).layer_norm_fwd(input, shape, weight, bias, eps)[0]
 
 
 def add_layer_norm(
@@ -70,29 +72,36 @@ def add_layer_norm(
     shape = check(input, normalized_shape, weight, bias, residual)
     if input.device.type != "cpu" and autocast_dtype(input.device.type) is not None:
         input, residual = input.float(), residual.float()
-    if choose("add_layer_norm", input, limits(input, weight, bias)) == "reference":
+    name = choose("add_layer_norm", input, limits(input, weight, bias))
+    if name == "reference":
         return reference.add_layer_norm(input, residual, shape, weight, bias, eps)
     if needs_grad(input, residual, weight, bias):
-        return _AddLayerNorm.apply(input, residual, shape, weight, bias, eps)
-    normed, total, _, _ = torch.ops.tinyllm.add_layer_norm_fwd(input, residual, shape, weight, bias, eps)
+        return _AddLayerNorm.apply(input, residual, shape, weight, bias, eps, name)
+    normed, total, _, _ = kernels(name).add_layer_norm_fwd(input, residual, shape, weight, bias, eps)
     return normed, total
 
 
 class _LayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, input: Tensor, shape: tuple[int, ...], weight: Tensor | None, bias: Tensor | None, eps: float
+        ctx: Any,
+        input: Tensor,
+        shape: tuple[int, ...],
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+        name: str,
     ) -> Tensor:
-        normed, mean, rstd = torch.ops.tinyllm.layer_norm_fwd(input, shape, weight, bias, eps)
+        normed, mean, rstd = kernels(name).layer_norm_fwd(input, shape, weight, bias, eps)
         ctx.save_for_backward(input, weight, bias, mean, rstd)
-        ctx.shape, ctx.eps = shape, eps
+        ctx.shape, ctx.eps, ctx.name = shape, eps, name
         return normed
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         (grad,) = grads
         input, weight, bias, mean, rstd = ctx.saved_tensors
-        need_input, _, need_weight, need_bias, _ = ctx.needs_input_grad
+        need_input, _, need_weight, need_bias = ctx.needs_input_grad[:4]
         if torch.is_grad_enabled():
             found = grads_by_reference(
                 lambda x, w, b: reference.layer_norm(x, ctx.shape, w, b, ctx.eps),
@@ -100,8 +109,8 @@ class _LayerNorm(torch.autograd.Function):
                 (need_input, need_weight, need_bias),
                 (grad,),
             )
-            return found[0], None, found[1], found[2], None
-        grad_input, grad_weight, grad_bias = torch.ops.tinyllm.layer_norm_bwd(
+            return found[0], None, found[1], found[2], None, None
+        grad_input, grad_weight, grad_bias = kernels(ctx.name).layer_norm_bwd(
             grad, input, ctx.shape, weight, mean, rstd, need_weight or need_bias
         )
         return (
@@ -109,6 +118,7 @@ class _LayerNorm(torch.autograd.Function):
             None,
             as_parameter(grad_weight, weight, need_weight),
             as_parameter(grad_bias, bias, need_bias),
+            None,
             None,
         )
 
@@ -123,10 +133,11 @@ class _AddLayerNorm(torch.autograd.Function):
         weight: Tensor | None,
         bias: Tensor | None,
         eps: float,
+        name: str,
     ) -> tuple[Tensor, Tensor]:
-        normed, total, mean, rstd = torch.ops.tinyllm.add_layer_norm_fwd(input, residual, shape, weight, bias, eps)
+        normed, total, mean, rstd = kernels(name).add_layer_norm_fwd(input, residual, shape, weight, bias, eps)
         ctx.save_for_backward(total, weight, bias, mean, rstd)
-        ctx.shape, ctx.eps = shape, eps
+        ctx.shape, ctx.eps, ctx.name = shape, eps, name
         ctx.set_materialize_grads(False)
         return normed, total
 
@@ -136,7 +147,7 @@ class _AddLayerNorm(torch.autograd.Function):
         total, weight, bias, mean, rstd = ctx.saved_tensors
         need_weight, need_bias = ctx.needs_input_grad[3:5]
         if grad_normed is None:  # only the sum was used further
-            return grad_sum, grad_sum, None, None, None, None
+            return grad_sum, grad_sum, None, None, None, None, None
         if torch.is_grad_enabled():
             found = grads_by_reference(
                 lambda x, w, b: reference.layer_norm(x, ctx.shape, w, b, ctx.eps),
@@ -145,8 +156,8 @@ class _AddLayerNorm(torch.autograd.Function):
                 (grad_normed,),
             )
             grad = found[0] if grad_sum is None or found[0] is None else found[0] + grad_sum
-            return grad, grad, None, found[1], found[2], None
-        grad, grad_weight, grad_bias = torch.ops.tinyllm.add_layer_norm_bwd(
+            return grad, grad, None, found[1], found[2], None, None
+        grad, grad_weight, grad_bias = kernels(ctx.name).add_layer_norm_bwd(
             grad_normed, grad_sum, total, ctx.shape, weight, mean, rstd, need_weight or need_bias
         )
         return (
@@ -156,24 +167,26 @@ class _AddLayerNorm(torch.autograd.Function):
             as_parameter(grad_weight, weight, need_weight),
             as_parameter(grad_bias, bias, need_bias),
             None,
+            None,
         )
 
 
-if _extension.loaded:
+@register_fake("layer_norm_fwd")
+def _(input, shape, weight, bias, eps):  # type: ignore[no-untyped-def]
+    return input.new_empty(input.shape), fake_statistics(input, shape), fake_statistics(input, shape)
 
-    @torch.library.register_fake("tinyllm::layer_norm_fwd")
-    def _(input, shape, weight, bias, eps):  # type: ignore[no-untyped-def]
-        return input.new_empty(input.shape), fake_statistics(input, shape), fake_statistics(input, shape)
 
-    @torch.library.register_fake("tinyllm::add_layer_norm_fwd")
-    def _(input, residual, shape, weight, bias, eps):  # type: ignore[no-untyped-def]
-        outputs = input.new_empty(input.shape), input.new_empty(input.shape)
-        return *outputs, fake_statistics(input, shape), fake_statistics(input, shape)
+@register_fake("add_layer_norm_fwd")
+def _(input, residual, shape, weight, bias, eps):  # type: ignore[no-untyped-def]
+    outputs = input.new_empty(input.shape), input.new_empty(input.shape)
+    return *outputs, fake_statistics(input, shape), fake_statistics(input, shape)
 
-    @torch.library.register_fake("tinyllm::layer_norm_bwd")
-    def _(grad, input, shape, weight, mean, rstd, parameter_grads):  # type: ignore[no-untyped-def]
-        return input.new_empty(input.shape), *(fake_parameter_grad(mean, shape, parameter_grads) for _ in range(2))
 
-    @torch.library.register_fake("tinyllm::add_layer_norm_bwd")
-    def _(grad_normed, grad_sum, total, shape, weight, mean, rstd, parameter_grads):  # type: ignore[no-untyped-def]
-        return total.new_empty(total.shape), *(fake_parameter_grad(mean, shape, parameter_grads) for _ in range(2))
+@register_fake("layer_norm_bwd")
+def _(grad, input, shape, weight, mean, rstd, parameter_grads):  # type: ignore[no-untyped-def]
+    return input.new_empty(input.shape), *(fake_parameter_grad(mean, shape, parameter_grads) for _ in range(2))
+
+
+@register_fake("add_layer_norm_bwd")
+def _(grad_normed, grad_sum, total, shape, weight, mean, rstd, parameter_grads):  # type: ignore[no-untyped-def]
+    return total.new_empty(total.shape), *(fake_parameter_grad(mean, shape, parameter_grads) for _ in range(2))

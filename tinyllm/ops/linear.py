@@ -46,7 +46,7 @@ def linear(
     _check_input(input, activation)
     _check_layer(input, input.size(-1), "weight", weight, "bias", bias)
     _check_tensor(input, "residual", residual, (*input.shape[:-1], weight.size(0)))
-    if choose("linear", input, limits(input)) == "reference":
+    if choose("linear", input, limits("linear", input)) == "reference":
         return reference.linear(input, weight, bias, activation=activation, residual=residual)
     if needs_grad(input, weight, bias, residual):
         return _Linear.apply(input, weight, bias, residual, activation)
@@ -85,7 +85,7 @@ def feed_forward(
     _check_layer(input, input.size(-1), "weight1", weight1, "bias1", bias1)
     _check_layer(input, weight1.size(0), "weight2", weight2, "bias2", bias2)
     _check_tensor(input, "residual", residual, (*input.shape[:-1], weight2.size(0)))
-    if choose("feed_forward", input, limits(input)) == "reference":
+    if choose("feed_forward", input, limits("feed_forward", input)) == "reference":
         return reference.feed_forward(input, weight1, bias1, weight2, bias2, activation=activation, residual=residual)
     if needs_grad(input, weight1, bias1, weight2, bias2, residual):
         return _FeedForward.apply(input, weight1, bias1, weight2, bias2, residual, activation)
@@ -140,7 +140,7 @@ _MARGIN = 1.15
 _SAMPLES = ((4, (1, 1024, 1024)), (32, (16, 512, 512)), (None, (256, 512, 512)))
 
 
-def limits(input: Tensor) -> dict[str, str] | None:
+def limits(operator: str, input: Tensor) -> dict[str, str] | None:
     """Why the compiled products do not serve this input, for `choose`."""
     if input.device.type != "cpu" or not _extension.loaded:
         return None
@@ -151,7 +151,7 @@ def limits(input: Tensor) -> dict[str, str] | None:
         return {"cpp": "TINYLLM_LINEAR=torch"}
     if setting != "auto":
         raise ValueError(f"TINYLLM_LINEAR is {setting!r}; auto, cpp or torch is needed")
-    if forced_backend() == "cpp":
+    if forced_backend(operator) == "cpp":
         return None
     rows = input.numel() // max(1, input.size(-1))
     sample = next(sample for most, sample in _SAMPLES if most is None or rows <= most)

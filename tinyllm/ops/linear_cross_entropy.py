@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tinyllm import _extension, reference
+from tinyllm import reference
 from tinyllm.ops._autograd import autocast_dtype, grads_by_reference, needs_grad
+from tinyllm.ops._triton import register_fake
 from tinyllm.ops.cross_entropy import REDUCTIONS, option_limits, target_limits
-from tinyllm.ops.dispatch import choose
+from tinyllm.ops.dispatch import choose, kernels, no_kernel
 
 
 def linear_cross_entropy(
@@ -55,7 +56,8 @@ def linear_cross_entropy(
         input, linear_weight = input.to(low), linear_weight.to(low)
         linear_bias = None if linear_bias is None else linear_bias.to(low)
     limits = _limits(input, linear_weight, target, linear_bias, weight, reduction, label_smoothing)
-    if choose("linear_cross_entropy", input, limits) == "reference":
+    name = choose("linear_cross_entropy", input, limits)
+    if name == "reference":
         return reference.linear_cross_entropy(
             input,
             linear_weight,
@@ -69,9 +71,9 @@ def linear_cross_entropy(
     arguments = (input.reshape(-1, input.size(-1)), linear_weight, target.long().reshape(-1), linear_bias, weight)
     numbers = (REDUCTIONS.index(reduction), -100 if ignore_index is None else ignore_index, label_smoothing)
     if needs_grad(input, linear_weight, linear_bias):
-        loss = _LinearCrossEntropy.apply(*arguments, numbers, dtype)
+        loss = _LinearCrossEntropy.apply(*arguments, numbers, dtype, name)
     else:
-        loss = torch.ops.tinyllm.linear_cross_entropy_fwd(*arguments, *numbers, False, False, False)[0].to(dtype)
+        loss = kernels(name).linear_cross_entropy_fwd(*arguments, *numbers, False, False, False)[0].to(dtype)
     return loss.reshape(target.shape) if reduction == "none" else loss
 
 
@@ -85,23 +87,23 @@ def _limits(
     label_smoothing: float,
 ) -> dict[str, str] | None:
     if input.dim() not in (1, 2) or linear_weight.dim() != 2 or input.size(-1) != linear_weight.size(-1):
-        return {
-            "cpp": f"input has shape {list(input.shape)}, linear_weight {list(linear_weight.shape)}; the kernel takes "
+        return no_kernel(
+            f"input has shape {list(input.shape)}, linear_weight {list(linear_weight.shape)}; the kernel takes "
             "(N, D) or (D,), and (C, D)"
-        }
+        )
     if input.numel() == 0 or linear_weight.numel() == 0:
-        return {"cpp": "there is nothing to multiply"}
+        return no_kernel("there is nothing to multiply")
     classes = linear_weight.size(0)
     tensors: list[tuple[str, Tensor, tuple[torch.dtype, ...]]] = [("linear_weight", linear_weight, (input.dtype,))]
     if linear_bias is not None:
         if list(linear_bias.shape) != [classes]:
-            return {"cpp": f"linear_bias has shape {list(linear_bias.shape)}; the kernel takes [{classes}]"}
+            return no_kernel(f"linear_bias has shape {list(linear_bias.shape)}; the kernel takes [{classes}]")
         tensors.append(("linear_bias", linear_bias, (input.dtype, torch.float32)))
     for name, tensor, dtypes in tensors:
         if tensor.dtype not in dtypes:
-            return {"cpp": f"{name} is {tensor.dtype}; the kernel takes input's dtype, {input.dtype}"}
+            return no_kernel(f"{name} is {tensor.dtype}; the kernel takes input's dtype, {input.dtype}")
         if tensor.device != input.device:
-            return {"cpp": f"{name} is on {tensor.device}; the kernel needs it on input's device, {input.device}"}
+            return no_kernel(f"{name} is on {tensor.device}; the kernel needs it on input's device, {input.device}")
     return target_limits(target, input.shape[:-1], input) or option_limits(
         weight, classes, input, reduction, label_smoothing
     )
@@ -118,6 +120,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weight: Tensor | None,
         numbers: tuple[int, int, float],
         dtype: torch.dtype,
+        name: str,
     ) -> Tensor:
         arguments = (input, linear_weight, target, linear_bias, weight)
         # Without a reduction each row has its own upstream gradient, which only backward knows.
@@ -126,12 +129,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
             early and x is not None and needed
             for x, needed in zip((input, linear_weight, linear_bias), _needs(ctx), strict=True)
         ]
-        loss, *grads = torch.ops.tinyllm.linear_cross_entropy_fwd(*arguments, *numbers, *wanted)
+        loss, *grads = kernels(name).linear_cross_entropy_fwd(*arguments, *numbers, *wanted)
         # A compiled graph saves the gradients: it cannot hand something out once.
         compiling = torch.compiler.is_compiling()
         ctx.save_for_backward(*arguments, *(grads if early and compiling else ()))
         ctx.grads = grads if early and not compiling else None
-        ctx.numbers = numbers
+        ctx.numbers, ctx.name = numbers, name
         return loss.to(dtype)
 
     @staticmethod
@@ -157,7 +160,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 needed,
                 (grad,),
             )
-            return found[0], found[1], None, found[2], None, None, None
+            return found[0], found[1], None, found[2], None, None, None, None
         # Handed out once, because whoever gets them may write to them; a second backward computes them again.
         early, ctx.grads = ctx.grads, None
         if saved:
@@ -165,7 +168,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         elif early is None:
             upstream = grad.to(torch.promote_types(input.dtype, torch.float32))
             wanted = [x is not None and need for x, need in zip(inputs, needed, strict=True)]
-            early = torch.ops.tinyllm.linear_cross_entropy_bwd(
+            early = kernels(ctx.name).linear_cross_entropy_bwd(
                 upstream, input, linear_weight, target, linear_bias, weight, *ctx.numbers, *wanted
             )
         elif grad.item() != 1.0:
@@ -173,7 +176,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         found = [
             g.to(x.dtype) if need and x is not None else None for g, x, need in zip(early, inputs, needed, strict=True)
         ]
-        return found[0], found[1], None, found[2], None, None, None
+        return found[0], found[1], None, found[2], None, None, None, None
 
 
 def _needs(ctx: Any) -> tuple[bool, bool, bool]:
@@ -181,19 +184,19 @@ def _needs(ctx: Any) -> tuple[bool, bool, bool]:
     return ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3]
 
 
-if _extension.loaded:
+def _grads(input, linear_weight, need_input, need_weight, need_bias):  # type: ignore[no-untyped-def]
+    compute = torch.promote_types(input.dtype, torch.float32)
+    shapes = (input.shape, need_input), (linear_weight.shape, need_weight), (linear_weight.shape[:1], need_bias)
+    return tuple(input.new_empty(shape if needed else (0,), dtype=compute) for shape, needed in shapes)
 
-    def _grads(input, linear_weight, need_input, need_weight, need_bias):  # type: ignore[no-untyped-def]
-        compute = torch.promote_types(input.dtype, torch.float32)
-        shapes = (input.shape, need_input), (linear_weight.shape, need_weight), (linear_weight.shape[:1], need_bias)
-        return tuple(input.new_empty(shape if needed else (0,), dtype=compute) for shape, needed in shapes)
 
-    @torch.library.register_fake("tinyllm::linear_cross_entropy_fwd")
-    def _(input, linear_weight, target, linear_bias, weight, reduction, ignore_index, label_smoothing, *needs):  # type: ignore[no-untyped-def]
-        compute = torch.promote_types(input.dtype, torch.float32)
-        loss = input.new_empty(input.shape[:1] if reduction == 0 else (), dtype=compute)
-        return loss, *_grads(input, linear_weight, *needs)
+@register_fake("linear_cross_entropy_fwd")
+def _(input, linear_weight, target, linear_bias, weight, reduction, ignore_index, label_smoothing, *needs):  # type: ignore[no-untyped-def]
+    compute = torch.promote_types(input.dtype, torch.float32)
+    loss = input.new_empty(input.shape[:1] if reduction == 0 else (), dtype=compute)
+    return loss, *_grads(input, linear_weight, *needs)
 
-    @torch.library.register_fake("tinyllm::linear_cross_entropy_bwd")
-    def _(grad, input, linear_weight, target, linear_bias, weight, reduction, ignore_index, label_smoothing, *needs):  # type: ignore[no-untyped-def]
-        return _grads(input, linear_weight, *needs)
+
+@register_fake("linear_cross_entropy_bwd")
+def _(grad, input, linear_weight, target, linear_bias, weight, reduction, ignore_index, label_smoothing, *needs):  # type: ignore[no-untyped-def]
+    return _grads(input, linear_weight, *needs)

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tinyllm import _extension, reference
+from tinyllm import reference
 from tinyllm.ops._autograd import autocast_dtype, grads_by_reference, needs_grad
 from tinyllm.ops._norm import as_parameter, check, fake_parameter_grad, fake_statistics, limits
-from tinyllm.ops.dispatch import choose
+from tinyllm.ops._triton import register_fake
+from tinyllm.ops.dispatch import choose, kernels
 
 
 def rms_norm(
@@ -41,28 +42,31 @@ def rms_norm(
     shape = check(input, normalized_shape, weight)
     if input.device.type != "cpu" and autocast_dtype(input.device.type) is not None:
         input = input.float()  # what PyTorch's autocast does with rms_norm on accelerators
-    if choose("rms_norm", input, limits(input, weight)) == "reference":
+    name = choose("rms_norm", input, limits(input, weight))
+    if name == "reference":
         return reference.rms_norm(input, shape, weight, eps)
     if eps is None:
         eps = torch.finfo(torch.promote_types(input.dtype, torch.float32)).eps
     if needs_grad(input, weight):
-        return _RMSNorm.apply(input, shape, weight, eps)
-    return torch.ops.tinyllm.rms_norm_fwd(input, shape, weight, eps)[0]
+        return _RMSNorm.apply(input, shape, weight, eps, name)
+    return kernels(name).rms_norm_fwd(input, shape, weight, eps)[0]
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, input: Tensor, shape: tuple[int, ...], weight: Tensor | None, eps: float) -> Tensor:
-        normed, rstd = torch.ops.tinyllm.rms_norm_fwd(input, shape, weight, eps)
+    def forward(
+        ctx: Any, input: Tensor, shape: tuple[int, ...], weight: Tensor | None, eps: float, name: str
+    ) -> Tensor:
+        normed, rstd = kernels(name).rms_norm_fwd(input, shape, weight, eps)
         ctx.save_for_backward(input, weight, rstd)
-        ctx.shape, ctx.eps = shape, eps
+        ctx.shape, ctx.eps, ctx.name = shape, eps, name
         return normed
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         (grad,) = grads
         input, weight, rstd = ctx.saved_tensors
-        need_input, _, need_weight, _ = ctx.needs_input_grad
+        need_input, _, need_weight = ctx.needs_input_grad[:3]
         if torch.is_grad_enabled():
             found = grads_by_reference(
                 lambda x, w: reference.rms_norm(x, ctx.shape, w, ctx.eps),
@@ -70,17 +74,16 @@ class _RMSNorm(torch.autograd.Function):
                 (need_input, need_weight),
                 (grad,),
             )
-            return found[0], None, found[1], None
-        grad_input, grad_weight = torch.ops.tinyllm.rms_norm_bwd(grad, input, ctx.shape, weight, rstd, need_weight)
-        return grad_input, None, as_parameter(grad_weight, weight, need_weight), None
+            return found[0], None, found[1], None, None
+        grad_input, grad_weight = kernels(ctx.name).rms_norm_bwd(grad, input, ctx.shape, weight, rstd, need_weight)
+        return grad_input, None, as_parameter(grad_weight, weight, need_weight), None, None
 
 
-if _extension.loaded:
+@register_fake("rms_norm_fwd")
+def _(input, shape, weight, eps):  # type: ignore[no-untyped-def]
+    return input.new_empty(input.shape), fake_statistics(input, shape)
 
-    @torch.library.register_fake("tinyllm::rms_norm_fwd")
-    def _(input, shape, weight, eps):  # type: ignore[no-untyped-def]
-        return input.new_empty(input.shape), fake_statistics(input, shape)
 
-    @torch.library.register_fake("tinyllm::rms_norm_bwd")
-    def _(grad, input, shape, weight, rstd, parameter_grads):  # type: ignore[no-untyped-def]
-        return input.new_empty(input.shape), fake_parameter_grad(rstd, shape, parameter_grads)
+@register_fake("rms_norm_bwd")
+def _(grad, input, shape, weight, rstd, parameter_grads):  # type: ignore[no-untyped-def]
+    return input.new_empty(input.shape), fake_parameter_grad(rstd, shape, parameter_grads)

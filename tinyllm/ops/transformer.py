@@ -105,7 +105,7 @@ def run_transformer(
 
 def serves_transformer(input: Tensor, parameters: Sequence[Tensor], num_layers: int, num_heads: int) -> bool:
     """Whether a kernel takes such a model, its parameters fitting together."""
-    return serves("cpp", parameters[0], _limits(input, parameters, num_layers, num_heads))
+    return serves("cpp", "transformer", parameters[0], _limits(input, parameters, num_layers, num_heads))
 
 
 def transformer_misfit(
@@ -153,7 +153,7 @@ def transformer_misfit(
 def _limits(input: Tensor, parameters: Sequence[Tensor], num_layers: int, num_heads: int) -> dict[str, str] | None:
     table = parameters[0]
     hidden = parameters[1 + (4 if num_heads > 1 else 3)].size(0) if num_layers > 0 else 0
-    return block_limits(table, input.numel(), table.size(1), hidden, num_heads)
+    return block_limits("transformer", table, input.numel(), table.size(1), hidden, num_heads)
 
 
 class _Transformer(torch.autograd.Function):

@@ -76,7 +76,7 @@ def transformer_block(
 def serves_block(input: Tensor, parameters: Sequence[Tensor], num_heads: int) -> bool:
     """Whether a kernel takes such a block; otherwise it is faster in parts, each on its best backend."""
     return block_misfit(input, parameters, num_heads) is None and serves(
-        "cpp", input, _limits(input, parameters, num_heads)
+        "cpp", "transformer_block", input, _limits(input, parameters, num_heads)
     )
 
 
@@ -106,10 +106,12 @@ def block_misfit(input: Tensor, parameters: Sequence[Tensor], num_heads: int) ->
 
 def _limits(input: Tensor, parameters: Sequence[Tensor], num_heads: int) -> dict[str, str] | None:
     width, hidden = input.size(-1), parameters[4 if num_heads > 1 else 3].size(0)
-    return block_limits(input, input.numel() // max(1, width), width, hidden, num_heads)
+    return block_limits("transformer_block", input, input.numel() // max(1, width), width, hidden, num_heads)
 
 
-def block_limits(like: Tensor, rows: int, width: int, hidden: int, num_heads: int) -> dict[str, str] | None:
+def block_limits(
+    operator: str, like: Tensor, rows: int, width: int, hidden: int, num_heads: int
+) -> dict[str, str] | None:
     """Why a kernel does not serve blocks of these sizes; `like` has their dtype and device."""
     if autocast_dtype(like.device.type) is not None:
         return {"cpp": "autocast wants some of the parts in another dtype"}
@@ -119,7 +121,7 @@ def block_limits(like: Tensor, rows: int, width: int, hidden: int, num_heads: in
         return {"cpp": f"head_dim is {width // num_heads}; the kernel takes at most 1024"}
     if rows * width * hidden <= _SMALL:
         return None
-    return linear_limits(like)
+    return linear_limits(operator, like)
 
 
 class _TransformerBlock(torch.autograd.Function):

@@ -1,0 +1,43 @@
+"""What the launchers share."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Interpreted on the CPU (TRITON_INTERPRET=1), where there are no multiprocessors: enough programs for loops to wrap.
+_INTERPRETED_MULTIPROCESSORS = 4
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, on the CPU; decided by TRITON_INTERPRET when they are imported."""
+    return bool(triton.knobs.runtime.interpret)
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What sums and statistics are in: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def triton_compute_dtype(dtype: torch.dtype) -> tl.dtype:
+    """`compute_dtype` as a kernel's constant."""
+    return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+def multiprocessors(tensor: Tensor) -> int:
+    """How many multiprocessors the tensor's device has."""
+    return _multiprocessors(tensor.get_device()) if tensor.is_cuda else _INTERPRETED_MULTIPROCESSORS
+
+
+@functools.cache
+def _multiprocessors(index: int) -> int:
+    return int(torch.cuda.get_device_properties(index).multi_processor_count)
+
+
+def warps_for(elements: int, per_thread: int, most: int = 16) -> int:
+    """Warps for a tile of so many elements, a power of two, when each thread should hold `per_thread` of them."""
+    return max(1, min(most, elements // (32 * per_thread)))

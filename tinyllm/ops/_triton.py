@@ -1,0 +1,98 @@
+"""The Triton kernels as operators: `torch.ops.tinyllm_triton.*`, with the names and arguments of the compiled ones.
+
+A namespace of their own, because one process may have both for the same device: CPU tensors go to the compiled kernels,
+or, where Triton interprets, to these. Schemas are the launchers' own signatures.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+NAMESPACE = "tinyllm_triton"
+# Older ones lack bfloat16 and asynchronous copies.
+_MINIMUM_CAPABILITY = (8, 0)
+
+# File -> the launchers that become operators.
+_LAUNCHERS = {
+    "layer_norm": (
+        "layer_norm_fwd",
+        "layer_norm_bwd",
+        "add_layer_norm_fwd",
+        "add_layer_norm_bwd",
+        "rms_norm_fwd",
+        "rms_norm_bwd",
+    ),
+    "random": ("dropout_factors",),
+}
+
+_library: torch.library.Library | None = None
+
+
+def _on_its_device(launcher: Callable[..., Any]) -> Callable[..., Any]:
+    """Triton launches on the current device and stream; this makes the current device the first argument's."""
+
+    @functools.wraps(launcher)
+    def run(first: Tensor, *arguments: Any) -> Any:
+        if not first.is_cuda or first.get_device() == torch.cuda.current_device():
+            return launcher(first, *arguments)
+        with torch.cuda.device(first.device):
+            return launcher(first, *arguments)
+
+    return run
+
+
+def _register() -> tuple[bool, str | None]:
+    """Defines the operators; whether Triton interprets, and why they are not there."""
+    global _library
+    if importlib.util.find_spec("triton") is None:
+        return False, "triton is not installed"
+    import os
+
+    interpreted = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
+    if torch.version.cuda is None and not interpreted:
+        return False, "this build of torch has no CUDA"  # and its users need not wait for the import of triton
+    try:
+        modules = {name: importlib.import_module(f"tinyllm.kernels.{name}") for name in _LAUNCHERS}
+    except ImportError as error:
+        return interpreted, f"triton does not load: {error}"
+    _library = torch.library.Library(NAMESPACE, "DEF")
+    for module, names in _LAUNCHERS.items():
+        for name in names:
+            launcher = getattr(modules[module], name)
+            schema = torch.library.infer_schema(launcher, mutates_args=())
+            _library.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
+            for key in ("CPU", "CUDA") if interpreted else ("CUDA",):
+                _library.impl(name, _on_its_device(launcher), key)
+    return interpreted, None
+
+
+interpreted, why_not = _register()
+
+
+@functools.cache
+def too_old(index: int) -> str | None:
+    """Why the kernels do not run on a GPU."""
+    capability = torch.cuda.get_device_capability(index)
+    if capability >= _MINIMUM_CAPABILITY:
+        return None
+    return f"it needs compute capability 8.0 or later; cuda:{index} has {'.'.join(map(str, capability))}"
+
+
+def register_fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Gives an operator its shapes for the compiler, in each namespace that has it."""
+    from tinyllm import _extension
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        if _extension.loaded:
+            torch.library.register_fake(f"tinyllm::{name}")(function)
+        if why_not is None and any(name in names for names in _LAUNCHERS.values()):
+            torch.library.register_fake(f"{NAMESPACE}::{name}", lib=_library)(function)
+        return function
+
+    return register
