@@ -11,6 +11,8 @@ from torch import Tensor
 
 # Interpreted on the CPU (TRITON_INTERPRET=1), where there are no multiprocessors: enough programs for loops to wrap.
 _INTERPRETED_MULTIPROCESSORS = 4
+# The interpreter runs what the newest chips run, tensor descriptors too.
+_INTERPRETED_CAPABILITY = (9, 0)
 
 
 def interpreted() -> bool:
@@ -36,6 +38,16 @@ def multiprocessors(tensor: Tensor) -> int:
 @functools.cache
 def _multiprocessors(index: int) -> int:
     return int(torch.cuda.get_device_properties(index).multi_processor_count)
+
+
+def capability(tensor: Tensor) -> tuple[int, int]:
+    """The compute capability, (major, minor), of the tensor's device."""
+    return _capability(tensor.get_device()) if tensor.is_cuda else _INTERPRETED_CAPABILITY
+
+
+@functools.cache
+def _capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
 
 
 def warps_for(elements: int, per_thread: int, most: int = 16) -> int:
