@@ -29,6 +29,7 @@ _LAUNCHERS = {
         "rms_norm_bwd",
     ),
     "random": ("dropout_factors",),
+    "attention": ("attention_fwd", "attention_bwd"),
 }
 
 _library: torch.library.Library | None = None

@@ -23,6 +23,7 @@ BACKENDS = ("cpp", "triton", "reference")
 _REFERENCE = "reference"
 
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_NOT_DOUBLE = (torch.float32, torch.bfloat16, torch.float16)
 _LEFT_TO_CUBLAS = "PyTorch's products (cuBLAS) serve it"
 _IN_PARTS = "its parts are served one by one"
 # Operator -> the dtypes that its Triton kernels take, or why there are none.
@@ -31,7 +32,7 @@ _TRITON: dict[str, tuple[torch.dtype, ...] | str] = {
     "add_layer_norm": _FLOATS,
     "rms_norm": _FLOATS,
     "embedding": "no kernel yet",
-    "attention": "no kernel yet",
+    "attention": _NOT_DOUBLE,
     "linear": _LEFT_TO_CUBLAS,
     "feed_forward": _LEFT_TO_CUBLAS,
     "transformer_block": _IN_PARTS,

@@ -1,0 +1,236 @@
+"""scaled_dot_product_attention on NVIDIA GPUs: the launchers. The kernels are in forward.py, backward.py and
+backward_keys.py.
+
+bfloat16 and float16 multiply as they are and add in float32. float32 multiplies as torch.set_float32_matmul_precision
+says: "highest", PyTorch's default, as three tf32 products, which keep about 22 bits; otherwise as one, which keeps 11.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from ..launch import capability, interpreted, multiprocessors
+from ..random import drop_threshold, kept_scale
+from ..tuning import Tile, choose_tile
+from . import configs
+from .backward import delta_kernel, queries_kernel
+from .backward_keys import keys_kernel
+from .forward import decode_kernel, forward_kernel, join_kernel
+
+_LOG2_E = 1.4426950408889634
+_DELTA_ROWS, _JOINED_AT_ONCE = 32, 16
+
+
+def attention_fwd(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    dropout_p: float = 0.0,
+    rng: Tensor | None = None,
+    key_lengths: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    call = _Call(query, key, value, attn_mask, is_causal, scale, dropout_p, rng, key_lengths)
+    out = _heads_inside(query, value.size(-1))
+    lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
+    if lse.numel() == 0:
+        return out, lse
+    if call.keys == 0:
+        return out.zero_(), lse.fill_(float("-inf"))
+    if call.group * call.queries <= configs.DECODE_ROWS and call.chunks == 1:
+        _decode(call, out, lse)
+        return out, lse
+
+    def run(tile: Tile) -> None:
+        sources, descriptors = call.sources(tile, (query, call.d), (key, call.d), (value, call.dv))
+        grid = (triton.cdiv(call.queries, tile.rows) * call.chunks * call.batch * call.heads,)
+        forward_kernel[grid](
+            *sources, attn_mask, key_lengths, rng, out, lse, *call.strides(query, key, value), *out.stride()[:3],
+            *call.sizes(), *call.numbers(), CHUNKS=call.chunks, NEGATIVE_SCALE=scale < 0, DESCRIPTORS=descriptors,
+            **call.constants(tile),
+        )  # fmt: skip
+
+    run(call.choose("attention_fwd", configs.forward_tiles, run))
+    return out, lse
+
+
+def attention_bwd(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    is_causal: bool,
+    scale: float,
+    dropout_p: float = 0.0,
+    rng: Tensor | None = None,
+    key_lengths: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    call = _Call(query, key, value, attn_mask, is_causal, scale, dropout_p, rng, key_lengths)
+    grad_query = _heads_inside(query, query.size(-1))
+    grad_key, grad_value = _heads_inside(key, key.size(-1)), _heads_inside(value, value.size(-1))
+    if lse.numel() == 0 or key.size(1) * call.keys == 0:
+        return grad_query.zero_(), grad_key.zero_(), grad_value.zero_()
+    delta = torch.empty_like(lse)
+    delta_kernel[(triton.cdiv(call.queries, _DELTA_ROWS) * call.batch * call.heads,)](
+        grad, out, delta, *grad.stride(), *out.stride(), call.heads, call.queries, call.value_dim, ROWS=_DELTA_ROWS,
+        DV=min(call.dv, 256), num_warps=4,
+    )  # fmt: skip
+    strides = call.strides(query, key, value, grad)
+    numbers = (call.scale, scale, *call.numbers()[1:])
+
+    def run_keys(tile: Tile) -> None:
+        sources, descriptors = call.sources(
+            tile, (query, call.d), (key, call.d), (value, call.dv), (grad, call.dv), by_keys=True
+        )
+        grid = (triton.cdiv(call.keys, tile.columns) * call.chunks * call.batch * call.heads // call.group,)
+        keys_kernel[grid](
+            *sources, attn_mask, key_lengths, rng, lse, delta, grad_key, grad_value, *strides, *grad_key.stride()[:3],
+            *grad_value.stride()[:3], *call.sizes(), *numbers, CHUNKS=call.chunks, DESCRIPTORS=descriptors,
+            **call.constants(tile),
+        )  # fmt: skip
+
+    def run_queries(tile: Tile) -> None:
+        sources, descriptors = call.sources(tile, (query, call.d), (key, call.d), (value, call.dv), (grad, call.dv))
+        grid = (triton.cdiv(call.queries, tile.rows) * call.chunks * call.batch * call.heads,)
+        queries_kernel[grid](
+            *sources, attn_mask, key_lengths, rng, lse, delta, grad_query, *strides, *grad_query.stride()[:3],
+            *call.sizes(), *numbers, CHUNKS=call.chunks, DESCRIPTORS=descriptors, **call.constants(tile),
+        )  # fmt: skip
+
+    run_keys(call.choose("attention_bwd_keys", configs.backward_keys_tiles, run_keys))
+    run_queries(call.choose("attention_bwd_queries", configs.backward_queries_tiles, run_queries))
+    return grad_query, grad_key, grad_value
+
+
+def _decode(call: _Call, out: Tensor, lse: Tensor) -> None:
+    """Few queries: the keys are split over so many programs that every multiprocessor has some."""
+    query, key, value = call.query, call.key, call.value
+    tile = configs.decode_tile(call.d, call.dv, query.element_size())
+    groups = call.batch * call.heads // call.group
+    most = triton.cdiv(call.keys, 2 * tile.columns)
+    splits = max(1, min(triton.cdiv(2 * multiprocessors(query), groups), most))
+    split = triton.cdiv(triton.cdiv(call.keys, splits), tile.columns) * tile.columns
+    splits = triton.cdiv(call.keys, split)
+    parts = torch.empty((splits, *lse.shape, call.value_dim), dtype=torch.float32, device=query.device)
+    parts_lse = torch.empty((splits, *lse.shape), dtype=torch.float32, device=query.device)
+    (_, k, v), descriptors = call.sources(tile, (query, call.d), (key, call.d), (value, call.dv))
+    decode_kernel[(splits, groups)](
+        query, k, v, call.mask, call.key_lengths, call.rng, parts, parts_lse, *call.strides(query, key, value),
+        call.batch, *call.sizes(), *call.numbers(), split, NEGATIVE_SCALE=call.scale < 0, DESCRIPTORS=descriptors,
+        **call.constants(tile),
+    )  # fmt: skip
+    join_kernel[(lse.numel(),)](
+        parts, parts_lse, out, lse, *out.stride()[:3], lse.numel(), call.heads, call.queries, call.value_dim, splits,
+        SPLITS=_JOINED_AT_ONCE, DV=call.dv, num_warps=4,
+    )  # fmt: skip
+
+
+class _Call:
+    """The sizes and constants that follow from a call's arguments."""
+
+    def __init__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None,
+        is_causal: bool,
+        scale: float,
+        dropout_p: float,
+        rng: Tensor | None,
+        key_lengths: Tensor | None,
+    ) -> None:
+        self.query, self.key, self.value = query, key, value
+        self.mask, self.key_lengths, self.rng = attn_mask, key_lengths, rng
+        self.batch, self.heads, self.queries, self.head_dim = query.shape
+        self.keys, self.value_dim = key.size(2), value.size(3)
+        self.group = max(1, self.heads // max(1, key.size(1)))
+        self.scale = scale * _LOG2_E
+        self.causal, self.dropout_p = is_causal, dropout_p
+        self.mask_kind = 0 if attn_mask is None else 1 if attn_mask.dtype == torch.bool else 2
+        widest = max(self.head_dim, self.value_dim)
+        self.chunks = 1
+        if widest <= configs.WIDEST:
+            self.d, self.dv = (max(16, triton.next_power_of_2(n)) for n in (self.head_dim, self.value_dim))
+        else:
+            self.d = self.dv = configs.CHUNK
+            self.chunks = triton.cdiv(widest, configs.CHUNK)
+        self.precision = "widened" if interpreted() and query.dtype == torch.bfloat16 else "ieee"
+        if query.dtype == torch.float32:
+            self.precision = "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+    def choose(self, kernel: str, tiles: Callable[..., list[Tile]], run: Callable[[Tile], None]) -> Tile:
+        candidates = tiles(
+            self.d, self.dv, self.query.element_size(), self.queries, self.chunks, capability(self.query)
+        )
+        key = (self.query.dtype, self.d, self.dv, self.chunks, self.causal, self.mask_kind, self.rng is not None)
+        lengths = (triton.next_power_of_2(n) for n in (self.queries, self.keys))
+        return choose_tile(kernel, self.query, (*key, *lengths), candidates, run)
+
+    def sources(
+        self, tile: Tile, *tensors: tuple[Tensor, int], by_keys: bool = False
+    ) -> tuple[list[Tensor | TensorDescriptor], bool]:
+        """What kernels load tiles from: descriptors if the chip has them and can describe every tensor, else the
+        tensors. Each comes with the columns of its tiles; the second and third are keys and values."""
+        if capability(self.query) < (9, 0) or not all(_describable(tensor) for tensor, _ in tensors):
+            return [tensor for tensor, _ in tensors], False
+        heights = (tile.rows, tile.columns, tile.columns, tile.rows)
+        return [
+            TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), [1, 1, rows, columns])
+            for (tensor, columns), rows in zip(tensors, heights, strict=False)
+        ], True
+
+    def strides(self, *tensors: Tensor) -> list[int]:
+        """Of the tensors, each by batch, head, row and column, and then of the mask."""
+        mask = (0, 0, 0, 0) if self.mask is None else self.mask.stride()
+        return [stride for tensor in tensors for stride in tensor.stride()] + list(mask)
+
+    def sizes(self) -> tuple[int, ...]:
+        return self.heads, self.group, self.queries, self.keys, self.head_dim, self.value_dim
+
+    def numbers(self) -> tuple[float, ...]:
+        return self.scale, drop_threshold(self.dropout_p), kept_scale(self.dropout_p)
+
+    def constants(self, tile: Tile) -> dict[str, Any]:
+        return {
+            "ROWS": tile.rows,
+            "COLUMNS": tile.columns,
+            "D": self.d,
+            "DV": self.dv,
+            "CHECK_D": self.chunks * self.d != self.head_dim,
+            "CHECK_DV": self.chunks * self.dv != self.value_dim,
+            "CAUSAL": self.causal,
+            "MASK": self.mask_kind,
+            "DROPOUT": self.rng is not None,
+            "PRECISION": self.precision,
+            "num_warps": tile.warps,
+            "num_stages": tile.stages,
+        }
+
+
+def _describable(tensor: Tensor) -> bool:
+    """Whether a tensor descriptor can stand for it: rows of neighbours, everything at multiples of 16 bytes, and no
+    dimension that is one row repeated."""
+    size = tensor.element_size()
+    return (
+        tensor.stride(-1) == 1
+        and tensor.data_ptr() % 16 == 0
+        and all(stride > 0 and stride * size % 16 == 0 and stride * size < 2**40 for stride in tensor.stride()[:-1])
+    )
+
+
+def _heads_inside(like: Tensor, columns: int) -> Tensor:
+    """(B, H, T, columns) over memory in the order (B, T, H, columns): joining the heads afterwards is free."""
+    batch, heads, rows, _ = like.shape
+    return torch.empty((batch, rows, heads, columns), dtype=like.dtype, device=like.device).transpose(1, 2)
