@@ -3,12 +3,13 @@
 #   make test    all tests
 #   make bench   benchmarks against PyTorch; updates benchmarks/results/ and the README's tables
 #   make lint    ruff, mypy, clang-format
+#   make gpu-compile    the GPU kernels' registers, spills and shared memory, read without a GPU
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
 
-.PHONY: demo test bench lint format clean
+.PHONY: demo test bench lint gpu-compile format clean
 
 # What building and checking need; torch is pinned, so that no other one is downloaded.
 .venv/tools: pyproject.toml constraints.txt
@@ -38,6 +39,9 @@ lint: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(SOURCES)
+
+gpu-compile: .venv/installed
+	$(BIN)/python -m tests.gpu_compile
 
 format: .venv/installed
 	$(BIN)/ruff check --fix .

@@ -26,13 +26,16 @@ from torch import Tensor
 
 from .launch import compute_dtype, multiprocessors, triton_compute_dtype, warps_for
 
-# Elements that a program holds of each tensor.
+# Elements that a program, and a thread, hold of each tensor; in float64 a quarter as many.
 FORWARD_TILE, BACKWARD_TILE = 4096, 4096
+PER_THREAD = 16
 # Columns up to which a whole row is held in registers.
 FORWARD_ROW, BACKWARD_ROW = 16384, 8192
 # Columns at a time of rows that are wider.
 WIDE_BLOCK = 4096
-SUM_ROWS, SUM_COLUMNS = 32, 32
+# Bytes on their way to shared memory: two tiles ahead where that many suffice. The smallest chips have 99 KiB.
+AHEAD_BYTES = 96 * 1024
+SUM_ROWS, SUM_COLUMNS = 128, 16
 
 
 @triton.jit
@@ -391,10 +394,16 @@ def _flat(parameter: Tensor | None) -> Tensor | None:
     return None if parameter is None else parameter.reshape(-1).contiguous()
 
 
-def _tile(columns: int, elements: int) -> tuple[int, int]:
-    """Rows and columns of a tile, powers of two."""
+def _held(elements: int, compute: torch.dtype) -> int:
+    """How many fit where so many float32 elements do, without spills."""
+    return elements // 4 if compute == torch.float64 else elements
+
+
+def _tile(columns: int, elements: int, compute: torch.dtype) -> tuple[int, int, int]:
+    """Rows and columns of a tile, powers of two, and its warps."""
     block = triton.next_power_of_2(columns)
-    return max(1, min(64, elements // block)), block
+    rows = max(1, min(64, _held(elements, compute) // block))
+    return rows, block, warps_for(rows * block, _held(PER_THREAD, compute))
 
 
 def _forward(
@@ -419,11 +428,10 @@ def _forward(
         return normed, total, mean, rstd
     common = (x, r, _flat(weight), _flat(bias), normed, total, mean, rstd, x.stride(0), 0 if r is None else r.stride(0))
     constants = {"CENTERED": centered, "COMPUTE": triton_compute_dtype(input.dtype)}
-    if columns > FORWARD_ROW:
+    if columns > _held(FORWARD_ROW, compute):
         forward_wide_kernel[(rows,)](*common, columns, eps, BLOCK=WIDE_BLOCK, num_warps=8, **constants)
     else:
-        tile_rows, block = _tile(columns, FORWARD_TILE)
-        warps = warps_for(tile_rows * block, 16)
+        tile_rows, block, warps = _tile(columns, FORWARD_TILE, compute)
         forward_kernel[(triton.cdiv(rows, tile_rows),)](
             *common, rows, columns, eps, ROWS=tile_rows, BLOCK=block, num_warps=warps, **constants
         )
@@ -451,9 +459,11 @@ def _backward(
     g, x = _as_rows(grad, columns), _as_rows(input, columns)
     s = None if grad_sum is None else _as_rows(grad_sum, columns)
     strides = (g.stride(0), 0 if s is None else s.stride(0), x.stride(0))
-    tile_rows, block = _tile(columns, BACKWARD_TILE)
-    wide = columns > BACKWARD_ROW
-    programs = min(multiprocessors(input) * 2, rows if wide else triton.cdiv(rows, tile_rows))
+    tile_rows, block, warps = _tile(columns, BACKWARD_TILE, compute)
+    wide = columns > _held(BACKWARD_ROW, compute)
+    # As many as run at a time: a thread needs up to 128 registers.
+    programs = multiprocessors(input) * (1 if warps > 8 and not wide else 2)
+    programs = min(programs, rows if wide else triton.cdiv(rows, tile_rows))
     weight_parts = bias_parts = None
     if parameter_grads:
         weight_parts = torch.empty((programs, columns), dtype=compute, device=input.device)
@@ -468,9 +478,10 @@ def _backward(
                 num_warps=4, **constants,
             )  # fmt: skip
     else:
+        tile_bytes = tile_rows * block * (g.itemsize + x.itemsize + (0 if s is None else s.itemsize))
         backward_kernel[(programs,)](
-            *common, weight_parts, bias_parts, *strides, rows, columns, ROWS=tile_rows, BLOCK=block, STAGES=2,
-            num_warps=warps_for(tile_rows * block, 16), **constants,
+            *common, weight_parts, bias_parts, *strides, rows, columns, ROWS=tile_rows, BLOCK=block,
+            STAGES=3 if 2 * tile_bytes <= AHEAD_BYTES else 2, num_warps=warps, **constants,
         )  # fmt: skip
     if weight_parts is not None:
         sum_parts_kernel[(triton.cdiv(columns, SUM_COLUMNS), 1 + centered)](

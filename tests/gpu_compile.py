@@ -1,0 +1,330 @@
+"""Compiles every Triton kernel without a GPU, and reads from the machine code what decides its speed:
+
+    python -m tests.gpu_compile [--only PATTERN] [--arch 90] [--sass DIR]
+
+The launchers of `kernels/` run as they are, on CPU tensors, but for a driver that names a GPU which is not there and
+launches that end once their kernel is compiled. So what is compiled is what a GPU of that kind would run, with the
+tiles, warps and specialisations that the launcher chooses. Fails where a kernel spills registers to local memory, or
+where its machine code lacks what `CLAIMS` says of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+# Before triton reads them. Interpreted kernels are not compiled; and newer versions warn of a default to come.
+os.environ.pop("TRITON_INTERPRET", None)
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime.autotuner import Autotuner
+from triton.runtime.jit import JITFunction
+
+from kernels import launch, layer_norm
+
+ARCHITECTURES = (80, 90, 100)
+# What a program may have of shared memory, in bytes; 86, 89 and 120 are the desktops' chips, compiled for on demand.
+SHARED_LIMIT = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
+MULTIPROCESSORS = 132  # an H200's
+WORKERS = 2
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+Call = Callable[[], object]
+
+
+# ---- What is compiled
+
+
+def tensor(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """Of any content: nothing runs. A few rows do: their number decides nothing but the grid."""
+    return torch.empty(shape, dtype=dtype)
+
+
+def _norm_cases() -> Iterator[tuple[str, Call]]:
+    rows = 4096
+    widths = {
+        torch.bfloat16: (768, 1024, 4096, 8192, 12288),
+        torch.float32: (768, 4096, 8192),
+        torch.float64: (2048,),
+    }
+    for dtype, widths_of_dtype in widths.items():
+        for columns in widths_of_dtype:
+            x = tensor(rows, columns, dtype=dtype)
+            w, rstd, shape = x[0].clone(), tensor(rows, dtype=torch.float32), [columns]
+            name = f"{str(dtype).removeprefix('torch.')} {columns}"
+            # A loop's variables would all have their last values when the cases are called.
+            forward = (x, shape, w, w, 1e-5)
+            backward = (x, x, shape, w, rstd, rstd, True)
+            yield f"layer_norm fwd {name}", lambda a=forward: layer_norm.layer_norm_fwd(*a)
+            yield f"layer_norm bwd {name}", lambda a=backward: layer_norm.layer_norm_bwd(*a)
+            if columns in (1024, 8192):
+                added = (x, x, *backward[1:])
+                yield f"add_layer_norm fwd {name}", lambda a=forward: layer_norm.add_layer_norm_fwd(a[0], *a)
+                yield f"add_layer_norm bwd {name}", lambda a=added: layer_norm.add_layer_norm_bwd(*a)
+                if dtype == torch.float32:
+                    continue
+                yield f"rms_norm fwd {name}", lambda a=forward: layer_norm.rms_norm_fwd(*a[:3], a[4])
+                yield f"rms_norm bwd {name}", lambda a=backward: layer_norm.rms_norm_bwd(*a[:4], *a[5:])
+    wide = tensor(64, 20_480)
+    yield "layer_norm fwd bfloat16 20480", lambda: layer_norm.layer_norm_fwd(wide, [20_480], wide[0], wide[0], 1e-5)
+
+
+# File of kernels -> cases, each a name and a call of a launcher. One more case is one more line.
+CASES: dict[str, list[tuple[str, Call]]] = {
+    "layer_norm": [*_norm_cases()],
+}
+
+
+# ---- What is expected of the machine code
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What a launch compiled to.
+
+    Attributes:
+        name: file and function, "layer_norm.forward_kernel".
+        shared, stack: bytes a program, and bytes a thread.
+        opcodes: instruction, with its modifiers -> how often it is in the code.
+    """
+
+    name: str
+    case: str
+    arch: int
+    warps: int
+    registers: int
+    shared: int
+    stack: int
+    opcodes: Counter[str] = field(repr=False)
+    hash: str = field(repr=False)
+
+    def count(self, *parts: str) -> int:
+        """Instructions whose first part is parts[0], and that have the others among their modifiers."""
+        return sum(
+            number
+            for opcode, number in self.opcodes.items()
+            if opcode.split(".")[0] == parts[0] and set(parts[1:]) <= set(opcode.split("."))
+        )
+
+    def wide(self, opcode: str) -> int:
+        """Those that move at least 16 bytes a thread."""
+        return self.count(opcode, "128") + self.count(opcode, "256")
+
+    @property
+    def spills(self) -> int:
+        """Instructions that read or write local memory."""
+        return self.count("LDL") + self.count("STL")
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What must hold of a kernel's machine code, on some architectures and in some cases."""
+
+    says: str
+    holds: Callable[[Kernel], bool]
+    arches: Sequence[int] = ARCHITECTURES
+    cases: str = ""  # only those whose names contain this
+
+
+# A few narrower loads are nothing: a row's statistics are a number each.
+WIDE = Claim(
+    "loads and stores 16 bytes at a time",
+    lambda k: k.wide("LDG") + k.wide("LDGSTS") > 0 and k.wide("STG") > 0,
+)
+AHEAD = Claim("loads the next rows while it works (LDGSTS)", lambda k: k.wide("LDGSTS") > 0)
+
+# Kernel -> what must hold wherever it is compiled.
+CLAIMS: dict[str, list[Claim]] = {
+    "layer_norm.forward_kernel": [WIDE],
+    "layer_norm.forward_wide_kernel": [WIDE],
+    "layer_norm.backward_kernel": [WIDE, AHEAD],
+    "layer_norm.backward_wide_kernel": [WIDE],
+}
+
+# Shown in the table where they are in the code.
+NOTED: dict[str, Callable[[Kernel], int]] = {
+    "LDG.128": lambda k: k.wide("LDG"),
+    "LDG narrower": lambda k: k.count("LDG") - k.wide("LDG"),
+    "LDGSTS.128": lambda k: k.wide("LDGSTS"),
+    "LDGSTS narrower": lambda k: k.count("LDGSTS") - k.wide("LDGSTS"),
+    "STG.128": lambda k: k.wide("STG"),
+    "STG narrower": lambda k: k.count("STG") - k.wide("STG"),
+    "TMA": lambda k: k.count("UTMALDG") + k.count("UTMASTG") + k.count("UTMAREDG"),
+    "HMMA": lambda k: k.count("HMMA"),
+    "HGMMA": lambda k: k.count("HGMMA"),
+    "tcgen05": lambda k: k.count("UTCHMMA") + k.count("UTCQMMA"),
+    "atomics": lambda k: k.count("ATOMG") + k.count("RED") + k.count("REDG"),
+    "spills": lambda k: k.spills,
+}
+
+
+def complaints(kernel: Kernel) -> list[str]:
+    """What is wrong with it; empty if nothing is."""
+    found = []
+    if kernel.spills or kernel.stack:
+        found.append(f"spills to local memory ({kernel.stack} bytes, {kernel.spills} instructions)")
+    if kernel.shared > SHARED_LIMIT[kernel.arch]:
+        found.append(f"does not start: {kernel.shared} bytes of shared memory, {SHARED_LIMIT[kernel.arch]} are allowed")
+    for claim in CLAIMS.get(kernel.name, ()):
+        if kernel.arch in claim.arches and claim.cases in kernel.case and not claim.holds(kernel):
+            found.append(f"does not hold: {claim.says}")
+    return found
+
+
+# ---- Compiling
+
+
+class NoGPU:
+    """As much of a Triton driver as compiling asks for. Its device's number is the architecture: Triton keeps the
+    target, and what it has compiled, by device."""
+
+    def __init__(self, arch: int) -> None:
+        self.arch = arch
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.arch, 32)
+
+    def get_current_device(self) -> int:
+        return self.arch
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+
+@contextmanager
+def recorded(arch: int) -> Iterator[dict[str, tuple[str, Any]]]:
+    """Launches compile their kernels and do not run them: hash -> name and what was compiled."""
+    kernels: dict[str, tuple[str, Any]] = {}
+    compiled_by = JITFunction.run
+
+    def run(self: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        kernel = compiled_by(self, *arguments, grid=grid, warmup=True, **options)
+        kernels[kernel.hash] = f"{self.fn.__module__.removeprefix('kernels.')}.{self.fn.__name__}", kernel
+        return kernel
+
+    def run_each(self: Any, *arguments: Any, **options: Any) -> None:
+        """Every choice that the tuner would have, instead of the fastest."""
+        self.nargs = dict(zip(self.arg_names, arguments, strict=False))
+        for config in self.prune_configs(options):
+            self.fn.run(*arguments, **options, **config.all_kwargs())
+
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(JITFunction, "run", run))
+        stack.enter_context(mock.patch.object(Autotuner, "run", run_each))
+        stack.enter_context(mock.patch.object(launch, "_INTERPRETED_CAPABILITY", divmod(arch, 10)))
+        stack.enter_context(mock.patch.object(launch, "_INTERPRETED_MULTIPROCESSORS", MULTIPROCESSORS))
+        triton.runtime.driver.set_active(NoGPU(arch))
+        yield kernels
+
+
+def compile_case(file: str, index: int, arch: int, sass: Path | None = None) -> list[Kernel]:
+    """The kernels that a case launches."""
+    case, call = CASES[file][index]
+    with recorded(arch) as kernels:
+        call()
+    return [_read(name, case, arch, kernel, sass) for name, kernel in kernels.values()]
+
+
+def _read(name: str, case: str, arch: int, kernel: Any, sass: Path | None) -> Kernel:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.cubin")
+        path.write_bytes(kernel.asm["cubin"])
+        usage = _output(TOOLS / "cuobjdump", "-res-usage", path)
+        code = _output(TOOLS / "nvdisasm", "-c", path)
+    if sass is not None:
+        sass.mkdir(parents=True, exist_ok=True)
+        (sass / f"{name} {case} sm_{arch}.sass".replace(" ", "_")).write_text(code, encoding="utf-8")
+    numbers = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage))
+    # The address, perhaps a predicate, the instruction.
+    opcodes = Counter(re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", code))
+    assert opcodes, f"nothing was read of {name}:\n{code[:500]}"
+    return Kernel(
+        name=name,
+        case=case,
+        arch=arch,
+        warps=kernel.metadata.num_warps,
+        registers=int(numbers["REG"]),
+        shared=kernel.metadata.shared,
+        stack=int(numbers["STACK"]) + int(numbers["LOCAL"]),
+        opcodes=opcodes,
+        hash=kernel.hash,
+    )
+
+
+def _output(*command: str | Path) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+# ---- The table
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m tests.gpu_compile", description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--only", default="", metavar="PATTERN", help="cases whose file or name contains this")
+    parser.add_argument("--arch", type=int, choices=SHARED_LIMIT, help=f"one architecture instead of {ARCHITECTURES}")
+    parser.add_argument("--sass", type=Path, metavar="DIR", help="leave the disassembled kernels there")
+    options = parser.parse_args(arguments)
+
+    start = time.perf_counter()
+    jobs = [
+        (file, index, arch, options.sass)
+        for file, cases in CASES.items()
+        for index, (case, _) in enumerate(cases)
+        for arch in (ARCHITECTURES if options.arch is None else (options.arch,))
+        if options.only in f"{file} {case}"
+    ]
+    failed: list[str] = []
+    kernels: dict[str, Kernel] = {}  # cases share some
+    print(f"{'kernel':<40} {'case':<32} {'arch':>6} {'warps':>5} {'regs':>4} {'shared':>7} {'local':>5}  instructions")
+    with ProcessPoolExecutor(WORKERS, mp_context=get_context("spawn")) as pool:
+        for (file, index, arch, _), result in [(job, pool.submit(compile_case, *job)) for job in jobs]:
+            case = f"{CASES[file][index][0]}, sm_{arch}"
+            try:
+                found = result.result()
+            except Exception as error:  # the others' results are wanted, too
+                failed.append(f"{file}, {case}: does not compile: {type(error).__name__}: {error}")
+                continue
+            for kernel in found:
+                if kernel.hash not in kernels:
+                    kernels[kernel.hash] = kernel
+                    print(_line(kernel), flush=True)
+                    failed += [f"{kernel.name}, {case}: {said}" for said in complaints(kernel)]
+    seconds = time.perf_counter() - start
+    print(f"{len(kernels)} kernels of {len(jobs)} calls in {seconds:.0f} s, triton {triton.__version__}")
+    for line in failed:
+        print(f"FAILED {line}")
+    return 1 if failed or not kernels else 0
+
+
+def _line(kernel: Kernel) -> str:
+    noted = ", ".join(f"{number} {name}" for name, count in NOTED.items() if (number := count(kernel)))
+    return (
+        f"{kernel.name:<40} {kernel.case:<32} {f'sm_{kernel.arch}':>6} {kernel.warps:>5} {kernel.registers:>4} "
+        f"{kernel.shared:>7} {kernel.stack:>5}  {noted}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
