@@ -41,24 +41,32 @@ def torch_chunked(input: Tensor, weight: Tensor, target: Tensor) -> Tensor:
 
 
 def build(
-    functions: Mapping[str, Callable[..., Tensor]], direction: str, shapes: list[tuple[int, int]], classes: int
+    functions: Mapping[str, Callable[..., Tensor]],
+    direction: str,
+    shapes: list[tuple[int, int]],
+    classes: int,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    seed: int = 0,
 ) -> Case:
     """`function(*inputs, target)` of each provider: a mean, whose upstream gradient is 1, as in training.
 
     The last of `shapes` is scaled as a layer's weight is, if there are two."""
     functions = {**functions, COMPILED: torch.compile(functions[EAGER], dynamic=False)}
-    inputs = [randn(shape, seed) for seed, shape in enumerate(shapes)]
+    inputs = [randn(shape, seed + i, device) for i, shape in enumerate(shapes)]
     if len(inputs) > 1:
         inputs[1] /= shapes[1][1] ** 0.5
-    target = torch.randint(classes, shapes[0][:1], generator=torch.Generator().manual_seed(2))
+    inputs = [x.to(dtype) for x in inputs]
+    generator = torch.Generator(device).manual_seed(seed + 2)
+    target = torch.randint(classes, shapes[0][:1], generator=generator, device=device)
 
     def bind(function: Callable[..., Tensor], dtype: torch.dtype) -> Callable[[], tuple[Tensor, ...]]:
-        leaves = [x.to(dtype).requires_grad_(direction == STEP) for x in inputs]
+        leaves = [x.detach().to(dtype).requires_grad_(direction == STEP) for x in inputs]
         if direction == FORWARD:
             return lambda: (function(*leaves, target),)
         return lambda: torch.autograd.grad(function(*leaves, target), leaves)
 
-    providers = {name: Provider(bind(function, torch.float32)) for name, function in functions.items()}
+    providers = {name: Provider(bind(function, dtype)) for name, function in functions.items()}
     return Case(providers, lambda: bind(functions[EAGER], torch.float64)())
 
 

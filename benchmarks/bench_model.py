@@ -96,22 +96,28 @@ def torch_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def _pair(sizes: tuple[int, int, int], vocab_size: int, seq_len: int, scaled: bool) -> tuple[SimpleLLM, nn.Module]:
-    """Our model, and the same one with the same weights in plain PyTorch."""
+def pair(
+    sizes: tuple[int, int, int], vocab_size: int, seq_len: int, scaled: bool, num_heads: int = SCALED_HEADS
+) -> tuple[SimpleLLM, nn.Module]:
+    """Our model, and the same one with the same weights in plain PyTorch. `num_heads` is the scaled one's."""
     torch.manual_seed(0)
     if not scaled:
         ours, theirs = SimpleLLM(vocab_size, *sizes), reference.SimpleLLM(vocab_size, *sizes)
         theirs.load_state_dict(ours.state_dict())
         return ours, theirs
     ours = SimpleLLM(
-        vocab_size, *sizes, num_heads=SCALED_HEADS, causal=True, norm_first=True, activation="gelu", max_seq_len=seq_len
+        vocab_size, *sizes, num_heads=num_heads, causal=True, norm_first=True, activation="gelu", max_seq_len=seq_len
     )
     peer = TorchSimpleLLM(ours, seq_len)
     assert sum(parameter.numel() for parameter in peer.parameters()) == ours.num_parameters()
     return ours, peer
 
 
-def _provider(model: nn.Module, direction: str, ids: Tensor, targets: Tensor, compiled: bool = False) -> Provider:
+def model_provider(
+    model: nn.Module, direction: str, ids: Tensor, targets: Tensor, compiled: bool = False, autocast: bool = False
+) -> Provider:
+    """Its forward or its step; with `autocast` in bfloat16 where PyTorch sees fit."""
+
     def loss_of(ids: Tensor, targets: Tensor) -> Tensor:
         if isinstance(model, SimpleLLM):
             return model.loss(ids, targets)
@@ -122,12 +128,15 @@ def _provider(model: nn.Module, direction: str, ids: Tensor, targets: Tensor, co
     if compiled:
         function = torch.compile(function, dynamic=False)
 
+    mixed = torch.autocast(ids.device.type, torch.bfloat16, enabled=autocast)
+
     def forward() -> Outputs:
-        with torch.no_grad():
+        with torch.no_grad(), mixed:
             return (function(ids),)
 
     def step() -> Outputs:
-        loss = function(ids, targets)
+        with mixed:
+            loss = function(ids, targets)
         return loss, *torch.autograd.grad(loss, list(parameters.values()))
 
     def named(outputs: Outputs) -> Outputs:
@@ -145,18 +154,18 @@ def _row(sizes: tuple[int, int, int], data: tuple[int, int, int], direction: str
     shape = f"{'/'.join(map(str, sizes))} B{batch} T{seq_len} V{vocab_size}"
 
     def build() -> Case:
-        ours, theirs = _pair(sizes, vocab_size, seq_len, scaled)
+        ours, theirs = pair(sizes, vocab_size, seq_len, scaled)
         tokens = torch.randint(vocab_size, (batch, seq_len + 1), generator=torch.Generator().manual_seed(1))
         ids, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
         def exact() -> Outputs:
-            provider = _provider(_pair(sizes, vocab_size, seq_len, scaled)[1].double(), direction, ids, targets)
+            provider = model_provider(pair(sizes, vocab_size, seq_len, scaled)[1].double(), direction, ids, targets)
             return provider.normal_form(provider.call())
 
         providers = {
-            OURS: _provider(ours, direction, ids, targets),
-            EAGER: _provider(theirs, direction, ids, targets),
-            COMPILED: _provider(theirs, direction, ids, targets, compiled=True),
+            OURS: model_provider(ours, direction, ids, targets),
+            EAGER: model_provider(theirs, direction, ids, targets),
+            COMPILED: model_provider(theirs, direction, ids, targets, compiled=True),
         }
         return Case(providers, exact)
 

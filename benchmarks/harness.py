@@ -141,6 +141,8 @@ def passes(
     direction: str,
     inputs: Sequence[Tensor],
     constants: Sequence[Any] = (),
+    compiled: bool = True,
+    exact: Callable[..., Tensor | tuple[Tensor, ...]] | None = None,
 ) -> Case:
     """The case of an operator: `function(*inputs, *constants)` of each provider, in one direction.
 
@@ -153,12 +155,15 @@ def passes(
         direction: FORWARD, BACKWARD or STEP.
         inputs: what is differentiated, floating.
         constants: further arguments; None, masks, shapes.
+        compiled: whether torch.compile of EAGER's is among them.
+        exact: gives the exact result instead of EAGER's.
     """
     functions = dict(functions)
-    functions.setdefault(COMPILED, torch.compile(functions[EAGER], dynamic=False))
+    if compiled:
+        functions.setdefault(COMPILED, torch.compile(functions[EAGER], dynamic=False))
     with torch.no_grad():
         outputs = as_tuple(functions[EAGER](*inputs, *constants))
-    grads = [randn(output.shape, seed=7 + i).to(output.dtype) for i, output in enumerate(outputs)]
+    grads = [randn(output.shape, 7 + i, output.device).to(output.dtype) for i, output in enumerate(outputs)]
 
     def bind(function: Callable[..., Any], dtype: torch.dtype | None = None) -> Callable[[], Outputs]:
         leaves = [x.detach().to(dtype or x.dtype).requires_grad_(direction != FORWARD) for x in inputs]
@@ -167,14 +172,25 @@ def passes(
             return lambda: as_tuple(_without_grad(function, *leaves, *constants))
         if direction == STEP:
             return lambda: torch.autograd.grad(as_tuple(function(*leaves, *constants)), leaves, upstream)
-        recorded = as_tuple(function(*leaves, *constants))
-        return lambda: torch.autograd.grad(recorded, leaves, upstream, retain_graph=True)
+        with reusable_backward():
+            recorded = as_tuple(function(*leaves, *constants))
+            call = lambda: torch.autograd.grad(recorded, leaves, upstream, retain_graph=True)  # noqa: E731
+            call()  # a backward graph may be compiled at its first call
+        return call
 
-    with reusable_backward(direction == BACKWARD):
-        providers = {name: Provider(bind(function)) for name, function in functions.items()}
-        if direction == BACKWARD:
-            providers[COMPILED].call()  # the backward graph is compiled at its first call
-    return Case(providers, lambda: bind(functions[EAGER], torch.float64)())
+    def call_of(function: Callable[..., Any]) -> Callable[[], Outputs]:
+        try:
+            return bind(function)
+        except Exception as error:  # the others of the row are none the worse for it
+            failure = error
+
+        def fail() -> Outputs:
+            raise failure
+
+        return fail
+
+    providers = {name: Provider(call_of(function)) for name, function in functions.items()}
+    return Case(providers, lambda: bind(exact or functions[EAGER], torch.float64)())
 
 
 def _without_grad(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -183,11 +199,11 @@ def _without_grad(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 @contextmanager
-def reusable_backward(wanted: bool) -> Iterator[None]:
+def reusable_backward() -> Iterator[None]:
     """Let a compiled backward run more than once: by default it may overwrite what the forward saved."""
     import torch._functorch.config as config
 
-    with config.patch(donated_buffer=config.donated_buffer and not wanted):
+    with config.patch(donated_buffer=False):
         yield
 
 
@@ -195,8 +211,8 @@ def as_tuple(outputs: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
     return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
 
 
-def randn(shape: Sequence[int], seed: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+def randn(shape: Sequence[int], seed: int, device: torch.device | str = "cpu") -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator(device).manual_seed(seed), device=device)
 
 
 # ---- Checking
@@ -213,7 +229,7 @@ def relative_error(got: Outputs, exact: Outputs) -> float:
     for x, y in zip(got, exact, strict=True):
         assert x.shape == y.shape, f"shape {list(x.shape)}, not {list(y.shape)}"
         difference = math.hypot(difference, torch.linalg.vector_norm(x.double() - y).item())
-        norm = math.hypot(norm, torch.linalg.vector_norm(y).item())
+        norm = math.hypot(norm, torch.linalg.vector_norm(y.double()).item())
     return math.inf if math.isnan(difference) else difference / norm
 
 
@@ -229,16 +245,33 @@ def allowed_error(row: Row, provider: str, eager_error: float) -> float:
     return math.sqrt(eps) if provider == EAGER else 2 * eager_error + 2 * eps
 
 
+def check(row: Row, case: Case) -> tuple[dict[str, float], dict[str, Exception]]:
+    """Of each provider either its error against the exact result, or why its result cannot be trusted."""
+    exact = [x.detach().double() for x in case.exact()]
+    errors: dict[str, float] = {}
+    failures: dict[str, Exception] = {}
+    for name, provider in case.providers.items():
+        try:
+            outputs = provider.normal_form(provider.call())
+            errors[name] = relative_error([x.detach() for x in outputs], exact)
+        except Exception as failure:
+            failures[name] = failure
+    eager_error = errors.get(EAGER, math.inf)
+    if not eager_error <= allowed_error(row, EAGER, eager_error):
+        eager_error = 0.0  # no measure for the others
+    for name in list(errors):
+        limit = allowed_error(row, name, eager_error)
+        if not errors[name] <= limit:
+            text = f"{row.name}: {name} has error {errors.pop(name):.2e}, allowed {limit:.2e}"
+            failures[name] = AssertionError(text)
+    return errors, failures
+
+
 def verify(row: Row, case: Case) -> dict[str, float]:
     """Each provider's error against the exact result; AssertionError if one is too large."""
-    exact = [x.detach().double() for x in case.exact()]
-    errors = {}
-    for name, provider in case.providers.items():
-        outputs = provider.normal_form(provider.call())
-        errors[name] = relative_error([x.detach() for x in outputs], exact)
-    for name, error in errors.items():
-        limit = allowed_error(row, name, errors[EAGER])
-        assert error <= limit, f"{row.name}: {name} has error {error:.2e}, allowed {limit:.2e}"
+    errors, failures = check(row, case)
+    for failure in failures.values():
+        raise failure
     return errors
 
 

@@ -171,16 +171,18 @@ def _last_level_cache_mib() -> float | None:
 
 
 def _commit() -> str | None:
-    """The commit, with "+changes" if the sources differ from it; None outside a repository."""
+    """The commit, with "+changes" if the sources differ from it; outside a repository what TINYLLM_COMMIT says, if
+    anything."""
+    told = os.environ.get("TINYLLM_COMMIT") or None
 
     def git(*arguments: str) -> str:
         done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
         return done.stdout.strip()
 
     if not (ROOT / "pyproject.toml").exists():
-        return None  # an installed package, in whosever repository that may lie
+        return told  # an installed package, in whosever repository that may lie
     try:
         changed = git("status", "--porcelain", "--", ".", ":!benchmarks/results", ":!README.md")
         return git("rev-parse", "--short=12", "HEAD") + ("+changes" if changed else "")
     except (OSError, subprocess.CalledProcessError):
-        return None
+        return told

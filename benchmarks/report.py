@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,8 @@ COLORS = {
     "linear": "#b5485d",
     "losses": "#d1793b",
     "model": "#8a5fb5",
+    "decode": "#6c8ebf",
+    "launch": "#7f7f7f",
 }
 
 
@@ -42,26 +44,35 @@ COLORS = {
 
 
 def make_results(
-    facts: Mapping[str, Any], ceilings: Mapping[str, Any], benchmarks: Iterable[Any], one_thread: Iterable[Any] = ()
+    facts: Mapping[str, Any],
+    ceilings: Mapping[str, Any] | None,
+    benchmarks: Iterable[Any],
+    one_thread: Iterable[Any] = (),
 ) -> dict[str, Any]:
-    """The content of cpu.json.
+    """The content of cpu.json, or gpu.json.
 
     Args:
         facts: machine, versions, ..., see `benchmarks.machine.describe`.
-        ceilings: see `benchmarks.machine.ceilings`.
-        benchmarks: the "benchmarks" of pytest-benchmark's JSON.
+        ceilings: see `benchmarks.machine.ceilings`; None if they are not known.
+        benchmarks: the "benchmarks" of pytest-benchmark's JSON; some may have "failed" among their facts, which says
+            why there are no statistics.
         one_thread: the same of rows measured on one thread.
     """
     rows = _rows(benchmarks)
     for row in rows:
-        row["fraction_of_ceiling"] = row["rate"] / ceiling_of(row, ceilings)
+        if ceilings is not None and is_measured(row):
+            row["fraction_of_ceiling"] = row["rate"] / ceiling_of(row, ceilings)
     return _rounded({**facts, "ceilings": ceilings, "rows": rows, "one_thread": _rows(one_thread)})
 
 
 def _rows(benchmarks: Iterable[Any]) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for benchmark in benchmarks:
-        info, stats = dict(benchmark["extra_info"]), benchmark["stats"]
+        info = dict(benchmark["extra_info"])
+        if "failed" in info:
+            rows.append(info)
+            continue
+        stats = benchmark["stats"]
         rows.append(
             {
                 **info,
@@ -71,10 +82,16 @@ def _rows(benchmarks: Iterable[Any]) -> list[dict[str, Any]]:
                 "rate": info["work"] / stats["median"] / 1e9,
             }
         )
-    for row in rows:
-        peers = [other for other in rows if other["benchmark"] == row["benchmark"] and other is not row]
+    measured = [row for row in rows if is_measured(row)]
+    for row in measured:
+        peers = [other for other in measured if other["benchmark"] == row["benchmark"] and other is not row]
         row["ratios"] = {peer["provider"]: peer["median_s"] / row["median_s"] for peer in peers}
     return rows
+
+
+def is_measured(row: Mapping[str, Any]) -> bool:
+    """Whether it has a time, and does not say why not."""
+    return "failed" not in row
 
 
 def ceiling_of(row: Mapping[str, Any], ceilings: Mapping[str, Any]) -> float:
@@ -124,10 +141,10 @@ def render_table(results: Mapping[str, Any], headline: bool = False) -> str:
         rows, one = [row for row in results["rows"] if row["headline"]], results["one_thread"]
         return "\n".join(
             [
-                *_section_table(rows, short=True),
-                *(["", "The same on one thread:", "", *_section_table(one, short=True)] if one else []),
+                *section_table(rows, short=True),
+                *(["", "The same on one thread:", "", *section_table(one, short=True)] if one else []),
                 "",
-                f"{_machine_line(results)}. {_disturbance(results, [*rows, *one])}Medians ± half the interquartile",
+                f"{machine_line(results)}. {_disturbance(results, [*rows, *one])}Medians ± half the interquartile",
                 "range; the factor is how many times as long as tinyllm a peer takes.",
             ]
         )
@@ -135,11 +152,12 @@ def render_table(results: Mapping[str, Any], headline: bool = False) -> str:
     for section, title in SECTIONS.items():
         rows = [row for row in results["rows"] if row["section"] == section]
         if rows:
-            lines += ["", f"**{title}**", "", *_section_table(rows, short=False)]
+            lines += ["", f"**{title}**", "", *section_table(rows, short=False)]
     return "\n".join(lines)
 
 
-def _section_table(rows: list[dict[str, Any]], short: bool) -> list[str]:
+def section_table(rows: Sequence[Mapping[str, Any]], short: bool) -> list[str]:
+    """Lines of a Markdown table: a row for each benchmark, a column for each provider."""
     names = list(dict.fromkeys(row["benchmark"] for row in rows))
     peers = list(dict.fromkeys(row["provider"] for row in rows if row["provider"] != OURS))
     header = ["", OURS, *([] if short else ["rate", "of ceiling"]), *peers]
@@ -149,17 +167,27 @@ def _section_table(rows: list[dict[str, Any]], short: bool) -> list[str]:
         ours = found[OURS]
         cells = [f"{name} {MARK}" if is_disturbed(ours) else name, _time_cell(ours)]
         if not short:
-            cells += [f"{format_digits(ours['rate'])} {ours['unit']}", f"{ours['fraction_of_ceiling']:.0%}"]
-        best = min(ours["ratios"].values())
+            cells += _rate_cells(ours)
+        ratios = ours.get("ratios", {})
         for peer in peers:
-            if peer not in found:
-                cells.append("")
-                continue
-            ratio = ours["ratios"][peer]
-            shown = f"{ratio:.2f}x"
-            cells.append(f"{_time_cell(found[peer])}, " + (f"**{shown}**" if ratio == best else shown))
+            cell = _time_cell(found[peer]) if peer in found else ""
+            if peer in ratios:
+                shown = f"{ratios[peer]:.2f}x"
+                cell += ", " + (f"**{shown}**" if ratios[peer] == min(ratios.values()) else shown)
+            cells.append(cell)
         lines.append("| " + " | ".join(cells) + " |")
     return lines
+
+
+def _rate_cells(row: Mapping[str, Any]) -> list[str]:
+    """The rate and its fraction of the ceiling, as far as there is one."""
+    if not row.get("rate"):
+        return ["", ""]
+    rate, unit = row["rate"], row["unit"]
+    if rate >= 10_000:  # a GPU's
+        rate, unit = rate / 1000, unit.replace("G", "T", 1)
+    fraction = row.get("fraction_of_ceiling")
+    return [f"{format_digits(rate)} {unit}", "" if fraction is None else f"{fraction:.0%}"]
 
 
 def _notes(results: Mapping[str, Any]) -> str:
@@ -167,7 +195,7 @@ def _notes(results: Mapping[str, Any]) -> str:
     ceilings = f"{gemm['float32']:.0f} GFLOP/s in float32 and {gemm['bfloat16']:.0f} in bfloat16; copy {copy:.1f} GB/s,"
     return "\n".join(
         [
-            f"{_machine_line(results)}; commit {results['commit'] or 'unknown'}, {results['date'][:10]}.",
+            f"{machine_line(results)}; commit {results['commit'] or 'unknown'}, {results['date'][:10]}.",
             f"{_disturbance(results, results['rows'])}{_allocator_line(results['allocator'])}",
             "",
             "- Times are medians of a call ± half the interquartile range. The factor behind a peer's time is how many",
@@ -180,8 +208,15 @@ def _notes(results: Mapping[str, Any]) -> str:
     )
 
 
-def _machine_line(results: Mapping[str, Any]) -> str:
+def machine_line(results: Mapping[str, Any]) -> str:
+    """The machine and the versions, in a line."""
     machine, versions = results["machine"], results["versions"]
+    if results.get("gpu"):
+        gpu = results["gpu"]
+        return (
+            f"{gpu['name']} ({gpu['multiprocessors']} multiprocessors, {gpu['memory_gib']:.0f} GiB); "
+            f"CUDA {gpu['cuda']}, torch {versions['torch']}, triton {gpu['triton']}, Python {versions['python']}"
+        )
     memory = f", {machine['memory_gib']:.0f} GiB" if machine["memory_gib"] else ""
     return (
         f"{machine['processor']} ({machine['isa']}), {machine['cores']} cores, {machine['threads']} threads{memory}; "
@@ -204,8 +239,12 @@ def _allocator_line(allocator: Mapping[str, str]) -> str:
 
 
 def _time_cell(row: Mapping[str, Any]) -> str:
+    if not is_measured(row):
+        reason = " ".join(row["failed"].replace("|", "/").split())
+        return reason if len(reason) <= 60 else f"{reason[:57]}..."
+    memory = f", {row['peak_bytes'] / 2**30:.2f} GiB" if row.get("shows_memory") and row["peak_bytes"] else ""
     spread = row["iqr_s"] / 2 / row["median_s"]
-    return f"{format_time(row['median_s'])} ±{spread:.0%}"
+    return f"{format_time(row['median_s'])} ±{spread:.0%}{memory}"
 
 
 # ---- The README
@@ -229,10 +268,19 @@ def render_demo() -> str:
 
 def update_readme(results: Mapping[str, Any], path: Path = README) -> None:
     """Put both tables and the demo's output between their markers."""
-    text = path.read_text(encoding="utf-8")
-    new = replace_block(text, "cpu", render_table(results))
-    new = replace_block(new, "headline", render_table(results, headline=True))
-    new = replace_block(new, "demo", render_demo())
+    blocks = {
+        "cpu": render_table(results),
+        "headline": render_table(results, headline=True),
+        "demo": render_demo(),
+    }
+    replace_blocks(path, blocks)
+
+
+def replace_blocks(path: Path, blocks: Mapping[str, str]) -> None:
+    """`replace_block` for a file and several blocks."""
+    text = new = path.read_text(encoding="utf-8")
+    for name, content in blocks.items():
+        new = replace_block(new, name, content)
     if new != text:
         write_text(path, new)
 
@@ -252,16 +300,25 @@ def draw_pictures(results: Mapping[str, Any], directory: Path) -> list[Path]:
     return paths
 
 
-def draw_chart(results: Mapping[str, Any], path: Path) -> None:
-    """Speed-up over the best PyTorch peer, a bar for each row."""
+def draw_chart(
+    results: Mapping[str, Any],
+    path: Path,
+    sections: Mapping[str, str] = SECTIONS,
+    title: str = "tinyllm against PyTorch on the CPU",
+    peers: str = "the faster of eager PyTorch and torch.compile",
+) -> None:
+    """Speed-up over the best peer, a bar for each row; `sections`: key -> what the legend calls it."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
     rows = [
-        row for section in SECTIONS for row in results["rows"] if (row["section"], row["provider"]) == (section, OURS)
+        row
+        for section in sections
+        for row in results["rows"]
+        if (row["section"], row["provider"]) == (section, OURS) and row.get("ratios")
     ]
-    sections = [section for section in SECTIONS if any(row["section"] == section for row in rows)]
+    shown = [section for section in sections if any(row["section"] == section for row in rows)]
     places, labels, place = [], [], 0.0
     for before, row in zip([None, *rows], rows, strict=False):
         place += 1.0 if before is None or before["section"] == row["section"] else 1.8
@@ -291,15 +348,13 @@ def draw_chart(results: Mapping[str, Any], path: Path) -> None:
     axes.set_ylim(place + 0.8, 0.2)
     axes.set_xlim(0, max(1.2, *speedups) * 1.18)
     axes.xaxis.set_major_formatter("{x:g}x")
-    axes.set_xlabel(
-        "speed-up over the faster of eager PyTorch and torch.compile (right of 1x: tinyllm is faster)", fontsize=9
-    )
+    axes.set_xlabel(f"speed-up over {peers} (right of 1x: tinyllm is faster)", fontsize=9)
     axes.grid(axis="x", color="#dddddd", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(axis="y", length=0)
-    _set_title(axes, "tinyllm against PyTorch on the CPU", results)
-    handles = [Patch(color=COLORS[section], label=SECTIONS[section]) for section in sections]
+    set_title(axes, title, results)
+    handles = [Patch(color=COLORS[section], label=sections[section]) for section in shown]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=9)
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png")
@@ -351,16 +406,16 @@ def draw_lengths(results: Mapping[str, Any], path: Path) -> None:
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=9, loc="upper left")
-    _set_title(axes, "Causal attention over T (12 heads of 64)", results)
+    set_title(axes, "Causal attention over T (12 heads of 64)", results)
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png")
 
 
-def _set_title(axes: Any, title: str, results: Mapping[str, Any]) -> None:
+def set_title(axes: Any, title: str, results: Mapping[str, Any]) -> None:
     """The title, and below it where and when the figures were measured."""
     axes.set_title(title, loc="left", fontsize=13, fontweight="bold", pad=24)
     axes.annotate(
-        f"{_machine_line(results)}; {results['date'][:10]}",
+        f"{machine_line(results)}; {results['date'][:10]}",
         (0, 1),
         xytext=(0, 9),
         textcoords="offset points",

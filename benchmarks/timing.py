@@ -13,6 +13,7 @@ from __future__ import annotations
 import gc
 import math
 import random
+import sys
 import time
 from collections.abc import Callable, Mapping
 
@@ -22,8 +23,24 @@ WARM_UP_CALLS = 3  # the allocator reuses what the first ones returned to it
 MIN_ROUNDS, MAX_ROUNDS = 5, 200
 
 
+Clock = Callable[[Callable[[], object], int], float]  # the seconds that so many calls of a function take
+
+
+def time_calls(call: Callable[[], object], calls: int) -> float:
+    """By the processor's clock."""
+    start = time.perf_counter()
+    for _ in range(calls):
+        call()
+    return time.perf_counter() - start
+
+
 def take_turns(
-    functions: Mapping[str, Callable[[], object]], seconds: float, rounds: int | None = None, seed: int = 0
+    functions: Mapping[str, Callable[[], object]],
+    seconds: float,
+    rounds: int | None = None,
+    seed: int = 0,
+    clock: Clock = time_calls,
+    most_calls: int | None = None,
 ) -> tuple[int, dict[str, list[float]]]:
     """Times of functions that take turns.
 
@@ -32,12 +49,14 @@ def take_turns(
         seconds: about how long each function runs in all. There are at least MIN_ROUNDS rounds nevertheless.
         rounds: so many rounds, whatever their time.
         seed: of the order in each round.
+        clock: what times them.
+        most_calls: in a round.
 
     Returns:
         Calls per round, the same for every function, and for each name a list: seconds per call, one for each round.
     """
-    estimates = {name: min(_time(call, 1) for _ in range(WARM_UP_CALLS)) for name, call in functions.items()}
-    calls = max(1, math.ceil(BLOCK_S / min(estimates.values())))
+    estimates = {name: min(clock(call, 1) for _ in range(WARM_UP_CALLS)) for name, call in functions.items()}
+    calls = max(1, min(math.ceil(BLOCK_S / min(estimates.values())), most_calls or sys.maxsize))
     round_s = calls * sum(estimates.values())
     if rounds is None:
         rounds = min(MAX_ROUNDS, max(MIN_ROUNDS, round(seconds * len(functions) / round_s)))
@@ -50,17 +69,10 @@ def take_turns(
         for _ in range(rounds):
             shuffle(order)
             for name in order:
-                times[name].append(_time(functions[name], calls) / calls)
+                times[name].append(clock(functions[name], calls) / calls)
     finally:
         gc.enable()
     return calls, times
-
-
-def _time(call: Callable[[], object], calls: int) -> float:
-    start = time.perf_counter()
-    for _ in range(calls):
-        call()
-    return time.perf_counter() - start
 
 
 def format_time(seconds: float) -> str:

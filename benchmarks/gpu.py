@@ -1,0 +1,274 @@
+"""Every operator on an NVIDIA GPU against the best peers there:
+
+    python -m benchmarks.gpu               everything, into benchmarks/results/ and the README
+    python -m benchmarks.gpu --out DIR     everything, into DIR
+    python -m benchmarks.gpu --adopt DIR   takes what was measured elsewhere into benchmarks/results/ and the README
+
+Rows are measured in a process of their own, which is replaced where it hangs or where an error leaves its GPU unusable.
+The results are written after each row, so that what is there stays whatever happens to the next one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tinyllm import ops
+
+from . import gpu_models, gpu_operators, gpu_report, gpu_timing, machine, report
+from .gpu_row import WALL, Function, GpuRow, Source
+from .harness import BYTES, OURS, Case, check
+from .timing import format_time, take_turns
+
+NO_GPU, OUT_OF_TIME = "no GPU", "out of time"
+ROW_LIMIT_S = 100.0  # compiling included
+START_LIMIT_S = 90.0
+ROUNDS, QUICK_ROUNDS = 20, 7
+MOST_SETS = 6
+
+Entries = list[dict[str, Any]]  # as in pytest-benchmark's JSON, or with "failed" instead of statistics
+
+
+def rows(source: Source, small: bool = False) -> list[GpuRow]:
+    """All rows, those of the short table first. `small`: of sizes for a processor, to try the rows out."""
+
+    def cut(size: int, most: int) -> int:
+        return min(size, most) if small else size
+
+    found = [*gpu_operators.rows(source, cut), *gpu_models.rows(source, cut)]
+    return sorted(found, key=lambda row: not row.headline)
+
+
+# ---- One row
+
+
+def measure(row: GpuRow, device: str, rounds: int, skip: Mapping[str, str]) -> Entries:
+    """What each provider of a row takes, or why that is not known.
+
+    Args:
+        skip: provider -> why it is left out.
+    """
+    torch.compiler.reset()
+    forced = device == "cuda" and row.operators
+    with ops.backend("triton", *row.operators) if forced else nullcontext():
+        case = _without(row.build(), skip)
+        errors, failures = check(row, case)
+        failed = {**skip, **{name: _text(failure) for name, failure in failures.items()}}
+        # What is read from memory must come from there; models and products are no matter of the cache.
+        count = min(MOST_SETS, _sets(row.work)) if row.unit == BYTES and row.work and device == "cuda" else 1
+        cases = [case, *(_without(row.build(), failed) for _ in range(count - 1))]
+        calls: dict[str, Function] = {}
+        peaks: dict[str, int | None] = {}
+        for name in errors:
+            try:
+                rotation = gpu_timing.Rotation([each.providers[name].call for each in cases])
+                for _ in cases:
+                    rotation()
+                peaks[name] = gpu_timing.peak_bytes(case.providers[name].call)
+                calls[name] = rotation
+            except Exception as failure:
+                failed[name] = _text(failure)
+        clock = gpu_timing.wall_clock if row.clock == WALL or device != "cuda" else gpu_timing.DeviceClock()
+        most = None if row.clock == WALL else gpu_timing.MOST_CALLS
+        times = take_turns(calls, 0.0, rounds, clock=clock, most_calls=most) if calls else (0, {})
+    entries: Entries = []
+    for name in dict.fromkeys([*case.providers, *skip]):
+        facts = {**row.facts(), "provider": name, "other_load_cores": None}
+        if name in calls:
+            facts |= {"error": errors[name], "calls_per_round": times[0], "peak_bytes": peaks[name]}
+            entries.append({"extra_info": facts, "stats": gpu_timing.statistics_of(times[1][name])})
+        else:
+            entries.append({"extra_info": {**facts, "failed": failed[name]}})
+    return entries
+
+
+def _without(case: Case, left_out: Mapping[str, str]) -> Case:
+    return Case({name: provider for name, provider in case.providers.items() if name not in left_out}, case.exact)
+
+
+def _sets(row_bytes: float) -> int:
+    """So many sets of inputs are three times as large as the cache."""
+    return 1 + int(3 * torch.cuda.get_device_properties(0).L2_cache_size / row_bytes)
+
+
+def _text(failure: BaseException) -> str:
+    lines = str(failure).strip().splitlines()
+    return f"{type(failure).__name__}: {lines[0] if lines else ''}"[:300]
+
+
+def not_measured(row: GpuRow, reason: str) -> Entries:
+    facts = {**row.facts(), "provider": OURS, "other_load_cores": None, "failed": f"not measured: {reason}"}
+    return [{"extra_info": facts}]
+
+
+def _is_fatal(text: str) -> bool:
+    """Whether the process cannot use its GPU any more."""
+    return "CUDA error" in text and "out of memory" not in text
+
+
+# ---- The process that measures
+
+
+def _work(connection: Any, seed: int, rounds: int) -> None:
+    """Answers requests: None for the ceilings, or a row's name and whom to skip."""
+    by_name = {row.name: row for row in rows(Source("cuda", seed))}
+    while True:
+        request = connection.recv()
+        try:
+            if request is None:
+                answer: Any = gpu_timing.ceilings()
+            else:
+                name, skip = request
+                answer = measure(by_name[name], "cuda", rounds, skip)
+        except Exception as failure:
+            answer = _text(failure)
+        connection.send(answer)
+        gc.collect()
+        if not (isinstance(answer, str) and _is_fatal(answer)):
+            torch.cuda.empty_cache()
+
+
+class Worker:
+    """That process, started when it is needed."""
+
+    def __init__(self, seed: int, rounds: int) -> None:
+        self._arguments = seed, rounds
+        self._process: Any = None
+
+    def ask(self, request: Any, limit_s: float) -> Any:
+        """Its answer; text if it has none."""
+        if self._process is None:
+            # Compiling processes of torch.compile's would outlive a killed one, and disturb the clock on the wall.
+            os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+            context = multiprocessing.get_context("spawn")
+            self._connection, theirs = context.Pipe()
+            self._process = context.Process(target=_work, args=(theirs, *self._arguments), daemon=True)
+            self._process.start()
+            theirs.close()
+            limit_s += START_LIMIT_S
+        try:
+            self._connection.send(request)
+            if self._connection.poll(limit_s):
+                return self._connection.recv()
+            self.stop()
+            return f"it was not done in {limit_s:.0f} s"
+        except (EOFError, OSError):
+            self._process.join(5)
+            code = self._process.exitcode
+            self.stop()
+            return f"the process ended with status {code}"
+
+    def stop(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.join()
+            self._process = None
+
+
+def measure_all(chosen: Sequence[GpuRow], worker: Worker, deadline: float) -> Iterator[tuple[GpuRow, Entries]]:
+    """Rows as they are measured, until time.monotonic() passes `deadline`."""
+    for row in chosen:
+        skip: dict[str, str] = {}
+        while True:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                yield row, not_measured(row, OUT_OF_TIME)
+                break
+            answer = worker.ask((row.name, skip), min(ROW_LIMIT_S, left))
+            if isinstance(answer, str):
+                if _is_fatal(answer):
+                    worker.stop()
+                yield row, not_measured(row, answer)
+                break
+            failed = {e["extra_info"]["provider"]: e["extra_info"].get("failed", "") for e in answer}
+            culprit = next((name for name, text in failed.items() if _is_fatal(text) and name not in skip), None)
+            if culprit is None:
+                yield row, answer
+                break
+            worker.stop()  # what the providers after this one did says nothing about them: once more without it
+            skip[culprit] = failed[culprit]
+
+
+# ---- All of them
+
+
+def bench(path: Path, quick: bool, only: str, seconds: float) -> None:
+    """Measure, and write to `path` and pictures beside it."""
+    deadline = time.monotonic() + seconds
+    seed = int.from_bytes(os.urandom(3), "big")  # other numbers each time
+    chosen = [row for row in rows(Source("cuda", seed)) if fnmatch(row.name.lower(), f"*{only.lower()}*")]
+    facts = {**machine.describe(), "gpu": gpu_timing.describe(), "quick": quick, "seed": seed}
+    entries = {row.name: not_measured(row, NO_GPU if facts["gpu"] is None else OUT_OF_TIME) for row in chosen}
+    ceilings: Any = None
+
+    def results() -> dict[str, Any]:
+        return report.make_results(facts, ceilings, [entry for row in entries.values() for entry in row])
+
+    gpu_report.save(results(), path)
+    if facts["gpu"] is not None:
+        worker = Worker(seed, QUICK_ROUNDS if quick else ROUNDS)
+        answer = worker.ask(None, 60)
+        if isinstance(answer, str):
+            print(f"The ceilings are not known: {answer}", file=sys.stderr)
+        else:
+            ceilings = answer
+        for row, found in measure_all(chosen, worker, deadline):
+            entries[row.name] = found
+            print(_progress(row, found), flush=True)
+            gpu_report.save(results(), path)
+        worker.stop()
+    print(gpu_report.render_table(results()))
+    written = [path, *gpu_report.draw_pictures(results(), path.parent)]
+    print(f"Written: {', '.join(map(str, written))}")
+
+
+def _progress(row: GpuRow, entries: Entries) -> str:
+    shown = [
+        f"{e['extra_info']['provider']} {format_time(e['stats']['median']) if 'stats' in e else '-'}" for e in entries
+    ]
+    return f"  {row.name:<60} {', '.join(shown)}"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="write bench.json and the pictures there")
+    parser.add_argument("--adopt", type=Path, metavar="DIR", help="measure nothing, take what DIR's bench.json says")
+    parser.add_argument("--only", default="", metavar="PATTERN", help="rows whose name contains this")
+    parser.add_argument("--quick", action="store_true", help="fewer rounds")
+    parser.add_argument(
+        "--seconds", type=float, default=1e9, metavar="S", help="rows that do not fit are marked as not measured"
+    )
+    options = parser.parse_args(arguments)
+    if options.out is not None:
+        bench(options.out / "bench.json", options.quick, options.only, options.seconds)
+        return 0
+    if options.only:
+        parser.error("a part is not what the README shows: give --out")
+    if options.adopt is None:
+        bench(gpu_report.STORED, options.quick, options.only, options.seconds)
+    else:
+        adopted = json.loads((options.adopt / "bench.json").read_text(encoding="utf-8"))
+        gpu_report.save(adopted, gpu_report.STORED)
+        gpu_report.draw_pictures(adopted, gpu_report.STORED.parent)
+    if report.README.exists():
+        gpu_report.update_readme()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
