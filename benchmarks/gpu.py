@@ -115,7 +115,7 @@ def not_measured(row: GpuRow, reason: str) -> Entries:
 
 def _is_fatal(text: str) -> bool:
     """Whether the process cannot use its GPU any more."""
-    return "CUDA error" in text and "out of memory" not in text
+    return ("CUDA error" in text or "Triton Error [CUDA]" in text) and "out of memory" not in text
 
 
 # ---- The process that measures

@@ -11,8 +11,7 @@ from . import bench_layer_norm, bench_model, work
 from .gpu_row import WALL, Cut, Function, GpuRow, Source
 from .harness import BYTES, COMPILED, EAGER, FLOPS, FORWARD, OURS, STEP, Case, Outputs, Provider
 
-GRAPH = "{}, CUDA graph"
-LAUNCHER, LAUNCH = "the launcher alone", "Triton's launch alone"
+LAUNCHER, LAUNCH = f"{OURS}, its launcher", f"{OURS}, Triton's launch"
 
 
 def rows(source: Source, cut: Cut) -> list[GpuRow]:
@@ -26,6 +25,7 @@ def captured(provider: Provider) -> Provider:
 
     def call() -> Outputs:
         if not graph:
+            torch.cuda.synchronize()
             with torch.cuda.stream(torch.cuda.Stream()):  # what is made at a first call cannot be captured
                 for _ in range(3):
                     provider.call()
@@ -47,13 +47,22 @@ def _model_rows(source: Source, cut: Cut) -> list[GpuRow]:
         for i, ((size, hidden, layers), (batch, length, classes)) in enumerate(bench_model.ARTICLE[1:])
     ]
     return [
-        _model_row(source, *gpt2, scaled=True, num_heads=cut(12, 2)),
-        *(_model_row(source, *sizes, scaled=False) for sizes in article),
+        row
+        for graph in (False, True)
+        for row in (
+            _model_row(source, *gpt2, graph=graph, scaled=True, num_heads=cut(12, 2)),
+            *(_model_row(source, *sizes, graph=graph, scaled=False) for sizes in article),
+        )
     ]
 
 
 def _model_row(
-    source: Source, sizes: tuple[int, int, int], data: tuple[int, int, int], scaled: bool, num_heads: int = 1
+    source: Source,
+    sizes: tuple[int, int, int],
+    data: tuple[int, int, int],
+    graph: bool,
+    scaled: bool,
+    num_heads: int = 1,
 ) -> GpuRow:
     batch, length, classes = data
 
@@ -76,13 +85,13 @@ def _model_row(
             EAGER: make(theirs, autocast=scaled),
             COMPILED: make(theirs, autocast=scaled, compiled=True),
         }
-        for name in (OURS, EAGER):
-            providers[GRAPH.format(name)] = captured(providers[name])
+        if graph:
+            providers = {name: captured(provider) for name, provider in providers.items()}
         return Case(providers, exact)
 
     return GpuRow(
         section="model",
-        operation="GPT-2's size" if scaled else "article's model",
+        operation=("GPT-2's size" if scaled else "article's model") + (", CUDA graph" if graph else ""),
         direction=STEP,
         shape=f"{'/'.join(map(str, sizes))} B{batch} T{length} V{classes}",
         work=work.model_flops(
@@ -99,7 +108,6 @@ def _model_row(
         unit=FLOPS,
         build=build,
         dtype=torch.bfloat16 if scaled else torch.float32,
-        providers=(OURS, EAGER, COMPILED, *(GRAPH.format(name) for name in (OURS, EAGER))),
         headline=True,
         smooth=scaled,
         clock=WALL,

@@ -11,7 +11,6 @@ from tinyllm._files import replacing, write_text
 
 from .harness import FORWARD, OURS
 from .report import (
-    COLORS,
     README,
     RESULTS,
     draw_chart,
@@ -129,7 +128,7 @@ def draw_attention(results: Mapping[str, Any], path: Path) -> None:
                 for row in rows
                 if (row["head_dim"], row["provider"]) == (size, provider)
             )
-            style: dict[str, Any] = {"linewidth": 2.5, "color": COLORS["attention"]} if provider == OURS else {}
+            style: dict[str, Any] = {"linewidth": 2.5, "color": "black"} if provider == OURS else {}
             axes.plot(*zip(*found, strict=True), marker="o", markersize=4, label=provider, **style) if found else None
         axes.set_xscale("log", base=2)
         axes.set_xticks(lengths, [f"{n}" if n < 1024 else f"{n // 1024}k" for n in lengths])

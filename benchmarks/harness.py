@@ -179,15 +179,15 @@ def passes(
         return call
 
     def call_of(function: Callable[..., Any]) -> Callable[[], Outputs]:
-        try:
-            return bind(function)
-        except Exception as error:  # the others of the row are none the worse for it
-            failure = error
+        """What is bound at the first call: nothing runs of a provider that is left out, and what fails fails then."""
+        bound: list[Callable[[], Outputs]] = []
 
-        def fail() -> Outputs:
-            raise failure
+        def call() -> Outputs:
+            if not bound:
+                bound.append(bind(function))
+            return bound[0]()
 
-        return fail
+        return call
 
     providers = {name: Provider(call_of(function)) for name, function in functions.items()}
     return Case(providers, lambda: bind(exact or functions[EAGER], torch.float64)())

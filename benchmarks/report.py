@@ -84,7 +84,14 @@ def _rows(benchmarks: Iterable[Any]) -> list[dict[str, Any]]:
         )
     measured = [row for row in rows if is_measured(row)]
     for row in measured:
-        peers = [other for other in measured if other["benchmark"] == row["benchmark"] and other is not row]
+        # "tinyllm, ..." is a part or a variant of ours, no peer.
+        peers = [
+            other
+            for other in measured
+            if other["benchmark"] == row["benchmark"]
+            and other is not row
+            and not other["provider"].startswith(f"{OURS}, ")
+        ]
         row["ratios"] = {peer["provider"]: peer["median_s"] / row["median_s"] for peer in peers}
     return rows
 
