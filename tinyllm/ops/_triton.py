@@ -29,6 +29,9 @@ _LAUNCHERS = {
         "rms_norm_bwd",
     ),
     "random": ("dropout_factors",),
+    "embedding": ("embedding_fwd", "embedding_bwd"),
+    "cross_entropy": ("cross_entropy_fwd", "cross_entropy_bwd"),
+    "linear_cross_entropy": ("linear_cross_entropy_fwd", "linear_cross_entropy_bwd"),
     "attention": ("attention_fwd", "attention_bwd"),
 }
 

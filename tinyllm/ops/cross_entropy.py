@@ -43,7 +43,8 @@ def cross_entropy(
         float32 (float64 for float64).
 
     Raises:
-        IndexError: a target that is neither a class nor ignore_index.
+        IndexError: a target that is neither a class nor ignore_index. On a GPU, where that would need to wait for it,
+            the row's loss and gradient are NaN instead.
         RuntimeError, ValueError: PyTorch's own, for shapes, dtypes and options that do not fit.
     """
     dtype = input.dtype
@@ -160,6 +161,10 @@ class _CrossEntropy(torch.autograd.Function):
             return found[0], *nothing
         # Handed out once, because whoever gets it may write to it; a second backward computes it again.
         early, ctx.grad_input = ctx.grad_input, None
+        if early is not None and ctx.name == "triton":  # which does not wait for the device to say what grad is
+            from tinyllm.kernels.cross_entropy import correct_unless_one_
+
+            return correct_unless_one_(early, grad, input, target, weight, max_and_sum, *ctx.options), *nothing
         if early is not None and grad.item() == 1.0:
             return early, *nothing
         if early is not None and early.dtype == max_and_sum.dtype:  # in 16 bits it would be rounded twice

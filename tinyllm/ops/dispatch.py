@@ -31,14 +31,14 @@ _TRITON: dict[str, tuple[torch.dtype, ...] | str] = {
     "layer_norm": _FLOATS,
     "add_layer_norm": _FLOATS,
     "rms_norm": _FLOATS,
-    "embedding": "no kernel yet",
+    "embedding": _FLOATS,
     "attention": _NOT_DOUBLE,
     "linear": _LEFT_TO_CUBLAS,
     "feed_forward": _LEFT_TO_CUBLAS,
     "transformer_block": _IN_PARTS,
     "transformer": _IN_PARTS,
-    "cross_entropy": "no kernel yet",
-    "linear_cross_entropy": "no kernel yet",
+    "cross_entropy": _FLOATS,
+    "linear_cross_entropy": _FLOATS,
 }
 OPERATORS = tuple(_TRITON)
 

@@ -42,8 +42,8 @@ def embedding(
         do not depend on the number of threads.
 
     Raises:
-        IndexError: an id is negative or not below V; the message names it. Not on accelerators, nor in a compiled
-            graph (RuntimeError there).
+        IndexError: an id is negative or not below V; the message names it. Not in a compiled graph (RuntimeError
+            there), nor on a GPU, where that would need to wait for it: the token's row is NaN there.
         TypeError: a dtype that does not serve.
         ValueError: shapes that do not fit, tensors on different devices, a number out of range.
     """

@@ -1,0 +1,28 @@
+"""The Triton kernels' operators take what the compiled ones take."""
+
+import pytest
+import torch
+
+from tinyllm import _extension
+from tinyllm.ops import _triton
+
+LAUNCHERS = [name for names in _triton._LAUNCHERS.values() for name in names]
+
+
+def type_of(argument):
+    """Sizes are SymInts to one and ints to the other."""
+    return str(argument.type).replace("SymInt", "int")
+
+
+@pytest.mark.skipif(not _extension.loaded, reason=f"nothing to compare with: {_extension.why_not}")
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_schema(name):
+    if not hasattr(torch.ops.tinyllm, name):
+        pytest.skip("only Triton has it")
+    theirs = getattr(torch.ops.tinyllm, name).default._schema
+    ours = getattr(torch.ops.tinyllm_triton, name).default._schema
+    for a, b in zip(ours.arguments, theirs.arguments, strict=False):
+        assert (a.name, type_of(a), a.default_value) == (b.name, type_of(b), b.default_value)
+    assert len(ours.arguments) >= len(theirs.arguments)
+    assert all(more.has_default_value() for more in ours.arguments[len(theirs.arguments) :])
+    assert [type_of(r) for r in ours.returns] == [type_of(r) for r in theirs.returns]
