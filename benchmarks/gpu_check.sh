@@ -37,7 +37,8 @@ stages=() failed=""
 stage() {
     local name=$1 limit=$2 start=$SECONDS status outcome=ok
     shift 2
-    timeout -k 5 "$limit" "$@" >"$work/$name.txt" 2>&1
+    # Interrupted first, so that pytest still says what has failed.
+    timeout -s INT -k 10 "$limit" "$@" >"$work/$name.txt" 2>&1
     status=$?
     if [ $status -eq 124 ] || [ $status -eq 137 ]; then outcome="not done in $limit s"; fi
     if [ $status -ne 0 ] && [ "$outcome" = ok ]; then outcome="failed with status $status"; fi

@@ -1,6 +1,6 @@
 """Compiles every Triton kernel without a GPU, and reads from the machine code what decides its speed:
 
-    python -m tests.gpu_compile [--only PATTERN] [--arch 90] [--sass DIR]
+    python -m tests.gpu_compile [--only PATTERN] [--arch 90] [--every-tile] [--sass DIR]
 
 The launchers of `kernels/` run as they are, on CPU tensors, but for a driver that names a GPU which is not there and
 launches that end once their kernel is compiled. So what is compiled is what a GPU of that kind would run, with the
@@ -35,12 +35,12 @@ import torch
 import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
-from triton.runtime.autotuner import Autotuner
 from triton.runtime.jit import JITFunction
 
-from kernels import launch, layer_norm
+from kernels import launch, layer_norm, tuning
 
 ARCHITECTURES = (80, 90, 100)
+EVERY_TILE = (90,)  # for these every tile that a launcher could choose is compiled, for others its default
 # What a program may have of shared memory, in bytes; 86, 89 and 120 are the desktops' chips, compiled for on demand.
 SHARED_LIMIT = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
 MULTIPROCESSORS = 132  # an H200's
@@ -213,7 +213,7 @@ class NoGPU:
 
 
 @contextmanager
-def recorded(arch: int) -> Iterator[dict[str, tuple[str, Any]]]:
+def recorded(arch: int, every_tile: bool) -> Iterator[dict[str, tuple[str, Any]]]:
     """Launches compile their kernels and do not run them: hash -> name and what was compiled."""
     kernels: dict[str, tuple[str, Any]] = {}
     compiled_by = JITFunction.run
@@ -223,25 +223,24 @@ def recorded(arch: int) -> Iterator[dict[str, tuple[str, Any]]]:
         kernels[kernel.hash] = f"{self.fn.__module__.removeprefix('kernels.')}.{self.fn.__name__}", kernel
         return kernel
 
-    def run_each(self: Any, *arguments: Any, **options: Any) -> None:
-        """Every choice that the tuner would have, instead of the fastest."""
-        self.nargs = dict(zip(self.arg_names, arguments, strict=False))
-        for config in self.prune_configs(options):
-            self.fn.run(*arguments, **options, **config.all_kwargs())
+    def run_each(kernel: str, like: Tensor, key: Any, tiles: Sequence[Any], run: Callable[[Any], Any]) -> Any:
+        for tile in tiles if every_tile else tiles[:1]:
+            run(tile)
+        return tiles[0]
 
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(JITFunction, "run", run))
-        stack.enter_context(mock.patch.object(Autotuner, "run", run_each))
+        stack.enter_context(mock.patch.object(tuning, "choose_tile", run_each))
         stack.enter_context(mock.patch.object(launch, "_INTERPRETED_CAPABILITY", divmod(arch, 10)))
         stack.enter_context(mock.patch.object(launch, "_INTERPRETED_MULTIPROCESSORS", MULTIPROCESSORS))
         triton.runtime.driver.set_active(NoGPU(arch))
         yield kernels
 
 
-def compile_case(file: str, index: int, arch: int, sass: Path | None = None) -> list[Kernel]:
+def compile_case(file: str, index: int, arch: int, every_tile: bool, sass: Path | None) -> list[Kernel]:
     """The kernels that a case launches."""
     case, call = CASES[file][index]
-    with recorded(arch) as kernels:
+    with recorded(arch, every_tile) as kernels:
         call()
     return [_read(name, case, arch, kernel, sass) for name, kernel in kernels.values()]
 
@@ -284,12 +283,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.gpu_compile", description=__doc__.split("\n", 1)[0])
     parser.add_argument("--only", default="", metavar="PATTERN", help="cases whose file or name contains this")
     parser.add_argument("--arch", type=int, choices=SHARED_LIMIT, help=f"one architecture instead of {ARCHITECTURES}")
+    parser.add_argument("--every-tile", action="store_true", help=f"on every architecture, not on {EVERY_TILE} alone")
     parser.add_argument("--sass", type=Path, metavar="DIR", help="leave the disassembled kernels there")
     options = parser.parse_args(arguments)
 
     start = time.perf_counter()
     jobs = [
-        (file, index, arch, options.sass)
+        (file, index, arch, options.every_tile or arch in EVERY_TILE, options.sass)
         for file, cases in CASES.items()
         for index, (case, _) in enumerate(cases)
         for arch in (ARCHITECTURES if options.arch is None else (options.arch,))
@@ -299,7 +299,7 @@ def main(arguments: list[str] | None = None) -> int:
     kernels: dict[str, Kernel] = {}  # cases share some
     print(f"{'kernel':<40} {'case':<32} {'arch':>6} {'warps':>5} {'regs':>4} {'shared':>7} {'local':>5}  instructions")
     with ProcessPoolExecutor(WORKERS, mp_context=get_context("spawn")) as pool:
-        for (file, index, arch, _), result in [(job, pool.submit(compile_case, *job)) for job in jobs]:
+        for (file, index, arch, *_), result in [(job, pool.submit(compile_case, *job)) for job in jobs]:
             case = f"{CASES[file][index][0]}, sm_{arch}"
             try:
                 found = result.result()
