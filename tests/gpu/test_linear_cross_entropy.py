@@ -4,11 +4,11 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from tinyllm.kernels import linear_cross_entropy as kernels
 
 from tests.gpu.device import DEVICE, draw
 from tests.ops.parity import DTYPES, check_parity
 from tinyllm import ops, reference
+from tinyllm.kernels import linear_cross_entropy as kernels
 
 # The interpreter's numpy tells of every infinity.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
