@@ -17,12 +17,6 @@ ROUNDS = tl.constexpr(10)
 
 
 @triton.jit
-def row_counters(columns):
-    """By how much the counter grows from a row to the next."""
-    return (columns + 63) // 64 * 16
-
-
-@triton.jit
 def kept_elements(
     rng,  # (2): seed and offset
     row,  # (M), int64
@@ -33,7 +27,7 @@ def kept_elements(
 ):
     """Whether dropout keeps the elements (row, first ... first + N), (M, N)."""
     seed, offset = tl.load(rng), tl.load(rng + 1)
-    counter = row[:, None] * row_counters(columns) + (first // 4 + tl.arange(0, N // 4))[None, :]
+    counter = row[:, None] * ((columns + 63) // 64 * 16) + (first // 4 + tl.arange(0, N // 4))[None, :]
     low = counter.to(tl.uint32)
     high = (counter >> 32).to(tl.uint32)
     nothing = tl.zeros_like(low)

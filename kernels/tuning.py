@@ -57,7 +57,7 @@ def choose_tile(
         times = {tile: triton.testing.do_bench(lambda tile=tile: run(tile), warmup=10, rep=40) for tile in tiles}
         tile = _chosen[name] = min(times, key=times.__getitem__)
         _write(_chosen)
-    return tile if tile in tiles else tiles[0]
+    return tile if tile is not None and tile in tiles else tiles[0]
 
 
 def _read() -> dict[str, Tile]:

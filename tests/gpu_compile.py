@@ -37,7 +37,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from kernels import launch, layer_norm, tuning
+from kernels import attention, cross_entropy, embedding, launch, layer_norm, losses, random, tuning
 
 ARCHITECTURES = (80, 90, 100)
 EVERY_TILE = (90,)  # for these every tile that a launcher could choose is compiled, for others its default
@@ -87,9 +87,73 @@ def _norm_cases() -> Iterator[tuple[str, Call]]:
     yield "layer_norm fwd bfloat16 20480", lambda: layer_norm.layer_norm_fwd(wide, [20_480], wide[0], wide[0], 1e-5)
 
 
+def _attention_cases() -> Iterator[tuple[str, Call]]:
+    def both(q: Tensor, mask: Tensor | None = None, dropout: bool = False, causal: bool = True) -> Call:
+        arguments = (causal, 0.1, 0.1 if dropout else 0.0, torch.zeros(2, dtype=torch.int64) if dropout else None)
+        lse = tensor(*q.shape[:3], dtype=torch.float32)
+
+        def call() -> None:
+            attention.attention_fwd(q, q, q, mask, *arguments)
+            attention.attention_bwd(q, q, q, q, mask, q, lse, *arguments)
+
+        return call
+
+    rows, heads = 1024, 8
+    # Of 63 and 127 columns no descriptor can be made. 512 goes in chunks.
+    for size in (64, 128, 256, 512, 63, 127):
+        q = tensor(2, heads, rows, size)
+        yield f"causal bfloat16 D{size}", both(q)
+        if size < 512:
+            yield f"causal dropout bfloat16 D{size}", both(q, dropout=True)
+    for size in (64, 128):
+        q = tensor(2, heads, rows, size)
+        yield f"bool mask bfloat16 D{size}", both(q, tensor(2, heads, rows, rows, dtype=torch.bool), causal=False)
+        yield f"additive mask bfloat16 D{size}", both(q, tensor(2, heads, rows, rows), causal=False)
+    for size in (64, 128):
+        yield f"causal float32 D{size}", both(tensor(2, heads, rows, size, dtype=torch.float32))
+    for dtype in (torch.bfloat16, torch.float32):
+        few, keys = tensor(2, 32, 1, 64, dtype=dtype), tensor(2, 8, 4096, 64, dtype=dtype)
+        arguments = (few, keys, keys, None, False, 0.1)
+        yield f"one query {str(dtype).removeprefix('torch.')} D64", lambda a=arguments: attention.attention_fwd(*a)
+
+
+def _loss_cases() -> Iterator[tuple[str, Call]]:
+    for dtype in (torch.bfloat16, torch.float32):
+        for classes in (50257, 128256):
+            x, target = tensor(4, classes, dtype=dtype), torch.zeros(4, dtype=torch.int64)
+            name, one = f"{str(dtype).removeprefix('torch.')} {classes}", torch.tensor(1.0)
+            with_grad, without = (x, target, None, 1, -100, 0.0, True), (x, target, None, 1, -100, 0.0, False)
+            weighted = (x, target, tensor(classes, dtype=torch.float32), 1, -100, 0.1, True)
+            backward = (one, x, target, None, tensor(4, 2, dtype=torch.float32), 1, -100, 0.0)
+            yield f"cross_entropy with gradient {name}", lambda a=with_grad: cross_entropy.cross_entropy_fwd(*a)
+            yield f"cross_entropy {name}", lambda a=without: cross_entropy.cross_entropy_fwd(*a)
+            yield f"cross_entropy bwd {name}", lambda a=backward: cross_entropy.cross_entropy_bwd(*a)
+            yield f"cross_entropy weighted {name}", lambda a=weighted: cross_entropy.cross_entropy_fwd(*a)
+    x, target = tensor(4, 50257, dtype=torch.float64), torch.zeros(4, dtype=torch.int64)
+    yield "cross_entropy float64 50257", lambda: cross_entropy.cross_entropy_fwd(x, target, None, 1, -100, 0.0, True)
+    large = tensor(1 << 22, dtype=torch.float32)
+    yield "scale_unless_one", lambda: losses.scale_unless_one_(large, torch.tensor(1.0))
+
+
+def _embedding_cases() -> Iterator[tuple[str, Call]]:
+    ids, rng = torch.zeros(8, 1024, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)
+    for dtype in (torch.bfloat16, torch.float32):
+        weight, positions, grad = (tensor(*shape, 768, dtype=dtype) for shape in ((100,), (1024,), (8, 1024)))
+        name = str(dtype).removeprefix("torch.")
+        forward, backward = (ids, weight, positions), (grad, ids, 100, None, True, True)
+        yield f"embedding fwd {name}", lambda a=forward: embedding.embedding_fwd(*a)
+        yield f"embedding fwd dropout {name}", lambda a=forward: embedding.embedding_fwd(*a, 0.1, rng)
+        yield f"embedding bwd {name}", lambda a=backward: embedding.embedding_bwd(*a)
+        yield f"embedding bwd dropout {name}", lambda a=backward: embedding.embedding_bwd(*a, 0.1, rng)
+
+
 # File of kernels -> cases, each a name and a call of a launcher. One more case is one more line.
 CASES: dict[str, list[tuple[str, Call]]] = {
     "layer_norm": [*_norm_cases()],
+    "attention": [*_attention_cases()],
+    "cross_entropy": [*_loss_cases()],
+    "embedding": [*_embedding_cases()],
+    "random": [("dropout_factors", lambda: random.dropout_factors(torch.zeros(2, dtype=torch.int64), 64, 256, 0.1))],
 }
 
 
@@ -149,6 +213,12 @@ WIDE = Claim(
     "loads and stores 16 bytes at a time",
     lambda k: k.wide("LDG") + k.wide("LDGSTS") > 0 and k.wide("STG") > 0,
 )
+MATRIX_UNITS = Claim(
+    "multiplies asynchronously from shared memory (HGMMA), which tensor descriptors fill (UTMALDG)",
+    lambda k: k.count("HGMMA") > 0 and k.count("UTMALDG") > 0,
+    arches=(90,),
+    cases="causal bfloat16 D128",
+)
 AHEAD = Claim("loads the next rows while it works (LDGSTS)", lambda k: k.wide("LDGSTS") > 0)
 
 # Kernel -> what must hold wherever it is compiled.
@@ -157,6 +227,9 @@ CLAIMS: dict[str, list[Claim]] = {
     "layer_norm.forward_wide_kernel": [WIDE],
     "layer_norm.backward_kernel": [WIDE, AHEAD],
     "layer_norm.backward_wide_kernel": [WIDE],
+    "attention.forward.forward_kernel": [MATRIX_UNITS],
+    "attention.backward.queries_kernel": [MATRIX_UNITS],
+    "attention.backward_keys.keys_kernel": [MATRIX_UNITS],
 }
 
 # Shown in the table where they are in the code.

@@ -15,9 +15,10 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .. import tuning
 from ..launch import capability, interpreted, multiprocessors
 from ..random import drop_threshold, kept_scale
-from ..tuning import Tile, choose_tile
+from ..tuning import Tile
 from . import configs
 from .backward import delta_kernel, queries_kernel
 from .backward_keys import keys_kernel
@@ -45,20 +46,20 @@ def attention_fwd(
         return out, lse
     if call.keys == 0:
         return out.zero_(), lse.fill_(float("-inf"))
-    if call.group * call.queries <= configs.DECODE_ROWS and call.chunks == 1:
-        _decode(call, out, lse)
+    width = call.widths(configs.FORWARD)
+    if call.group * call.queries <= configs.DECODE_ROWS and width.chunks == 1:
+        _decode(call, width, out, lse)
         return out, lse
 
     def run(tile: Tile) -> None:
-        sources, descriptors = call.sources(tile, (query, call.d), (key, call.d), (value, call.dv))
-        grid = (triton.cdiv(call.queries, tile.rows) * call.chunks * call.batch * call.heads,)
+        sources = call.sources(tile, (query, width.d), (key, width.d), (value, width.dv))
+        grid = (triton.cdiv(call.queries, tile.rows) * width.chunks * call.batch * call.heads,)
         forward_kernel[grid](
             *sources, attn_mask, key_lengths, rng, out, lse, *call.strides(query, key, value), *out.stride()[:3],
-            *call.sizes(), *call.numbers(), CHUNKS=call.chunks, NEGATIVE_SCALE=scale < 0, DESCRIPTORS=descriptors,
-            **call.constants(tile),
+            *call.sizes(), *call.numbers(), CHUNKS=width.chunks, SCALE_FIRST=scale <= 0, **call.constants(tile, width),
         )  # fmt: skip
 
-    run(call.choose("attention_fwd", configs.forward_tiles, run))
+    run(call.choose(configs.FORWARD, width, run))
     return out, lse
 
 
@@ -76,7 +77,7 @@ def attention_bwd(
     rng: Tensor | None = None,
     key_lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    call = _Call(query, key, value, attn_mask, is_causal, scale, dropout_p, rng, key_lengths)
+    call = _Call(query, key, value, attn_mask, is_causal, scale, dropout_p, rng, key_lengths, grad)
     grad_query = _heads_inside(query, query.size(-1))
     grad_key, grad_value = _heads_inside(key, key.size(-1)), _heads_inside(value, value.size(-1))
     if lse.numel() == 0 or key.size(1) * call.keys == 0:
@@ -84,39 +85,40 @@ def attention_bwd(
     delta = torch.empty_like(lse)
     delta_kernel[(triton.cdiv(call.queries, _DELTA_ROWS) * call.batch * call.heads,)](
         grad, out, delta, *grad.stride(), *out.stride(), call.heads, call.queries, call.value_dim, ROWS=_DELTA_ROWS,
-        DV=min(call.dv, 256), num_warps=4,
+        DV=min(triton.next_power_of_2(max(1, call.value_dim)), 256), num_warps=4,
     )  # fmt: skip
     strides = call.strides(query, key, value, grad)
     numbers = (call.scale, scale, *call.numbers()[1:])
 
+    keys_width, queries_width = call.widths(configs.BACKWARD_KEYS), call.widths(configs.BACKWARD_QUERIES)
+
     def run_keys(tile: Tile) -> None:
-        sources, descriptors = call.sources(
-            tile, (query, call.d), (key, call.d), (value, call.dv), (grad, call.dv), by_keys=True
-        )
-        grid = (triton.cdiv(call.keys, tile.columns) * call.chunks * call.batch * call.heads // call.group,)
+        chunks, d, dv = keys_width
+        sources = call.sources(tile, (query, d), (key, d), (value, dv), (grad, dv))
+        grid = (triton.cdiv(call.keys, tile.columns) * chunks * call.batch * call.heads // call.group,)
         keys_kernel[grid](
             *sources, attn_mask, key_lengths, rng, lse, delta, grad_key, grad_value, *strides, *grad_key.stride()[:3],
-            *grad_value.stride()[:3], *call.sizes(), *numbers, CHUNKS=call.chunks, DESCRIPTORS=descriptors,
-            **call.constants(tile),
+            *grad_value.stride()[:3], *call.sizes(), *numbers, CHUNKS=chunks, **call.constants(tile, keys_width),
         )  # fmt: skip
 
     def run_queries(tile: Tile) -> None:
-        sources, descriptors = call.sources(tile, (query, call.d), (key, call.d), (value, call.dv), (grad, call.dv))
-        grid = (triton.cdiv(call.queries, tile.rows) * call.chunks * call.batch * call.heads,)
+        chunks, d, dv = queries_width
+        sources = call.sources(tile, (query, d), (key, d), (value, dv), (grad, dv))
+        grid = (triton.cdiv(call.queries, tile.rows) * chunks * call.batch * call.heads,)
         queries_kernel[grid](
             *sources, attn_mask, key_lengths, rng, lse, delta, grad_query, *strides, *grad_query.stride()[:3],
-            *call.sizes(), *numbers, CHUNKS=call.chunks, DESCRIPTORS=descriptors, **call.constants(tile),
+            *call.sizes(), *numbers, CHUNKS=chunks, **call.constants(tile, queries_width),
         )  # fmt: skip
 
-    run_keys(call.choose("attention_bwd_keys", configs.backward_keys_tiles, run_keys))
-    run_queries(call.choose("attention_bwd_queries", configs.backward_queries_tiles, run_queries))
+    run_keys(call.choose(configs.BACKWARD_KEYS, keys_width, run_keys))
+    run_queries(call.choose(configs.BACKWARD_QUERIES, queries_width, run_queries))
     return grad_query, grad_key, grad_value
 
 
-def _decode(call: _Call, out: Tensor, lse: Tensor) -> None:
+def _decode(call: _Call, width: configs.Widths, out: Tensor, lse: Tensor) -> None:
     """Few queries: the keys are split over so many programs that every multiprocessor has some."""
     query, key, value = call.query, call.key, call.value
-    tile = configs.decode_tile(call.d, call.dv, query.element_size())
+    tile = configs.decode_tile(width, query.element_size())
     groups = call.batch * call.heads // call.group
     most = triton.cdiv(call.keys, 2 * tile.columns)
     splits = max(1, min(triton.cdiv(2 * multiprocessors(query), groups), most))
@@ -124,15 +126,14 @@ def _decode(call: _Call, out: Tensor, lse: Tensor) -> None:
     splits = triton.cdiv(call.keys, split)
     parts = torch.empty((splits, *lse.shape, call.value_dim), dtype=torch.float32, device=query.device)
     parts_lse = torch.empty((splits, *lse.shape), dtype=torch.float32, device=query.device)
-    (_, k, v), descriptors = call.sources(tile, (query, call.d), (key, call.d), (value, call.dv))
+    _, k, v = call.sources(tile, (query, width.d), (key, width.d), (value, width.dv))
     decode_kernel[(splits, groups)](
         query, k, v, call.mask, call.key_lengths, call.rng, parts, parts_lse, *call.strides(query, key, value),
-        call.batch, *call.sizes(), *call.numbers(), split, NEGATIVE_SCALE=call.scale < 0, DESCRIPTORS=descriptors,
-        **call.constants(tile),
+        call.batch, *call.sizes(), *call.numbers(), split, SCALE_FIRST=call.scale <= 0, **call.constants(tile, width),
     )  # fmt: skip
     join_kernel[(lse.numel(),)](
         parts, parts_lse, out, lse, *out.stride()[:3], lse.numel(), call.heads, call.queries, call.value_dim, splits,
-        SPLITS=_JOINED_AT_ONCE, DV=call.dv, num_warps=4,
+        SPLITS=_JOINED_AT_ONCE, DV=width.dv, num_warps=4,
     )  # fmt: skip
 
 
@@ -150,6 +151,7 @@ class _Call:
         dropout_p: float,
         rng: Tensor | None,
         key_lengths: Tensor | None,
+        grad: Tensor | None = None,
     ) -> None:
         self.query, self.key, self.value = query, key, value
         self.mask, self.key_lengths, self.rng = attn_mask, key_lengths, rng
@@ -159,37 +161,39 @@ class _Call:
         self.scale = scale * _LOG2_E
         self.causal, self.dropout_p = is_causal, dropout_p
         self.mask_kind = 0 if attn_mask is None else 1 if attn_mask.dtype == torch.bool else 2
-        widest = max(self.head_dim, self.value_dim)
-        self.chunks = 1
-        if widest <= configs.WIDEST:
-            self.d, self.dv = (max(16, triton.next_power_of_2(n)) for n in (self.head_dim, self.value_dim))
-        else:
-            self.d = self.dv = configs.CHUNK
-            self.chunks = triton.cdiv(widest, configs.CHUNK)
+        # Descriptors if the chip has them and can describe every tensor. float32 does without: on its way from shared
+        # memory into three products, each tile would take more registers than there are.
+        self.descriptors = (
+            capability(query) >= (9, 0)
+            and query.element_size() == 2
+            and all(_describable(tensor) for tensor in (query, key, value, grad) if tensor is not None)
+        )
         self.precision = "widened" if interpreted() and query.dtype == torch.bfloat16 else "ieee"
         if query.dtype == torch.float32:
             self.precision = "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
-    def choose(self, kernel: str, tiles: Callable[..., list[Tile]], run: Callable[[Tile], None]) -> Tile:
-        candidates = tiles(
-            self.d, self.dv, self.query.element_size(), self.queries, self.chunks, capability(self.query)
-        )
-        key = (self.query.dtype, self.d, self.dv, self.chunks, self.causal, self.mask_kind, self.rng is not None)
-        lengths = (triton.next_power_of_2(n) for n in (self.queries, self.keys))
-        return choose_tile(kernel, self.query, (*key, *lengths), candidates, run)
+    def widths(self, kernel: str) -> configs.Widths:
+        return configs.widths(kernel, self.head_dim, self.value_dim, self.query.element_size())
 
-    def sources(
-        self, tile: Tile, *tensors: tuple[Tensor, int], by_keys: bool = False
-    ) -> tuple[list[Tensor | TensorDescriptor], bool]:
-        """What kernels load tiles from: descriptors if the chip has them and can describe every tensor, else the
-        tensors. Each comes with the columns of its tiles; the second and third are keys and values."""
-        if capability(self.query) < (9, 0) or not all(_describable(tensor) for tensor, _ in tensors):
-            return [tensor for tensor, _ in tensors], False
+    def choose(self, kernel: str, width: configs.Widths, run: Callable[[Tile], None]) -> Tile:
+        dropout = self.rng is not None
+        busy = self.mask_kind > 0 or dropout
+        candidates = configs.tiles(
+            kernel, width, self.query.element_size(), self.descriptors, busy, self.queries, capability(self.query)
+        )
+        key = (self.query.dtype, *width, self.descriptors, self.causal, self.mask_kind, dropout)
+        lengths = (triton.next_power_of_2(n) for n in (self.queries, self.keys))
+        return tuning.choose_tile(kernel, self.query, (*key, *lengths), candidates, run)
+
+    def sources(self, tile: Tile, *tensors: tuple[Tensor, int]) -> list[Tensor | TensorDescriptor]:
+        """What kernels load tiles from, for queries, keys, values and the gradient, each with its tiles' columns."""
+        if not self.descriptors:
+            return [tensor for tensor, _ in tensors]
         heights = (tile.rows, tile.columns, tile.columns, tile.rows)
         return [
             TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), [1, 1, rows, columns])
             for (tensor, columns), rows in zip(tensors, heights, strict=False)
-        ], True
+        ]
 
     def strides(self, *tensors: Tensor) -> list[int]:
         """Of the tensors, each by batch, head, row and column, and then of the mask."""
@@ -202,14 +206,15 @@ class _Call:
     def numbers(self) -> tuple[float, ...]:
         return self.scale, drop_threshold(self.dropout_p), kept_scale(self.dropout_p)
 
-    def constants(self, tile: Tile) -> dict[str, Any]:
+    def constants(self, tile: Tile, width: configs.Widths) -> dict[str, Any]:
         return {
             "ROWS": tile.rows,
             "COLUMNS": tile.columns,
-            "D": self.d,
-            "DV": self.dv,
-            "CHECK_D": self.chunks * self.d != self.head_dim,
-            "CHECK_DV": self.chunks * self.dv != self.value_dim,
+            "D": width.d,
+            "DV": width.dv,
+            "CHECK_D": width.chunks * width.d != self.head_dim,
+            "CHECK_DV": width.chunks * width.dv != self.value_dim,
+            "DESCRIPTORS": self.descriptors,
             "CAUSAL": self.causal,
             "MASK": self.mask_kind,
             "DROPOUT": self.rng is not None,

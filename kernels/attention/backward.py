@@ -15,7 +15,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .tiles import NO_MASK, hide, kept_weights, load_rows, product
+from ..random import kept_elements
+from .tiles import NO_MASK, hide, load_rows, product
 
 
 @triton.jit
@@ -149,7 +150,7 @@ def queries_pass(
                 )  # fmt: skip
                 grad_weights = product(gc, tl.trans(vc), grad_weights, PRECISION)
         if DROPOUT:
-            kept = kept_weights(rng, dropout_row, first, all_keys, threshold, COLUMNS)
+            kept = kept_elements(rng, dropout_row, first, all_keys, threshold, COLUMNS)
             grad_weights = tl.where(kept, grad_weights * kept_scale, 0.0)
         grad_scores = weights * (grad_weights - row_delta[:, None])
         grad_q = product(grad_scores.to(k.dtype), k, grad_q, PRECISION)
@@ -233,7 +234,7 @@ def queries_kernel(
         grad += wide_batch * g_batch + wide_head * g_head
     visible = keys
     if key_lengths is not None:
-        visible = tl.minimum(tl.load(key_lengths + batch), keys).to(tl.int32)
+        visible = tl.maximum(tl.minimum(tl.load(key_lengths + batch), keys), 0).to(tl.int32)
     end = visible
     full = visible
     if CAUSAL:
@@ -252,7 +253,8 @@ def queries_kernel(
     row_delta = tl.load(delta + statistic, row_inside, other=0.0)
     grad_q = tl.zeros([ROWS, D], tl.float32)
     grad_q = queries_pass(
-        grad_q, q, g, row_lse, row_delta, query, key, value, grad, rng, batch, head, kv_head, first, chunk, 0, full, row,
+        grad_q, q, g, row_lse, row_delta, query, key, value, grad, rng, batch, head, kv_head, first, chunk, 0, full,
+        row,
         row_inside, mask_rows, mask_column, statistic, q_row, q_column, k_row, k_column, v_row, v_column, g_row,
         g_column, queries, visible, keys, head_dim, value_dim, scale, threshold, kept_scale, ROWS, COLUMNS, D, DV,
         CHUNKS, CHECK_D, CHECK_DV, CAUSAL, False, MASK, DROPOUT, DESCRIPTORS, PRECISION,

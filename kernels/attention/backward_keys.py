@@ -5,7 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .tiles import NO_MASK, hide, kept_weights, load_rows, product
+from ..random import kept_elements
+from .tiles import NO_MASK, hide, load_rows, product
 
 
 @triton.jit
@@ -114,7 +115,7 @@ def keys_pass(
                 grad_weights = product(vc, tl.trans(gc), grad_weights, PRECISION)
         dropped = weights
         if DROPOUT:
-            kept = tl.trans(kept_weights(rng, statistic + row, first_key, all_keys, threshold, COLUMNS))
+            kept = tl.trans(kept_elements(rng, statistic + row, first_key, all_keys, threshold, COLUMNS))
             dropped = tl.where(kept, weights * kept_scale, 0.0)
             grad_weights = tl.where(kept, grad_weights * kept_scale, 0.0)
         grad_v = product(dropped.to(g.dtype), g, grad_v, PRECISION)
@@ -200,7 +201,7 @@ def keys_kernel(
         value += wide_batch * v_batch + wide_kv_head * v_head
     visible = keys
     if key_lengths is not None:
-        visible = tl.minimum(tl.load(key_lengths + batch), keys).to(tl.int32)
+        visible = tl.maximum(tl.minimum(tl.load(key_lengths + batch), keys), 0).to(tl.int32)
     k = load_rows(key, batch, kv_head, first_key, 0, keys, head_dim, k_row, k_column, COLUMNS, D, CHECK_D, DESCRIPTORS)
     v = load_rows(
         value, batch, kv_head, first_key, 0, keys, value_dim, v_row, v_column, COLUMNS, DV, CHECK_DV, DESCRIPTORS

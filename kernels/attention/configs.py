@@ -1,90 +1,206 @@
-"""Tiles that the attention kernels are launched with: for each kernel and head a short list of candidates, the default
-first. Defaults are those that PyTorch's FlexAttention found for the same chips, and their neighbours."""
+"""Tiles that the attention kernels are launched with: for each kernel, element size and width of a head a short list of
+candidates, the default first. All keep their registers (`make gpu-compile` proves it); the defaults are near those that
+PyTorch's FlexAttention found for the same chips."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import triton
 
 from ..tuning import Tile
 
-# Widest head that one tile holds; wider ones go in chunks.
-WIDEST, CHUNK = 256, 128
+FORWARD, BACKWARD_KEYS, BACKWARD_QUERIES = "attention_fwd", "attention_bwd_keys", "attention_bwd_queries"
 # So many queries of a group of heads are split over the keys.
 DECODE_ROWS = 16
+
+# Kernel and element size -> widest head that one tile holds, and the chunks that wider ones go in.
+_WIDEST = {
+    (FORWARD, 2): (256, 128),
+    (BACKWARD_KEYS, 2): (128, 128),
+    (BACKWARD_QUERIES, 2): (256, 128),
+    (FORWARD, 4): (64, 64),
+    (BACKWARD_KEYS, 4): (64, 64),
+    (BACKWARD_QUERIES, 4): (64, 64),
+}
+
+
+# Any number of columns, in chunks.
+CHUNKED = 0
+# For tiles that come by pointers, on any chip; by descriptors, from 9.0 on; from 10.0 on, where those spill.
+POINTERS, HOPPER, BLACKWELL = 0, 9, 10
+
+
+def _tiles(*sizes: tuple[int, int, int, int]) -> list[Tile]:
+    return [Tile(*size) for size in sizes]
+
+
+# Kernel, element size, columns up to which they serve, chips -> candidates, and those of calls with a mask or dropout,
+# which need registers of their own.
+TILES: dict[tuple[str, int, int, int], tuple[list[Tile], list[Tile]]] = {
+    (FORWARD, 2, 64, HOPPER): (
+        _tiles((128, 64, 4, 3), (128, 128, 8, 2), (128, 64, 8, 3), (64, 64, 4, 3), (64, 32, 4, 2)),
+        _tiles((128, 64, 8, 3), (64, 64, 4, 3), (64, 32, 4, 2)),
+    ),
+    (FORWARD, 2, 64, POINTERS): (
+        _tiles((128, 64, 4, 3), (128, 64, 8, 3), (64, 64, 4, 3), (64, 32, 4, 2)),
+        _tiles((128, 64, 8, 3), (64, 64, 4, 3), (64, 32, 4, 2)),
+    ),
+    (FORWARD, 2, 128, HOPPER): (
+        _tiles((128, 64, 8, 3), (128, 128, 8, 2), (64, 64, 4, 3), (64, 64, 8, 2), (64, 32, 4, 2)),
+        _tiles((128, 64, 8, 3), (64, 64, 8, 2), (128, 32, 8, 2), (64, 32, 4, 2)),
+    ),
+    (FORWARD, 2, 128, BLACKWELL): (
+        _tiles((128, 128, 8, 2), (64, 64, 4, 3), (64, 64, 8, 2), (64, 32, 4, 2)),
+        _tiles((64, 64, 8, 2), (128, 32, 8, 2), (64, 32, 4, 2)),
+    ),
+    (FORWARD, 2, 128, POINTERS): (
+        _tiles((128, 64, 8, 3), (128, 32, 8, 2), (64, 64, 4, 3), (64, 32, 4, 2)),
+        _tiles((64, 64, 8, 2), (128, 32, 8, 2), (64, 32, 8, 2)),
+    ),
+    (FORWARD, 2, 256, HOPPER): (
+        _tiles((64, 64, 8, 2), (128, 32, 8, 2), (64, 32, 8, 2)),
+        _tiles((64, 64, 8, 2), (64, 32, 8, 2)),
+    ),
+    (FORWARD, 2, 256, BLACKWELL): (_tiles((128, 32, 8, 2), (64, 32, 8, 2)), _tiles((64, 32, 8, 2))),
+    (FORWARD, 2, 256, POINTERS): (_tiles((64, 32, 8, 2), (64, 32, 8, 1)), _tiles((64, 32, 8, 2), (64, 32, 8, 1))),
+    (FORWARD, 2, CHUNKED, HOPPER): (
+        _tiles((128, 64, 8, 3), (64, 64, 4, 3), (64, 32, 8, 2)),
+        _tiles((64, 64, 8, 2), (64, 32, 8, 2)),
+    ),
+    (FORWARD, 2, CHUNKED, POINTERS): (_tiles((128, 32, 8, 2), (64, 32, 8, 2)), _tiles((64, 32, 8, 2))),
+    (FORWARD, 4, 64, POINTERS): (_tiles((64, 32, 8, 1), (64, 32, 4, 1)), _tiles((64, 32, 8, 1))),
+    (BACKWARD_KEYS, 2, 64, HOPPER): (
+        _tiles((64, 128, 8, 2), (64, 64, 8, 2), (64, 64, 4, 2), (32, 64, 4, 2)),
+        _tiles((32, 128, 8, 2), (64, 64, 8, 2), (32, 64, 4, 2)),
+    ),
+    (BACKWARD_KEYS, 2, 64, BLACKWELL): (
+        _tiles((64, 128, 8, 2), (64, 64, 8, 2)),
+        _tiles((32, 128, 8, 2), (64, 64, 8, 2), (32, 64, 4, 2)),
+    ),
+    (BACKWARD_KEYS, 2, 64, POINTERS): (
+        _tiles((32, 128, 8, 2), (32, 64, 4, 2), (32, 32, 4, 2)),
+        _tiles((32, 64, 8, 1), (32, 32, 4, 2)),
+    ),
+    (BACKWARD_KEYS, 2, 128, HOPPER): (
+        _tiles((32, 128, 8, 2), (64, 64, 8, 2), (32, 64, 4, 2)),
+        _tiles((32, 64, 4, 1), (16, 128, 8, 1), (32, 32, 8, 1)),
+    ),
+    (BACKWARD_KEYS, 2, 128, BLACKWELL): (
+        _tiles((32, 128, 8, 2), (64, 64, 8, 2)),
+        _tiles((32, 64, 4, 1), (16, 128, 8, 1), (32, 32, 8, 1)),
+    ),
+    (BACKWARD_KEYS, 2, 128, POINTERS): (_tiles((32, 64, 8, 1), (32, 32, 4, 2)), _tiles((32, 32, 4, 2), (32, 32, 8, 1))),
+    (BACKWARD_KEYS, 2, CHUNKED, HOPPER): (
+        _tiles((32, 128, 8, 2), (32, 64, 4, 2)),
+        _tiles((32, 64, 4, 1), (32, 32, 8, 1)),
+    ),
+    (BACKWARD_KEYS, 2, CHUNKED, POINTERS): (_tiles((32, 32, 8, 1), (32, 32, 4, 2)), _tiles((32, 32, 8, 1))),
+    (BACKWARD_KEYS, 4, 64, POINTERS): (
+        _tiles((32, 32, 8, 1), (16, 32, 8, 1), (32, 16, 4, 1)),
+        _tiles((16, 32, 8, 1), (32, 16, 4, 1)),
+    ),
+    (BACKWARD_QUERIES, 2, 64, HOPPER): (
+        _tiles((128, 64, 8, 2), (64, 64, 4, 2), (128, 32, 8, 2), (64, 32, 4, 2)),
+        _tiles((128, 64, 8, 2), (64, 64, 4, 2), (64, 32, 4, 2)),
+    ),
+    (BACKWARD_QUERIES, 2, 64, POINTERS): (
+        _tiles((128, 64, 8, 2), (64, 64, 8, 2), (64, 32, 4, 2)),
+        _tiles((64, 64, 8, 2), (128, 32, 8, 2), (64, 32, 4, 2)),
+    ),
+    (BACKWARD_QUERIES, 2, 128, HOPPER): (
+        _tiles((128, 64, 8, 2), (64, 64, 4, 2), (64, 32, 4, 2)),
+        _tiles((128, 64, 8, 2), (64, 64, 8, 2), (64, 32, 4, 2)),
+    ),
+    (BACKWARD_QUERIES, 2, 128, POINTERS): (
+        _tiles((64, 64, 8, 2), (128, 64, 8, 2), (64, 32, 4, 2)),
+        _tiles((64, 32, 4, 2), (64, 32, 8, 1)),
+    ),
+    (BACKWARD_QUERIES, 2, 256, HOPPER): (
+        _tiles((128, 32, 8, 2), (64, 32, 4, 2), (64, 16, 4, 1)),
+        _tiles((64, 16, 4, 1)),
+    ),
+    (BACKWARD_QUERIES, 2, 256, POINTERS): (_tiles((64, 32, 8, 1), (64, 16, 8, 1)), _tiles((64, 32, 8, 1))),
+    (BACKWARD_QUERIES, 2, CHUNKED, HOPPER): (
+        _tiles((128, 64, 8, 2), (64, 64, 4, 2), (64, 32, 4, 2)),
+        _tiles((64, 64, 8, 2), (64, 32, 4, 2)),
+    ),
+    (BACKWARD_QUERIES, 2, CHUNKED, POINTERS): (_tiles((64, 32, 8, 1)), _tiles((32, 32, 8, 1))),
+    (BACKWARD_QUERIES, 4, 64, POINTERS): (
+        _tiles((64, 16, 8, 1), (32, 32, 8, 1), (32, 16, 4, 1)),
+        _tiles((32, 32, 8, 1), (32, 16, 4, 1)),
+    ),
+}
 
 # Shared memory that a program may have, by compute capability; those not listed have at least as much as 8.6.
 _SHARED_MEMORY = {(8, 0): 163 << 10, (8, 7): 163 << 10, (9, 0): 227 << 10, (10, 0): 227 << 10, (10, 3): 227 << 10}
 _LEAST_SHARED_MEMORY = 99 << 10
 
 
-def forward_tiles(
-    d: int, dv: int, element_size: int, queries: int, chunks: int, capability: tuple[int, int]
+class Widths(NamedTuple):
+    """Columns of a tile of queries and keys (d) and of values (dv), and how many of them a head takes."""
+
+    chunks: int
+    d: int
+    dv: int
+
+
+def widths(kernel: str, head_dim: int, value_dim: int, element_size: int) -> Widths:
+    """How a kernel divides heads of these sizes."""
+    widest, chunk = _WIDEST[kernel, element_size]
+    if max(head_dim, value_dim) > widest:
+        return Widths(triton.cdiv(max(head_dim, value_dim), chunk), chunk, chunk)
+    return Widths(1, *(max(16, triton.next_power_of_2(n)) for n in (head_dim, value_dim)))
+
+
+def tiles(
+    kernel: str,
+    width: Widths,
+    element_size: int,
+    descriptors: bool,
+    busy: bool,
+    queries: int,
+    capability: tuple[int, int],
 ) -> list[Tile]:
-    """Of attention's forward pass; d and dv columns of queries and values, padded."""
-    wide = max(d, dv)
-    if element_size == 4:
-        tiles = [Tile(64, 32, 4, 2), Tile(32, 32, 4, 2), Tile(32, 16, 4, 1)]
-    elif wide <= 64:
-        tiles = [Tile(128, 64, 4, 3), Tile(128, 128, 8, 3), Tile(128, 64, 8, 3), Tile(64, 64, 4, 3)]
-    elif wide <= 128:
-        tiles = [Tile(128, 64, 8, 3), Tile(128, 128, 8, 2), Tile(64, 64, 4, 3), Tile(64, 64, 4, 2), Tile(64, 32, 4, 2)]
-    else:
-        tiles = [Tile(64, 64, 8, 2), Tile(64, 32, 4, 2), Tile(32, 32, 4, 2), Tile(32, 16, 4, 1)]
-    if chunks > 1:
-        tiles = [Tile(64, 64 if element_size == 2 else 32, 4, 2), Tile(32, 32, 4, 1)]
-    # No more rows than there are queries.
-    rows = max(16, triton.next_power_of_2(queries))
-    tiles = [tile if tile.rows <= rows else tile._replace(rows=rows, warps=4) for tile in tiles]
-    needs = [d * tile.rows + tile.stages * tile.columns * (d + dv) for tile in tiles]
-    return _fitting(tiles, [n * element_size for n in needs], capability)
+    """Candidates for a launch; never none.
 
-
-def backward_keys_tiles(
-    d: int, dv: int, element_size: int, queries: int, chunks: int, capability: tuple[int, int]
-) -> list[Tile]:
-    """Of the pass that makes the gradients of keys and values: rows of queries, columns of keys."""
-    wide = max(d, dv)
-    if element_size == 4:
-        tiles = [Tile(32, 32, 4, 2), Tile(16, 32, 4, 1), Tile(16, 16, 4, 1)]
-    elif wide <= 64:
-        tiles = [Tile(64, 128, 8, 2), Tile(64, 64, 4, 2), Tile(32, 128, 4, 3), Tile(32, 64, 4, 2)]
-    elif wide <= 128:
-        tiles = [Tile(64, 128, 8, 2), Tile(32, 128, 8, 2), Tile(32, 64, 4, 2), Tile(32, 32, 4, 1)]
-    else:
-        tiles = [Tile(32, 64, 8, 2), Tile(32, 32, 4, 1), Tile(16, 32, 4, 1)]
-    if chunks > 1:
-        tiles = [Tile(32, 64 if element_size == 2 else 32, 4, 1), Tile(16, 32, 4, 1)]
-    needs = [(d + dv) * (tile.columns + tile.stages * tile.rows) + tile.rows * tile.columns for tile in tiles]
-    return _fitting(tiles, [n * element_size for n in needs], capability)
-
-
-def backward_queries_tiles(
-    d: int, dv: int, element_size: int, queries: int, chunks: int, capability: tuple[int, int]
-) -> list[Tile]:
-    """Of the pass that makes the gradient of the queries."""
-    wide = max(d, dv)
-    if element_size == 4:
-        tiles = [Tile(32, 32, 4, 2), Tile(32, 16, 4, 1), Tile(16, 16, 4, 1)]
-    elif wide <= 64:
-        tiles = [Tile(128, 64, 8, 2), Tile(64, 64, 4, 2), Tile(128, 32, 4, 3), Tile(64, 32, 4, 2)]
-    elif wide <= 128:
-        tiles = [Tile(128, 64, 8, 2), Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), Tile(32, 32, 4, 1)]
-    else:
-        tiles = [Tile(64, 32, 8, 2), Tile(32, 32, 4, 1), Tile(32, 16, 4, 1)]
-    if chunks > 1:
-        tiles = [Tile(64 if element_size == 2 else 32, 32, 4, 1), Tile(32, 16, 4, 1)]
-    needs = [(d + dv) * (tile.rows + tile.stages * tile.columns) + tile.rows * tile.columns for tile in tiles]
-    return _fitting(tiles, [n * element_size for n in needs], capability)
-
-
-def decode_tile(d: int, dv: int, element_size: int) -> Tile:
-    """Of few queries: little to compute, so many keys on their way."""
-    columns = max(16, min(128, (16 << 10) // (max(d, dv) * element_size)))
-    return Tile(DECODE_ROWS, columns, 4, 2 if element_size == 4 else 3)
-
-
-def _fitting(tiles: list[Tile], needed_bytes: list[int], capability: tuple[int, int]) -> list[Tile]:
-    """Those that the chip has the shared memory for; the last if none is sure to have."""
+    Args:
+        descriptors: tiles come by tensor descriptors.
+        busy: there is a mask or dropout.
+        capability: of the chip, whose shared memory they fit in.
+    """
+    wide = max(width.d, width.dv)
+    columns = next(size for size in (64, 128, 256) if wide <= size)
+    if width.chunks > 1 and element_size == 2:
+        columns = CHUNKED
+    chips = HOPPER if descriptors else POINTERS
+    if descriptors and capability[0] >= BLACKWELL and (kernel, element_size, columns, BLACKWELL) in TILES:
+        chips = BLACKWELL
+    candidates = TILES[kernel, element_size, columns, chips][busy]
+    if kernel == FORWARD:  # no more rows than there are queries
+        rows = max(16, triton.next_power_of_2(queries))
+        candidates = [tile if tile.rows <= rows else tile._replace(rows=rows, warps=4) for tile in candidates]
     most = _SHARED_MEMORY.get(capability, _LEAST_SHARED_MEMORY)
-    fitting = [tile for tile, needed in zip(tiles, needed_bytes, strict=True) if needed <= most]
-    return list(dict.fromkeys(fitting or tiles[-1:]))
+    fitting = [tile for tile in candidates if _shared_memory(kernel, width, element_size, tile, busy) <= most]
+    return list(dict.fromkeys(fitting or candidates[-1:]))
+
+
+def _shared_memory(kernel: str, width: Widths, element_size: int, tile: Tile, busy: bool) -> int:
+    """Bytes a program needs at most: what it keeps, and the tiles on their way."""
+    columns = width.d + width.dv
+    scores = tile.rows * tile.columns
+    if kernel == FORWARD:
+        elements = width.d * tile.rows + tile.stages * tile.columns * columns
+    elif kernel == BACKWARD_KEYS:
+        elements = columns * (tile.columns + tile.stages * tile.rows) + scores
+    else:
+        elements = columns * (tile.rows + tile.stages * tile.columns) + scores
+    if busy:
+        elements += (1 + tile.stages) * scores
+    return elements * element_size
+
+
+def decode_tile(width: Widths, element_size: int) -> Tile:
+    """Of few queries: little to compute, so many keys on their way."""
+    columns = max(16, min(128, (16 << 10) // (max(width.d, width.dv) * element_size)))
+    return Tile(DECODE_ROWS, columns, 4, 2 if element_size == 4 else 3)

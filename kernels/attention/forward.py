@@ -16,7 +16,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .tiles import ADDITIVE, NO_MASK, hide, kept_weights, load_rows, product
+from ..random import kept_elements
+from .tiles import ADDITIVE, NO_MASK, hide, load_rows, product
 
 
 @triton.jit
@@ -65,7 +66,7 @@ def attend(
     EDGE: tl.constexpr,
     MASK: tl.constexpr,
     DROPOUT: tl.constexpr,
-    NEGATIVE_SCALE: tl.constexpr,
+    SCALE_FIRST: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -100,7 +101,9 @@ def attend(
                     key, batch, kv_head, first, d, all_keys, head_dim, k_row, k_column, COLUMNS, D, CHECK_D, DESCRIPTORS
                 )
                 scores = product(qc, tl.trans(kc), scores, PRECISION)
-        if MASK == ADDITIVE or NEGATIVE_SCALE:
+        # A positive scale can wait for the multiply-add before exp2; another one would turn the maximum round, or make
+        # a NaN of a hidden key's -inf.
+        if MASK == ADDITIVE or SCALE_FIRST:
             scores *= scale
             scores = hide(scores, mask_rows, mask_column_stride, row, row_inside, column, keys, CAUSAL, EDGE, MASK)
             new_maximum = tl.maximum(maximum, tl.max(scores, 1))
@@ -110,7 +113,7 @@ def attend(
         shift = new_maximum
         if MASK != NO_MASK:  # a row that has seen no key yet: -inf - -inf would be NaN
             shift = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
-        if MASK == ADDITIVE or NEGATIVE_SCALE:
+        if MASK == ADDITIVE or SCALE_FIRST:
             weights = tl.exp2(scores - shift[:, None])
         else:
             weights = tl.exp2(scores * scale - shift[:, None])
@@ -118,7 +121,7 @@ def attend(
         total = total * rescale + tl.sum(weights, 1)
         accumulated = accumulated * rescale[:, None]
         if DROPOUT:
-            kept = kept_weights(rng, dropout_row, first, all_keys, threshold, COLUMNS)
+            kept = kept_elements(rng, dropout_row, first, all_keys, threshold, COLUMNS)
             weights = tl.where(kept, weights, 0.0)
         v = load_rows(
             value, batch, kv_head, first, first_value_column, all_keys, value_dim, v_row, v_column, COLUMNS, DV,
@@ -177,7 +180,7 @@ def forward_kernel(
     CAUSAL: tl.constexpr,
     MASK: tl.constexpr,
     DROPOUT: tl.constexpr,
-    NEGATIVE_SCALE: tl.constexpr,
+    SCALE_FIRST: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -200,7 +203,7 @@ def forward_kernel(
     row_inside = row < queries
     visible = keys
     if key_lengths is not None:
-        visible = tl.minimum(tl.load(key_lengths + batch), keys).to(tl.int32)
+        visible = tl.maximum(tl.minimum(tl.load(key_lengths + batch), keys), 0).to(tl.int32)
     end = visible
     full = visible
     if CAUSAL:
@@ -220,13 +223,13 @@ def forward_kernel(
         accumulated, total, maximum, q, query, key, value, rng, batch, head, kv_head, first, chunk * DV, 0, full, row,
         row_inside, mask_rows, mask_column, statistic, q_row, q_column, k_row, k_column, v_row, v_column, queries,
         visible, keys, head_dim, value_dim, scale, threshold, ROWS, COLUMNS, D, DV, CHUNKS, CHECK_D, CHECK_DV, CAUSAL,
-        False, MASK, DROPOUT, NEGATIVE_SCALE, DESCRIPTORS, PRECISION,
+        False, MASK, DROPOUT, SCALE_FIRST, DESCRIPTORS, PRECISION,
     )  # fmt: skip
     accumulated, total, maximum = attend(
         accumulated, total, maximum, q, query, key, value, rng, batch, head, kv_head, first, chunk * DV, full, end, row,
         row_inside, mask_rows, mask_column, statistic, q_row, q_column, k_row, k_column, v_row, v_column, queries,
         visible, keys, head_dim, value_dim, scale, threshold, ROWS, COLUMNS, D, DV, CHUNKS, CHECK_D, CHECK_DV, CAUSAL,
-        True, MASK, DROPOUT, NEGATIVE_SCALE, DESCRIPTORS, PRECISION,
+        True, MASK, DROPOUT, SCALE_FIRST, DESCRIPTORS, PRECISION,
     )  # fmt: skip
 
     blind = total == 0.0
@@ -287,7 +290,7 @@ def decode_kernel(
     CAUSAL: tl.constexpr,
     MASK: tl.constexpr,
     DROPOUT: tl.constexpr,
-    NEGATIVE_SCALE: tl.constexpr,
+    SCALE_FIRST: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -311,7 +314,7 @@ def decode_kernel(
     )
     visible = keys
     if key_lengths is not None:
-        visible = tl.minimum(tl.load(key_lengths + batch), keys).to(tl.int32)
+        visible = tl.maximum(tl.minimum(tl.load(key_lengths + batch), keys), 0).to(tl.int32)
     begin = part * split
     end = tl.minimum(begin + split, visible)
     mask_rows = row
@@ -328,7 +331,7 @@ def decode_kernel(
             accumulated, total, maximum, q, query, key, value, rng, batch, kv_head, kv_head, 0, 0, begin, full, row,
             row_inside, mask_rows, mask_column, statistic, q_row, q_column, k_row, k_column, v_row, v_column, queries,
             visible, keys, head_dim, value_dim, scale, threshold, ROWS, COLUMNS, D, DV, 1, CHECK_D, CHECK_DV, CAUSAL,
-            False, MASK, DROPOUT, NEGATIVE_SCALE, DESCRIPTORS, PRECISION,
+            False, MASK, DROPOUT, SCALE_FIRST, DESCRIPTORS, PRECISION,
         )  # fmt: skip
     else:
         end = tl.minimum(end, queries)
@@ -336,7 +339,7 @@ def decode_kernel(
         accumulated, total, maximum, q, query, key, value, rng, batch, kv_head, kv_head, 0, 0, full, end, row,
         row_inside, mask_rows, mask_column, statistic, q_row, q_column, k_row, k_column, v_row, v_column, queries,
         visible, keys, head_dim, value_dim, scale, threshold, ROWS, COLUMNS, D, DV, 1, CHECK_D, CHECK_DV, CAUSAL,
-        True, MASK, DROPOUT, NEGATIVE_SCALE, DESCRIPTORS, PRECISION,
+        True, MASK, DROPOUT, SCALE_FIRST, DESCRIPTORS, PRECISION,
     )  # fmt: skip
     blind = total == 0.0
     factor = 1.0 / tl.where(blind, 1.0, total)

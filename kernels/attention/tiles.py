@@ -5,8 +5,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..random import kept_elements
-
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 # Kinds of masks.
@@ -31,13 +29,16 @@ def load_rows(
 ):
     """Rows [first, first + ROWS) and columns [first_column, first_column + COLUMNS); 0 where there are none."""
     if DESCRIPTORS:
-        return tl.reshape(source.load([batch, head, first, first_column]), [ROWS, COLUMNS])
-    row = first + tl.arange(0, ROWS).to(tl.int64)
-    column = first_column + tl.arange(0, COLUMNS)
-    at = source + row[:, None] * row_stride + column[None, :] * column_stride
-    if CHECK_COLUMNS:
-        return tl.load(at, (row < rows)[:, None] & (column < columns)[None, :], other=0.0)
-    return tl.load(at, (row < rows)[:, None], other=0.0)
+        tile = tl.reshape(source.load([batch, head, first, first_column]), [ROWS, COLUMNS])
+    else:
+        row = first + tl.arange(0, ROWS).to(tl.int64)
+        column = first_column + tl.arange(0, COLUMNS)
+        at = source + row[:, None] * row_stride + column[None, :] * column_stride
+        inside = (row < rows)[:, None]
+        if CHECK_COLUMNS:
+            inside = inside & (column < columns)[None, :]
+        tile = tl.load(at, inside, other=0.0)
+    return tile
 
 
 # A precision of its own: Triton's interpreter takes the bits of bfloat16 for integers, so there they become float32.
@@ -48,8 +49,10 @@ WIDENED = tl.constexpr("widened")
 def product(a, b, accumulated, PRECISION: tl.constexpr):
     """a b + accumulated (or None), in float32."""
     if PRECISION == WIDENED:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), accumulated)
-    return tl.dot(a, b, accumulated, input_precision=PRECISION)
+        result = tl.dot(a.to(tl.float32), b.to(tl.float32), accumulated)
+    else:
+        result = tl.dot(a, b, accumulated, input_precision=PRECISION)
+    return result
 
 
 @triton.jit
@@ -82,16 +85,3 @@ def hide(
             visible = visible & (column[None, :] <= row[:, None])
         scores = tl.where(visible, scores, float("-inf"))
     return scores
-
-
-@triton.jit
-def kept_weights(
-    rng,
-    row,  # (ROWS), int64: numbered through all heads
-    first,  # first key of the tile
-    keys,  # of which there are so many in all
-    threshold,
-    COLUMNS: tl.constexpr,
-):
-    """Whether dropout keeps the weights of a tile, (ROWS, COLUMNS)."""
-    return kept_elements(rng, row, first, keys, threshold, COLUMNS)

@@ -24,6 +24,8 @@ def scaled_dot_product_attention(
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
+    *,
+    key_lengths: Tensor | None = None,
 ) -> Tensor:
     """softmax(query key^T * scale + mask) value, as `torch.nn.functional.scaled_dot_product_attention`.
 
@@ -47,13 +49,16 @@ def scaled_dot_product_attention(
         is_causal: hide later keys.
         scale: default 1 / sqrt(D).
         enable_gqa: H may be a multiple of Hkv; each key/value head serves H / Hkv query heads.
+        key_lengths: int32 or int64, of query's leading dimensions without the heads, (B) for (B, H, T, D): of sequence
+            b only the keys 0 ... key_lengths[b] - 1 take part. On a GPU no work is done for the others, and the host
+            need not know the numbers: they may change between the replays of a CUDA graph.
 
     Returns:
         (*, H, T, Dv) of query's dtype; a query that sees no key gives 0, not NaN. Scores are accumulated in float32
         (float64 for float64).
 
     Raises:
-        TypeError: dtypes that are not floating or differ, or a mask of another dtype.
+        TypeError: dtypes that are not floating or differ, a mask or key_lengths of another dtype.
         ValueError: shapes that do not fit, tensors on different devices, dropout_p outside [0, 1].
     """
     dtype = autocast_dtype(query.device.type)
@@ -65,17 +70,20 @@ def scaled_dot_product_attention(
         _check(query, key, value, dropout_p, enable_gqa)
         query, key, value = _broadcast(query, key, value, enable_gqa)
     _check_mask(attn_mask, query, key)
+    _check_lengths(key_lengths, query)
     if scale is None:
         scale = 1.0 / math.sqrt(query.size(-1)) if query.size(-1) > 0 else 1.0
     name = choose("attention", query, _limits(query, value, attn_mask))
+    if key_lengths is not None and name != "triton":
+        attn_mask, key_lengths = _mask_of_lengths(key_lengths, attn_mask, key.size(-2)), None
     if name == "reference":
         return reference.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
         )
     rng = draw_rng(query.device) if dropout_p > 0.0 else None
     if needs_grad(query, key, value):
-        return _Attention.apply(query, key, value, attn_mask, is_causal, scale, dropout_p, rng, name)
-    return _forward(name, query, key, value, attn_mask, is_causal, scale, dropout_p, rng)[0]
+        return _Attention.apply(query, key, value, attn_mask, is_causal, scale, dropout_p, rng, key_lengths, name)
+    return _forward(name, query, key, value, attn_mask, is_causal, scale, dropout_p, rng, key_lengths)[0]
 
 
 def _alike(query: Tensor, key: Tensor, value: Tensor) -> bool:
@@ -131,6 +139,28 @@ def _check_mask(attn_mask: Tensor | None, query: Tensor, key: Tensor) -> None:
         raise ValueError(f"attn_mask has shape {list(attn_mask.shape)}; it must broadcast to {wanted}")
 
 
+def _check_lengths(key_lengths: Tensor | None, query: Tensor) -> None:
+    if key_lengths is None:
+        return
+    if key_lengths.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"key_lengths has dtype {key_lengths.dtype}; int32 or int64 is needed")
+    if key_lengths.device != query.device:
+        raise ValueError(f"key_lengths is on {key_lengths.device}; it must be on query's device, {query.device}")
+    if query.dim() < 4 or key_lengths.shape != query.shape[:-3]:
+        raise ValueError(
+            f"key_lengths has shape {list(key_lengths.shape)}; query's, {list(query.shape)}, without (heads, T, D) is "
+            "needed, of at least one dimension"
+        )
+
+
+def _mask_of_lengths(key_lengths: Tensor, attn_mask: Tensor | None, keys: int) -> Tensor:
+    """attn_mask with the keys hidden that are beyond their sequence's length."""
+    visible = torch.arange(keys, device=key_lengths.device) < key_lengths[..., None, None, None]
+    if attn_mask is None:
+        return visible
+    return attn_mask & visible if attn_mask.dtype == torch.bool else attn_mask.masked_fill(~visible, -math.inf)
+
+
 def _broadcast(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tuple[Tensor, Tensor, Tensor]:
     """The three with equal leading dimensions (those before the heads with enable_gqa)."""
     end = -3 if enable_gqa else -2
@@ -175,13 +205,27 @@ def _forward(
     scale: float,
     dropout_p: float,
     rng: Tensor | None,
+    key_lengths: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     if attn_mask is not None:
         attn_mask = _four_dims(attn_mask.expand(*query.shape[:-1], key.size(-2)))
     out, lse = kernels(name).attention_fwd(
-        _four_dims(query), _four_dims(key), _four_dims(value), attn_mask, is_causal, scale, dropout_p, rng
+        _four_dims(query),
+        _four_dims(key),
+        _four_dims(value),
+        attn_mask,
+        is_causal,
+        scale,
+        dropout_p,
+        rng,
+        *_rest(key_lengths),
     )
     return _shape_back(out, query, value.size(-1)), lse
+
+
+def _rest(key_lengths: Tensor | None) -> tuple[Tensor, ...]:
+    """The last argument of those operators that have it."""
+    return () if key_lengths is None else (key_lengths.reshape(-1),)
 
 
 def _shape_back(x: Tensor, like: Tensor, columns: int) -> Tensor:
@@ -200,18 +244,21 @@ class _Attention(torch.autograd.Function):
         scale: float,
         dropout_p: float,
         rng: Tensor | None,
+        key_lengths: Tensor | None,
         name: str,
     ) -> Tensor:
-        out, lse = _forward(name, query, key, value, attn_mask, is_causal, scale, dropout_p, rng)
-        ctx.save_for_backward(query, key, value, attn_mask, out, lse, rng)
+        out, lse = _forward(name, query, key, value, attn_mask, is_causal, scale, dropout_p, rng, key_lengths)
+        ctx.save_for_backward(query, key, value, attn_mask, out, lse, rng, key_lengths)
         ctx.is_causal, ctx.scale, ctx.dropout_p, ctx.name = is_causal, scale, dropout_p, name
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         (grad,) = grads
-        query, key, value, attn_mask, out, lse, rng = ctx.saved_tensors
+        query, key, value, attn_mask, out, lse, rng, key_lengths = ctx.saved_tensors
         if torch.is_grad_enabled():
+            if key_lengths is not None:
+                attn_mask = _mask_of_lengths(key_lengths, attn_mask, key.size(-2))
             gqa = query.dim() > 2 and query.size(-3) != key.size(-3)
             shape = (*query.shape[:-1], key.size(-2))
             factors = None
@@ -225,7 +272,7 @@ class _Attention(torch.autograd.Function):
                 ctx.needs_input_grad[:3],
                 (grad,),
             )
-            return *found, None, None, None, None, None, None
+            return *found, *(None,) * 7
         if attn_mask is not None:
             attn_mask = _four_dims(attn_mask.expand(*query.shape[:-1], key.size(-2)))
         grads = kernels(ctx.name).attention_bwd(
@@ -237,16 +284,9 @@ class _Attention(torch.autograd.Function):
             ctx.scale,
             ctx.dropout_p,
             rng,
+            *_rest(key_lengths),
         )
-        return (
-            *(_shape_back(g, x, x.size(-1)) for g, x in zip(grads, (query, key, value), strict=True)),
-            None,
-            None,
-            None,
-            None,
-            None,
-            None,
-        )
+        return *(_shape_back(g, x, x.size(-1)) for g, x in zip(grads, (query, key, value), strict=True)), *(None,) * 7
 
 
 def _heads_inside(x: Tensor, columns: int) -> Tensor:
@@ -256,11 +296,11 @@ def _heads_inside(x: Tensor, columns: int) -> Tensor:
 
 
 @register_fake("attention_fwd")
-def _(query, key, value, attn_mask, is_causal, scale, dropout_p=0.0, rng=None):  # type: ignore[no-untyped-def]
+def _(query, key, value, attn_mask, is_causal, scale, dropout_p=0.0, rng=None, key_lengths=None):  # type: ignore[no-untyped-def]
     lse = query.new_empty(query.shape[:3], dtype=torch.promote_types(query.dtype, torch.float32))
     return _heads_inside(query, value.size(-1)), lse
 
 
 @register_fake("attention_bwd")
-def _(grad, query, key, value, attn_mask, out, lse, is_causal, scale, dropout_p=0.0, rng=None):  # type: ignore[no-untyped-def]
+def _(grad, query, key, value, attn_mask, out, lse, is_causal, scale, dropout_p=0.0, rng=None, key_lengths=None):  # type: ignore[no-untyped-def]
     return tuple(_heads_inside(x, x.size(-1)) for x in (query, key, value))
