@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import compute_dtype, triton_compute_dtype, warps_for
+from .launch import compute_dtype, launch_options, triton_compute_dtype, warps_for
 from .losses import MEAN, NONE, reduced, totals_of
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -428,5 +428,5 @@ def _layout(x: Tensor, grad_x: Tensor | None, label_smoothing: float) -> dict[st
         "SAME": grad_x is not None and grad_x.data_ptr() % 16 == 0 and (grad_x.stride(0) - row) % vector == 0,
         "K": k,
         "BLOCK": 32 * warps * widest,
-        "num_warps": warps,
+        **launch_options(warps),
     }

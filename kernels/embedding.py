@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import compute_dtype, triton_compute_dtype, warps_for
+from .launch import compute_dtype, launch_options, triton_compute_dtype, warps_for
 from .random import drop_threshold, kept_elements, kept_scale
 
 RUN_TOKENS = tl.constexpr(32)
@@ -225,7 +225,8 @@ def embedding_fwd(
     forward_kernel[(triton.cdiv(tokens, rows), triton.cdiv(columns, block))](
         input.reshape(-1), table, p, _state(dropout_p, rng), out, table.stride(0), 0 if p is None else p.stride(0),
         tokens, table.size(0), 1 if p is None else p.size(0), columns, drop_threshold(dropout_p), kept_scale(dropout_p),
-        ROWS=rows, BLOCK=block, COMPUTE=triton_compute_dtype(weight.dtype), num_warps=warps_for(FORWARD_TILE, 16),
+        ROWS=rows, BLOCK=block, COMPUTE=triton_compute_dtype(weight.dtype),
+        **launch_options(warps_for(FORWARD_TILE, 16)),
     )  # fmt: skip
     return out
 
@@ -260,16 +261,25 @@ def embedding_bwd(
         ignored = -1 if padding_idx is None else padding_idx
         sum_runs_kernel[(blocks, column_blocks)](
             g, ids, order, state, grad_weight, heads, tails, g.stride(0), tokens, num_embeddings, ignored, columns,
-            *dropout, BLOCK=block, COMPUTE=compute, num_warps=1,
+            *dropout, BLOCK=block, COMPUTE=compute, **launch_options(1),
         )  # fmt: skip
         if blocks > 1:
             join_runs_kernel[(blocks - 1, column_blocks)](
-                ids, heads, tails, grad_weight, tokens, num_embeddings, ignored, columns, BLOCK=block, num_warps=4
+                ids,
+                heads,
+                tails,
+                grad_weight,
+                tokens,
+                num_embeddings,
+                ignored,
+                columns,
+                BLOCK=block,
+                **launch_options(4),
             )
     if positions_grad:
         positions_kernel[(seq_len, column_blocks)](
             g, state, grad_positions, g.stride(0), tokens // seq_len, seq_len, columns, *dropout, ROWS=BATCH_ROWS,
-            BLOCK=block, COMPUTE=compute, num_warps=1,
+            BLOCK=block, COMPUTE=compute, **launch_options(1),
         )  # fmt: skip
     return grad_weight, grad_positions
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 import triton
@@ -53,3 +54,8 @@ def _capability(index: int) -> tuple[int, int]:
 def warps_for(elements: int, per_thread: int, most: int = 16) -> int:
     """Warps for a tile of so many elements, a power of two, when each thread should hold `per_thread` of them."""
     return max(1, min(most, elements // (32 * per_thread)))
+
+
+def launch_options(warps: int) -> dict[str, Any]:
+    """Options of a launch. Multiplications fuse with additions, which later versions of Triton do on demand only."""
+    return {"num_warps": warps, "enable_fp_fusion": True}

@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import compute_dtype, multiprocessors, triton_compute_dtype, warps_for
+from .launch import compute_dtype, launch_options, multiprocessors, triton_compute_dtype, warps_for
 
 # Elements that a program, and a thread, hold of each tensor; in float64 a quarter as many.
 FORWARD_TILE, BACKWARD_TILE = 4096, 4096
@@ -429,11 +429,11 @@ def _forward(
     common = (x, r, _flat(weight), _flat(bias), normed, total, mean, rstd, x.stride(0), 0 if r is None else r.stride(0))
     constants = {"CENTERED": centered, "COMPUTE": triton_compute_dtype(input.dtype)}
     if columns > _held(FORWARD_ROW, compute):
-        forward_wide_kernel[(rows,)](*common, columns, eps, BLOCK=WIDE_BLOCK, num_warps=8, **constants)
+        forward_wide_kernel[(rows,)](*common, columns, eps, BLOCK=WIDE_BLOCK, **launch_options(8), **constants)
     else:
         tile_rows, block, warps = _tile(columns, FORWARD_TILE, compute)
         forward_kernel[(triton.cdiv(rows, tile_rows),)](
-            *common, rows, columns, eps, ROWS=tile_rows, BLOCK=block, num_warps=warps, **constants
+            *common, rows, columns, eps, ROWS=tile_rows, BLOCK=block, **launch_options(warps), **constants
         )
     return normed, total, mean, rstd
 
@@ -471,21 +471,21 @@ def _backward(
     constants = {"CENTERED": centered, "COMPUTE": triton_compute_dtype(input.dtype)}
     common = (g, s, x, _flat(weight), mean, rstd, grad_input)
     if wide:
-        backward_wide_kernel[(rows,)](*common, *strides, columns, BLOCK=WIDE_BLOCK, num_warps=8, **constants)
+        backward_wide_kernel[(rows,)](*common, *strides, columns, BLOCK=WIDE_BLOCK, **launch_options(8), **constants)
         if weight_parts is not None:
             parameter_parts_wide_kernel[(triton.cdiv(columns, 1024), programs)](
                 g, x, mean, rstd, weight_parts, bias_parts, strides[0], strides[2], rows, columns, BLOCK=1024,
-                num_warps=4, **constants,
+                **launch_options(4), **constants,
             )  # fmt: skip
     else:
         tile_bytes = tile_rows * block * (g.itemsize + x.itemsize + (0 if s is None else s.itemsize))
         backward_kernel[(programs,)](
             *common, weight_parts, bias_parts, *strides, rows, columns, ROWS=tile_rows, BLOCK=block,
-            STAGES=3 if 2 * tile_bytes <= AHEAD_BYTES else 2, num_warps=warps, **constants,
+            STAGES=3 if 2 * tile_bytes <= AHEAD_BYTES else 2, **launch_options(warps), **constants,
         )  # fmt: skip
     if weight_parts is not None:
         sum_parts_kernel[(triton.cdiv(columns, SUM_COLUMNS), 1 + centered)](
             weight_parts, bias_parts, grad_weight, grad_bias, programs, columns, ROWS=SUM_ROWS, BLOCK=SUM_COLUMNS,
-            COMPUTE=constants["COMPUTE"], num_warps=4,
+            COMPUTE=constants["COMPUTE"], **launch_options(4),
         )  # fmt: skip
     return grad_input, grad_weight, grad_bias

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import compute_dtype, multiprocessors
+from .launch import compute_dtype, launch_options, multiprocessors
 
 NONE, MEAN = 0, 1  # PyTorch's numbers for reductions; the third is the sum
 # Elements at a time of the kernels of one program, and of a program that scales.
@@ -97,7 +97,7 @@ def totals_of(
     totals = torch.empty(2, dtype=compute_dtype(input.dtype), device=input.device)
     if reduction == MEAN or (weight is not None and label_smoothing > 0.0):
         totals_kernel[(1,)](
-            target, weight, totals, target.numel(), classes, ignore_index, BLOCK=SUM_BLOCK, num_warps=32
+            target, weight, totals, target.numel(), classes, ignore_index, BLOCK=SUM_BLOCK, **launch_options(32)
         )
     return totals
 
@@ -107,7 +107,9 @@ def reduced(losses: Tensor, totals: Tensor, reduction: int) -> Tensor:
     if reduction == NONE:
         return losses
     out = torch.empty((), dtype=losses.dtype, device=losses.device)
-    reduce_kernel[(1,)](losses, totals, out, losses.numel(), AVERAGED=reduction == MEAN, BLOCK=SUM_BLOCK, num_warps=32)
+    reduce_kernel[(1,)](
+        losses, totals, out, losses.numel(), AVERAGED=reduction == MEAN, BLOCK=SUM_BLOCK, **launch_options(32)
+    )
     return out
 
 
@@ -115,5 +117,5 @@ def scale_unless_one_(x: Tensor, factor: Tensor) -> Tensor:
     """x *= factor, a scalar at which only the device looks: where it is 1, x is not touched. x is contiguous."""
     if x.numel() > 0:
         programs = min(multiprocessors(x) * 8, triton.cdiv(x.numel(), SCALE_BLOCK))
-        scale_kernel[(programs,)](x, factor, x.numel(), BLOCK=SCALE_BLOCK, num_warps=8)
+        scale_kernel[(programs,)](x, factor, x.numel(), BLOCK=SCALE_BLOCK, **launch_options(8))
     return x

@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import launch_options
+
 ROUNDS = tl.constexpr(10)
 
 
@@ -73,5 +75,7 @@ def dropout_factors(rng: Tensor, rows: int, columns: int, p: float) -> Tensor:
     out = torch.empty((rows, columns), dtype=torch.float32, device=rng.device)
     if out.numel() > 0:
         grid = (triton.cdiv(rows, 16), triton.cdiv(columns, 64))
-        factors_kernel[grid](rng, out, rows, columns, drop_threshold(p), kept_scale(p), ROWS=16, BLOCK=64, num_warps=4)
+        factors_kernel[grid](
+            rng, out, rows, columns, drop_threshold(p), kept_scale(p), ROWS=16, BLOCK=64, **launch_options(4)
+        )
     return out

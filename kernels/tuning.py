@@ -63,7 +63,7 @@ def choose_tile(
 def _read() -> dict[str, Tile]:
     try:
         return {name: Tile(*tile) for name, tile in json.loads(path().read_text(encoding="utf-8")).items()}
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, AttributeError):
         return {}  # no choices yet, or not ours: the defaults serve
 
 

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import os
 import platform
+from importlib import metadata
 from typing import Any
 
 import torch
 
 from tinyllm import _extension
 from tinyllm.allocator import allocator_state
-from tinyllm.ops import dispatch
+from tinyllm.ops import _triton, dispatch
 
 
 def info() -> dict[str, Any]:
-    """The installation as a dict: versions, instruction sets, threads, and for each operator x device the backend that
-    serves it and the reason of every one that does not."""
+    """The installation as a dict: versions, instruction sets, threads, GPUs, and for each operator x device the backend
+    that serves it, for which dtypes and shapes, and the reason of every one that does not. For CUDA it says what serves
+    a machine that has it, where this one has not."""
     from tinyllm import __version__
 
     record = _extension.build_record()
     library = _extension.library
-    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     return {
         "tinyllm": __version__,
         "torch": torch.__version__,
@@ -39,22 +40,33 @@ def info() -> dict[str, Any]:
             "threads": torch.get_num_threads(),
             "allocator": allocator_state(),
         },
+        "gpu": _gpu(),
         "operators": {
-            operator: {device: _backends(operator, device) for device in devices} for operator in dispatch.OPERATORS
+            operator: {device: dispatch.describe(operator, device) for device in ("cpu", "cuda")}
+            for operator in dispatch.OPERATORS
         },
     }
 
 
-def _backends(operator: str, device: str) -> dict[str, Any]:
-    reasons = {name: dispatch.unavailable(name, operator, device) for name in dispatch.BACKENDS}
-    chosen = next(name for name in dispatch.BACKENDS if reasons[name] is None)
-    return {"backend": chosen, "not": {name: reason for name, reason in reasons.items() if reason}}
+def _gpu() -> dict[str, Any]:
+    try:
+        version: str | None = metadata.version("triton")
+    except metadata.PackageNotFoundError:
+        version = None
+    devices = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    old = [_triton.too_old(i) for i in range(len(devices))]
+    return {
+        "devices": [f"{d.name}, {d.major}.{d.minor}, {d.total_memory / 2**30:.0f} GiB" for d in devices],
+        "triton": version,
+        "why_not": _triton.why_not or next(filter(None, old), None) or (None if devices else "there is no GPU"),
+        "interpreted": _triton.interpreted,
+    }
 
 
 def format_info() -> str:
     """`info()` as text for a terminal."""
     facts = info()
-    extension, cpu = facts["extension"], facts["cpu"]
+    extension, cpu, gpu = facts["extension"], facts["cpu"], facts["gpu"]
     lines = [
         f"tinyllm {facts['tinyllm']}, torch {facts['torch']}, Python {facts['python']}, {facts['platform']}",
         "",
@@ -72,11 +84,19 @@ def format_info() -> str:
         lines.append(f"compiled extension   not loaded: {extension['why_not']}")
     lines.append(f"CPU threads          {cpu['threads']} (torch.set_num_threads or OMP_NUM_THREADS)")
     lines.append(f"allocator            {cpu['allocator']}")
-    lines += ["", f"{'operator':<16} {'device':<7} {'backend':<10} why not the others"]
-    for operator, devices in facts["operators"].items():
-        for device, row in devices.items():
-            reasons = "; ".join(f"{name}: {reason}" for name, reason in row["not"].items())
-            lines.append(f"{operator:<16} {device:<7} {row['backend']:<10} {reasons or '-'}")
+    lines += [f"GPU                  {device}" for device in gpu["devices"]]
+    lines.append(f"triton               {gpu['triton'] or 'not installed'}{', interpreted' * gpu['interpreted']}")
+    absent = f", which are not in use here: {gpu['why_not']}" if gpu["why_not"] else ""
+    for device, title in (("cpu", "CPU tensors"), ("cuda", f"CUDA tensors{absent}")):
+        lines += ["", title, f"{'operator':<21}{'backend':<11}what it takes"]
+        for operator, devices in facts["operators"].items():
+            row = devices[device]
+            takes = "any dtype" if row["backend"] == "reference" else ", ".join(row["dtypes"])
+            # That others serve other devices goes without saying.
+            reasons = [f"{name}: {reason}" for name, reason in row["not"].items() if " tensors" not in reason]
+            lines.append(
+                f"{operator:<21}{row['backend']:<11}{'; '.join(filter(None, (takes, row['shapes'], *reasons)))}"
+            )
     return "\n".join(lines)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .. import tuning
-from ..launch import capability, interpreted, multiprocessors
+from ..launch import capability, interpreted, launch_options, multiprocessors
 from ..random import drop_threshold, kept_scale
 from ..tuning import Tile
 from . import configs
@@ -85,7 +85,7 @@ def attention_bwd(
     delta = torch.empty_like(lse)
     delta_kernel[(triton.cdiv(call.queries, _DELTA_ROWS) * call.batch * call.heads,)](
         grad, out, delta, *grad.stride(), *out.stride(), call.heads, call.queries, call.value_dim, ROWS=_DELTA_ROWS,
-        DV=min(triton.next_power_of_2(max(1, call.value_dim)), 256), num_warps=4,
+        DV=min(triton.next_power_of_2(max(1, call.value_dim)), 256), **launch_options(4),
     )  # fmt: skip
     strides = call.strides(query, key, value, grad)
     numbers = (call.scale, scale, *call.numbers()[1:])
@@ -133,7 +133,7 @@ def _decode(call: _Call, width: configs.Widths, out: Tensor, lse: Tensor) -> Non
     )  # fmt: skip
     join_kernel[(lse.numel(),)](
         parts, parts_lse, out, lse, *out.stride()[:3], lse.numel(), call.heads, call.queries, call.value_dim, splits,
-        SPLITS=_JOINED_AT_ONCE, DV=width.dv, num_warps=4,
+        SPLITS=_JOINED_AT_ONCE, DV=width.dv, **launch_options(4),
     )  # fmt: skip
 
 
@@ -219,7 +219,7 @@ class _Call:
             "MASK": self.mask_kind,
             "DROPOUT": self.rng is not None,
             "PRECISION": self.precision,
-            "num_warps": tile.warps,
+            **launch_options(tile.warps),
             "num_stages": tile.stages,
         }
 

@@ -43,7 +43,7 @@ TILES: dict[tuple[str, int, int, int], tuple[list[Tile], list[Tile]]] = {
         _tiles((128, 64, 8, 3), (64, 64, 4, 3), (64, 32, 4, 2)),
     ),
     (FORWARD, 2, 64, POINTERS): (
-        _tiles((128, 64, 4, 3), (128, 64, 8, 3), (64, 64, 4, 3), (64, 32, 4, 2)),
+        _tiles((128, 64, 8, 3), (64, 64, 4, 3), (64, 32, 4, 2)),
         _tiles((128, 64, 8, 3), (64, 64, 4, 3), (64, 32, 4, 2)),
     ),
     (FORWARD, 2, 128, HOPPER): (
@@ -52,24 +52,21 @@ TILES: dict[tuple[str, int, int, int], tuple[list[Tile], list[Tile]]] = {
     ),
     (FORWARD, 2, 128, BLACKWELL): (
         _tiles((128, 128, 8, 2), (64, 64, 4, 3), (64, 64, 8, 2), (64, 32, 4, 2)),
-        _tiles((64, 64, 8, 2), (128, 32, 8, 2), (64, 32, 4, 2)),
+        _tiles((128, 32, 8, 2), (64, 32, 4, 2)),
     ),
-    (FORWARD, 2, 128, POINTERS): (
-        _tiles((128, 64, 8, 3), (128, 32, 8, 2), (64, 64, 4, 3), (64, 32, 4, 2)),
-        _tiles((64, 64, 8, 2), (128, 32, 8, 2), (64, 32, 8, 2)),
-    ),
+    (FORWARD, 2, 128, POINTERS): (_tiles((128, 64, 8, 3), (128, 32, 8, 2), (64, 32, 8, 2)), _tiles((64, 32, 8, 1))),
     (FORWARD, 2, 256, HOPPER): (
         _tiles((64, 64, 8, 2), (128, 32, 8, 2), (64, 32, 8, 2)),
         _tiles((64, 64, 8, 2), (64, 32, 8, 2)),
     ),
-    (FORWARD, 2, 256, BLACKWELL): (_tiles((128, 32, 8, 2), (64, 32, 8, 2)), _tiles((64, 32, 8, 2))),
+    (FORWARD, 2, 256, BLACKWELL): (_tiles((128, 32, 8, 2), (64, 32, 8, 2)), _tiles((64, 32, 8, 1), (64, 16, 4, 1))),
     (FORWARD, 2, 256, POINTERS): (_tiles((64, 32, 8, 2), (64, 32, 8, 1)), _tiles((64, 32, 8, 2), (64, 32, 8, 1))),
     (FORWARD, 2, CHUNKED, HOPPER): (
         _tiles((128, 64, 8, 3), (64, 64, 4, 3), (64, 32, 8, 2)),
         _tiles((64, 64, 8, 2), (64, 32, 8, 2)),
     ),
     (FORWARD, 2, CHUNKED, POINTERS): (_tiles((128, 32, 8, 2), (64, 32, 8, 2)), _tiles((64, 32, 8, 2))),
-    (FORWARD, 4, 64, POINTERS): (_tiles((64, 32, 8, 1), (64, 32, 4, 1)), _tiles((64, 32, 8, 1))),
+    (FORWARD, 4, 64, POINTERS): (_tiles((64, 32, 8, 1)), _tiles((64, 32, 8, 1))),
     (BACKWARD_KEYS, 2, 64, HOPPER): (
         _tiles((64, 128, 8, 2), (64, 64, 8, 2), (64, 64, 4, 2), (32, 64, 4, 2)),
         _tiles((32, 128, 8, 2), (64, 64, 8, 2), (32, 64, 4, 2)),
@@ -91,31 +88,27 @@ TILES: dict[tuple[str, int, int, int], tuple[list[Tile], list[Tile]]] = {
         _tiles((32, 64, 4, 1), (16, 128, 8, 1), (32, 32, 8, 1)),
     ),
     (BACKWARD_KEYS, 2, 128, POINTERS): (_tiles((32, 64, 8, 1), (32, 32, 4, 2)), _tiles((32, 32, 4, 2), (32, 32, 8, 1))),
-    (BACKWARD_KEYS, 2, CHUNKED, HOPPER): (
-        _tiles((32, 128, 8, 2), (32, 64, 4, 2)),
-        _tiles((32, 64, 4, 1), (32, 32, 8, 1)),
-    ),
+    (BACKWARD_KEYS, 2, CHUNKED, HOPPER): (_tiles((32, 128, 8, 2), (32, 64, 4, 2)), _tiles((32, 32, 8, 1))),
+    (BACKWARD_KEYS, 2, CHUNKED, BLACKWELL): (_tiles((32, 64, 4, 2)), _tiles((32, 32, 8, 1))),
     (BACKWARD_KEYS, 2, CHUNKED, POINTERS): (_tiles((32, 32, 8, 1), (32, 32, 4, 2)), _tiles((32, 32, 8, 1))),
-    (BACKWARD_KEYS, 4, 64, POINTERS): (
-        _tiles((32, 32, 8, 1), (16, 32, 8, 1), (32, 16, 4, 1)),
-        _tiles((16, 32, 8, 1), (32, 16, 4, 1)),
-    ),
+    (BACKWARD_KEYS, 4, 64, POINTERS): (_tiles((16, 32, 8, 1), (32, 16, 4, 1)), _tiles((16, 32, 8, 1), (32, 16, 4, 1))),
     (BACKWARD_QUERIES, 2, 64, HOPPER): (
         _tiles((128, 64, 8, 2), (64, 64, 4, 2), (128, 32, 8, 2), (64, 32, 4, 2)),
         _tiles((128, 64, 8, 2), (64, 64, 4, 2), (64, 32, 4, 2)),
     ),
+    (BACKWARD_QUERIES, 2, 64, BLACKWELL): (
+        _tiles((128, 64, 8, 2), (64, 64, 4, 2), (128, 32, 8, 2), (64, 32, 4, 2)),
+        _tiles((64, 64, 4, 2), (64, 32, 4, 2)),
+    ),
     (BACKWARD_QUERIES, 2, 64, POINTERS): (
-        _tiles((128, 64, 8, 2), (64, 64, 8, 2), (64, 32, 4, 2)),
+        _tiles((64, 64, 8, 2), (64, 32, 4, 2)),
         _tiles((64, 64, 8, 2), (128, 32, 8, 2), (64, 32, 4, 2)),
     ),
     (BACKWARD_QUERIES, 2, 128, HOPPER): (
         _tiles((128, 64, 8, 2), (64, 64, 4, 2), (64, 32, 4, 2)),
         _tiles((128, 64, 8, 2), (64, 64, 8, 2), (64, 32, 4, 2)),
     ),
-    (BACKWARD_QUERIES, 2, 128, POINTERS): (
-        _tiles((64, 64, 8, 2), (128, 64, 8, 2), (64, 32, 4, 2)),
-        _tiles((64, 32, 4, 2), (64, 32, 8, 1)),
-    ),
+    (BACKWARD_QUERIES, 2, 128, POINTERS): (_tiles((64, 64, 8, 2), (64, 32, 8, 1)), _tiles((64, 32, 8, 1))),
     (BACKWARD_QUERIES, 2, 256, HOPPER): (
         _tiles((128, 32, 8, 2), (64, 32, 4, 2), (64, 16, 4, 1)),
         _tiles((64, 16, 4, 1)),
@@ -127,7 +120,7 @@ TILES: dict[tuple[str, int, int, int], tuple[list[Tile], list[Tile]]] = {
     ),
     (BACKWARD_QUERIES, 2, CHUNKED, POINTERS): (_tiles((64, 32, 8, 1)), _tiles((32, 32, 8, 1))),
     (BACKWARD_QUERIES, 4, 64, POINTERS): (
-        _tiles((64, 16, 8, 1), (32, 32, 8, 1), (32, 16, 4, 1)),
+        _tiles((32, 32, 8, 1), (32, 16, 4, 1)),
         _tiles((32, 32, 8, 1), (32, 16, 4, 1)),
     ),
 }

@@ -8,7 +8,7 @@ import torch
 
 import tinyllm
 from tinyllm import _extension, ops
-from tinyllm.ops import dispatch
+from tinyllm.ops import _triton, dispatch
 
 
 def python(code, **environment):
@@ -134,6 +134,77 @@ def test_forcing_some_operators():
         pass
 
 
+@pytest.mark.any_build
+def test_a_fused_operator_does_not_hide_forced_parts(monkeypatch):
+    model, served = tinyllm.SimpleLLM(10, 16, 32, 2), []
+    choose = dispatch._choose
+    monkeypatch.setattr(dispatch, "_choose", lambda *a: served.append((a[0], choose(*a))) or served[-1][1])
+    with ops.backend("reference", "attention"):
+        model(torch.zeros(1, 4, dtype=torch.long))
+    assert ("attention", "reference") in served
+    assert ("attention", "cpp") not in served
+
+
+@pytest.mark.any_build
+def test_triton_is_for_gpus():
+    code = """
+import torch, tinyllm
+x = torch.ones(2, 3)
+tinyllm.ops.layer_norm(x, 3)
+assert tinyllm.ops.last_backend() != "triton"
+with tinyllm.ops.backend("triton"):
+    try:
+        tinyllm.ops.layer_norm(x, 3)
+    except RuntimeError as error:
+        print(error)
+"""
+    result = python(code, TRITON_INTERPRET="0")
+    assert result.returncode == 0, result.stderr
+    assert "the forced backend 'triton' cannot serve this call of layer_norm" in result.stdout
+    assert "triton: it serves CUDA tensors, not cpu ones" in result.stdout
+
+
+@pytest.mark.any_build
+def test_the_interpreter_serves_only_where_it_is_forced():
+    code = """
+import torch, tinyllm
+x = torch.ones(2, 3)
+tinyllm.ops.layer_norm(x, 3)
+assert tinyllm.ops.last_backend() != "triton"
+with tinyllm.ops.backend("triton"):
+    tinyllm.ops.layer_norm(x, 3)
+    assert tinyllm.ops.last_backend() == "triton"
+from tinyllm.info import print_info
+print_info()
+"""
+    result = python(code, TRITON_INTERPRET="1")
+    assert result.returncode == 0, result.stderr
+    assert ", interpreted" in result.stdout
+
+
+@pytest.mark.any_build
+def test_without_triton_everything_runs_and_info_says_why():
+    code = """
+import sys
+sys.modules["triton"] = None
+import torch, tinyllm
+model = tinyllm.SimpleLLM(10, 16, 32, 2)
+model(torch.zeros(1, 4, dtype=torch.long)).sum().backward()
+from tinyllm.info import print_info
+print_info()
+"""
+    for interpret in ("0", "1"):
+        result = python(code, TRITON_INTERPRET=interpret)
+        assert result.returncode == 0, result.stderr
+        assert "not in use here: triton is not installed" in result.stdout
+
+
+def test_a_gpu_that_is_too_old(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
+    reason = _triton.too_old.__wrapped__(0)
+    assert reason == "it needs compute capability 8.0 or later; cuda:0 has 7.5"
+
+
 def test_a_forced_backend_says_every_reason():
     x = torch.ones(2, 3, device="meta")
     with ops.backend("cpp"), pytest.raises(RuntimeError) as error:
@@ -146,9 +217,16 @@ def test_a_forced_backend_says_every_reason():
 def test_info_names_a_backend_for_every_operator():
     facts = json.loads(json.dumps(tinyllm.info()))
     assert set(facts["operators"]) == set(dispatch.OPERATORS)
-    for row in facts["operators"].values():
-        assert row["cpu"]["backend"] in dispatch.BACKENDS
-        assert set(row["cpu"]["not"]) | {row["cpu"]["backend"]} <= set(dispatch.BACKENDS)
+    for devices in facts["operators"].values():
+        for row in devices.values():
+            assert row["backend"] in dispatch.BACKENDS
+            assert set(row["not"]) | {row["backend"]} <= set(dispatch.BACKENDS)
+            assert row["dtypes"]
+    attention = facts["operators"]["attention"]["cuda"]
+    assert attention["backend"] == "triton"
+    assert attention["dtypes"] == ["float32", "bfloat16", "float16"]
+    assert "chunks" in attention["shapes"]
+    assert "cuBLAS" in facts["operators"]["linear"]["cuda"]["not"]["triton"]
     assert facts["cpu"]["threads"] == torch.get_num_threads()
 
 

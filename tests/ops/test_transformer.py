@@ -229,20 +229,22 @@ def test_compile_fullgraph():
     torch.testing.assert_close(ours, theirs)
 
 
-def test_what_no_kernel_serves_takes_the_reference(monkeypatch):
+def test_what_no_kernel_serves_goes_in_parts(monkeypatch):
     monkeypatch.setattr(dispatch, "_forced", None)
     shape = (2, 3, 7, 7, 8, 12, 2, 2)
     ids, target, positions, parameters = make(shape, torch.bfloat16)
     arguments = (positions, *parameters)
-    torch.testing.assert_close(bind(ops, shape, ids)(*arguments), bind(reference, shape, ids)(*arguments))
-    assert ops.last_backend() == "reference"
+    expected = bind(reference, shape, ids)(*arguments)
+    torch.testing.assert_close(bind(ops, shape, ids)(*arguments), expected, atol=0.1, rtol=0.1)
+    with ops.backend("reference"):
+        assert torch.equal(bind(ops, shape, ids)(*arguments), expected)
     assert not ops.serves_transformer(ids, parameters, 2, 2)
     ids, target, positions, parameters = make(shape, torch.float32)
     assert ops.serves_transformer(ids, parameters, 2, 2)
     with torch.autocast("cpu", torch.bfloat16):
         assert not ops.serves_transformer(ids, parameters, 2, 2)
-        bind(ops, shape, ids, target)(positions, *parameters)
-        assert ops.last_backend() == "reference"
+        out, expected = (bind(f, shape, ids, target)(positions, *parameters) for f in (ops, reference))
+        torch.testing.assert_close(out, expected, atol=0.1, rtol=0.1, check_dtype=False)
 
 
 # ---- Errors

@@ -225,20 +225,22 @@ def test_export():
     torch.testing.assert_close(program.module()(*arguments), bind(reference, shape)(*arguments))
 
 
-def test_what_no_kernel_serves_takes_the_reference(monkeypatch):
+def test_what_no_kernel_serves_goes_in_parts(monkeypatch):
     monkeypatch.setattr(dispatch, "_forced", None)
     shape = (2, 3, 8, 12, 2)
     x, *parameters = make(shape, torch.bfloat16)
-    torch.testing.assert_close(bind(ops, shape)(x, *parameters), bind(reference, shape)(x, *parameters))
-    assert ops.last_backend() == "reference"
+    expected = bind(reference, shape)(x, *parameters)
+    # Each part rounds for itself, to eight bits.
+    torch.testing.assert_close(bind(ops, shape)(x, *parameters), expected, atol=0.1, rtol=0.1)
+    with ops.backend("reference"):
+        assert torch.equal(bind(ops, shape)(x, *parameters), expected)
     assert not ops.serves_block(x, parameters, 2)
     x, *parameters = make(shape, torch.float32)
     assert ops.serves_block(x, parameters, 2)
     with torch.autocast("cpu", torch.bfloat16):
         assert not ops.serves_block(x, parameters, 2)
         out, expected = bind(ops, shape)(x, *parameters), bind(reference, shape)(x, *parameters)
-        assert ops.last_backend() == "reference"
-        torch.testing.assert_close(out, expected)
+        torch.testing.assert_close(out, expected, atol=0.1, rtol=0.1, check_dtype=False)
     # Large ones follow the products, small ones are served whatever those say.
     monkeypatch.setenv("TINYLLM_LINEAR", "torch")
     assert ops.serves_block(x, parameters, 2)

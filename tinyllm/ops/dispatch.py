@@ -26,6 +26,10 @@ _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _NOT_DOUBLE = (torch.float32, torch.bfloat16, torch.float16)
 _LEFT_TO_CUBLAS = "PyTorch's products (cuBLAS) serve it"
 _IN_PARTS = "its parts are served one by one"
+# Operator -> the dtypes that its compiled kernels take, where they are not all.
+_CPP: dict[str, tuple[torch.dtype, ...]] = dict.fromkeys(
+    ("transformer_block", "transformer"), (torch.float32, torch.float64)
+)
 # Operator -> the dtypes that its Triton kernels take, or why there are none.
 _TRITON: dict[str, tuple[torch.dtype, ...] | str] = {
     "layer_norm": _FLOATS,
@@ -47,29 +51,62 @@ _forced_operators: tuple[str, ...] = ()  # none: all
 _last: str | None = None
 
 
-def unavailable(backend_name: str, operator: str, device_type: str, dtype: torch.dtype | None = None) -> str | None:
-    """Why a backend cannot serve an operator on tensors of a device type (and dtype) at all; None when it can."""
+# What backends say of shapes.
+_SHAPES = {
+    ("cpp", "attention"): "heads up to 1024 wide",
+    ("triton", "attention"): "heads of any width, above 256 (float32: 64) in chunks",
+    ("cpp", "transformer_block"): "heads up to 1024 wide",
+    ("cpp", "transformer"): "heads up to 1024 wide",
+}
+
+
+def unavailable(
+    backend_name: str, operator: str, device_type: str, dtype: torch.dtype | None = None, here: bool = True
+) -> str | None:
+    """Why a backend cannot serve an operator on tensors of a device type (and dtype) at all; None when it can.
+
+    here: count what this installation lacks.
+    """
     if backend_name == _REFERENCE:
         return None
     if backend_name == "cpp":
         if device_type != "cpu":
             return f"it serves CPU tensors, not {device_type} ones"
-        if _extension.why_not is not None:
+        if here and _extension.why_not is not None:
             return _extension.why_not
-        dtypes: tuple[torch.dtype, ...] = _FLOATS
+        dtypes = _CPP.get(operator, _FLOATS)
     else:
         if device_type == "cpu" and _triton.interpreted:
             if forced_backend(operator) != "triton":
                 return "it serves CUDA tensors; in its interpreter, CPU tensors where it is forced"
         elif device_type != "cuda":
             return f"it serves CUDA tensors, not {device_type} ones"
-        if _triton.why_not is not None:
+        if here and _triton.why_not is not None:
             return _triton.why_not
-        kernels = _TRITON[operator]
-        if isinstance(kernels, str):
-            return kernels
-        dtypes = kernels
+        found = _TRITON[operator]
+        if isinstance(found, str):
+            return found
+        dtypes = found
     return None if dtype is None or dtype in dtypes else f"no kernel for {dtype}"
+
+
+def describe(operator: str, device_type: str) -> dict[str, Any]:
+    """What serves an operator on a device type, of which this machine may have none: `backend`, the `dtypes` and
+    `shapes` that it takes, and for the others the reason why `not`."""
+    here = device_type == "cpu" or _triton.why_not is None
+    reasons = {name: unavailable(name, operator, device_type, here=here) for name in BACKENDS}
+    chosen = next(name for name in BACKENDS if reasons[name] is None)
+    dtypes = [
+        str(dtype).removeprefix("torch.")
+        for dtype in _FLOATS
+        if unavailable(chosen, operator, device_type, dtype, here) is None
+    ]
+    return {
+        "backend": chosen,
+        "dtypes": dtypes,
+        "shapes": _SHAPES.get((chosen, operator)),
+        "not": {name: reason for name, reason in reasons.items() if reason},
+    }
 
 
 def no_kernel(reason: str) -> dict[str, str]:

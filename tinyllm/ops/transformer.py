@@ -66,7 +66,11 @@ def transformer(
     settings = (num_layers, num_heads, causal, norm_first, activation, eps)
     limits = _limits(input, parameters, num_layers, num_heads)
     if choose("transformer", parameters[0], limits) == "reference":
-        return reference.transformer(input, parameters, positions=positions, target=target, **_named(settings))
+        from tinyllm import ops
+
+        return reference.transformer(
+            input, parameters, positions=positions, target=target, functions=ops, **_named(settings)
+        )
     return run_transformer(input, parameters, positions, target, settings)
 
 

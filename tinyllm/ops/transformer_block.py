@@ -58,7 +58,9 @@ def transformer_block(
         raise ValueError(misfit)
     settings = (num_heads, causal, norm_first, activation)
     if choose("transformer_block", input, _limits(input, parameters, num_heads)) == "reference":
-        return reference.transformer_block(
+        from tinyllm import ops
+
+        return reference.transformer_block(  # its parts, each on its best backend
             input,
             parameters,
             num_heads=num_heads,
@@ -67,6 +69,7 @@ def transformer_block(
             activation=activation,
             eps1=eps1,
             eps2=eps2,
+            functions=ops,
         )
     if needs_grad(input, *parameters):
         return _TransformerBlock.apply(input, settings, eps1, eps2, *parameters)

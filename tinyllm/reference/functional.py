@@ -6,7 +6,9 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -179,23 +181,31 @@ def transformer_block(
     activation: str = "relu",
     eps1: float = 1e-5,
     eps2: float = 1e-5,
+    functions: Any = None,
 ) -> Tensor:
-    """A transformer block of the parameters that `tinyllm.ops.transformer_block` lists."""
+    """A transformer block of the parameters that `tinyllm.ops.transformer_block` lists.
+
+    functions: what has linear, layer_norm and scaled_dot_product_attention; default: this module.
+    """
+    functions = functions or sys.modules[__name__]
     names = [name for name in BLOCK_PARAMETERS if num_heads > 1 or name != "out_proj"]
     weights = dict(zip(names, parameters, strict=False))
     biases = dict.fromkeys(names) | dict(zip(names, parameters[len(names) :], strict=False))
 
     def layer(name: str, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        return linear(x, weights[name], biases[name], residual=residual)
+        out: Tensor = functions.linear(x, weights[name], biases[name], residual=residual)
+        return out
 
     def norm(name: str, x: Tensor, eps: float) -> Tensor:
-        return layer_norm(x, x.shape[-1:], weights[name], biases[name], eps)
+        out: Tensor = functions.layer_norm(x, x.shape[-1:], weights[name], biases[name], eps)
+        return out
 
     def attention(x: Tensor, residual: Tensor) -> Tensor:
         query, key, value = (
             layer(name, x).unflatten(-1, (num_heads, -1)).transpose(-2, -3) for name in ("query", "key", "value")
         )
-        attended = scaled_dot_product_attention(query, key, value, is_causal=causal).transpose(-2, -3).flatten(-2)
+        attended = functions.scaled_dot_product_attention(query, key, value, is_causal=causal)
+        attended = attended.transpose(-2, -3).flatten(-2)
         return layer("out_proj", attended, residual) if num_heads > 1 else attended + residual
 
     def network(x: Tensor, residual: Tensor) -> Tensor:
@@ -235,13 +245,18 @@ def transformer(
     norm_first: bool = False,
     activation: str = "relu",
     eps: float = 1e-5,
+    functions: Any = None,
 ) -> Tensor:
-    """Logits, or their mean loss, of a model whose parameters `tinyllm.ops.transformer` lists."""
+    """Logits, or their mean loss, of a model whose parameters `tinyllm.ops.transformer` lists.
+
+    functions: as in `transformer_block`, with embedding and cross_entropy besides.
+    """
+    functions = functions or sys.modules[__name__]
     parts = split_transformer_parameters(parameters, num_layers, num_heads, norm_first)
     if isinstance(parts, str):
         raise ValueError(parts)
     table, blocks, norm, output = parts
-    x = embedding(input, table, positions=positions)
+    x: Tensor = functions.embedding(input, table, positions=positions)
     for block in blocks:
         x = transformer_block(
             x,
@@ -252,11 +267,15 @@ def transformer(
             activation=activation,
             eps1=eps,
             eps2=eps,
+            functions=functions,
         )
     if norm_first:
-        x = layer_norm(x, x.shape[-1:], norm[0], norm[1] if len(norm) > 1 else None, eps)
-    logits = linear(x, *output)
-    return logits if target is None else cross_entropy(logits.flatten(0, 1), target.flatten())
+        x = functions.layer_norm(x, x.shape[-1:], norm[0], norm[1] if len(norm) > 1 else None, eps)
+    logits: Tensor = functions.linear(x, *output)
+    if target is None:
+        return logits
+    loss: Tensor = functions.cross_entropy(logits.flatten(0, 1), target.flatten())
+    return loss
 
 
 def cross_entropy(
