@@ -117,7 +117,7 @@ def forward_wide_kernel(
             tl.store(total + begin + column, value, inside)
             value = value.to(COMPUTE)
         sums += value
-    # Each thread reads back what it wrote itself: the same columns of a block are always the same thread's.
+    tl.debug_barrier()  # in spite of its name: what one thread wrote, another may read back
     source = x
     if residual is not None:
         source = total

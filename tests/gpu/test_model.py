@@ -74,6 +74,22 @@ def _calls():
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("operator", _calls())
+def test_the_host_asks_for_no_number(operator, monkeypatch):
+    # On a GPU it would wait for it, and no graph could be captured.
+    function, inputs = _calls()[operator]
+    leaves = [x.detach().clone().requires_grad_() for x in inputs]
+
+    def ask(*_):
+        raise AssertionError("the host asks for a tensor's value")
+
+    out = function(*leaves).float().square().sum()
+    for name in ("item", "tolist", "__bool__", "__int__", "__float__", "__index__", "nonzero"):
+        monkeypatch.setattr(torch.Tensor, name, ask)
+    function(*leaves)
+    torch.autograd.grad(out, leaves)
+
+
 @pytest.mark.skipif(not ON_GPU, reason="CUDA graphs need a GPU")
 @pytest.mark.parametrize("operator", _calls())
 def test_forward_and_backward_in_a_cuda_graph(operator):
