@@ -7,7 +7,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
+SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
+EMULATION := $(wildcard tests/cuda_host/*.h tests/cuda_host/*.cpp)
 
 .PHONY: demo test bench lint gpu-compile format clean
 
@@ -38,7 +39,7 @@ lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(SOURCES)
+	$(BIN)/clang-format --dry-run --Werror $(SOURCES) $(EMULATION)
 
 gpu-compile: .venv/installed
 	$(BIN)/python -m tests.gpu_compile
@@ -46,7 +47,7 @@ gpu-compile: .venv/installed
 format: .venv/installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(SOURCES)
+	$(BIN)/clang-format -i $(SOURCES) $(EMULATION)
 
 clean:
 	rm -rf build dist *.egg-info .venv tinyllm/_build.json tinyllm/_C*.so

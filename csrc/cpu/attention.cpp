@@ -14,8 +14,6 @@
 namespace tinyllm::cpu {
 namespace {
 
-using OptionalTensor = std::optional<Tensor>;
-
 constexpr int64_t kMaxHeadDim = 1024;
 constexpr int64_t kBackwardItems = 32;
 
@@ -71,8 +69,14 @@ Attention arguments(const char* op, const Tensor& query, const Tensor& key, cons
   return a;
 }
 
+void no_key_lengths(const char* op, const OptionalTensor& key_lengths) {
+  if (key_lengths) fail(op, ": on CPU tensors key_lengths must be None; say the same in attn_mask");
+}
+
 std::tuple<Tensor, Tensor> attention_fwd(Tensor query, Tensor key, Tensor value, OptionalTensor attn_mask,
-                                         bool is_causal, double scale, double dropout_p, OptionalTensor rng) {
+                                         bool is_causal, double scale, double dropout_p, OptionalTensor rng,
+                                         OptionalTensor key_lengths) {
+  no_key_lengths("attention", key_lengths);
   Attention a = arguments("attention", query, key, value, attn_mask, is_causal, scale, dropout_p, rng);
   const Tensor out = new_heads_inside(query, a.batch, a.heads, a.queries, a.value_dim);
   const std::vector<int64_t> lse_shape{a.batch, a.heads, a.queries};
@@ -85,8 +89,10 @@ std::tuple<Tensor, Tensor> attention_fwd(Tensor query, Tensor key, Tensor value,
 
 std::tuple<Tensor, Tensor, Tensor> attention_bwd(Tensor grad, Tensor query, Tensor key, Tensor value,
                                                  OptionalTensor attn_mask, Tensor out, Tensor lse, bool is_causal,
-                                                 double scale, double dropout_p, OptionalTensor rng) {
+                                                 double scale, double dropout_p, OptionalTensor rng,
+                                                 OptionalTensor key_lengths) {
   const char* op = "attention_bwd";
+  no_key_lengths(op, key_lengths);
   Attention a = arguments(op, query, key, value, attn_mask, is_causal, scale, dropout_p, rng);
   for (const auto& [name, t] : {std::pair{"grad", &grad}, std::pair{"out", &out}}) {
     check_device(op, name, *t, query);

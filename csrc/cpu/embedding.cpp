@@ -15,7 +15,6 @@ namespace tinyllm::cpu {
 namespace {
 
 using torch::stable::parallel_for;
-using OptionalTensor = std::optional<Tensor>;
 using Index = std::vector<int64_t>;
 
 // Rows for a thread to be worth waking: about 32 KB.

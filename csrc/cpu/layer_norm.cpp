@@ -14,7 +14,6 @@ namespace {
 
 using torch::stable::parallel_for;
 using torch::stable::to;
-using OptionalTensor = std::optional<Tensor>;
 using Shape = std::vector<int64_t>;
 
 // Rows for a thread to be worth waking: about 32 KB.
@@ -91,8 +90,6 @@ OptionalTensor parameter(const char* op, const char* name, const OptionalTensor&
   const ScalarType compute = compute_dtype(input.scalar_type());
   return as_contiguous(t->scalar_type() == compute ? *t : to(*t, compute));
 }
-
-const void* data_or_null(const OptionalTensor& t) { return t.has_value() ? data_of(*t) : nullptr; }
 
 Tensor same_shape(const char* op, const char* name, const Tensor& t, const Tensor& input) {
   check_device(op, name, t, input);

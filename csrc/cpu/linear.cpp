@@ -10,7 +10,6 @@
 namespace tinyllm::cpu {
 namespace {
 
-using OptionalTensor = std::optional<Tensor>;
 using Shape = std::vector<int64_t>;
 
 Activation parse_activation(const char* op, const std::string& name) {

@@ -9,7 +9,6 @@
 
 namespace tinyllm::cpu {
 
-using OptionalTensor = std::optional<Tensor>;
 
 enum class Reduction : int64_t { none = 0, mean = 1, sum = 2 };
 

@@ -1,12 +1,10 @@
 // What the torch side of every CPU operator needs: dtypes, data pointers, and work handed out to torch's threads.
 #pragma once
-#include <torch/csrc/stable/ops.h>
-
 #include <algorithm>
 #include <atomic>
 #include <vector>
 
-#include "../checks.h"
+#include "../tensors.h"
 #include "dispatch.h"
 
 namespace tinyllm::cpu {
@@ -31,31 +29,12 @@ inline int64_t element_size(int dtype) {
   return sizes[dtype];
 }
 
-inline void* data_of(const Tensor& t) { return const_cast<void*>(t.const_data_ptr()); }
-
-// An uninitialised tensor. torch::stable::new_empty goes through the dispatcher, boxed, which takes as long as a small
-// layer norm.
-using IntArray = torch::headeronly::IntHeaderOnlyArrayRef;
 inline Tensor empty_strided(IntArray sizes, IntArray strides, ScalarType dtype) {
-  AtenTensorHandle made = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
-      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), aoti_torch_device_type_cpu(), 0, &made));
-  return Tensor(made);
+  return tinyllm::empty_strided(sizes, strides, dtype, aoti_torch_device_type_cpu(), 0);
 }
 
 // The same, contiguous.
-inline Tensor empty(IntArray sizes, ScalarType dtype) {
-  std::vector<int64_t> strides(sizes.size());
-  int64_t step = 1;
-  for (size_t i = sizes.size(); i-- > 0;) {
-    strides[i] = step;
-    step *= std::max<int64_t>(1, sizes[i]);
-  }
-  return empty_strided(sizes, strides, dtype);
-}
-
-inline Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+inline Tensor empty(IntArray sizes, ScalarType dtype) { return empty_strided(sizes, contiguous_strides(sizes), dtype); }
 
 // f(i) for i in [0, items), each taken by the next free thread: items may differ in cost, and no result depends on who
 // computed it.

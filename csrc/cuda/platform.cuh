@@ -1,0 +1,228 @@
+// What the kernels ask of the hardware, and the only file (with platform_sm90.cuh) that has inline assembly. Everything
+// above it is plain C++ with threadIdx and blockIdx, which tests/cuda_host compiles for the CPU as well, with a header
+// of this name's functions that runs a block's threads as fibers.
+#pragma once
+
+#if defined(__CUDACC__)
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#define TINYLLM_DEVICE __device__ __forceinline__
+// Kernels' registration: where the implementations go, and for which tensors.
+#define TINYLLM_CUDA_OPERATORS(m) STABLE_TORCH_LIBRARY_IMPL(tinyllm, CUDA, m)
+
+namespace tinyllm::cuda {
+
+using bf16 = __nv_bfloat16;
+using f16 = __half;
+
+// ---- Numbers
+
+TINYLLM_DEVICE float to_float(float x) { return x; }
+TINYLLM_DEVICE float to_float(bf16 x) { return __bfloat162float(x); }
+TINYLLM_DEVICE float to_float(f16 x) { return __half2float(x); }
+
+template <class T>
+TINYLLM_DEVICE T from_float(float x) {
+  if constexpr (sizeof(T) == 4)
+    return x;
+  else if constexpr (std::is_same_v<T, bf16>)
+    return __float2bfloat16_rn(x);
+  else
+    return __float2half_rn(x);
+}
+
+// Two 16-bit numbers in one register, the first in its lower half.
+template <class T>
+TINYLLM_DEVICE uint32_t pack(float low, float high) {
+  uint32_t both;
+  if constexpr (std::is_same_v<T, bf16>)
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+  else
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+  return both;
+}
+
+// 2^x in one instruction; 2^-inf is 0.
+TINYLLM_DEVICE float fast_exp2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// ---- Threads
+
+// The block's dynamic shared memory, aligned to 1024 bytes.
+TINYLLM_DEVICE unsigned char* shared_memory() {
+  extern __shared__ __align__(1024) unsigned char memory[];
+  return memory;
+}
+
+TINYLLM_DEVICE void sync_block() { __syncthreads(); }
+TINYLLM_DEVICE void sync_warp() { __syncwarp(); }
+
+// The values of other lanes; every lane of the warp calls them.
+template <class T>
+TINYLLM_DEVICE T shuffle_xor(T x, int mask) {
+  return __shfl_xor_sync(0xffffffffu, x, mask);
+}
+template <class T>
+TINYLLM_DEVICE T shuffle(T x, int lane) {
+  return __shfl_sync(0xffffffffu, x, lane);
+}
+
+// ---- Global memory
+
+// Data that nobody reads again soon: caches need not keep it. V has 4, 8 or 16 bytes and lies at a multiple of them.
+template <class V>
+TINYLLM_DEVICE V load_once(const V* p) {
+  static_assert(sizeof(V) == 16 || sizeof(V) == 8 || sizeof(V) == 4 || sizeof(V) == 2);
+  V v;
+  if constexpr (sizeof(V) == 16) {
+    const int4 bits = __ldcs(reinterpret_cast<const int4*>(p));
+    __builtin_memcpy(&v, &bits, 16);
+  } else if constexpr (sizeof(V) == 8) {
+    const int2 bits = __ldcs(reinterpret_cast<const int2*>(p));
+    __builtin_memcpy(&v, &bits, 8);
+  } else if constexpr (sizeof(V) == 4) {
+    const int bits = __ldcs(reinterpret_cast<const int*>(p));
+    __builtin_memcpy(&v, &bits, 4);
+  } else {
+    const short bits = __ldcs(reinterpret_cast<const short*>(p));
+    __builtin_memcpy(&v, &bits, 2);
+  }
+  return v;
+}
+template <class V>
+TINYLLM_DEVICE void store_once(V* p, V v) {
+  static_assert(sizeof(V) == 16 || sizeof(V) == 8 || sizeof(V) == 4 || sizeof(V) == 2);
+  if constexpr (sizeof(V) == 16) {
+    int4 bits;
+    __builtin_memcpy(&bits, &v, 16);
+    __stcs(reinterpret_cast<int4*>(p), bits);
+  } else if constexpr (sizeof(V) == 8) {
+    int2 bits;
+    __builtin_memcpy(&bits, &v, 8);
+    __stcs(reinterpret_cast<int2*>(p), bits);
+  } else if constexpr (sizeof(V) == 4) {
+    int bits;
+    __builtin_memcpy(&bits, &v, 4);
+    __stcs(reinterpret_cast<int*>(p), bits);
+  } else {
+    short bits;
+    __builtin_memcpy(&bits, &v, 2);
+    __stcs(reinterpret_cast<short*>(p), bits);
+  }
+}
+
+// 16 bytes from global to shared memory without a register in between; zeros where not valid (the address is not read
+// then). They are there, for the thread that asked, after commit_copies and wait_copies; for others after a barrier
+// too.
+TINYLLM_DEVICE void copy_async(void* shared, const void* global, bool valid) {
+  const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  const int bytes = valid ? 16 : 0;
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(bytes) : "memory");
+}
+TINYLLM_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Waits until at most N of this thread's committed groups are under way.
+template <int N>
+TINYLLM_DEVICE void wait_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+}
+
+// ---- Tensor cores of a warp (8.0 and later)
+
+// Four 8x8 matrices of 16-bit numbers. Lane l names row l % 8 of matrix l / 8, 16 bytes in shared memory. It gets, of
+// matrix i in r[i], the two numbers (row l / 4, columns l % 4 * 2 and the next).
+TINYLLM_DEVICE void load_matrices(uint32_t (&r)[4], const void* row) {
+  const uint32_t from = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(from)
+               : "memory");
+}
+// The same of the matrices' transposes: (rows l % 4 * 2 and the next, column l / 4).
+TINYLLM_DEVICE void load_matrices_transposed(uint32_t (&r)[4], const void* row) {
+  const uint32_t from = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(from)
+               : "memory");
+}
+
+// d += a b, of 16x16 times 16x8. Of lane l, with row g = l / 4 and column pair c = l % 4 * 2:
+//   a: (g, c), (g + 8, c), (g, c + 8), (g + 8, c + 8), each with the next column
+//   b: (c, g) and (c + 8, g), each with the next row
+//   d: (g, c), (g, c + 1), (g + 8, c), (g + 8, c + 1)
+template <class T>
+TINYLLM_DEVICE void multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  if constexpr (std::is_same_v<T, bf16>)
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  else
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// ---- Launching, on the host
+
+struct LaunchShape {
+  dim3 grid, block;
+  size_t shared = 0;     // bytes of dynamic shared memory
+  unsigned cluster = 1;  // blocks along x that see each other's shared memory (9.0 and later)
+};
+
+inline void check(cudaError_t status, const char* what) {
+  if (status != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
+}
+
+template <class... Parameters, class... Arguments>
+void launch(const char* name, void (*kernel)(Parameters...), const LaunchShape& shape, void* stream,
+            const Arguments&... arguments) {
+  if (shape.grid.x == 0 || shape.grid.y == 0 || shape.grid.z == 0) return;
+  constexpr size_t kWithoutAsking = 48 * 1024;
+  if (shape.shared > kWithoutAsking)
+    check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               static_cast<int>(shape.shared)),
+          name);
+  cudaLaunchConfig_t config{};
+  config.gridDim = shape.grid;
+  config.blockDim = shape.block;
+  config.dynamicSmemBytes = shape.shared;
+  config.stream = static_cast<cudaStream_t>(stream);
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = shape.cluster;
+  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  config.attrs = &attribute;
+  config.numAttrs = shape.cluster > 1 ? 1 : 0;
+  check(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...), name);
+}
+
+inline int device_attribute(cudaDeviceAttr attribute, int device) {
+  int value = 0;
+  check(cudaDeviceGetAttribute(&value, attribute, device), "cudaDeviceGetAttribute");
+  return value;
+}
+inline int multiprocessors(int device) { return device_attribute(cudaDevAttrMultiProcessorCount, device); }
+// 80 for compute capability 8.0.
+inline int capability(int device) {
+  return 10 * device_attribute(cudaDevAttrComputeCapabilityMajor, device) +
+         device_attribute(cudaDevAttrComputeCapabilityMinor, device);
+}
+
+}  // namespace tinyllm::cuda
+
+#else
+#include <emulated_platform.h>
+#endif

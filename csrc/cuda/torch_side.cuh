@@ -1,0 +1,49 @@
+// What the torch side of every CUDA operator needs: the device and its current stream, new tensors, launches.
+#pragma once
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+
+#include "../tensors.h"
+#include "platform.cuh"
+
+namespace tinyllm::cuda {
+
+// Makes a tensor's device the current one while it lives, and launches on that device's current stream.
+class Device {
+ public:
+  explicit Device(const Tensor& t) : index_(t.get_device_index()) {
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &type_));
+#if defined(__CUDACC__)
+    guard_.emplace(index_);
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream_));
+#endif
+  }
+
+  int index() const { return index_; }
+  int multiprocessors() const { return cuda::multiprocessors(index_); }
+  int capability() const { return cuda::capability(index_); }  // 80 for 8.0
+
+  // Uninitialised, on this device.
+  Tensor empty(IntArray sizes, ScalarType dtype) const {
+    const std::vector<int64_t> strides = contiguous_strides(sizes);
+    return empty_strided(sizes, strides, dtype);
+  }
+  Tensor empty_strided(IntArray sizes, IntArray strides, ScalarType dtype) const {
+    return tinyllm::empty_strided(sizes, strides, dtype, type_, index_);
+  }
+
+  template <class... Parameters, class... Arguments>
+  void launch(const char* name, void (*kernel)(Parameters...), const LaunchShape& shape,
+              const Arguments&... arguments) const {
+    cuda::launch(name, kernel, shape, stream_, arguments...);
+  }
+
+ private:
+  int32_t index_ = 0, type_ = 0;
+  void* stream_ = nullptr;
+#if defined(__CUDACC__)
+  std::optional<torch::stable::accelerator::DeviceGuard> guard_;
+#endif
+};
+
+}  // namespace tinyllm::cuda
