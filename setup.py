@@ -1,15 +1,21 @@
-"""Builds tinyllm._C where it can; everything declarative is in pyproject.toml.
+"""Builds tinyllm._C and tinyllm._C_cuda where it can; everything declarative is in pyproject.toml.
 
-TINYLLM_EXT=auto  build the C++ extension if a compiler and torch are there, else install without it and say why
-(default) TINYLLM_EXT=0     do not build it
-TINYLLM_EXT=1     build it; whatever is missing is an error
-MAX_JOBS          compile jobs at once (default: by cores and memory)
+TINYLLM_EXT=auto      build the C++ extension if a compiler and torch are there, else install without it and say why
+(default) TINYLLM_EXT=0   do not build it
+TINYLLM_EXT=1         build it; whatever is missing is an error
+TINYLLM_CUDA          the same for the CUDA library: auto (default) builds it if torch is a CUDA build and there is an
+                      nvcc of the same CUDA major version. A GPU is not asked for: a builder has none.
+TORCH_CUDA_ARCH_LIST  for which GPUs, in torch's notation (default: 8.0+PTX;9.0a)
+CUDA_HOME, CUDA_PATH  where the CUDA toolkit is (default: that of the nvcc on PATH)
+MAX_JOBS              compile jobs at once (default: by cores and memory)
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -18,29 +24,64 @@ from setuptools import Extension, setup
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
-MODE = os.environ.get("TINYLLM_EXT", "auto")
-if MODE not in ("auto", "0", "1"):
-    raise SystemExit(f"TINYLLM_EXT is {MODE!r}; auto, 0 or 1 is needed")
+# Machine code for 8.x, Hopper's with its own instructions, and PTX from which later GPUs' drivers make theirs.
+CUDA_ARCH_LIST = "8.0+PTX;9.0a"
+NO_SCHEMAS = "the C++ extension, which declares its operators, is not built"
 
-record = {"extension": "skipped", "reason": "the build did not reach it"}
+record: dict[str, str] = {}
 
 
 def say(text: str) -> None:
     print(f"tinyllm: {text}", flush=True)
 
 
-def skip(reason: str) -> None:
-    """Notes why there is no extension, for `tinyllm info`; an error where it was demanded."""
-    if MODE == "1":
-        raise SystemExit(f"tinyllm: TINYLLM_EXT=1, but {reason}")
-    record.update(extension="skipped", reason=reason)
-    say(f"skipping the C++ extension: {reason}. The package works without it, on plain PyTorch.")
+class Library:
+    """One of the two libraries: whether it is wanted and, for `tinyllm info`, what became of it."""
+
+    def __init__(self, title: str, variable: str, keys: tuple[str, str], without: str, gigabytes: int) -> None:
+        self.title, self.variable, self.keys, self.without, self.gigabytes = title, variable, keys, without, gigabytes
+        self.mode = os.environ.get(variable, "auto")
+        if self.mode not in ("auto", "0", "1"):
+            raise SystemExit(f"{variable} is {self.mode!r}; auto, 0 or 1 is needed")
+        self.note("skipped", "the build did not reach it")
+
+    def note(self, state: str, reason: str) -> None:
+        record.update(zip(self.keys, (state, reason), strict=True))
+
+    def skip(self, reason: str) -> None:
+        """Notes why it is not there, first of all that nobody wants it; an error where it was demanded."""
+        if self.mode == "0":
+            reason = f"{self.variable}=0"
+        if self.mode == "1":
+            raise SystemExit(f"tinyllm: {self.variable}=1, but {reason}")
+        self.note("skipped", reason)
+        say(f"skipping {self.title}: {reason}. {self.without}")
+
+    def built(self, **facts: str) -> None:
+        self.note("built", "")
+        record.update(facts)
+        say(f"built {self.title}")
+
+    def jobs(self) -> str:
+        """One compiler for each core, with memory for each."""
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+        return str(max(1, min(os.cpu_count() or 1, int(memory / self.gigabytes))))
 
 
-def limit_jobs() -> None:
-    """One compiler for each core, with 1 GB of memory for each."""
-    gigabytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    os.environ.setdefault("MAX_JOBS", str(max(1, min(os.cpu_count() or 1, int(gigabytes)))))
+CPP = Library(
+    "the C++ extension",
+    "TINYLLM_EXT",
+    ("extension", "reason"),
+    "The package works without it, on plain PyTorch.",
+    gigabytes=1,
+)
+CUDA = Library(
+    "the CUDA library",
+    "TINYLLM_CUDA",
+    ("cuda", "cuda_reason"),
+    "The package works without it; GPUs are left to Triton.",
+    gigabytes=2,
+)
 
 
 def version_of(compiler: str) -> str:
@@ -64,22 +105,14 @@ def write_record(root: Path) -> None:
     (root / "tinyllm" / "_build.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
-def extension() -> tuple[list[Extension], dict[str, Any]]:
-    """The extension and the command that builds it, or nothing and the reason."""
-    if MODE == "0":
-        skip("TINYLLM_EXT=0")
-        return [], {}
-    try:
-        import pybind11
-        import torch
-        from torch.utils import cpp_extension
-    except ImportError as error:
-        skip(f"{error.name} is not installed in the build environment")
-        return [], {}
-    limit_jobs()
-    sources = sorted(str(path.relative_to(ROOT)) for path in [*ROOT.glob("csrc/*.cpp"), *ROOT.glob("csrc/cpu/*.cpp")])
+def files(*patterns: str) -> list[str]:
+    return sorted(str(path.relative_to(ROOT)) for pattern in patterns for path in ROOT.glob(pattern))
+
+
+def cpp_module(torch: Any, pybind11: Any, cpp_extension: Any) -> Extension:
+    sources = files("csrc/*.cpp", "csrc/cpu/*.cpp")
     say(f"building the C++ extension against torch {torch.__version__} (stable ABI of 2.10), {len(sources)} files")
-    module = Extension(
+    return Extension(
         "tinyllm._C",
         sources,
         include_dirs=[pybind11.get_include(), *cpp_extension.include_paths()],
@@ -96,25 +129,108 @@ def extension() -> tuple[list[Extension], dict[str, Any]]:
             "-Wall",
             "-Wno-maybe-uninitialized",
         ],
-        depends=sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*.h")),
+        depends=files("csrc/**/*.h"),
     )
 
+
+def find_nvcc(torch: Any, cpp_extension: Any) -> tuple[Path, str] | str:
+    """The nvcc that torch's BuildExtension will call and its version, or why the CUDA library cannot be built."""
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA"
+    if cpp_extension.CUDA_HOME is None:  # torch has looked at CUDA_HOME, CUDA_PATH and PATH
+        return "there is no nvcc: CUDA_HOME and CUDA_PATH are not set, and none is on PATH"
+    nvcc = Path(cpp_extension.CUDA_HOME, "bin", "nvcc")
+    if not nvcc.is_file():
+        return f"there is no nvcc: the toolkit (CUDA_HOME, CUDA_PATH or PATH) is {nvcc.parents[1]}, without bin/nvcc"
+    try:
+        output = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    except OSError as error:
+        return f"{nvcc} does not run: {error.strerror}"
+    version = re.search(r"release (\d+)\.\d+, V([\d.]+)", output)
+    if version is None:
+        return f"{nvcc} does not say its version"
+    if version[1] != torch.version.cuda.split(".")[0]:
+        return f"{nvcc} is CUDA {version[2]}, torch {torch.__version__} CUDA {torch.version.cuda}: the majors differ"
+    return nvcc, version[2]
+
+
+def cuda_module(torch: Any, cpp_extension: Any, nvcc: Path, sources: list[str]) -> Extension:
+    say(f"building the CUDA library for {os.environ['TORCH_CUDA_ARCH_LIST']}, {len(sources)} files")
+    # Where nvcc itself would link the runtime from: neither a distribution's nor pip's toolkit need have a lib64.
+    plan = subprocess.run([nvcc, "--dryrun", "none.cu"], capture_output=True, text=True).stderr
+    options = re.findall(r"^#\$ LIBRARIES=(.*)$", plan, re.MULTILINE)
+    runtime_dirs = [option[2:] for line in options for option in shlex.split(line) if option.startswith("-L")]
+    return Extension(
+        "tinyllm._C_cuda",
+        sources,
+        include_dirs=cpp_extension.include_paths("cuda"),
+        library_dirs=[*cpp_extension.library_paths("cuda"), *runtime_dirs],
+        # torch's stable ABI, torch's current stream, and the runtime that torch has loaded already, by the name that it
+        # goes by: toolkits from pip have no other.
+        libraries=["torch_cpu", "torch_cuda", f":libcudart.so.{torch.version.cuda.split('.')[0]}"],
+        define_macros=[("TORCH_TARGET_VERSION", "0x020a000000000000"), ("USE_CUDA", None)],
+        extra_compile_args={"cxx": [], "nvcc": ["-O3", "-std=c++17", "-Xcompiler=-fvisibility=hidden"]},
+        depends=files("csrc/*.h", "csrc/cuda/**/*.cuh"),
+        language="c++",
+    )
+
+
+def libraries() -> tuple[list[Extension], dict[str, Any]]:
+    """What is to be built, and the command that builds it."""
+    try:
+        if CPP.mode == "0":
+            raise ImportError
+        import pybind11
+        import torch
+        from torch.utils import cpp_extension
+    except ImportError as error:
+        CPP.skip(f"{error.name} is not installed in the build environment")
+        CUDA.skip(NO_SCHEMAS)
+        return [], {}
+    modules = [(CPP, cpp_module(torch, pybind11, cpp_extension))]
+    sources = files("csrc/cuda/**/*.cu")
+    found = find_nvcc(torch, cpp_extension)
+    if not isinstance(found, str) and not sources:
+        found = "there is no csrc/cuda/*.cu"
+    if isinstance(found, str) or CUDA.mode == "0":
+        CUDA.skip(str(found))
+    else:
+        os.environ["TORCH_CUDA_ARCH_LIST"] = os.environ.get("TORCH_CUDA_ARCH_LIST") or CUDA_ARCH_LIST
+        modules.append((CUDA, cuda_module(torch, cpp_extension, found[0], sources)))
+
     class BuildExt(cpp_extension.BuildExtension):
+        """Builds one library after the other, so that a failure of the second leaves the first."""
+
+        inplace: bool
+        compiler: Any
+
         def run(self) -> None:
-            try:
-                super().run()
-            except Exception as error:
-                # Whatever a toolchain does when it fails: the package must install all the same.
-                skip(f"it did not compile: {str(error).strip().splitlines()[0] if str(error).strip() else repr(error)}")
-                self.extensions: list[Extension] = []
-            else:
-                compiler = (getattr(self.compiler, "compiler_cxx", None) or ["c++"])[0]
-                record.update(extension="built", reason="", compiler=version_of(compiler), torch=torch.__version__)
-                say("built the C++ extension tinyllm._C")
-            write_record(ROOT if self.inplace else Path(self.build_lib))
+            inplace, compiler, jobs = self.inplace, self.compiler, os.environ.get("MAX_JOBS")
+            built: list[Extension] = []
+            for library, module in modules:
+                if library is CUDA and not built:
+                    CUDA.skip(NO_SCHEMAS)
+                    break
+                self.extensions, self.inplace, self.compiler = [module], inplace, compiler
+                os.environ["MAX_JOBS"] = jobs or library.jobs()
+                try:
+                    super().run()
+                except Exception as error:
+                    # Whatever a toolchain does when it fails: the package must install all the same.
+                    text = str(error).strip()
+                    library.skip(f"it did not compile: {text.splitlines()[0] if text else repr(error)}")
+                    continue
+                built.append(module)
+                if library is CPP:
+                    name = (getattr(self.compiler, "compiler_cxx", None) or ["c++"])[0]
+                    CPP.built(compiler=version_of(name), torch=torch.__version__)
+                else:
+                    CUDA.built(nvcc=found[1], cuda_arch_list=os.environ["TORCH_CUDA_ARCH_LIST"])
+            self.extensions, self.inplace = built, inplace
+            write_record(ROOT if inplace else Path(self.build_lib))
 
-    return [module], {"build_ext": BuildExt}
+    return [module for _, module in modules], {"build_ext": BuildExt}
 
 
-modules, commands = extension()
+modules, commands = libraries()
 setup(ext_modules=modules, cmdclass={"build_py": BuildPy, **commands})
