@@ -52,8 +52,7 @@ class Machine:
     """A source tree with a torch and a toolkit as one says."""
 
     def __init__(self, root):
-        self.root, self.site, self.cuda_home = root, root / "site", None
-        self.source = root / "source"
+        self.root, self.site, self.source = root, root / "site", root / "source"
         shutil.copytree(ROOT / "tinyllm", self.source / "tinyllm", ignore=shutil.ignore_patterns("*.so", "_build.json"))
         for name in ("setup.py", "pyproject.toml", "README.md"):
             shutil.copy(ROOT / name, self.source / name)

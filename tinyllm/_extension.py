@@ -1,20 +1,23 @@
-"""Loads the compiled library `_C` once and remembers, when it cannot, why not."""
+"""Loads the compiled libraries `_C` and `_C_cuda` once and remembers, when it cannot, why not."""
 
 from __future__ import annotations
 
 import importlib
 import json
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from types import ModuleType
 
 
 def build_record() -> dict[str, str]:
-    """What the installation wrote about its build: `extension` (built|skipped), `reason`, `compiler`, `torch`."""
+    """What the installation wrote about its build: `extension` (built|skipped), `reason`, `compiler`, `torch`, and
+    `cuda` (built|skipped), `cuda_reason`, `nvcc`, `cuda_arch_list`."""
     path = Path(__file__).with_name("_build.json")
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
-        return {"extension": "skipped", "reason": "tinyllm is imported from a source tree that was never installed"}
+        never = "tinyllm is imported from a source tree that was never installed"
+        return {"extension": "skipped", "reason": never, "cuda": "skipped", "cuda_reason": never}
 
 
 def _load() -> tuple[ModuleType | None, str | None]:
@@ -31,5 +34,37 @@ def _load() -> tuple[ModuleType | None, str | None]:
     return library, None
 
 
+def _load_cuda() -> str | None:
+    """Why the CUDA library is not there. It has no Python module: it gives operators that _C declares their kernels."""
+    import torch
+
+    if why_not is not None:
+        return why_not
+    record = build_record()
+    # Not by the file alone: one of an earlier build may still lie in a source tree.
+    if record.get("cuda") != "built":
+        return f"the CUDA library was not built: {record.get('cuda_reason', 'tinyllm was installed before it had one')}"
+    if torch.version.cuda is None:
+        return "the CUDA library does not load: this build of torch has no CUDA"
+    folder = Path(__file__).parent
+    path = next(filter(Path.is_file, (folder / f"_C_cuda{suffix}" for suffix in EXTENSION_SUFFIXES)), None)
+    if path is None:
+        return f"the CUDA library does not load: there is no _C_cuda{EXTENSION_SUFFIXES[0]} in {folder}"
+    failure = load_operators(path)
+    return failure and f"the CUDA library does not load: {failure}"
+
+
+def load_operators(path: str | Path) -> str | None:
+    """Loads a library that registers operators; what is wrong with it, or None."""
+    import torch
+
+    try:
+        torch.ops.load_library(path)
+    except OSError as error:
+        return str(error.__cause__ or error)  # the cause is the loader's own message
+    return None
+
+
 library, why_not = _load()
 loaded = library is not None
+cuda_why_not = _load_cuda()

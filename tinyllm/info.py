@@ -11,13 +11,13 @@ import torch
 
 from tinyllm import _extension
 from tinyllm.allocator import allocator_state
-from tinyllm.ops import _triton, dispatch
+from tinyllm.ops import _cuda, _triton, dispatch
 
 
 def info() -> dict[str, Any]:
     """The installation as a dict: versions, instruction sets, threads, GPUs, and for each operator x device the backend
     that serves it, for which dtypes and shapes, and the reason of every one that does not. For CUDA it says what serves
-    a machine that has it, where this one has not."""
+    a machine that has it, where this one has not; CUDA C++ is among it where it was built."""
     from tinyllm import __version__
 
     record = _extension.build_record()
@@ -40,7 +40,7 @@ def info() -> dict[str, Any]:
             "threads": torch.get_num_threads(),
             "allocator": allocator_state(),
         },
-        "gpu": _gpu(),
+        "gpu": _gpu(record),
         "operators": {
             operator: {device: dispatch.describe(operator, device) for device in ("cpu", "cuda")}
             for operator in dispatch.OPERATORS
@@ -48,17 +48,23 @@ def info() -> dict[str, Any]:
     }
 
 
-def _gpu() -> dict[str, Any]:
+def _gpu(record: dict[str, str]) -> dict[str, Any]:
     try:
         version: str | None = metadata.version("triton")
     except metadata.PackageNotFoundError:
         version = None
     devices = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
-    old = [_triton.too_old(i) for i in range(len(devices))]
+    old = [_cuda.too_old(i) for i in range(len(devices))]
+    no_kernels = _triton.why_not if _cuda.why_not is not None else None
     return {
         "devices": [f"{d.name}, {d.major}.{d.minor}, {d.total_memory / 2**30:.0f} GiB" for d in devices],
+        "cuda_library": {
+            "why_not": _cuda.why_not,
+            "emulated": _cuda.emulated,
+            "built_with": {key: record[key] for key in ("nvcc", "cuda_arch_list") if key in record},
+        },
         "triton": version,
-        "why_not": _triton.why_not or next(filter(None, old), None) or (None if devices else "there is no GPU"),
+        "why_not": no_kernels or next(filter(None, old), None) or (None if devices else "there is no GPU"),
         "interpreted": _triton.interpreted,
     }
 
@@ -72,8 +78,7 @@ def format_info() -> str:
         "",
     ]
     if extension["loaded"]:
-        built = ", ".join(f"{key} {value}" for key, value in extension["built_with"].items())
-        lines.append(f"compiled extension   loaded ({built or 'no build record'})")
+        lines.append(f"compiled extension   loaded ({_built(extension)})")
         lines.append(
             f"instruction sets     built: {', '.join(cpu['built_isas'])}; this processor runs: "
             f"{', '.join(cpu['usable_isas'])}; chosen: {cpu['chosen_isa']}"
@@ -85,19 +90,42 @@ def format_info() -> str:
     lines.append(f"CPU threads          {cpu['threads']} (torch.set_num_threads or OMP_NUM_THREADS)")
     lines.append(f"allocator            {cpu['allocator']}")
     lines += [f"GPU                  {device}" for device in gpu["devices"]]
+    cuda = gpu["cuda_library"]
+    if cuda["why_not"] is None:
+        lines.append(f"CUDA C++             loaded ({_built(cuda)})")
+    else:
+        lines.append(f"CUDA C++             {'' if cuda['emulated'] else 'not loaded: '}{cuda['why_not']}")
     lines.append(f"triton               {gpu['triton'] or 'not installed'}{', interpreted' * gpu['interpreted']}")
     absent = f", which are not in use here: {gpu['why_not']}" if gpu["why_not"] else ""
     for device, title in (("cpu", "CPU tensors"), ("cuda", f"CUDA tensors{absent}")):
         lines += ["", title, f"{'operator':<21}{'backend':<11}what it takes"]
         for operator, devices in facts["operators"].items():
             row = devices[device]
-            takes = "any dtype" if row["backend"] == "reference" else ", ".join(row["dtypes"])
-            # That others serve other devices goes without saying.
-            reasons = [f"{name}: {reason}" for name, reason in row["not"].items() if " tensors" not in reason]
-            lines.append(
-                f"{operator:<21}{row['backend']:<11}{'; '.join(filter(None, (takes, row['shapes'], *reasons)))}"
-            )
+            lines.append(_row(operator, row, *_reasons(row["not"], cuda["why_not"])))
+            if row["rest"]:
+                lines.append(_row("", row["rest"], prefix="the rest: "))
+        if any(devices[device]["backend"] == "cuda" for devices in facts["operators"].values()):
+            lines.append("cuda is CUDA C++; the line below it says what serves what it does not take")
     return "\n".join(lines)
+
+
+def _built(library: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in library["built_with"].items()) or "no build record"
+
+
+def _row(operator: str, row: dict[str, Any], *remarks: str, prefix: str = "") -> str:
+    takes = "any dtype" if row["backend"] == "reference" else ", ".join(row["dtypes"])
+    return f"{operator:<21}{row['backend']:<11}{prefix}{'; '.join(filter(None, (takes, row['shapes'], *remarks)))}"
+
+
+def _reasons(why_not: dict[str, str], known: str | None) -> list[str]:
+    """Why other backends do not serve an operator, the backends of one reason together."""
+    backends: dict[str, list[str]] = {}
+    for name, reason in why_not.items():
+        # That others serve other devices goes without saying, and why a library is not there is said above.
+        if " tensors" not in reason and reason != known:
+            backends.setdefault(reason, []).append(name)
+    return [f"{', '.join(names)}: {reason}" for reason, names in backends.items()]
 
 
 def print_info() -> None:

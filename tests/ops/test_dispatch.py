@@ -2,13 +2,15 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import tinyllm
 from tinyllm import _extension, ops
-from tinyllm.ops import _triton, dispatch
+from tinyllm.info import format_info
+from tinyllm.ops import _cuda, _triton, dispatch
 
 
 def python(code, **environment):
@@ -115,7 +117,10 @@ def test_forcing_a_backend():
         assert ops.last_backend() == "reference"
     ops.layer_norm(x, 3)
     assert ops.last_backend() == ("cpp" if _extension.loaded else "reference")
-    with pytest.raises(ValueError, match="name is 'cuda2'; backends are cpp, triton, reference"), ops.backend("cuda2"):
+    with (
+        pytest.raises(ValueError, match="name is 'cuda2'; backends are cpp, cuda, triton, reference"),
+        ops.backend("cuda2"),
+    ):
         pass
 
 
@@ -199,18 +204,23 @@ print_info()
         assert "not in use here: triton is not installed" in result.stdout
 
 
+@pytest.mark.any_build
 def test_a_gpu_that_is_too_old(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
-    reason = _triton.too_old.__wrapped__(0)
-    assert reason == "it needs compute capability 8.0 or later; cuda:0 has 7.5"
+    monkeypatch.setattr(_cuda, "_capability", lambda index: (7, 5))
+    assert _cuda.too_old(0) == "it needs compute capability 8.0 or later; cuda:0 has 7.5"
 
 
-def test_a_forced_backend_says_every_reason():
+@pytest.mark.any_build
+@pytest.mark.parametrize("name", ["cpp", "cuda", "triton"])
+def test_a_forced_backend_says_every_reason(name):
     x = torch.ones(2, 3, device="meta")
-    with ops.backend("cpp"), pytest.raises(RuntimeError) as error:
+    with ops.backend(name), pytest.raises(RuntimeError) as error:
         ops.layer_norm(x, 3)
-    assert "cpp: it serves CPU tensors, not meta ones" in str(error.value)
-    assert "reference: can serve it" in str(error.value)
+    assert str(error.value) == (
+        f"the forced backend '{name}' cannot serve this call of layer_norm. cpp: it serves CPU tensors, not meta ones; "
+        "cuda: it serves CUDA tensors, not meta ones; triton: it serves CUDA tensors, not meta ones; reference: can "
+        "serve it"
+    )
 
 
 @pytest.mark.any_build
@@ -246,3 +256,222 @@ print_info()
     assert result.returncode == 0, result.stderr
     assert "compiled extension   not loaded: the C++ extension does not load" in result.stdout
     assert "reference" in result.stdout
+
+
+@pytest.fixture
+def cuda_build(monkeypatch):
+    """As if the CUDA library and Triton were there, and a GPU."""
+    monkeypatch.setattr(_cuda, "why_not", None)
+    monkeypatch.setattr(_cuda, "emulated", False)
+    monkeypatch.setattr(_cuda, "_capability", lambda index: (8, 0))
+    monkeypatch.setattr(dispatch, "_CUDA_LACKS", frozenset())
+    monkeypatch.setattr(_triton, "why_not", None)
+
+
+def on_a_gpu(dtype=torch.float32):
+    return SimpleNamespace(device=torch.device("cuda", 0), dtype=dtype, is_cuda=True, get_device=lambda: 0)
+
+
+@pytest.mark.any_build
+def test_cuda_cpp_comes_before_triton(cuda_build, monkeypatch):
+    for operator in ("layer_norm", "add_layer_norm", "rms_norm", "cross_entropy", "embedding"):
+        served = {dtype: dispatch.choose(operator, on_a_gpu(dtype)) for dtype in dispatch._FLOATS}
+        assert served == {dtype: "triton" if dtype == torch.float64 else "cuda" for dtype in served}
+    assert dispatch.choose("attention", on_a_gpu()) == "triton"
+    assert dispatch.choose("attention", on_a_gpu(torch.bfloat16)) == "cuda"
+    assert dispatch.choose("attention", on_a_gpu(torch.bfloat16), {"cuda": "a mask"}) == "triton"
+    assert dispatch.choose("linear_cross_entropy", on_a_gpu()) == "triton"
+    for operator in ("linear", "feed_forward", "transformer_block", "transformer"):
+        assert dispatch.choose(operator, on_a_gpu()) == "reference"
+    monkeypatch.setattr(_triton, "why_not", "triton is not installed")
+    assert dispatch.choose("rms_norm", on_a_gpu()) == "cuda"
+    assert dispatch.choose("rms_norm", on_a_gpu(torch.float64)) == "reference"
+    monkeypatch.setattr(_cuda, "_capability", lambda index: (7, 0))
+    assert dispatch.choose("rms_norm", on_a_gpu()) == "reference"
+
+
+@pytest.mark.any_build
+def test_a_library_without_some_kernels(cuda_build, monkeypatch):
+    monkeypatch.setattr(dispatch, "_CUDA_LACKS", frozenset(["rms_norm"]))
+    assert dispatch.choose("rms_norm", on_a_gpu()) == "triton"
+    says = "cuda: this build of the CUDA library has no kernel for it; triton: can serve it"
+    with ops.backend("cuda"), pytest.raises(RuntimeError, match=says):
+        dispatch.choose("rms_norm", on_a_gpu())
+
+
+@pytest.mark.any_build
+def test_the_width_of_rows_depends_on_the_gpu(cuda_build, monkeypatch):
+    assert _cuda.most_columns(on_a_gpu()) == 16_384
+    monkeypatch.setattr(_cuda, "_capability", lambda index: (9, 0))
+    assert _cuda.most_columns(on_a_gpu()) == 131_072
+
+
+@pytest.mark.any_build
+def test_info_on_a_cuda_build(cuda_build):
+    row = dispatch.describe("attention", "cuda")
+    assert (row["backend"], row["dtypes"]) == ("cuda", ["bfloat16", "float16"])
+    assert row["shapes"] == "head_dim 64 or 128, no attn_mask, no dropout"
+    assert row["rest"]["backend"] == "triton"
+    assert row["rest"]["dtypes"] == ["float32", "bfloat16", "float16"]
+    row = dispatch.describe("cross_entropy", "cuda")
+    assert (row["backend"], row["rest"]["dtypes"]) == ("cuda", ["float64"])
+    assert dispatch.describe("linear_cross_entropy", "cuda")["not"]["cuda"] == "Triton's kernel serves it"
+    assert dispatch.describe("layer_norm", "cpu")["rest"] is None
+
+    lines = format_info().splitlines()
+    assert "CUDA C++             loaded (" in "\n".join(lines)
+    lines = lines[next(i for i, line in enumerate(lines) if line.startswith("CUDA tensors")) :]
+    at = next(i for i, line in enumerate(lines) if line.startswith("layer_norm "))
+    assert [" ".join(line.split()) for line in lines[at : at + 2]] == [
+        "layer_norm cuda float32, bfloat16, float16; rows up to 16,384 wide (131,072 on 9.0 and later)",
+        "triton the rest: float32, float64, bfloat16, float16",
+    ]
+    assert any(line.endswith("cuda, triton: PyTorch's products (cuBLAS) serve it") for line in lines)
+    assert lines[-1].startswith("cuda is CUDA C++")
+    assert max(map(len, lines[1:])) <= 130
+
+
+@pytest.mark.any_build
+def test_info_on_a_cuda_build_without_triton(cuda_build, monkeypatch):
+    monkeypatch.setattr(_triton, "why_not", "triton is not installed")
+    row = dispatch.describe("attention", "cuda")
+    assert (row["backend"], row["rest"], row["not"]["triton"]) == ("cuda", None, "triton is not installed")
+    assert "CUDA tensors, which are not in use here: triton" not in format_info()
+
+
+@pytest.mark.any_build
+def test_info_says_why_there_is_no_cuda_library(monkeypatch):
+    monkeypatch.setattr(_cuda, "why_not", "the CUDA library was not built: there is no nvcc")
+    text = format_info()
+    assert "CUDA C++             not loaded: the CUDA library was not built: there is no nvcc" in text
+    assert text.count("there is no nvcc") == 1
+    assert tinyllm.info()["gpu"]["cuda_library"]["why_not"].endswith("there is no nvcc")
+
+
+@pytest.mark.any_build
+def test_an_emulated_library_that_does_not_load():
+    code = """
+import torch, tinyllm
+print(tinyllm.info()["gpu"]["cuda_library"])
+tinyllm.ops.layer_norm(torch.ones(2, 2), 2)
+"""
+    result = python(code, TINYLLM_EMULATED_CUDA="/nowhere.so")
+    assert result.returncode == 0, result.stderr
+    assert "TINYLLM_EMULATED_CUDA does not load: /nowhere.so" in result.stdout
+
+
+# ---- The calls that CUDA C++ serves, with the kernels for CPUs in its place
+
+
+@pytest.fixture
+def emulated(monkeypatch):
+    """As if the CUDA kernels were emulated; the raw calls that reach them."""
+    calls = []
+
+    def raw(name):
+        return lambda *arguments: calls.append((name, arguments)) or getattr(torch.ops.tinyllm, name)(*arguments)
+
+    monkeypatch.setattr(_cuda, "emulated", True)
+    monkeypatch.setattr(dispatch, "_CUDA_LACKS", frozenset())
+    names = [f"{operator}_{way}" for operator in dispatch.OPERATORS for way in ("fwd", "bwd")]
+    monkeypatch.setattr(_cuda, "operators", lambda: SimpleNamespace(**{name: raw(name) for name in names}))
+    return calls
+
+
+def test_emulated_kernels_serve_only_where_they_are_forced(emulated):
+    x = torch.ones(2, 3)
+    ops.layer_norm(x, 3)
+    assert ops.last_backend() == "cpp"
+    with ops.backend("cuda", "layer_norm"):
+        ops.layer_norm(x, 3)
+        assert ops.last_backend() == "cuda"
+        ops.rms_norm(x, 3)
+        assert ops.last_backend() == "cpp"
+    assert [name for name, _ in emulated] == ["layer_norm_fwd"]
+    assert dispatch.describe("layer_norm", "cuda")["backend"] == "triton"
+
+
+def refused(says, operator, *arguments, **options):
+    with ops.backend("cuda"), pytest.raises(RuntimeError, match=f"cuda: {says}"):
+        operator(*arguments, **options)
+
+
+def test_what_cuda_cpp_does_not_take(emulated):
+    wide = torch.ones(1, 131_073)
+    for norm in (ops.layer_norm, ops.rms_norm):
+        refused("normalized_shape has 131073 elements; the kernel takes at most 131072", norm, wide, 131_073)
+    refused("normalized_shape has 131073 elements", ops.add_layer_norm, wide, wide, 131_073)
+    refused("no kernel for torch.float64", ops.layer_norm, torch.ones(2, 2).double(), 2)
+    ids = torch.zeros(2, dtype=torch.long)
+    refused("dropout_p is 0.1; the kernel drops nothing", ops.embedding, ids, torch.ones(3, 2), dropout_p=0.1)
+
+    attend = ops.scaled_dot_product_attention
+    x, narrow, mask = torch.ones(1, 2, 3, 64).half(), torch.ones(1, 2, 3, 32).half(), torch.ones(3, 3).bool()
+    refused("head_dim is 32, value's 32; the kernel takes 64 or 128", attend, narrow, narrow, narrow)
+    refused("head_dim is 64, value's 32; the kernel takes 64 or 128", attend, x, x, narrow)
+    refused("attn_mask is given; the kernel takes is_causal and key_lengths", attend, x, x, x, mask)
+    refused("dropout_p is 0.1; the kernel drops nothing", attend, x, x, x, dropout_p=0.1)
+    refused("no kernel for torch.float32", attend, x.float(), x.float(), x.float())
+    assert emulated == []
+
+
+def test_cuda_cpp_is_given_the_lengths_of_keys(emulated, monkeypatch):
+    x, lengths, given = torch.ones(2, 2, 3, 64).half(), torch.tensor([1, 3]), []
+    kernel = SimpleNamespace(attention_fwd=lambda *arguments: given.append(arguments) or (x, x))
+    monkeypatch.setattr(_cuda, "operators", lambda: kernel)
+    with ops.backend("cuda"):
+        ops.scaled_dot_product_attention(x, x, x, key_lengths=lengths)
+    assert given[0][3] is None
+    assert given[0][-1].equal(lengths)
+
+
+def test_cross_entropy_on_cuda_cpp_never_waits_for_the_device(emulated, monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "item", lambda self: pytest.fail("the host asks the device"))
+    x, target = torch.randn(4, 7, requires_grad=True), torch.tensor([0, 6, -100, 3])
+    with ops.backend("cuda"):
+        (2.0 * ops.cross_entropy(x, target)).backward()
+    (expected,) = torch.autograd.grad(2.0 * torch.nn.functional.cross_entropy(x, target), x)
+    torch.testing.assert_close(x.grad, expected)
+    assert [(name, arguments[-1]) for name, arguments in emulated] == [
+        ("cross_entropy_fwd", False),
+        ("cross_entropy_bwd", 0.0),
+    ]
+
+
+def test_tritons_kernel_corrects_early_gradients_of_other_kernels():
+    code = """
+import torch
+from tinyllm import ops
+from tinyllm.ops import _cuda, cross_entropy, dispatch
+import sys
+module = sys.modules["tinyllm.ops.cross_entropy"]
+_cuda.emulated, _cuda.operators, dispatch._CUDA_LACKS = True, lambda: torch.ops.tinyllm, frozenset()
+module._corrects_on_the_gpu = lambda input: True
+target, weight = torch.tensor([0, 6, -100, 3]), torch.rand(7)
+for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 1e-2)):
+    for scale in (1.0, 3.0):
+        x = torch.randn(4, 7).to(dtype).requires_grad_()
+        with ops.backend("cuda"):
+            loss = ops.cross_entropy(x, target, weight, label_smoothing=0.1)
+            assert loss.grad_fn.grad_input is not None
+            (scale * loss).backward()
+        y = x.detach().double().requires_grad_()
+        (scale * torch.nn.functional.cross_entropy(y, target, weight.double(), label_smoothing=0.1)).backward()
+        assert (x.grad - y.grad).abs().max() < tolerance * scale, (dtype, scale, x.grad, y.grad)
+"""
+    result = python(code, TRITON_INTERPRET="1")
+    assert result.returncode == 0, result.stderr
+
+
+def test_cuda_cpp_under_the_compiler(emulated, monkeypatch):
+    monkeypatch.setattr(_cuda, "operators", lambda: torch.ops.tinyllm)
+    x, target = torch.randn(4, 8, requires_grad=True), torch.tensor([0, 6, -100, 3])
+
+    def run(x):
+        normed, total = ops.add_layer_norm(x, 2 * x, 8)
+        return ops.cross_entropy(ops.rms_norm(normed, 8) + ops.layer_norm(total, 8), target)
+
+    with ops.backend("cuda"):
+        expected = torch.autograd.grad(run(x), x)
+        found = torch.autograd.grad(torch.compile(run, fullgraph=True, backend="aot_eager")(x), x)
+    torch.testing.assert_close(found, expected)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from tinyllm.ops import _cuda
 from tinyllm.ops.dispatch import no_kernel
 
 
@@ -44,11 +46,17 @@ def check(
     return shape
 
 
-def limits(input: Tensor, weight: Tensor | None, bias: Tensor | None = None) -> dict[str, str] | None:
-    """Why a backend cannot serve these parameters."""
+def limits(
+    input: Tensor, shape: Sequence[int], weight: Tensor | None, bias: Tensor | None = None
+) -> dict[str, str] | None:
+    """Why a backend cannot serve these arguments."""
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None and tensor.dtype != input.dtype and tensor.dtype != torch.float32:
             return no_kernel(f"{name} is {tensor.dtype}; the kernel takes input's dtype, {input.dtype}, or float32")
+    if _cuda.may_serve(input):
+        columns, most = math.prod(shape), _cuda.most_columns(input)
+        if columns > most:
+            return {"cuda": f"normalized_shape has {columns} elements; the kernel takes at most {most} on this GPU"}
     return None
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tinyllm.ops._triton import register_fake
+from tinyllm.ops._fake import register_fake
 from tinyllm.ops.dispatch import kernels
 
 

@@ -15,8 +15,6 @@ import torch
 from torch import Tensor
 
 NAMESPACE = "tinyllm_triton"
-# Older ones lack bfloat16 and asynchronous copies.
-_MINIMUM_CAPABILITY = (8, 0)
 
 # File -> the launchers that become operators.
 _LAUNCHERS = {
@@ -35,7 +33,7 @@ _LAUNCHERS = {
     "attention": ("attention_fwd", "attention_bwd"),
 }
 
-_library: torch.library.Library | None = None
+library: torch.library.Library | None = None
 
 
 def _on_its_device(launcher: Callable[..., Any]) -> Callable[..., Any]:
@@ -53,7 +51,7 @@ def _on_its_device(launcher: Callable[..., Any]) -> Callable[..., Any]:
 
 def _register() -> tuple[bool, str | None]:
     """Defines the operators; whether Triton interprets, and why they are not there."""
-    global _library
+    global library
     if importlib.util.find_spec("triton") is None:
         return False, "triton is not installed"
     import os
@@ -65,38 +63,20 @@ def _register() -> tuple[bool, str | None]:
         modules = {name: importlib.import_module(f"tinyllm.kernels.{name}") for name in _LAUNCHERS}
     except ImportError as error:
         return interpreted, f"triton does not load: {error}"
-    _library = torch.library.Library(NAMESPACE, "DEF")
+    library = torch.library.Library(NAMESPACE, "DEF")
     for module, names in _LAUNCHERS.items():
         for name in names:
             launcher = getattr(modules[module], name)
             schema = torch.library.infer_schema(launcher, mutates_args=())
-            _library.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
+            library.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
             for key in ("CPU", "CUDA") if interpreted else ("CUDA",):
-                _library.impl(name, _on_its_device(launcher), key)
+                library.impl(name, _on_its_device(launcher), key)
     return interpreted, None
 
 
 interpreted, why_not = _register()
 
 
-@functools.cache
-def too_old(index: int) -> str | None:
-    """Why the kernels do not run on a GPU."""
-    capability = torch.cuda.get_device_capability(index)
-    if capability >= _MINIMUM_CAPABILITY:
-        return None
-    return f"it needs compute capability 8.0 or later; cuda:{index} has {'.'.join(map(str, capability))}"
-
-
-def register_fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Gives an operator its shapes for the compiler, in each namespace that has it."""
-    from tinyllm import _extension
-
-    def register(function: Callable[..., Any]) -> Callable[..., Any]:
-        if _extension.loaded:
-            torch.library.register_fake(f"tinyllm::{name}")(function)
-        if why_not is None and any(name in names for names in _LAUNCHERS.values()):
-            torch.library.register_fake(f"{NAMESPACE}::{name}", lib=_library)(function)
-        return function
-
-    return register
+def has(name: str) -> bool:
+    """Whether there is such a raw operator."""
+    return why_not is None and any(name in names for names in _LAUNCHERS.values())

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from tinyllm import reference
+from tinyllm.ops import _cuda
 from tinyllm.ops._autograd import autocast_dtype, grads_by_reference, needs_grad
+from tinyllm.ops._fake import register_fake
 from tinyllm.ops._random import draw_rng, dropout_factors
-from tinyllm.ops._triton import register_fake
 from tinyllm.ops.dispatch import choose, kernels, no_kernel
 
 
@@ -73,8 +74,8 @@ def scaled_dot_product_attention(
     _check_lengths(key_lengths, query)
     if scale is None:
         scale = 1.0 / math.sqrt(query.size(-1)) if query.size(-1) > 0 else 1.0
-    name = choose("attention", query, _limits(query, value, attn_mask))
-    if key_lengths is not None and name != "triton":
+    name = choose("attention", query, _limits(query, value, attn_mask, dropout_p))
+    if key_lengths is not None and name not in ("cuda", "triton"):
         attn_mask, key_lengths = _mask_of_lengths(key_lengths, attn_mask, key.size(-2)), None
     if name == "reference":
         return reference.scaled_dot_product_attention(
@@ -178,11 +179,28 @@ def _broadcast(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> t
     return query, key, value
 
 
-def _limits(query: Tensor, value: Tensor, attn_mask: Tensor | None) -> dict[str, str] | None:
+def _limits(query: Tensor, value: Tensor, attn_mask: Tensor | None, dropout_p: float) -> dict[str, str] | None:
     if attn_mask is not None and needs_grad(attn_mask):
         return no_kernel("attn_mask requires a gradient; the kernel gives none")
-    if max(query.size(-1), value.size(-1)) > 1024:
-        return {"cpp": f"head_dim is {max(query.size(-1), value.size(-1))}; the kernel takes at most 1024"}
+    head_dim, value_dim = query.size(-1), value.size(-1)
+    reasons = {}
+    if head_dim > 1024 or value_dim > 1024:
+        reasons["cpp"] = f"head_dim is {max(head_dim, value_dim)}; the kernel takes at most 1024"
+    if _cuda.may_serve(query):
+        reason = _cuda_limit(head_dim, value_dim, attn_mask, dropout_p)
+        if reason is not None:
+            reasons["cuda"] = reason
+    return reasons
+
+
+def _cuda_limit(head_dim: int, value_dim: int, attn_mask: Tensor | None, dropout_p: float) -> str | None:
+    """Why the CUDA C++ kernel cannot serve a call. Strides and alignment are its own affair."""
+    if head_dim not in (64, 128) or value_dim != head_dim:
+        return f"head_dim is {head_dim}, value's {value_dim}; the kernel takes 64 or 128, and the same for value"
+    if attn_mask is not None:
+        return "attn_mask is given; the kernel takes is_causal and key_lengths"
+    if dropout_p > 0.0:
+        return f"dropout_p is {dropout_p}; the kernel drops nothing"
     return None
 
 

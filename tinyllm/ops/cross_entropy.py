@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from tinyllm import reference
+from tinyllm.ops import _triton
 from tinyllm.ops._autograd import autocast_dtype, grads_by_reference, needs_grad
-from tinyllm.ops._triton import register_fake
+from tinyllm.ops._fake import register_fake
 from tinyllm.ops.dispatch import choose, kernels, no_kernel
 
 REDUCTIONS = ("none", "mean", "sum")  # in the order of PyTorch's numbers for them
@@ -133,6 +134,8 @@ class _CrossEntropy(torch.autograd.Function):
         # Without a reduction each row has its own upstream gradient. float16 could lose a gradient that has not been
         # scaled yet. And a compiled graph cannot ask whether the upstream gradient is 1.
         early = reduction != 0 and input.dtype != torch.float16 and not torch.compiler.is_compiling()
+        if name == "cuda":
+            early = early and _corrects_on_the_gpu(input)
         loss, max_and_sum, grad_input = kernels(name).cross_entropy_fwd(input, target, weight, *options, early)
         ctx.save_for_backward(input, target, weight, max_and_sum)
         ctx.options, ctx.grad_input, ctx.name = options, grad_input if early else None, name
@@ -161,7 +164,7 @@ class _CrossEntropy(torch.autograd.Function):
             return found[0], *nothing
         # Handed out once, because whoever gets it may write to it; a second backward computes it again.
         early, ctx.grad_input = ctx.grad_input, None
-        if early is not None and ctx.name == "triton":  # which does not wait for the device to say what grad is
+        if early is not None and ctx.name != "cpp":  # which does not wait for the device to say what grad is
             from tinyllm.kernels.cross_entropy import correct_unless_one_
 
             return correct_unless_one_(early, grad, input, target, weight, max_and_sum, *ctx.options), *nothing
@@ -172,6 +175,16 @@ class _CrossEntropy(torch.autograd.Function):
         return kernels(ctx.name).cross_entropy_bwd(
             grad.to(max_and_sum.dtype), input, target, weight, max_and_sum, *ctx.options
         ), *nothing
+
+
+# Logits of fewer bytes are read again from the second-level cache, which costs less than one more launch of Triton's.
+_CACHED = 1 << 25
+
+
+def _corrects_on_the_gpu(input: Tensor) -> bool:
+    """Whether the CUDA C++ kernel should write the gradient early: Triton's kernel, which knows the same statistics of
+    the rows, then corrects it, if need be, without the host's knowing."""
+    return input.is_cuda and _triton.why_not is None and input.numel() * input.element_size() >= _CACHED
 
 
 @register_fake("cross_entropy_fwd")

@@ -2,6 +2,8 @@
 
 backend     serves          what it is
 cpp         CPU tensors     csrc/cpu, compiled into tinyllm._C
+cuda        CUDA tensors    csrc/cuda, CUDA C++ compiled into tinyllm._C_cuda; emulated (TINYLLM_EMULATED_CUDA, for
+                            tests) CPU tensors instead, where it is forced
 triton      CUDA tensors    kernels/, compiled by Triton at the first call; in its interpreter (TRITON_INTERPRET=1) also
                             CPU tensors, where it is forced
 reference   any tensor      tinyllm.reference, plain PyTorch
@@ -16,10 +18,10 @@ from typing import Any
 import torch
 
 from tinyllm import _extension
-from tinyllm.ops import _triton
+from tinyllm.ops import _cuda, _triton
 
 # Best first.
-BACKENDS = ("cpp", "triton", "reference")
+BACKENDS = ("cpp", "cuda", "triton", "reference")
 _REFERENCE = "reference"
 
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -30,7 +32,21 @@ _IN_PARTS = "its parts are served one by one"
 _CPP: dict[str, tuple[torch.dtype, ...]] = dict.fromkeys(
     ("transformer_block", "transformer"), (torch.float32, torch.float64)
 )
-# Operator -> the dtypes that its Triton kernels take, or why there are none.
+# Operator -> the dtypes that its CUDA C++ kernels take, or why there are none.
+_CUDA: dict[str, tuple[torch.dtype, ...] | str] = {
+    "layer_norm": _NOT_DOUBLE,
+    "add_layer_norm": _NOT_DOUBLE,
+    "rms_norm": _NOT_DOUBLE,
+    "embedding": _NOT_DOUBLE,
+    "attention": (torch.bfloat16, torch.float16),
+    "linear": _LEFT_TO_CUBLAS,
+    "feed_forward": _LEFT_TO_CUBLAS,
+    "transformer_block": _IN_PARTS,
+    "transformer": _IN_PARTS,
+    "cross_entropy": _NOT_DOUBLE,
+    "linear_cross_entropy": "Triton's kernel serves it",
+}
+# The same of Triton's.
 _TRITON: dict[str, tuple[torch.dtype, ...] | str] = {
     "layer_norm": _FLOATS,
     "add_layer_norm": _FLOATS,
@@ -45,6 +61,8 @@ _TRITON: dict[str, tuple[torch.dtype, ...] | str] = {
     "linear_cross_entropy": _FLOATS,
 }
 OPERATORS = tuple(_TRITON)
+# Those of which a library that is there lacks the kernels, as a build of only some of its sources does.
+_CUDA_LACKS = frozenset(operator for operator in OPERATORS if not _cuda.has(f"{operator}_fwd"))
 
 _forced: str | None = None
 _forced_operators: tuple[str, ...] = ()  # none: all
@@ -54,6 +72,12 @@ _last: str | None = None
 # What backends say of shapes.
 _SHAPES = {
     ("cpp", "attention"): "heads up to 1024 wide",
+    **dict.fromkeys(
+        (("cuda", "layer_norm"), ("cuda", "add_layer_norm"), ("cuda", "rms_norm")),
+        "rows up to 16,384 wide (131,072 on 9.0 and later)",
+    ),
+    ("cuda", "embedding"): "no dropout",
+    ("cuda", "attention"): "head_dim 64 or 128, no attn_mask, no dropout",
     ("triton", "attention"): "heads of any width, above 256 (float32: 64) in chunks",
     ("cpp", "transformer_block"): "heads up to 1024 wide",
     ("cpp", "transformer"): "heads up to 1024 wide",
@@ -65,7 +89,7 @@ def unavailable(
 ) -> str | None:
     """Why a backend cannot serve an operator on tensors of a device type (and dtype) at all; None when it can.
 
-    here: count what this installation lacks.
+    here: count what this installation lacks; of the CUDA library that counts always, since not every one has it.
     """
     if backend_name == _REFERENCE:
         return None
@@ -75,6 +99,20 @@ def unavailable(
         if here and _extension.why_not is not None:
             return _extension.why_not
         dtypes = _CPP.get(operator, _FLOATS)
+    elif backend_name == "cuda":
+        if device_type == "cpu" and _cuda.emulated:
+            if forced_backend(operator) != "cuda":
+                return "it serves CUDA tensors; emulated, CPU tensors where it is forced"
+        elif device_type != "cuda":
+            return f"it serves CUDA tensors, not {device_type} ones"
+        elif _cuda.why_not is not None:
+            return _cuda.why_not
+        found = _CUDA[operator]
+        if isinstance(found, str):
+            return found
+        if operator in _CUDA_LACKS:
+            return "this build of the CUDA library has no kernel for it"
+        dtypes = found
     else:
         if device_type == "cpu" and _triton.interpreted:
             if forced_backend(operator) != "triton":
@@ -92,31 +130,33 @@ def unavailable(
 
 def describe(operator: str, device_type: str) -> dict[str, Any]:
     """What serves an operator on a device type, of which this machine may have none: `backend`, the `dtypes` and
-    `shapes` that it takes, and for the others the reason why `not`."""
-    here = device_type == "cpu" or _triton.why_not is None
+    `shapes` that it takes, and for the others the reason why `not`. `rest`: the same three of the backend that serves
+    what CUDA C++ leaves to it; None where there is nothing, or only PyTorch."""
+    here = device_type == "cpu" or _cuda.why_not is None or _triton.why_not is None
     reasons = {name: unavailable(name, operator, device_type, here=here) for name in BACKENDS}
-    chosen = next(name for name in BACKENDS if reasons[name] is None)
-    dtypes = [
-        str(dtype).removeprefix("torch.")
-        for dtype in _FLOATS
-        if unavailable(chosen, operator, device_type, dtype, here) is None
-    ]
-    return {
-        "backend": chosen,
-        "dtypes": dtypes,
-        "shapes": _SHAPES.get((chosen, operator)),
-        "not": {name: reason for name, reason in reasons.items() if reason},
-    }
+
+    def row(name: str) -> dict[str, Any]:
+        takes = [dtype for dtype in _FLOATS if unavailable(name, operator, device_type, dtype, here) is None]
+        dtypes = [str(dtype).removeprefix("torch.") for dtype in takes]
+        return {"backend": name, "dtypes": dtypes, "shapes": _SHAPES.get((name, operator))}
+
+    chosen, *others = [row(name) for name in BACKENDS if reasons[name] is None]
+    rest = others[0] if chosen["backend"] == "cuda" and others[0]["backend"] != _REFERENCE else None
+    if rest is not None and chosen["shapes"] is None:
+        rest["dtypes"] = [dtype for dtype in rest["dtypes"] if dtype not in chosen["dtypes"]]
+    return {**chosen, "rest": rest, "not": {name: reason for name, reason in reasons.items() if reason}}
 
 
 def no_kernel(reason: str) -> dict[str, str]:
     """Limits of a call whose arguments no backend but the reference serves."""
-    return {"cpp": reason, "triton": reason}
+    return {"cpp": reason, "cuda": reason, "triton": reason}
 
 
 def kernels(backend_name: str) -> Any:
     """The namespace of a backend's raw operators."""
-    return torch.ops.tinyllm_triton if backend_name == "triton" else torch.ops.tinyllm
+    if backend_name == "triton":
+        return torch.ops.tinyllm_triton
+    return _cuda.operators() if backend_name == "cuda" else torch.ops.tinyllm
 
 
 def choose(operator: str, tensor: torch.Tensor, limits: Mapping[str, str] | None = None) -> str:
@@ -155,8 +195,8 @@ def _choose(operator: str, tensor: torch.Tensor, limits: Mapping[str, str]) -> s
 
 def _why_not(name: str, operator: str, tensor: torch.Tensor, limits: Mapping[str, str]) -> str | None:
     reason = unavailable(name, operator, tensor.device.type, tensor.dtype) or limits.get(name)
-    if reason is None and name == "triton" and tensor.is_cuda:
-        return _triton.too_old(tensor.get_device())
+    if reason is None and name in ("cuda", "triton") and tensor.is_cuda:
+        return _cuda.too_old(tensor.get_device())
     return reason
 
 
@@ -175,8 +215,9 @@ def backend(name: str, *operators: str) -> Iterator[None]:
     """Forces every operator, or the named ones, to one backend, for comparisons and tests; for the whole process, not
     one thread. Inside another one it stands alone.
 
-    A call that the backend cannot serve then raises RuntimeError and names each backend's reason. "triton" is for CUDA
-    tensors; under TRITON_INTERPRET=1, which must be set before tinyllm is imported, for CPU tensors too, slowly.
+    A call that the backend cannot serve then raises RuntimeError and names each backend's reason. "cuda" (CUDA C++) and
+    "triton" are for CUDA tensors; "triton" under TRITON_INTERPRET=1, which must be set before tinyllm is imported, for
+    CPU tensors too, slowly.
 
         with tinyllm.ops.backend("reference"):
             logits = model(tokens)

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from tinyllm import reference
+from tinyllm.ops import _cuda
 from tinyllm.ops._autograd import grads_by_reference, needs_grad
+from tinyllm.ops._fake import register_fake
 from tinyllm.ops._random import draw_rng, dropout_factors
-from tinyllm.ops._triton import register_fake
 from tinyllm.ops.dispatch import choose, kernels, no_kernel
 
 
@@ -48,7 +49,7 @@ def embedding(
         ValueError: shapes that do not fit, tensors on different devices, a number out of range.
     """
     padding_idx = _check(input, weight, padding_idx, positions, dropout_p)
-    limits = _limits(weight, max_norm, scale_grad_by_freq, sparse, positions)
+    limits = _limits(weight, max_norm, scale_grad_by_freq, sparse, positions, dropout_p)
     name = choose("embedding", weight, limits)
     if name == "reference":
         call = lambda: reference.embedding(  # noqa: E731
@@ -115,6 +116,7 @@ def _limits(
     scale_grad_by_freq: bool,
     sparse: bool,
     positions: Tensor | None,
+    dropout_p: float,
 ) -> dict[str, str] | None:
     if max_norm is not None:
         return no_kernel("max_norm changes the weight itself")
@@ -122,6 +124,8 @@ def _limits(
         return no_kernel("the kernel's gradient is dense and not scaled")
     if positions is not None and positions.dtype != weight.dtype:
         return no_kernel(f"positions is {positions.dtype}; the kernel takes weight's dtype, {weight.dtype}")
+    if dropout_p > 0.0 and _cuda.may_serve(weight):
+        return {"cuda": f"dropout_p is {dropout_p}; the kernel drops nothing"}
     return None
 
 

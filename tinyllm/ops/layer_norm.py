@@ -10,8 +10,8 @@ from torch import Tensor
 
 from tinyllm import reference
 from tinyllm.ops._autograd import autocast_dtype, grads_by_reference, needs_grad
+from tinyllm.ops._fake import register_fake
 from tinyllm.ops._norm import as_parameter, check, fake_parameter_grad, fake_statistics, limits
-from tinyllm.ops._triton import register_fake
 from tinyllm.ops.dispatch import choose, kernels
 
 
@@ -40,7 +40,7 @@ def layer_norm(
     shape = check(input, normalized_shape, weight, bias)
     if input.device.type != "cpu" and autocast_dtype(input.device.type) is not None:
         input = input.float()  # what PyTorch's autocast does with layer_norm on accelerators
-    name = choose("layer_norm", input, limits(input, weight, bias))
+    name = choose("layer_norm", input, limits(input, shape, weight, bias))
     if name == "reference":
         return reference.layer_norm(input, shape, weight, bias, eps)
     if needs_grad(input, weight, bias):
@@ -72,7 +72,7 @@ def add_layer_norm(
     shape = check(input, normalized_shape, weight, bias, residual)
     if input.device.type != "cpu" and autocast_dtype(input.device.type) is not None:
         input, residual = input.float(), residual.float()
-    name = choose("add_layer_norm", input, limits(input, weight, bias))
+    name = choose("add_layer_norm", input, limits(input, shape, weight, bias))
     if name == "reference":
         return reference.add_layer_norm(input, residual, shape, weight, bias, eps)
     if needs_grad(input, residual, weight, bias):

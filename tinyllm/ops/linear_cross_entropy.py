@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tinyllm import reference
 from tinyllm.ops._autograd import autocast_dtype, grads_by_reference, needs_grad
-from tinyllm.ops._triton import register_fake
+from tinyllm.ops._fake import register_fake
 from tinyllm.ops.cross_entropy import REDUCTIONS, option_limits, target_limits
 from tinyllm.ops.dispatch import choose, kernels, no_kernel
 

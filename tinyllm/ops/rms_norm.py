@@ -10,8 +10,8 @@ from torch import Tensor
 
 from tinyllm import reference
 from tinyllm.ops._autograd import autocast_dtype, grads_by_reference, needs_grad
+from tinyllm.ops._fake import register_fake
 from tinyllm.ops._norm import as_parameter, check, fake_parameter_grad, fake_statistics, limits
-from tinyllm.ops._triton import register_fake
 from tinyllm.ops.dispatch import choose, kernels
 
 
@@ -42,7 +42,7 @@ def rms_norm(
     shape = check(input, normalized_shape, weight)
     if input.device.type != "cpu" and autocast_dtype(input.device.type) is not None:
         input = input.float()  # what PyTorch's autocast does with rms_norm on accelerators
-    name = choose("rms_norm", input, limits(input, weight))
+    name = choose("rms_norm", input, limits(input, shape, weight))
     if name == "reference":
         return reference.rms_norm(input, shape, weight, eps)
     if eps is None:
