@@ -31,7 +31,7 @@ def checkout(tmp_path_factory):
 def build(checkout, kind, out, **environment):
     result = subprocess.run(
         [sys.executable, "-m", "build", "--no-isolation", f"--{kind}", "--outdir", out, checkout],
-        env={**os.environ, "TINYLLM_EXT": "auto", **environment},
+        env={**os.environ, "TINYLLM_EXT": "auto", "TINYLLM_CUDA": "auto", **environment},
         capture_output=True,
         text=True,
         timeout=600,
@@ -54,6 +54,7 @@ def test_a_wheel_without_the_extension_works_and_says_why(checkout, tmp_path):
     result, output = build(checkout, "wheel", tmp_path, TINYLLM_EXT="0")
     assert result.returncode == 0, output
     assert "skipping the C++ extension: TINYLLM_EXT=0" in output
+    assert "skipping the CUDA library: the C++ extension, which declares its operators, is not built" in output
     wheel = next(tmp_path.glob("*.whl"))
     assert wheel.name.endswith("-py3-none-any.whl")
     site = tmp_path / "site"
