@@ -134,6 +134,10 @@ void run_grid(const char* name, dim3 grid, dim3 block, size_t shared, unsigned c
 #define blockDim (::tinyllm::emulated::block_dim)
 #define gridDim (::tinyllm::emulated::grid_dim)
 
+// CUDA has them without a namespace.
+using std::max;
+using std::min;
+
 // The vectors of CUDA's headers that kernels use.
 struct alignas(8) float2 {
   float x, y;

@@ -1,0 +1,32 @@
+// The functions of csrc/cuda/cluster.cuh for the CPU.
+#pragma once
+#include <emulated_platform.h>
+
+namespace tinyllm::cuda {
+
+inline void sync_part(int id, int threads) {
+  if (id < 1 || id > 15 || threads % 32 != 0) throw std::runtime_error("sync_part: there is no such barrier");
+  emulated::arrive_and_wait(emulated::current->block->named[id], static_cast<unsigned>(threads));
+}
+
+constexpr bool kClusters = true;
+
+inline unsigned cluster_rank() { return emulated::current->block->rank; }
+inline unsigned cluster_blocks() { return static_cast<unsigned>(emulated::current->block->cluster->size()); }
+
+inline void sync_cluster() {
+  emulated::Block& block = *emulated::current->block;
+  emulated::arrive_and_wait(*block.cluster_gathering, block.threads * cluster_blocks());
+}
+
+inline float read_from_block(const float* shared, unsigned rank) {
+  const emulated::Block& own = *emulated::current->block;
+  const auto offset = reinterpret_cast<const unsigned char*>(shared) - own.shared;
+  if (rank >= cluster_blocks() || offset < 0 || offset + sizeof(float) > own.shared_bytes)
+    throw std::runtime_error("read_from_block: it is not in the cluster's shared memory");
+  float value;
+  std::memcpy(&value, (*own.cluster)[rank]->shared + offset, sizeof value);
+  return value;
+}
+
+}  // namespace tinyllm::cuda
