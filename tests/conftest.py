@@ -1,6 +1,7 @@
 import os
+import shutil
+from pathlib import Path
 
-import pytest
 import torch
 
 # Without a GPU the Triton kernels run in Triton's interpreter, which must be chosen before they are imported.
@@ -8,15 +9,32 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # it multiplies small tiles with NumPy, slowest on many threads
 
-from tinyllm import _extension
+CUDA_TESTS = Path(__file__).with_name("cuda")
 
-needs_extension = pytest.mark.skipif(
-    not _extension.loaded, reason=f"the installation has no compiled kernels to test: {_extension.why_not}"
-)
+
+def pytest_configure(config):
+    """Without a GPU the CUDA C++ kernels run on the CPU, with emulated threads: where their tests may run, a library of
+    them is built before tinyllm is imported."""
+    wanted = [Path(argument.split("::")[0]).resolve() for argument in config.args]
+    if any(path in (CUDA_TESTS, *CUDA_TESTS.parents) or CUDA_TESTS in path.parents for path in wanted):
+        use_emulated_cuda()
+
+
+def use_emulated_cuda():
+    """Has `import tinyllm`, which must come later, find the emulated kernels."""
+    if torch.cuda.is_available() or "TINYLLM_EMULATED_CUDA" in os.environ:
+        return
+    if shutil.which(os.environ.get("CXX", "c++")) is None:
+        return  # the tests say that they are skipped
+    from tests.cuda_host.build import build
+
+    os.environ["TINYLLM_EMULATED_CUDA"] = str(build())
 
 
 def pytest_collection_modifyitems(items):
     """Everything below tests/ops tests the compiled kernels, except what is marked `any_build`."""
+    from tests.needs import needs_extension
+
     for item in items:
         if "/ops/" in str(item.path) and item.get_closest_marker("any_build") is None:
             item.add_marker(needs_extension)

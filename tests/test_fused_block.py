@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import tinyllm.nn
-from tests.conftest import needs_extension
+from tests.needs import needs_extension
 from tests.test_nn import F64, TIGHT, grads, randomise
 from tinyllm import ops
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import tinyllm.model
-from tests.conftest import needs_extension
+from tests.needs import needs_extension
 from tests.test_fused_block import CHANGES as BLOCK_CHANGES
 from tests.test_fused_block import Doubled, put
 from tests.test_nn import F64, TIGHT, grads, randomise

@@ -87,12 +87,6 @@ TINYLLM_DEVICE void multiply_add(float (&d)[D / 8][4], const uint32_t (&a)[kRows
   for (int k = 0; k < kRows / 16; ++k) multiply_async<T, true>(d, a[k], b.along_columns(k), true);
 }
 
-template <class T, int N>
-TINYLLM_DEVICE void as_factors(const float (&scores)[N / 8][4], uint32_t (&a)[N / 16][4]) {
-#pragma unroll
-  for (int k = 0; k < N / 16; ++k) as_factor<T, N>(scores, k, a[k]);
-}
-
 template <int N>
 TINYLLM_DEVICE void clear(float (&d)[N][4]) {
 #pragma unroll

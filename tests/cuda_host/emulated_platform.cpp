@@ -1,10 +1,12 @@
 // The scheduler of emulated_platform.h, and what it does for a warp.
+#include <dlfcn.h>
 #include <emulated_platform.h>
 #include <sys/mman.h>
 #include <ucontext.h>
 
 #include <cstdlib>
 #include <exception>
+#include <fstream>
 #include <memory>
 #include <utility>
 
@@ -55,6 +57,7 @@ std::vector<std::unique_ptr<Fiber>> fibers;  // kept from launch to launch
 ucontext_t scheduler;
 Fiber* running = nullptr;
 const std::function<void()>* kernel = nullptr;
+bool goes_backward = false;
 std::exception_ptr failure;  // of a thread; no exception crosses from one stack to another
 [[maybe_unused]] const void* scheduler_stack = nullptr;
 [[maybe_unused]] size_t scheduler_stack_bytes = 0;
@@ -104,6 +107,24 @@ bool resume(Fiber& fiber) {
   return true;
 }
 
+void read_schedule() {
+  const char* const set = std::getenv("TINYLLM_EMULATED_SCHEDULE");
+  const std::string schedule = set ? set : "forward";
+  if (schedule != "forward" && schedule != "backward")
+    throw std::invalid_argument("TINYLLM_EMULATED_SCHEDULE is " + schedule + "; forward or backward is needed");
+  goes_backward = schedule == "backward";
+}
+
+// A line for each launch to the file TINYLLM_EMULATED_LOG: where in the library the kernel is, its blocks' threads,
+// bytes of shared memory and blocks of a cluster.
+void log_launch(const void* kernel, unsigned threads, size_t shared, unsigned cluster) {
+  const char* const path = std::getenv("TINYLLM_EMULATED_LOG");
+  Dl_info info;
+  if (path == nullptr || dladdr(kernel, &info) == 0) return;
+  std::ofstream(path, std::ios::app) << static_cast<const char*>(kernel) - static_cast<const char*>(info.dli_fbase)
+                                     << " " << threads << " " << shared << " " << cluster << "\n";
+}
+
 // Warp by warp, each as far as it comes, until all have ended.
 void run_to_end(const char* name, size_t count, size_t block_threads) {
   // Warps do not reach across blocks.
@@ -129,16 +150,7 @@ void run_to_end(const char* name, size_t count, size_t block_threads) {
 
 }  // namespace
 
-bool backward() {
-  static const bool is = [] {
-    const char* const set = std::getenv("TINYLLM_EMULATED_SCHEDULE");
-    const std::string schedule = set ? set : "forward";
-    if (schedule != "forward" && schedule != "backward")
-      throw std::invalid_argument("TINYLLM_EMULATED_SCHEDULE is " + schedule + "; forward or backward is needed");
-    return schedule == "backward";
-  }();
-  return is;
-}
+bool backward() { return goes_backward; }
 
 void wait_for(const std::function<bool()>& condition) {
   if (condition()) return;
@@ -162,12 +174,14 @@ void arrive_and_wait(Gathering& gathering, unsigned members) {
   wait_for([&gathering, mine] { return gathering.generation != mine; });
 }
 
-void run_grid(const char* name, dim3 grid, dim3 block, size_t shared, unsigned cluster,
+void run_grid(const char* name, const void* function, dim3 grid, dim3 block, size_t shared, unsigned cluster,
               const std::function<void()>& body) {
+  read_schedule();
   const unsigned threads = block.x * block.y * block.z;
   if (threads == 0 || threads > 1024 || grid.y > 65535 || grid.z > 65535 || shared > 227 * 1024 || cluster > 8 ||
       grid.x % cluster != 0)
     throw std::invalid_argument(std::string(name) + ": no GPU takes such a launch");
+  log_launch(function, threads, shared, cluster);
   while (fibers.size() < static_cast<size_t>(threads) * cluster) fibers.push_back(std::make_unique<Fiber>());
   block_dim = block;
   grid_dim = grid;

@@ -123,8 +123,8 @@ void across_warp(Item& item, void (*act)(Item** items)) {
   together(warp().gathering, std::min(32u, current->block->threads - first), current->linear - first, item, act);
 }
 
-// Runs body as every thread of the grid.
-void run_grid(const char* name, dim3 grid, dim3 block, size_t shared, unsigned cluster,
+// Runs body, which calls the kernel, as every thread of the grid.
+void run_grid(const char* name, const void* function, dim3 grid, dim3 block, size_t shared, unsigned cluster,
               const std::function<void()>& body);
 
 }  // namespace tinyllm::emulated
@@ -321,7 +321,7 @@ template <class... Parameters, class... Arguments>
 inline void launch(const char* name, void (*kernel)(Parameters...), const LaunchShape& shape, void*,
                    const Arguments&... arguments) {
   const std::tuple<Parameters...> values(static_cast<Parameters>(arguments)...);
-  emulated::run_grid(name, shape.grid, shape.block, shape.shared, shape.cluster,
+  emulated::run_grid(name, reinterpret_cast<const void*>(kernel), shape.grid, shape.block, shape.shared, shape.cluster,
                      [&] { std::apply([&](const auto&... each) { kernel(each...); }, values); });
 }
 
