@@ -12,16 +12,11 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
-import subprocess
 import sys
-import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -38,14 +33,11 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from kernels import attention, cross_entropy, embedding, launch, layer_norm, losses, random, tuning
+from tests.machine_code import ARCHITECTURES, HEADER, SHARED_LIMIT, WIDE, Claim, Kernel, complaints, read_bytes, row
 
-ARCHITECTURES = (80, 90, 100)
 EVERY_TILE = (90,)  # for these every tile that a launcher could choose is compiled, for others its default
-# What a program may have of shared memory, in bytes; 86, 89 and 120 are the desktops' chips, compiled for on demand.
-SHARED_LIMIT = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
 MULTIPROCESSORS = 132  # an H200's
 WORKERS = 2
-TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 Call = Callable[[], object]
 
@@ -160,59 +152,6 @@ CASES: dict[str, list[tuple[str, Call]]] = {
 # ---- What is expected of the machine code
 
 
-@dataclass(frozen=True)
-class Kernel:
-    """What a launch compiled to.
-
-    Attributes:
-        name: file and function, "layer_norm.forward_kernel".
-        shared, stack: bytes a program, and bytes a thread.
-        opcodes: instruction, with its modifiers -> how often it is in the code.
-    """
-
-    name: str
-    case: str
-    arch: int
-    warps: int
-    registers: int
-    shared: int
-    stack: int
-    opcodes: Counter[str] = field(repr=False)
-    hash: str = field(repr=False)
-
-    def count(self, *parts: str) -> int:
-        """Instructions whose first part is parts[0], and that have the others among their modifiers."""
-        return sum(
-            number
-            for opcode, number in self.opcodes.items()
-            if opcode.split(".")[0] == parts[0] and set(parts[1:]) <= set(opcode.split("."))
-        )
-
-    def wide(self, opcode: str) -> int:
-        """Those that move at least 16 bytes a thread."""
-        return self.count(opcode, "128") + self.count(opcode, "256")
-
-    @property
-    def spills(self) -> int:
-        """Instructions that read or write local memory."""
-        return self.count("LDL") + self.count("STL")
-
-
-@dataclass(frozen=True)
-class Claim:
-    """What must hold of a kernel's machine code, on some architectures and in some cases."""
-
-    says: str
-    holds: Callable[[Kernel], bool]
-    arches: Sequence[int] = ARCHITECTURES
-    cases: str = ""  # only those whose names contain this
-
-
-# A few narrower loads are nothing: a row's statistics are a number each.
-WIDE = Claim(
-    "loads and stores 16 bytes at a time",
-    lambda k: k.wide("LDG") + k.wide("LDGSTS") > 0 and k.wide("STG") > 0,
-)
 MATRIX_UNITS = Claim(
     "multiplies asynchronously from shared memory (HGMMA), which tensor descriptors fill (UTMALDG)",
     lambda k: k.count("HGMMA") > 0 and k.count("UTMALDG") > 0,
@@ -231,36 +170,6 @@ CLAIMS: dict[str, list[Claim]] = {
     "attention.backward.queries_kernel": [MATRIX_UNITS],
     "attention.backward_keys.keys_kernel": [MATRIX_UNITS],
 }
-
-# Shown in the table where they are in the code.
-NOTED: dict[str, Callable[[Kernel], int]] = {
-    "LDG.128": lambda k: k.wide("LDG"),
-    "LDG narrower": lambda k: k.count("LDG") - k.wide("LDG"),
-    "LDGSTS.128": lambda k: k.wide("LDGSTS"),
-    "LDGSTS narrower": lambda k: k.count("LDGSTS") - k.wide("LDGSTS"),
-    "STG.128": lambda k: k.wide("STG"),
-    "STG narrower": lambda k: k.count("STG") - k.wide("STG"),
-    "TMA": lambda k: k.count("UTMALDG") + k.count("UTMASTG") + k.count("UTMAREDG"),
-    "HMMA": lambda k: k.count("HMMA"),
-    "HGMMA": lambda k: k.count("HGMMA"),
-    "tcgen05": lambda k: k.count("UTCHMMA") + k.count("UTCQMMA"),
-    "atomics": lambda k: k.count("ATOMG") + k.count("RED") + k.count("REDG"),
-    "spills": lambda k: k.spills,
-}
-
-
-def complaints(kernel: Kernel) -> list[str]:
-    """What is wrong with it; empty if nothing is."""
-    found = []
-    if kernel.spills or kernel.stack:
-        found.append(f"spills to local memory ({kernel.stack} bytes, {kernel.spills} instructions)")
-    if kernel.shared > SHARED_LIMIT[kernel.arch]:
-        found.append(f"does not start: {kernel.shared} bytes of shared memory, {SHARED_LIMIT[kernel.arch]} are allowed")
-    for claim in CLAIMS.get(kernel.name, ()):
-        if kernel.arch in claim.arches and claim.cases in kernel.case and not claim.holds(kernel):
-            found.append(f"does not hold: {claim.says}")
-    return found
-
 
 # ---- Compiling
 
@@ -310,42 +219,18 @@ def recorded(arch: int, every_tile: bool) -> Iterator[dict[str, tuple[str, Any]]
         yield kernels
 
 
-def compile_case(file: str, index: int, arch: int, every_tile: bool, sass: Path | None) -> list[Kernel]:
-    """The kernels that a case launches."""
+def compile_case(file: str, index: int, arch: int, every_tile: bool, sass: Path | None) -> list[tuple[Kernel, str]]:
+    """The kernels that a case launches, and their hashes."""
     case, call = CASES[file][index]
     with recorded(arch, every_tile) as kernels:
         call()
-    return [_read(name, case, arch, kernel, sass) for name, kernel in kernels.values()]
+    return [(_read(name, case, arch, kernel, sass), kernel.hash) for name, kernel in kernels.values()]
 
 
 def _read(name: str, case: str, arch: int, kernel: Any, sass: Path | None) -> Kernel:
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "kernel.cubin")
-        path.write_bytes(kernel.asm["cubin"])
-        usage = _output(TOOLS / "cuobjdump", "-res-usage", path)
-        code = _output(TOOLS / "nvdisasm", "-c", path)
-    if sass is not None:
-        sass.mkdir(parents=True, exist_ok=True)
-        (sass / f"{name} {case} sm_{arch}.sass".replace(" ", "_")).write_text(code, encoding="utf-8")
-    numbers = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage))
-    # The address, perhaps a predicate, the instruction.
-    opcodes = Counter(re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", code))
-    assert opcodes, f"nothing was read of {name}:\n{code[:500]}"
-    return Kernel(
-        name=name,
-        case=case,
-        arch=arch,
-        warps=kernel.metadata.num_warps,
-        registers=int(numbers["REG"]),
-        shared=kernel.metadata.shared,
-        stack=int(numbers["STACK"]) + int(numbers["LOCAL"]),
-        opcodes=opcodes,
-        hash=kernel.hash,
-    )
-
-
-def _output(*command: str | Path) -> str:
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    file = sass and sass / f"{name} {case} sm_{arch}.sass".replace(" ", "_")
+    _, registers, stack, opcodes = read_bytes(kernel.asm["cubin"], file)
+    return Kernel(name, case, arch, kernel.metadata.num_warps, registers, kernel.metadata.shared, stack, opcodes)
 
 
 # ---- The table
@@ -370,7 +255,7 @@ def main(arguments: list[str] | None = None) -> int:
     ]
     failed: list[str] = []
     kernels: dict[str, Kernel] = {}  # cases share some
-    print(f"{'kernel':<40} {'case':<32} {'arch':>6} {'warps':>5} {'regs':>4} {'shared':>7} {'local':>5}  instructions")
+    print(HEADER)
     with ProcessPoolExecutor(WORKERS, mp_context=get_context("spawn")) as pool:
         for (file, index, arch, *_), result in [(job, pool.submit(compile_case, *job)) for job in jobs]:
             case = f"{CASES[file][index][0]}, sm_{arch}"
@@ -379,24 +264,16 @@ def main(arguments: list[str] | None = None) -> int:
             except Exception as error:  # the others' results are wanted, too
                 failed.append(f"{file}, {case}: does not compile: {type(error).__name__}: {error}")
                 continue
-            for kernel in found:
-                if kernel.hash not in kernels:
-                    kernels[kernel.hash] = kernel
-                    print(_line(kernel), flush=True)
-                    failed += [f"{kernel.name}, {case}: {said}" for said in complaints(kernel)]
+            for kernel, digest in found:
+                if digest not in kernels:
+                    kernels[digest] = kernel
+                    print(row(kernel), flush=True)
+                    failed += [f"{kernel.name}, {case}: {said}" for said in complaints(kernel, CLAIMS)]
     seconds = time.perf_counter() - start
     print(f"{len(kernels)} kernels of {len(jobs)} calls in {seconds:.0f} s, triton {triton.__version__}")
     for line in failed:
         print(f"FAILED {line}")
     return 1 if failed or not kernels else 0
-
-
-def _line(kernel: Kernel) -> str:
-    noted = ", ".join(f"{number} {name}" for name, count in NOTED.items() if (number := count(kernel)))
-    return (
-        f"{kernel.name:<40} {kernel.case:<32} {f'sm_{kernel.arch}':>6} {kernel.warps:>5} {kernel.registers:>4} "
-        f"{kernel.shared:>7} {kernel.stack:>5}  {noted}"
-    )
 
 
 if __name__ == "__main__":

@@ -1,0 +1,148 @@
+"""What a GPU kernel's machine code says, for the checks that compile without a GPU: registers, local memory, and which
+instructions there are."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import triton
+
+ARCHITECTURES = (80, 90, 100)
+# What a program may have of shared memory, in bytes; 86, 89 and 120 are the desktops' chips, compiled for on demand.
+SHARED_LIMIT = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
+# CUDA's tools for machine code come with Triton.
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What a kernel compiled to.
+
+    Attributes:
+        name: file and function, "layer_norm.forward_kernel".
+        case: which of its instances, or for which call.
+        shared, stack: bytes a block, and bytes a thread.
+        opcodes: instruction, with its modifiers -> how often it is in the code.
+    """
+
+    name: str
+    case: str
+    arch: int
+    warps: int
+    registers: int
+    shared: int
+    stack: int
+    opcodes: Counter[str] = field(repr=False)
+
+    def count(self, *parts: str) -> int:
+        """Instructions whose first part is parts[0], and that have the others among their modifiers."""
+        return sum(
+            number
+            for opcode, number in self.opcodes.items()
+            if opcode.split(".")[0] == parts[0] and set(parts[1:]) <= set(opcode.split("."))
+        )
+
+    def wide(self, opcode: str) -> int:
+        """Those that move at least 16 bytes a thread."""
+        return self.count(opcode, "128") + self.count(opcode, "256")
+
+    @property
+    def spills(self) -> int:
+        """Instructions that read or write local memory."""
+        return self.count("LDL") + self.count("STL")
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What must hold of a kernel's machine code, on some architectures and in some cases."""
+
+    says: str
+    holds: Callable[[Kernel], bool]
+    arches: Sequence[int] = ARCHITECTURES
+    cases: str = ""  # only those whose names contain this
+
+
+# A few narrower loads are nothing: a row's statistics are a number each.
+WIDE = Claim(
+    "loads and stores 16 bytes at a time",
+    lambda k: k.wide("LDG") + k.wide("LDGSTS") > 0 and k.wide("STG") > 0,
+)
+# Shown in the table where they are in the code.
+NOTED: dict[str, Callable[[Kernel], int]] = {
+    "LDG.128": lambda k: k.wide("LDG"),
+    "LDG narrower": lambda k: k.count("LDG") - k.wide("LDG"),
+    "LDGSTS.128": lambda k: k.wide("LDGSTS"),
+    "LDGSTS narrower": lambda k: k.count("LDGSTS") - k.wide("LDGSTS"),
+    "STG.128": lambda k: k.wide("STG"),
+    "STG narrower": lambda k: k.count("STG") - k.wide("STG"),
+    "TMA": lambda k: k.count("UTMALDG") + k.count("UTMASTG") + k.count("UTMAREDG"),
+    "HMMA": lambda k: k.count("HMMA"),
+    "HGMMA": lambda k: k.count("HGMMA"),
+    "tcgen05": lambda k: k.count("UTCHMMA") + k.count("UTCQMMA"),
+    "atomics": lambda k: k.count("ATOMG") + k.count("RED") + k.count("REDG"),
+    "spills": lambda k: k.spills,
+}
+
+
+def complaints(kernel: Kernel, claims: Mapping[str, Sequence[Claim]]) -> list[str]:
+    """What is wrong with it; empty if nothing is. claims: kernel's name -> what must hold wherever it is compiled."""
+    found = []
+    if kernel.spills or kernel.stack:
+        found.append(f"spills to local memory ({kernel.stack} bytes, {kernel.spills} instructions)")
+    if kernel.shared > SHARED_LIMIT[kernel.arch]:
+        found.append(f"does not start: {kernel.shared} bytes of shared memory, {SHARED_LIMIT[kernel.arch]} are allowed")
+    for claim in claims.get(kernel.name, ()):
+        if kernel.arch in claim.arches and claim.cases in kernel.case and not claim.holds(kernel):
+            found.append(f"does not hold: {claim.says}")
+    return found
+
+
+def read(binary: Path, sass: Path | None = None) -> Iterator[tuple[str, int, int, Counter[str]]]:
+    """Of each kernel in a file of machine code: its name there, registers, bytes of local memory, and instructions.
+
+    sass: a file for the disassembled code.
+    """
+    usage = output(TOOLS / "cuobjdump", "-res-usage", binary)
+    code = output(TOOLS / "nvdisasm", "-c", binary)
+    if sass is not None:
+        sass.parent.mkdir(parents=True, exist_ok=True)
+        sass.write_text(code, encoding="utf-8")
+    sections = dict(re.findall(r"^\.text\.(\S+):\n(.*?)(?=^\s*\.section|\Z)", code, re.MULTILINE | re.DOTALL))
+    for name, numbers in re.findall(r"Function (\S+):\n\s*(.*)", usage):
+        found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", numbers))
+        # The address, perhaps a predicate, the instruction.
+        opcodes = Counter(re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", sections.get(name, "")))
+        assert opcodes, f"nothing was read of {name}:\n{code[:500]}"
+        yield name, int(found["REG"]), int(found["STACK"]) + int(found["LOCAL"]), opcodes
+
+
+def read_bytes(binary: bytes, sass: Path | None = None) -> tuple[str, int, int, Counter[str]]:
+    """The same of the only kernel of a file's content."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.cubin")
+        path.write_bytes(binary)
+        (only,) = read(path, sass)
+    return only
+
+
+def output(*command: str | Path) -> str:
+    """What a command prints."""
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+HEADER = f"{'kernel':<40} {'case':<32} {'arch':>6} {'warps':>5} {'regs':>4} {'shared':>7} {'local':>5}  instructions"
+
+
+def row(kernel: Kernel) -> str:
+    """A row below HEADER."""
+    noted = ", ".join(f"{number} {name}" for name, count in NOTED.items() if (number := count(kernel)))
+    return (
+        f"{kernel.name:<40} {kernel.case:<32} {f'sm_{kernel.arch}':>6} {kernel.warps:>5} {kernel.registers:>4} "
+        f"{kernel.shared:>7} {kernel.stack:>5}  {noted}"
+    )
