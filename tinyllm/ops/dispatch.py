@@ -62,7 +62,7 @@ _TRITON: dict[str, tuple[torch.dtype, ...] | str] = {
 }
 OPERATORS = tuple(_TRITON)
 # Those of which a library that is there lacks the kernels, as a build of only some of its sources does.
-_CUDA_LACKS = frozenset(operator for operator in OPERATORS if not _cuda.has(f"{operator}_fwd"))
+_CUDA_LACKS = frozenset(name for name in OPERATORS if not (_cuda.has(f"{name}_fwd") and _cuda.has(f"{name}_bwd")))
 
 _forced: str | None = None
 _forced_operators: tuple[str, ...] = ()  # none: all
