@@ -25,6 +25,16 @@ struct Attention {
   bool causal = false;  // query i sees keys 0 ... i
 };
 
+// The kernels for compute capability 8.0 and later. dtype: bfloat16 or float16. Of what is empty: nothing to call.
+void attention_forward(const Device& device, const Attention& call, ScalarType dtype);
+// Writes delta.
+void attention_delta(const Device& device, const Attention& call, ScalarType dtype);
+// Reads delta.
+void attention_backward(const Device& device, const Attention& call, ScalarType dtype);
+// Few queries, of any group: keys split over multiprocessors.
+bool attention_decodes(const Attention& call);
+void attention_decode(const Device& device, const Attention& call, ScalarType dtype);
+
 // Hopper's own kernels (wgmma and TMA). False where they do not take the call and attention.cu's must.
 bool attention_forward_sm90(const Device& device, const Attention& call, ScalarType dtype);
 bool attention_backward_sm90(const Device& device, const Attention& call, ScalarType dtype);
