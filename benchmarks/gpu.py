@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -26,17 +26,19 @@ from typing import Any
 import torch
 
 from tinyllm import ops
+from tinyllm.ops import _cuda, _triton, dispatch
 
-from . import gpu_models, gpu_operators, gpu_report, gpu_timing, machine, report
-from .gpu_row import WALL, Function, GpuRow, Source
-from .harness import BYTES, OURS, Case, check
+from . import gpu_launch, gpu_models, gpu_operators, gpu_report, gpu_timing, machine, report
+from .gpu_row import BACKENDS, CUDA, TRITON, WALL, Function, GpuRow, Source
+from .harness import BYTES, Case, Provider, check
 from .timing import format_time, take_turns
 
 NO_GPU, OUT_OF_TIME = "no GPU", "out of time"
+NOT_BUILT, NOT_INSTALLED, NOT_SERVED = "not built", "not installed", "not served"
 ROW_LIMIT_S = 100.0  # compiling included
 START_LIMIT_S = 90.0
 ROUNDS, QUICK_ROUNDS = 20, 7
-MOST_SETS = 6
+MOST_SETS = 12
 
 Entries = list[dict[str, Any]]  # as in pytest-benchmark's JSON, or with "failed" instead of statistics
 
@@ -47,8 +49,15 @@ def rows(source: Source, small: bool = False) -> list[GpuRow]:
     def cut(size: int, most: int) -> int:
         return min(size, most) if small else size
 
-    found = [*gpu_operators.rows(source, cut), *gpu_models.rows(source, cut)]
-    return sorted(found, key=lambda row: not row.headline)
+    found = [*gpu_operators.rows(source, cut), *gpu_models.rows(source, cut), *gpu_launch.rows(source, cut)]
+    # What there is a goal for comes first, and of each section something before any has all: time may run out.
+    ranks: Counter[tuple[str, bool, bool]] = Counter()
+    order = []
+    for row in found:
+        kind = row.section, not row.goals, not row.headline
+        order.append((*kind[1:], ranks[kind]))
+        ranks[kind] += 1
+    return [row for _, row in sorted(zip(order, found, strict=True), key=lambda pair: pair[0])]
 
 
 # ---- One row
@@ -61,37 +70,79 @@ def measure(row: GpuRow, device: str, rounds: int, skip: Mapping[str, str]) -> E
         skip: provider -> why it is left out.
     """
     torch.compiler.reset()
-    forced = device == "cuda" and row.operators
-    with ops.backend("triton", *row.operators) if forced else nullcontext():
-        case = _without(row.build(), skip)
-        errors, failures = check(row, case)
-        failed = {**skip, **{name: _text(failure) for name, failure in failures.items()}}
-        # What is read from memory must come from there; models and products are no matter of the cache.
-        count = min(MOST_SETS, _sets(row.work)) if row.unit == BYTES and row.work and device == "cuda" else 1
-        cases = [case, *(_without(row.build(), failed) for _ in range(count - 1))]
-        calls: dict[str, Function] = {}
-        peaks: dict[str, int | None] = {}
-        for name in errors:
-            try:
-                rotation = gpu_timing.Rotation([each.providers[name].call for each in cases])
+    built = row.build()
+    if device == "cuda":
+        skip = {**{name: why for name in built.providers if (why := absent(row, name)) is not None}, **skip}
+    case = _without(built, skip)
+    del built
+    contexts = {name: _backend_of(row, name, device) for name in case.providers}
+    forced = {name: _inside(contexts[name], provider) for name, provider in case.providers.items()}
+    errors, failures = check(row, Case(forced, case.exact))
+    failed = {**skip, **{name: _text(failure) for name, failure in failures.items()}}
+    # What is read from memory must come from there; models and products are no matter of the cache.
+    count = min(MOST_SETS, _sets(row.work)) if row.unit == BYTES and row.work and device == "cuda" else 1
+    cases = [case, *(_without(row.build(), failed) for _ in range(count - 1))]
+    calls: dict[str, Function] = {}
+    peaks: dict[str, int | None] = {}
+    for name in errors:
+        try:
+            rotation = gpu_timing.Rotation([each.providers[name].call for each in cases])
+            with contexts[name]():
                 for _ in cases:
                     rotation()
                 peaks[name] = gpu_timing.peak_bytes(case.providers[name].call)
-                calls[name] = rotation
-            except Exception as failure:
-                failed[name] = _text(failure)
-        clock = gpu_timing.wall_clock if row.clock == WALL or device != "cuda" else gpu_timing.DeviceClock()
-        most = None if row.clock == WALL else gpu_timing.MOST_CALLS
-        times = take_turns(calls, 0.0, rounds, clock=clock, most_calls=most) if calls else (0, {})
+            calls[name] = rotation
+        except Exception as failure:
+            failed[name] = _text(failure)
+    of_calls = {calls[name]: contexts[name] for name in calls}
+
+    def turns(clock: Any, most_calls: int | None) -> tuple[int, dict[str, list[float]]]:
+        return take_turns(calls, 0.0, rounds, clock=gpu_timing.inside(clock, of_calls), most_calls=most_calls)
+
+    on_wall = row.clock == WALL or device != "cuda"
+    most = None if row.clock == WALL else gpu_timing.MOST_CALLS
+    per_round, times = turns(gpu_timing.wall_clock if on_wall else gpu_timing.DeviceClock(), most) if calls else (0, {})
+    busy: dict[str, list[float]] = {}
+    if row.shows_gpu_time and calls and device == "cuda":
+        busy = turns(gpu_timing.DeviceClock(), gpu_timing.MOST_CALLS)[1]
     entries: Entries = []
-    for name in dict.fromkeys([*case.providers, *skip]):
+    for name in dict.fromkeys([*row.providers, *case.providers, *skip]):
         facts = {**row.facts(), "provider": name, "other_load_cores": None}
         if name in calls:
-            facts |= {"error": errors[name], "calls_per_round": times[0], "peak_bytes": peaks[name]}
-            entries.append({"extra_info": facts, "stats": gpu_timing.statistics_of(times[1][name])})
-        else:
+            facts |= {"error": errors[name], "calls_per_round": per_round, "peak_bytes": peaks[name]}
+            facts |= {"gpu_s": gpu_timing.statistics_of(busy[name])["median"]} if name in busy else {}
+            entries.append({"extra_info": facts, "stats": gpu_timing.statistics_of(times[name])})
+        elif name in failed:
             entries.append({"extra_info": {**facts, "failed": failed[name]}})
     return entries
+
+
+def absent(row: GpuRow, provider: str) -> str | None:
+    """In a word, why a provider cannot run at all: its kernels are not there, or none of them serves the operators."""
+    ours = provider.split(", ")[0]  # of a part
+    if ours not in BACKENDS or not row.operators:
+        return None
+    if ours == CUDA and _cuda.why_not is not None:
+        return NOT_BUILT
+    if ours == TRITON and _triton.why_not is not None:
+        return NOT_INSTALLED
+    served = (dispatch.unavailable(BACKENDS[ours], operator, "cuda", row.dtype) is None for operator in row.operators)
+    return None if all(served) else NOT_SERVED
+
+
+def _backend_of(row: GpuRow, provider: str, device: str) -> Function:
+    """Makes the context that a provider must be called in: its kernels, and no others."""
+    if device != "cuda" or provider not in BACKENDS or not row.operators:
+        return nullcontext
+    return lambda: ops.backend(BACKENDS[provider], *row.operators)
+
+
+def _inside(context: Callable[[], AbstractContextManager[None]], provider: Provider) -> Provider:
+    def call() -> Any:
+        with context():
+            return provider.call()
+
+    return Provider(call, provider.normal_form)
 
 
 def _without(case: Case, left_out: Mapping[str, str]) -> Case:
@@ -104,13 +155,15 @@ def _sets(row_bytes: float) -> int:
 
 
 def _text(failure: BaseException) -> str:
+    if isinstance(failure, RuntimeError) and str(failure).startswith("the forced backend"):
+        return NOT_SERVED
     lines = str(failure).strip().splitlines()
     return f"{type(failure).__name__}: {lines[0] if lines else ''}"[:300]
 
 
 def not_measured(row: GpuRow, reason: str) -> Entries:
-    facts = {**row.facts(), "provider": OURS, "other_load_cores": None, "failed": f"not measured: {reason}"}
-    return [{"extra_info": facts}]
+    facts = {**row.facts(), "other_load_cores": None, "failed": f"not measured: {reason}"}
+    return [{"extra_info": {**facts, "provider": name}} for name in row.ours]
 
 
 def _is_fatal(text: str) -> bool:
@@ -214,7 +267,7 @@ def bench(path: Path, quick: bool, only: str, seconds: float) -> None:
     ceilings: Any = None
 
     def results() -> dict[str, Any]:
-        return report.make_results(facts, ceilings, [entry for row in entries.values() for entry in row])
+        return gpu_report.make_results(facts, ceilings, [entry for row in entries.values() for entry in row])
 
     gpu_report.save(results(), path)
     if facts["gpu"] is not None:
@@ -241,6 +294,19 @@ def _progress(row: GpuRow, entries: Entries) -> str:
     return f"  {row.name:<60} {', '.join(shown)}"
 
 
+def adopt(directory: Path) -> None:
+    """Take measured results over; SystemExit where they are of other rows than ours, or written in another way."""
+    path = directory / "bench.json"
+    adopted = gpu_report.load(path)
+    if adopted.get("schema") != gpu_report.SCHEMA:
+        raise SystemExit(f"{path} has schema {adopted.get('schema', 1)}, not {gpu_report.SCHEMA}: measure again")
+    here, there = {row.name for row in rows(Source("cuda", 0))}, {row["benchmark"] for row in adopted["rows"]}
+    if here != there:
+        raise SystemExit(f"{path} has other rows than there are now ({min(here ^ there)}, ...): measure again")
+    gpu_report.save(adopted, gpu_report.STORED)
+    gpu_report.draw_pictures(adopted, gpu_report.STORED.parent)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit status."""
     parser = argparse.ArgumentParser(
@@ -262,9 +328,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.adopt is None:
         bench(gpu_report.STORED, options.quick, options.only, options.seconds)
     else:
-        adopted = json.loads((options.adopt / "bench.json").read_text(encoding="utf-8"))
-        gpu_report.save(adopted, gpu_report.STORED)
-        gpu_report.draw_pictures(adopted, gpu_report.STORED.parent)
+        adopt(options.adopt)
     if report.README.exists():
         gpu_report.update_readme()
     return 0

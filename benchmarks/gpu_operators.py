@@ -16,8 +16,8 @@ from torch.utils.checkpoint import checkpoint
 from tinyllm import ops
 
 from . import bench_attention, bench_embedding, bench_layer_norm, bench_losses, work
-from .gpu_row import Cut, Function, GpuRow, Source
-from .harness import BACKWARD, BYTES, COMPILED, EAGER, FLOPS, FORWARD, OURS, STEP, Case, passes
+from .gpu_row import CUDA, OF_CEILING, OF_PEER, OF_TRITON, TRITON, Cut, Function, GpuRow, Source, by_backends
+from .harness import BACKWARD, BYTES, COMPILED, EAGER, FLOPS, FORWARD, STEP, Case, passes
 
 FLASH, CUDNN, EFFICIENT, FLEX = "SDPA FLASH", "SDPA CUDNN", "SDPA EFFICIENT", "FlexAttention"
 PINNED = {
@@ -100,14 +100,21 @@ def attention_by_parts(query: Tensor, key: Tensor, value: Tensor, mask: None, is
 
 
 def _attention_row(
-    source: Source, causal: bool, direction: str, batch: int, heads: int, length: int, size: int, headline: bool
+    source: Source,
+    causal: bool,
+    direction: str,
+    shape: bench_attention.Shape,
+    headline: bool,
+    with_flex: bool,
+    goals: Mapping[str, float],
 ) -> GpuRow:
-    shape = bench_attention.Shape(batch, heads, length, size)
+    batch, heads, length, size = shape
 
     def build() -> Case:
-        functions: dict[str, Function] = {OURS: bench_attention.attention, EAGER: bench_attention.torch_attention}
+        functions = {**by_backends(bench_attention.attention), EAGER: bench_attention.torch_attention}
         functions |= {name: pinned(backend) for name, backend in PINNED.items()}
-        functions[FLEX] = flex(shape, causal, source.device)
+        if with_flex:
+            functions[FLEX] = flex(shape, causal, source.device)
         functions = {name: _with_is_causal(function) for name, function in functions.items()}
         inputs = [source.randn(*shape) for _ in range(3)]
         return passes(functions, direction, inputs, (None, causal), compiled=False, exact=attention_by_parts)
@@ -122,10 +129,11 @@ def _attention_row(
         unit=FLOPS,
         build=build,
         dtype=torch.bfloat16,
-        providers=(OURS, EAGER, *PINNED, FLEX),
+        providers=(CUDA, TRITON, EAGER, *PINNED, *([FLEX] if with_flex else [])),
         headline=headline,
         facts_of_shape={"seq_len": length, "head_dim": size, "causal": causal},
         operators=("attention",),
+        goals=goals,
     )
 
 
@@ -137,19 +145,26 @@ def _attention_rows(source: Source, cut: Cut) -> list[GpuRow]:
     tokens, width = cut(16384, 128), cut(1024, 64)
     found = []
     for causal, direction, size, lengths in [
+        (True, FORWARD, 128, (4096, 2048, 16384, 1024)),
         (True, FORWARD, 64, (4096, 1024, 512, 2048, 16384)),
-        (True, FORWARD, 128, (4096, 2048, 16384)),
         (False, FORWARD, 128, (4096,)),
+        (True, BACKWARD, 128, (4096, 2048)),
         (True, BACKWARD, 64, (4096, 1024)),
-        (True, BACKWARD, 128, (4096,)),
-        (False, BACKWARD, 64, (4096,)),
         (False, BACKWARD, 128, (4096,)),
+        (False, BACKWARD, 64, (4096,)),
     ]:
+        goals: dict[str, float] = {}
+        if direction == BACKWARD:
+            goals = {OF_PEER: 0.8}
+        elif causal and size == 128:
+            goals = {OF_PEER: 0.85}
         for length in dict.fromkeys(cut(length, 64) for length in lengths):
             size = cut(size, 32)
-            headline = length == lengths[0] and (causal or direction == FORWARD)
-            batch, heads = tokens // length, width // size
-            found.append(_attention_row(source, causal, direction, batch, heads, length, size, headline))
+            shape = bench_attention.Shape(tokens // length, width // size, length, size)
+            first = length == lengths[0]  # torch.compile takes long: FlexAttention is at one length of each kind
+            headline = (first and (causal or direction == FORWARD)) or (length >= 2048 and OF_PEER in goals and causal)
+            reached = {} if length < 2048 and direction == FORWARD else goals
+            found.append(_attention_row(source, causal, direction, shape, headline, first, reached))
     return found
 
 
@@ -164,19 +179,7 @@ def grouped_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 def _decode_rows(source: Source, cut: Cut) -> list[GpuRow]:
     heads, key_heads, size = cut(32, 4), cut(8, 2), cut(128, 32)  # as in Llama 3 8B
 
-    def row(batch: int, length: int, headline: bool) -> GpuRow:
-        def build() -> Case:
-            functions: dict[str, Function] = {
-                OURS: ops.scaled_dot_product_attention,
-                EAGER: F.scaled_dot_product_attention,
-                **{name: pinned(backend) for name, backend in PINNED.items()},
-                FLEX: flex((batch, heads, length, size), False, source.device),
-            }
-            functions = {name: partial(function, enable_gqa=True) for name, function in functions.items()}
-            inputs = [source.randn(batch, heads, 1, size)]
-            inputs += [source.randn(batch, key_heads, length, size) for _ in range(2)]
-            return passes(functions, FORWARD, inputs, compiled=False, exact=grouped_attention)
-
+    def row(batch: int, length: int, headline: bool, with_flex: bool = False) -> GpuRow:
         return GpuRow(
             section="decode",
             operation="one query's attention",
@@ -184,15 +187,38 @@ def _decode_rows(source: Source, cut: Cut) -> list[GpuRow]:
             shape=f"B{batch} H{heads}/{key_heads} T{length} D{size}",
             work=2 * 2 * batch * key_heads * length * size,
             unit=BYTES,
-            build=build,
+            build=partial(build_decode, source, batch, heads, key_heads, length, size, with_flex),
             dtype=torch.bfloat16,
-            providers=(OURS, EAGER, *PINNED, FLEX),
+            providers=(CUDA, TRITON, EAGER, *PINNED, *([FLEX] if with_flex else [])),
             headline=headline,
             operators=("attention",),
+            goals={OF_CEILING: 0.8} if batch == 1 else {},
         )
 
-    shapes = [(1, cut(32768, 64), True), (16, cut(4096, 32), True), (1, cut(4096, 32), False)]
-    return [row(*shape) for shape in [*shapes, (16, cut(32768, 64), False)]]
+    return [
+        *(row(1, cut(length, 32 + i), headline=True) for i, length in enumerate((4096, 8192, 16384))),
+        row(1, cut(32768, 64), headline=True, with_flex=True),
+        row(16, cut(4096, 32), headline=True, with_flex=True),
+        row(cut(64, 8), cut(4096, 32), headline=False),
+        row(16, cut(32768, 64), headline=False),
+    ]
+
+
+def build_decode(
+    source: Source, batch: int, heads: int, key_heads: int, length: int, size: int, with_flex: bool
+) -> Case:
+    """One query of each sequence against its cache of keys and values, which fewer heads have."""
+    functions: dict[str, Function] = {
+        **by_backends(ops.scaled_dot_product_attention),
+        EAGER: F.scaled_dot_product_attention,
+        **{name: pinned(backend) for name, backend in PINNED.items()},
+    }
+    if with_flex:
+        functions[FLEX] = flex((batch, heads, length, size), False, source.device)
+    functions = {name: partial(function, enable_gqa=True) for name, function in functions.items()}
+    inputs = [source.randn(batch, heads, 1, size)]
+    inputs += [source.randn(batch, key_heads, length, size) for _ in range(2)]
+    return passes(functions, FORWARD, inputs, compiled=False, exact=grouped_attention)
 
 
 # ---- Norms
@@ -225,12 +251,14 @@ def _norm_rows(source: Source, cut: Cut) -> list[GpuRow]:
         ),
     }
 
-    def row(name: str, direction: str, n: int, c: int, headline: bool) -> GpuRow:
+    def row(
+        name: str, direction: str, n: int, c: int, headline: bool = False, goals: Mapping[str, float] | None = None
+    ) -> GpuRow:
         ours, torchs, ligers, (large, small), work_of = norms[name]
 
         def build() -> Case:
             inputs = [source.randn(n, c) for _ in range(large)] + [source.randn(c) for _ in range(small)]
-            return passes({OURS: ours, EAGER: torchs, **ligers}, direction, inputs)
+            return passes({**by_backends(ours), EAGER: torchs, **ligers}, direction, inputs)
 
         return GpuRow(
             section="layer_norm",
@@ -241,22 +269,30 @@ def _norm_rows(source: Source, cut: Cut) -> list[GpuRow]:
             unit=BYTES,
             build=build,
             dtype=torch.bfloat16,
-            providers=(OURS, EAGER, COMPILED, *ligers),
+            providers=(CUDA, TRITON, EAGER, COMPILED, *ligers),
             headline=headline,
             operators=(name,),
+            goals=goals or {},
         )
 
     widths = [cut(c, 32 + i) for i, c in enumerate((4096, 768, 8192, 1024))]
     found = [
-        row(name, direction, rows_of, c, headline=c == widths[0] and name != "rms_norm")
+        row(
+            name,
+            direction,
+            rows_of,
+            c,
+            headline=c == widths[0] and name != "rms_norm",
+            goals={OF_TRITON: 1.0} if c == widths[0] else {},
+        )
         for c in widths
         for name in norms
         for direction in (FORWARD, BACKWARD)
     ]
-    small = [
-        row("layer_norm", direction, cut(4096, 32), cut(768, 33), headline=False) for direction in (FORWARD, BACKWARD)
-    ]
-    return [*found, *small]
+    # Few and short rows; and rows that no block's registers hold.
+    for n, c in [(cut(4096, 32), cut(768, 33)), (cut(2048, 4), cut(65536, 300))]:
+        found += [row("layer_norm", direction, n, c) for direction in (FORWARD, BACKWARD)]
+    return found
 
 
 def _liger_norm(function: Function, input: Tensor, *parameters: Tensor) -> Tensor:
@@ -272,11 +308,14 @@ def _loss_rows(source: Source, cut: Cut) -> list[GpuRow]:
     found = []
     for n, c in [(8192, 50257), (4096, 128256)]:
         n, c = cut(n, 32), cut(c, 101)
-        build = partial(
-            _build_loss, source, {OURS: ops.cross_entropy, EAGER: F.cross_entropy}, shapes=[(n, c)], classes=c
-        )
-        found.append(_loss_row("cross_entropy", f"{n}x{c}", work.cross_entropy_bytes(STEP, n, c, 2), BYTES, build))
-    functions: dict[str, Function] = {OURS: ops.linear_cross_entropy, EAGER: bench_losses.torch_linear_cross_entropy}
+        losses = {**by_backends(ops.cross_entropy), EAGER: F.cross_entropy}
+        build = partial(_build_loss, source, losses, shapes=[(n, c)], classes=c)
+        size = work.cross_entropy_bytes(STEP, n, c, 2)
+        found.append(_loss_row("cross_entropy", f"{n}x{c}", size, BYTES, build, {OF_TRITON: 1.0}))
+    functions: dict[str, Function] = {
+        **by_backends(ops.linear_cross_entropy),
+        EAGER: bench_losses.torch_linear_cross_entropy,
+    }
     if hasattr(F, "linear_cross_entropy"):
         functions[bench_losses.CHUNKED] = bench_losses.torch_chunked
     for name, function in _liger("liger_fused_linear_cross_entropy").items():
@@ -285,7 +324,7 @@ def _loss_rows(source: Source, cut: Cut) -> list[GpuRow]:
         n, d, c = cut(n, 32), cut(d, 16), cut(c, 101)
         flops = work.linear_cross_entropy_flops(STEP, n, d, c)
         build = partial(_build_loss, source, functions, shapes=[(n, d), (c, d)], classes=c)
-        found.append(_loss_row("linear_cross_entropy", f"{n}x{d}x{c}", flops, FLOPS, build))
+        found.append(_loss_row("linear_cross_entropy", f"{n}x{d}x{c}", flops, FLOPS, build, {}))
     return found
 
 
@@ -293,7 +332,9 @@ def _build_loss(source: Source, functions: dict[str, Function], shapes: list[tup
     return bench_losses.build(functions, STEP, shapes, classes, torch.bfloat16, source.device, source.seed())
 
 
-def _loss_row(operation: str, shape: str, size: float, unit: str, build: Callable[[], Case]) -> GpuRow:
+def _loss_row(
+    operation: str, shape: str, size: float, unit: str, build: Callable[[], Case], goals: Mapping[str, float]
+) -> GpuRow:
     return GpuRow(
         section="losses",
         operation=operation,
@@ -306,6 +347,7 @@ def _loss_row(operation: str, shape: str, size: float, unit: str, build: Callabl
         headline=True,
         operators=(operation,),
         shows_memory=True,
+        goals=goals,
     )
 
 
@@ -319,7 +361,7 @@ def _embedding_rows(source: Source, cut: Cut) -> list[GpuRow]:
 
     def row(direction: str) -> GpuRow:
         def build() -> Case:
-            functions: dict[str, Function] = {OURS: bench_embedding.embedding, EAGER: bench_embedding.torch_embedding}
+            functions = {**by_backends(bench_embedding.embedding), EAGER: bench_embedding.torch_embedding}
             inputs = [source.randn(classes, size), source.randn(length, size)]
             return passes(functions, direction, inputs, [source.randint(classes, batch, length)])
 

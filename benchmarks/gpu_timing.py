@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
 import torch
 
-from .timing import time_calls
+from .timing import Clock, time_calls
 
 # Longer queues than the driver's would let the processor wait for the GPU in the middle of a round.
 MOST_CALLS = 50
@@ -54,6 +55,17 @@ def wall_clock(call: Callable[[], object], calls: int) -> float:
 def _synchronize() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+
+
+def inside(clock: Clock, contexts: Mapping[Callable[[], object], Callable[[], AbstractContextManager[None]]]) -> Clock:
+    """A clock that times each function inside a context of its own, entered before the clock starts: to enter one takes
+    about as long as a launch."""
+
+    def timed(call: Callable[[], object], calls: int) -> float:
+        with contexts[call]():
+            return clock(call, calls)
+
+    return timed
 
 
 class Rotation:

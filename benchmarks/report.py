@@ -84,14 +84,7 @@ def _rows(benchmarks: Iterable[Any]) -> list[dict[str, Any]]:
         )
     measured = [row for row in rows if is_measured(row)]
     for row in measured:
-        # "tinyllm, ..." is a part or a variant of ours, no peer.
-        peers = [
-            other
-            for other in measured
-            if other["benchmark"] == row["benchmark"]
-            and other is not row
-            and not other["provider"].startswith(f"{OURS}, ")
-        ]
+        peers = [other for other in measured if other["benchmark"] == row["benchmark"] and other is not row]
         row["ratios"] = {peer["provider"]: peer["median_s"] / row["median_s"] for peer in peers}
     return rows
 
@@ -172,12 +165,12 @@ def section_table(rows: Sequence[Mapping[str, Any]], short: bool) -> list[str]:
     for name in names:
         found = {row["provider"]: row for row in rows if row["benchmark"] == name}
         ours = found[OURS]
-        cells = [f"{name} {MARK}" if is_disturbed(ours) else name, _time_cell(ours)]
+        cells = [f"{name} {MARK}" if is_disturbed(ours) else name, time_cell(ours)]
         if not short:
             cells += _rate_cells(ours)
         ratios = ours.get("ratios", {})
         for peer in peers:
-            cell = _time_cell(found[peer]) if peer in found else ""
+            cell = time_cell(found[peer]) if peer in found else ""
             if peer in ratios:
                 shown = f"{ratios[peer]:.2f}x"
                 cell += ", " + (f"**{shown}**" if ratios[peer] == min(ratios.values()) else shown)
@@ -188,13 +181,18 @@ def section_table(rows: Sequence[Mapping[str, Any]], short: bool) -> list[str]:
 
 def _rate_cells(row: Mapping[str, Any]) -> list[str]:
     """The rate and its fraction of the ceiling, as far as there is one."""
+    fraction = row.get("fraction_of_ceiling")
+    return [rate_cell(row), "" if fraction is None else f"{fraction:.0%}"]
+
+
+def rate_cell(row: Mapping[str, Any]) -> str:
+    """The rate with its unit; empty without one."""
     if not row.get("rate"):
-        return ["", ""]
+        return ""
     rate, unit = row["rate"], row["unit"]
     if rate >= 10_000:  # a GPU's
         rate, unit = rate / 1000, unit.replace("G", "T", 1)
-    fraction = row.get("fraction_of_ceiling")
-    return [f"{format_digits(rate)} {unit}", "" if fraction is None else f"{fraction:.0%}"]
+    return f"{format_digits(rate)} {unit}"
 
 
 def _notes(results: Mapping[str, Any]) -> str:
@@ -245,7 +243,8 @@ def _allocator_line(allocator: Mapping[str, str]) -> str:
     return f"Allocator settings, the same for all: {settings}."
 
 
-def _time_cell(row: Mapping[str, Any]) -> str:
+def time_cell(row: Mapping[str, Any]) -> str:
+    """Time, spread and memory, or why there are none."""
     if not is_measured(row):
         reason = " ".join(row["failed"].replace("|", "/").split())
         return reason if len(reason) <= 60 else f"{reason[:57]}..."
