@@ -26,7 +26,7 @@ struct Call {
 
 Call prepare(const char* op, const Tensor& input, const Tensor& target, const OptionalTensor& weight,
              Reduction reduction, int64_t ignore_index, double label_smoothing) {
-  if (input.dim() != 2) fail(op, ": input has shape ", shape_of(input), "; (rows, classes) is needed");
+  check_logits(op, input);
   Call call{as_contiguous(input),
             read_targets(op, input, target, weight, input.size(0), input.size(1), ignore_index),
             {},
@@ -72,10 +72,7 @@ Tensor cross_entropy_bwd(Tensor grad, Tensor input, Tensor target, OptionalTenso
   const Reduction how = reduction_of(op, reduction);
   Call call = prepare(op, input, target, weight, how, ignore_index, label_smoothing);
   const Tensor upstream = upstream_grad(op, grad, input, how, call.rows());
-  check_device(op, "max_and_sum", max_and_sum, input);
-  check_dtype(op, "max_and_sum", max_and_sum, compute_dtype(input.scalar_type()));
-  check_shape(op, "max_and_sum", max_and_sum, {call.rows(), 2});
-  if (!max_and_sum.is_contiguous()) fail(op, ": max_and_sum must be contiguous");
+  check_max_and_sum(op, max_and_sum, input, call.rows());
   const Tensor grad_input = empty(input.sizes(), input.scalar_type());
   call.args.max_and_sum = data_of(max_and_sum);
   call.args.grad = data_of(upstream);

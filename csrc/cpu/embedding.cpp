@@ -8,6 +8,7 @@
 #include <tuple>
 #include <vector>
 
+#include "../embedding.h"
 #include "embedding.h"
 #include "random.h"
 
@@ -40,11 +41,9 @@ Index sorted_by_id(const int64_t* ids, int64_t tokens, int64_t rows) {
 
 // The ids as contiguous int64, each in [0, rows).
 Tensor checked_ids(const char* op, const Tensor& input, const Tensor& like, int64_t rows) {
-  check_device(op, "input", input, like);
-  const ScalarType dtype = input.scalar_type();
-  if (dtype != ScalarType::Long && dtype != ScalarType::Int)
-    fail(op, ": input has dtype ", torch::headeronly::toString(dtype), "; int64 or int32 is needed");
-  const Tensor ids = as_contiguous(dtype == ScalarType::Long ? input : torch::stable::to(input, ScalarType::Long));
+  check_ids(op, input, like);
+  const bool is_long = input.scalar_type() == ScalarType::Long;
+  const Tensor ids = as_contiguous(is_long ? input : torch::stable::to(input, ScalarType::Long));
   const int64_t* const id = static_cast<const int64_t*>(data_of(ids));
   for (int64_t i = 0; i < ids.numel(); ++i)
     if (id[i] < 0 || id[i] >= rows) fail(op, ": input has the id ", id[i], "; ids must be in 0 .. ", rows - 1);
@@ -114,20 +113,13 @@ namespace {
 
 Tensor embedding_fwd(Tensor input, Tensor weight, OptionalTensor positions, double dropout_p, OptionalTensor rng) {
   const char* const op = "embedding";
-  if (weight.dim() != 2) fail(op, ": weight has shape ", shape_of(weight), "; two dimensions are needed");
+  check_table(op, weight);
   const int dtype = dtype_index(op, weight);
   const int64_t size = weight.size(1);
   const Tensor ids = checked_ids(op, input, weight, weight.size(0)), table = as_contiguous(weight);
+  const int64_t seq_len = checked_seq_len(op, input, weight, positions);
   OptionalTensor added;
-  int64_t seq_len = 1;
-  if (positions.has_value()) {
-    if (input.dim() == 0) fail(op, ": input has no dimensions; with positions, its last one is the position");
-    seq_len = input.size(input.dim() - 1);
-    check_device(op, "positions", *positions, weight);
-    check_dtype(op, "positions", *positions, weight.scalar_type());
-    check_shape(op, "positions", *positions, {seq_len, size});
-    added = as_contiguous(*positions);
-  }
+  if (positions.has_value()) added = as_contiguous(*positions);
   Index shape(input.sizes().begin(), input.sizes().end());
   shape.push_back(size);
   const Tensor out = empty(shape, weight.scalar_type());
@@ -144,9 +136,7 @@ std::tuple<Tensor, Tensor> embedding_bwd(Tensor grad, Tensor input, int64_t num_
   const char* const op = "embedding_bwd";
   const int dtype = dtype_index(op, grad);
   const Tensor ids = checked_ids(op, input, grad, num_embeddings), dy = as_contiguous(grad);
-  bool fits = grad.dim() == input.dim() + 1 && (!positions_grad || input.dim() > 0);
-  for (int64_t i = 0; fits && i < input.dim(); ++i) fits = grad.size(i) == input.size(i);
-  if (!fits) fail(op, ": grad has shape ", shape_of(grad), "; input's, ", shape_of(input), ", and one more is needed");
+  check_grad(op, grad, input, positions_grad);
   const int64_t size = grad.size(grad.dim() - 1), tokens = ids.numel();
   const Dropout dropout = dropout_state(op, rng, dropout_p);
   const Tensor grad_weight = empty(weight_grad ? Index{num_embeddings, size} : Index{0}, grad.scalar_type());

@@ -1,22 +1,13 @@
-// What the losses share on the torch side: targets and class weights, the reduction of the rows' losses, and the
-// gradient that comes back for them.
+// What the losses share on the CPU: targets and class weights, and the reduction of the rows' losses.
 #pragma once
 #include <limits>
 #include <optional>
 #include <vector>
 
+#include "../losses.h"
 #include "torch_side.h"
 
 namespace tinyllm::cpu {
-
-
-enum class Reduction : int64_t { none = 0, mean = 1, sum = 2 };
-
-inline Reduction reduction_of(const char* op, int64_t reduction) {
-  if (reduction < 0 || reduction > 2)
-    fail(op, ": reduction is ", reduction, "; 0 (none), 1 (mean) or 2 (sum) is needed");
-  return static_cast<Reduction>(reduction);
-}
 
 // Contiguous targets, class weights in the compute dtype, and what the mean divides by: the sum of the weights of all
 // targets that are not ignored.
@@ -34,16 +25,11 @@ struct Targets {
 // anything is computed, so that no kernel reads beyond a row.
 inline Targets read_targets(const char* op, const Tensor& input, const Tensor& target, const OptionalTensor& weight,
                             int64_t rows, int64_t classes, int64_t ignore_index) {
-  check_device(op, "target", target, input);
-  check_dtype(op, "target", target, ScalarType::Long);
-  check_shape(op, "target", target, {rows});
+  check_targets(op, input, target, weight, rows, classes);
   Targets targets{as_contiguous(target), std::nullopt, static_cast<double>(classes), 0.0};
   const ScalarType compute = compute_dtype(input.scalar_type());
-  if (weight.has_value()) {
-    check_device(op, "weight", *weight, input);
-    check_shape(op, "weight", *weight, {classes});
+  if (weight.has_value())
     targets.weight = as_contiguous(weight->scalar_type() == compute ? *weight : torch::stable::to(*weight, compute));
-  }
   const void* weights = targets.weight_data();
   const auto weight_of = [&](int64_t c) -> double {
     if (weights == nullptr) return 1.0;
@@ -87,17 +73,6 @@ inline Tensor reduce(const Tensor& losses, Reduction how, double divisor) {
   };
   losses.scalar_type() == ScalarType::Double ? add(0.0) : add(0.0f);
   return out;
-}
-
-// The loss' upstream gradient: (rows) contiguous without a reduction, else one number; in the compute dtype.
-inline Tensor upstream_grad(const char* op, const Tensor& grad, const Tensor& input, Reduction how, int64_t rows) {
-  check_device(op, "grad", grad, input);
-  check_dtype(op, "grad", grad, compute_dtype(input.scalar_type()));
-  if (how == Reduction::none)
-    check_shape(op, "grad", grad, {rows});
-  else
-    check_shape(op, "grad", grad, {});
-  return as_contiguous(grad);
 }
 
 }  // namespace tinyllm::cpu

@@ -1,0 +1,438 @@
+// Cross entropy over rows of logits. With p = softmax(x), t the target, w the class weights (ones), s the label
+// smoothing and C classes
+//
+//   loss         = (1 - s) w_t (lse - x_t) + s / C sum_c w_c (lse - x_c)
+//   dloss / dx_c = ((1 - s) w_t + s / C sum w) p_c - s / C w_c - (c == t) (1 - s) w_t
+//
+// A row belongs to one block, to one warp if it is short. It is read once for its maximum and the sum of exponentials
+// ("online", Milakov & Gimelshein 2018): each thread raises a maximum of its own once for the four vectors that it has
+// of a tile, 1 + 1/16 or 1 + 1/32 exponentials an element, and the threads meet behind the loop. A gradient is written
+// by a second pass over what the first one has left in shared memory, where each thread finds its own vectors, without
+// a barrier or a bank conflict. What does not fit there is read again, backwards, since the caches hold what came last.
+//
+// Why it is fast: memory is read once and written once, by 16-byte accesses wherever a row begins. With 50,257 16-bit
+// classes two blocks of 512 threads share a multiprocessor, each with its row in shared memory; four loads a thread are
+// 64 KB under way, twice what 4.8 TB/s over 132 multiprocessors need for 0.7 us of latency, and while one block joins
+// its sums the other one loads. Exponentials, at 16 a clock, take about two thirds of the memory's time and hide
+// behind it; so would the L2's reads if the second pass had to go there, which shared memory spares it.
+//
+// Few launches: the mean's divisor is a sum over all targets. Blocks that scale gradients by it need it before they
+// end. For up to kCountedByRows rows each of them reads all targets, 8 KB from the L2 while its logits are under way,
+// which takes less than a launch; of more rows a kernel of one block makes it first. Without gradients only the last
+// kernel, which adds up the losses, needs it, and makes it itself. So a call is two launches, three for many rows with
+// gradients, and one of its own for the sum of class weights with label smoothing. Every sum has a fixed order.
+#pragma once
+#include "device.cuh"
+
+namespace tinyllm::cuda {
+
+constexpr int kMaxRowThreads = 1024;  // of a row
+constexpr int kSumThreads = 1024;     // of the kernels of one block
+constexpr int64_t kCountedByRows = 1024;
+constexpr int kVectorsAtOnce = 4;            // loads of a thread that are under way
+constexpr int kElementsTaken = 16;           // between two looks at a thread's maximum
+constexpr int kElementsAtOnce = 8;           // of rows whose gradient is aligned otherwise
+constexpr int kScratchBytes = 1024;          // for the threads of a row to meet
+constexpr float kLowest = -3.402823466e38f;  // not -inf: what is -inf throughout must give exponentials of 0, not NaN
+constexpr float kInfinity = __builtin_huge_valf();
+constexpr float kNan = __builtin_nanf("");
+
+enum class WeightType : int { f32, bf16, f16 };
+
+// Which rows count, and for how much.
+struct Targets {
+  const int64_t* target;  // (rows)
+  const void* weight;     // (columns), or null: ones
+  WeightType weight_type;
+  int64_t rows, ignore_index;
+  int columns;
+
+  TINYLLM_DEVICE bool is_class(int64_t c) const { return c >= 0 && c < columns; }
+  TINYLLM_DEVICE float weight_of(int64_t c) const {
+    if (weight == nullptr) return 1.0f;
+    if (weight_type == WeightType::f32) return static_cast<const float*>(weight)[c];
+    if (weight_type == WeightType::bf16) return to_float(static_cast<const bf16*>(weight)[c]);
+    return to_float(static_cast<const f16*>(weight)[c]);
+  }
+  // The weights of the targets that are not ignored, of every step-th from the first.
+  TINYLLM_DEVICE double counted(int first, int step) const {
+    double sum = 0.0;
+#pragma unroll 8
+    for (int64_t r = first; r < rows; r += step) {
+      const int64_t c = target[r];
+      if (c == ignore_index) continue;
+      if (weight == nullptr)
+        sum += 1.0;
+      else if (is_class(c))
+        sum += weight_of(c);
+    }
+    return sum;
+  }
+};
+
+struct CrossEntropy {
+  Targets targets;
+  const void* input;     // (rows, columns), input_row elements from row to row
+  const double* totals;  // (2): what the mean divides by, the sum of the class weights; null: to be counted
+  const float* grad;     // (rows), or () with grad_step 0, or null: 1
+  float* loss;           // (rows)
+  float* max_and_sum;    // (rows, 2)
+  void* grad_input;      // (rows, columns), contiguous, or null
+  int64_t input_row, grad_step;
+  float certain, uniform;  // 1 - s, s / C
+  bool averaged;
+  int kept;  // of a row's vectors, how many shared memory keeps: all, or whole tiles
+};
+
+// e^x for x <= 0
+TINYLLM_DEVICE float softmax_exp(float x) { return fast_exp2(x * 1.4426950408889634f); }
+
+// A row: the few elements before its first whole aligned vector, its vectors, and the few behind them. The first
+// threads have an element each of these edges.
+template <class T>
+struct Row {
+  static constexpr int N = kVector<T>;
+  const T* begin;
+  int columns, head, vectors;
+
+  TINYLLM_DEVICE Row(const T* begin, int columns) : begin(begin), columns(columns) {
+    const int beyond = static_cast<int>(reinterpret_cast<uintptr_t>(begin) % 16 / sizeof(T));
+    head = beyond == 0 ? 0 : N - beyond < columns ? N - beyond : columns;
+    vectors = (columns - head) / N;
+  }
+  // The column that a thread has of the edges; -1: none.
+  TINYLLM_DEVICE int edge(int thread) const {
+    if (thread < N) return thread < head ? thread : -1;
+    const int column = head + vectors * N + thread - N;
+    return thread < 2 * N && column < columns ? column : -1;
+  }
+};
+
+// What the threads of a row find out together.
+struct RowSums {
+  float max = kLowest, sum = 0.0f;
+  float distances = 0.0f;  // sum_c w_c (x_c - near); with label smoothing only
+  double counted = 0.0;    // what the mean divides by, where the rows count it
+};
+
+template <bool kSmoothing>
+TINYLLM_DEVICE void join_warp(RowSums& s, bool counting) {
+  const float max = warp_max(s.max);
+  s.sum = warp_sum(s.sum * softmax_exp(s.max - max));
+  s.max = max;
+  if (kSmoothing) s.distances = warp_sum(s.distances);
+  if (counting) s.counted = warp_sum(s.counted);
+}
+
+// Over a row's threads, the same bits in each of them.
+template <bool kSmoothing>
+TINYLLM_DEVICE void join(RowSums& s, bool counting, unsigned char* scratch) {
+  join_warp<kSmoothing>(s, counting);
+  const int warps = blockDim.x / kWarp, warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  if (warps == 1) return;
+  double* const counted = reinterpret_cast<double*>(scratch);
+  float* const floats = reinterpret_cast<float*>(counted + kWarp);
+  if (lane == 0) {
+    floats[warp] = s.max;
+    floats[kWarp + warp] = s.sum;
+    if (kSmoothing) floats[2 * kWarp + warp] = s.distances;
+    if (counting) counted[warp] = s.counted;
+  }
+  sync_block();
+  s = RowSums{};
+  if (lane < warps) {
+    s.max = floats[lane];
+    s.sum = floats[kWarp + lane];
+    if (kSmoothing) s.distances = floats[2 * kWarp + lane];
+    if (counting) s.counted = counted[lane];
+  }
+  join_warp<kSmoothing>(s, counting);
+}
+
+// The numbers that make the gradient of a row's logits.
+struct GradientTerms {
+  int target;
+  float max, factor, at_target, everywhere;
+};
+
+// What a row's gradient is multiplied by: what comes back for its loss, and the mean's divisor.
+TINYLLM_DEVICE float gradient_scale(const CrossEntropy& a, int64_t row, double counted) {
+  const float scale = a.grad == nullptr ? 1.0f : a.grad[row * a.grad_step];
+  return a.averaged ? scale / static_cast<float>(a.totals == nullptr ? counted : a.totals[0]) : scale;
+}
+
+TINYLLM_DEVICE float sum_of_weights(const CrossEntropy& a) {
+  return a.targets.weight == nullptr ? static_cast<float>(a.targets.columns) : static_cast<float>(a.totals[1]);
+}
+
+template <bool kSmoothing>
+TINYLLM_DEVICE GradientTerms terms_of(const CrossEntropy& a, int64_t target, float hard, float max, float sum,
+                                      float scale) {
+  const float total = kSmoothing ? hard + a.uniform * sum_of_weights(a) : hard;
+  // Of what is no class everything is NaN anyway.
+  return {static_cast<int>(target), max, scale * total / sum, scale * hard, scale * a.uniform};
+}
+
+template <bool kSmoothing>
+TINYLLM_DEVICE float gradient_of(const CrossEntropy& a, const GradientTerms& terms, float x, int column) {
+  float value = softmax_exp(x - terms.max) * terms.factor;
+  if (kSmoothing) value -= a.targets.weight_of(column) * terms.everywhere;
+  return value;
+}
+
+// Where a thread's vectors of a tile are, kWarp apart from this one: a warp's are neighbours, so that one address
+// serves them all.
+template <int kAtOnce>
+TINYLLM_DEVICE int first_of_tile() {
+  return threadIdx.x / kWarp * (kAtOnce * kWarp) + threadIdx.x % kWarp;
+}
+
+// The gradient of `count` pieces of N neighbours from column `head` on; the first a.kept are in shared memory, if any.
+template <class T, int N, int kAtOnce, bool kSmoothing>
+TINYLLM_DEVICE void write_pieces(const CrossEntropy& a, const GradientTerms& terms, const T* x, T* out, int head,
+                                 int count, const Packed<T, N>* kept) {
+  const int tile = kAtOnce * blockDim.x;
+  for (int begin = (count - 1) / tile * tile; begin >= 0; begin -= tile) {
+    const int first = begin + first_of_tile<kAtOnce>(), left = count - first;
+    const Packed<T, N>* const from = reinterpret_cast<const Packed<T, N>*>(x + head) + first;
+    Packed<T, N>* const to = reinterpret_cast<Packed<T, N>*>(out + head) + first;
+    Packed<T, N> v[kAtOnce];
+    if (kept != nullptr && begin < a.kept) {
+#pragma unroll
+      for (int u = 0; u < kAtOnce; ++u)
+        if (u * kWarp < left) v[u] = kept[first + u * kWarp];
+    } else {
+#pragma unroll
+      for (int u = 0; u < kAtOnce; ++u)
+        if (u * kWarp < left) v[u] = load_once(from + u * kWarp);
+    }
+#pragma unroll
+    for (int u = 0; u < kAtOnce; ++u) {
+      if (u * kWarp >= left) continue;
+      const int column = head + (first + u * kWarp) * N;
+      float value[N];
+      unpack(value, v[u]);
+#pragma unroll
+      for (int j = 0; j < N; ++j) value[j] = gradient_of<kSmoothing>(a, terms, value[j], column + j);
+      if (static_cast<unsigned>(terms.target - column) < N) {
+#pragma unroll
+        for (int j = 0; j < N; ++j)
+          if (terms.target == column + j) value[j] -= terms.at_target;
+      }
+      store_once(to + u * kWarp, packed<T>(value));
+    }
+  }
+}
+
+// at_edge: the logit that this thread has of the row's edges.
+template <class T, bool kSmoothing>
+TINYLLM_DEVICE void write_gradient(const CrossEntropy& a, const GradientTerms& terms, const Row<T>& x, int64_t row,
+                                   float at_edge, const Packed<T, kVector<T>>* kept) {
+  T* const out = static_cast<T*>(a.grad_input) + row * x.columns;
+  if ((reinterpret_cast<uintptr_t>(out) - reinterpret_cast<uintptr_t>(x.begin)) % 16 != 0) {
+    write_pieces<T, 1, kElementsAtOnce, kSmoothing>(a, terms, x.begin, out, 0, x.columns, nullptr);
+    return;
+  }
+  write_pieces<T, kVector<T>, kVectorsAtOnce, kSmoothing>(a, terms, x.begin, out, x.head, x.vectors, kept);
+  const int edge = x.edge(threadIdx.x);
+  if (edge < 0) return;
+  const float value = gradient_of<kSmoothing>(a, terms, at_edge, edge);
+  out[edge] = from_float<T>(edge == terms.target ? value - terms.at_target : value);
+}
+
+template <class T>
+TINYLLM_DEVICE void zero_gradient(const CrossEntropy& a, int64_t row) {
+  const Row<T> out(static_cast<const T*>(a.grad_input) + row * a.targets.columns, a.targets.columns);
+  T* const begin = const_cast<T*>(out.begin);
+  const Packed<T, kVector<T>> zeros{};
+  for (int i = threadIdx.x; i < out.vectors; i += blockDim.x)
+    store_once(reinterpret_cast<Packed<T, kVector<T>>*>(begin + out.head) + i, zeros);
+  const int edge = out.edge(threadIdx.x);
+  if (edge >= 0) begin[edge] = from_float<T>(0.0f);
+}
+
+// Takes M vectors, kWarp apart, the first at `column`, into the thread's share of a row.
+template <class T, int M, bool kSmoothing>
+TINYLLM_DEVICE void take(const Targets& targets, const Packed<T, kVector<T>>* v, int column, int columns, float near,
+                         RowSums& s) {
+  constexpr int N = kVector<T>;
+  float x[M][N], higher = s.max;
+#pragma unroll
+  for (int u = 0; u < M; ++u) {
+    unpack(x[u], v[u]);
+#pragma unroll
+    for (int j = 0; j < N; ++j) higher = fmaxf(higher, x[u][j]);
+  }
+  s.sum *= softmax_exp(s.max - higher);
+  s.max = higher;
+#pragma unroll
+  for (int u = 0; u < M; ++u) {
+    float exps = 0.0f;
+#pragma unroll
+    for (int j = 0; j < N; ++j) exps += softmax_exp(x[u][j] - higher);
+    s.sum += exps;
+    const int begin = column + u * kWarp * N;
+    if (kSmoothing && begin < columns) {
+      float distances = 0.0f;
+#pragma unroll
+      for (int j = 0; j < N; ++j) distances += targets.weight_of(begin + j) * (x[u][j] - near);
+      s.distances += distances;
+    }
+  }
+}
+
+// The thread's share of a row: its maximum, the sum of exponentials below it, and the distances.
+template <class T, bool kSmoothing>
+TINYLLM_DEVICE void read_row(const CrossEntropy& a, const Row<T>& x, float at_edge, float near,
+                             Packed<T, kVector<T>>* kept, RowSums& s) {
+  constexpr int N = kVector<T>, kTaken = kSmoothing ? 1 : kElementsTaken / N;  // distances need registers too
+  const int tile = kVectorsAtOnce * blockDim.x;
+  for (int begin = 0; begin < x.vectors; begin += tile) {
+    const int first = begin + first_of_tile<kVectorsAtOnce>(), left = x.vectors - first;
+    const Packed<T, N>* const from = reinterpret_cast<const Packed<T, N>*>(x.begin + x.head) + first;
+    Packed<T, N> v[kVectorsAtOnce];
+#pragma unroll
+    for (int u = 0; u < kVectorsAtOnce; ++u) {
+      v[u] = packed_filled<T, N>(-kInfinity);
+      if (u * kWarp < left) v[u] = from[u * kWarp];
+    }
+    if (begin < a.kept) {
+#pragma unroll
+      for (int u = 0; u < kVectorsAtOnce; ++u)
+        if (u * kWarp < left) kept[first + u * kWarp] = v[u];
+    }
+#pragma unroll
+    for (int u = 0; u < kVectorsAtOnce; u += kTaken)
+      take<T, kTaken, kSmoothing>(a.targets, v + u, x.head + (first + u * kWarp) * N, x.head + x.vectors * N, near, s);
+  }
+  const int edge = x.edge(threadIdx.x);
+  if (edge < 0) return;
+  const float higher = fmaxf(s.max, at_edge);
+  s.sum = s.sum * softmax_exp(s.max - higher) + softmax_exp(at_edge - higher);
+  s.max = higher;
+  if (kSmoothing) s.distances += a.targets.weight_of(edge) * (at_edge - near);
+}
+
+// blockDim: (a row's threads, rows); several rows only if each has one warp.
+TINYLLM_DEVICE int64_t row_of_block() { return static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y; }
+
+template <class T>
+TINYLLM_DEVICE Row<T> input_row(const CrossEntropy& a, int64_t row) {
+  return {static_cast<const T*>(a.input) + row * a.input_row, a.targets.columns};
+}
+
+template <class T, bool kSmoothing>
+__global__ void __launch_bounds__(kMaxRowThreads) cross_entropy_forward_kernel(const CrossEntropy a) {
+  const int64_t row = row_of_block();
+  if (row >= a.targets.rows) return;
+  const int64_t target = a.targets.target[row];
+  if (target == a.targets.ignore_index) {
+    if (threadIdx.x == 0) {
+      a.loss[row] = 0.0f;
+      a.max_and_sum[2 * row] = 0.0f;
+      a.max_and_sum[2 * row + 1] = 1.0f;
+    }
+    if (a.grad_input != nullptr) zero_gradient<T>(a, row);
+    return;
+  }
+  const Row<T> x = input_row<T>(a, row);
+  const bool is_class = a.targets.is_class(target);
+  const float at_target = is_class ? to_float(x.begin[target]) : kNan;
+  const float hard = is_class ? a.targets.weight_of(target) * a.certain : kNan;
+  // Distances that label smoothing sums are from a logit that is known before: large logits would cancel.
+  const float near = fabsf(at_target) < kInfinity ? at_target : 0.0f;
+  const int edge = x.edge(threadIdx.x);
+  const float at_edge = edge >= 0 ? to_float(x.begin[edge]) : 0.0f;
+  unsigned char* const shared = shared_memory();
+  auto* const kept = reinterpret_cast<Packed<T, kVector<T>>*>(shared + kScratchBytes) + threadIdx.y * a.kept;
+  const bool counting = a.averaged && a.grad_input != nullptr && a.totals == nullptr;
+
+  RowSums s;
+  if (counting) s.counted = a.targets.counted(threadIdx.x, blockDim.x);
+  read_row<T, kSmoothing>(a, x, at_edge, near, kept, s);
+  join<kSmoothing>(s, counting, shared);
+
+  if (threadIdx.x == 0) {
+    const float log_sum = logf(s.sum);
+    float loss = hard * (log_sum - (at_target - s.max));
+    if (kSmoothing) loss += a.uniform * (sum_of_weights(a) * (log_sum + (s.max - near)) - s.distances);
+    a.loss[row] = loss;
+    a.max_and_sum[2 * row] = s.max;
+    a.max_and_sum[2 * row + 1] = s.sum;
+  }
+  if (a.grad_input == nullptr) return;
+  const float scale = gradient_scale(a, row, s.counted);
+  write_gradient<T, kSmoothing>(a, terms_of<kSmoothing>(a, target, hard, s.max, s.sum, scale), x, row, at_edge, kept);
+}
+
+template <class T, bool kSmoothing>
+__global__ void __launch_bounds__(kMaxRowThreads) cross_entropy_backward_kernel(const CrossEntropy a) {
+  const int64_t row = row_of_block();
+  if (row >= a.targets.rows) return;
+  const int64_t target = a.targets.target[row];
+  if (target == a.targets.ignore_index) {
+    zero_gradient<T>(a, row);
+    return;
+  }
+  const Row<T> x = input_row<T>(a, row);
+  const int edge = x.edge(threadIdx.x);
+  const float at_edge = edge >= 0 ? to_float(x.begin[edge]) : 0.0f;
+  const float hard = a.targets.is_class(target) ? a.targets.weight_of(target) * a.certain : kNan;
+  const float max = a.max_and_sum[2 * row], sum = a.max_and_sum[2 * row + 1];
+  RowSums s;
+  if (a.averaged && a.totals == nullptr) {
+    s.counted = a.targets.counted(threadIdx.x, blockDim.x);
+    join<false>(s, true, shared_memory());
+  }
+  const float scale = gradient_scale(a, row, s.counted);
+  write_gradient<T, kSmoothing>(a, terms_of<kSmoothing>(a, target, hard, max, sum, scale), x, row, at_edge, nullptr);
+}
+
+// Of one block's threads, in every thread. shared: 32 numbers, which nobody else uses until everybody has passed the
+// next barrier.
+TINYLLM_DEVICE double sum_over_block(double x, double* shared) {
+  const int warps = blockDim.x / kWarp, warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  x = warp_sum(x);
+  if (warps == 1) return x;
+  if (lane == 0) shared[warp] = x;
+  sync_block();
+  return warp_sum(lane < warps ? shared[lane] : 0.0);
+}
+
+// One block.
+__global__ void __launch_bounds__(kSumThreads) cross_entropy_totals_kernel(const Targets targets,
+                                                                           double* totals,  // (2)
+                                                                           bool divisor, bool sum_weights) {
+  double* const shared = reinterpret_cast<double*>(shared_memory());
+  if (divisor) {
+    const double sum = sum_over_block(targets.counted(threadIdx.x, blockDim.x), shared);
+    if (threadIdx.x == 0) totals[0] = sum;
+  }
+  if (sum_weights) {
+    double sum = 0.0;
+#pragma unroll 8
+    for (int c = threadIdx.x; c < targets.columns; c += blockDim.x) sum += targets.weight_of(c);
+    sum = sum_over_block(sum, shared + kWarp);
+    if (threadIdx.x == 0) totals[1] = sum;
+  }
+}
+
+// One block.
+__global__ void __launch_bounds__(kSumThreads)
+    cross_entropy_reduce_kernel(const Targets targets,
+                                const float* loss,     // (rows)
+                                const double* totals,  // (2), or null: to be counted
+                                float* out,            // ()
+                                bool averaged) {
+  double* const shared = reinterpret_cast<double*>(shared_memory());
+  double divisor = 1.0, sum = 0.0;
+  if (averaged) {
+    divisor = totals != nullptr ? totals[0] : sum_over_block(targets.counted(threadIdx.x, blockDim.x), shared + kWarp);
+  }
+#pragma unroll 8
+  for (int64_t r = threadIdx.x; r < targets.rows; r += blockDim.x) sum += loss[r];
+  sum = sum_over_block(sum, shared);
+  if (threadIdx.x == 0) *out = static_cast<float>(sum / divisor);
+}
+
+}  // namespace tinyllm::cuda
