@@ -4,13 +4,14 @@
 #   make bench   benchmarks against PyTorch; updates benchmarks/results/ and the README's tables
 #   make lint    ruff, mypy, clang-format
 #   make gpu-compile    the GPU kernels' registers, spills and shared memory, read without a GPU
+#   make cuda-sanitize  the CUDA C++ kernels on emulated threads, watched by the sanitizers
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 EMULATION := $(wildcard tests/cuda_host/*.h tests/cuda_host/*.cpp)
 
-.PHONY: demo test bench lint gpu-compile format clean
+.PHONY: demo test bench lint gpu-compile cuda-sanitize format clean
 
 # What building and checking need; torch is pinned, so that no other one is downloaded.
 .venv/tools: pyproject.toml constraints.txt
@@ -42,7 +43,16 @@ lint: .venv/installed
 	$(BIN)/clang-format --dry-run --Werror $(SOURCES) $(EMULATION)
 
 gpu-compile: .venv/installed
+	$(BIN)/python -m tests.cuda_compile
 	$(BIN)/python -m tests.gpu_compile
+
+# In the other order of threads than `make test`: what asynchronous copies do then happens at once. Python itself is not
+# built with the sanitizers, so their libraries come first by force, and its own leaks are left alone.
+cuda-sanitize: .venv/installed
+	library=$$($(BIN)/python -m tests.cuda_host.build --sanitize) && \
+	TINYLLM_EMULATED_CUDA=$$library TINYLLM_EMULATED_SCHEDULE=backward ASAN_OPTIONS=detect_leaks=0 \
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
+	$(BIN)/python -m pytest tests/cuda
 
 format: .venv/installed
 	$(BIN)/ruff check --fix .

@@ -5,6 +5,18 @@
 #include "attention_sm90_bwd_kernel.cuh"
 #include "attention_sm90_fwd_kernel.cuh"
 
+// Its instructions are in code for 9.0a alone; code for 9.0 runs on the same chips, but has none of them.
+#if defined(__CUDACC__) && !defined(TINYLLM_SM90A)
+
+namespace tinyllm::cuda {
+
+bool attention_forward_sm90(const Device&, const Attention&, ScalarType) { return false; }
+bool attention_backward_sm90(const Device&, const Attention&, ScalarType) { return false; }
+
+}  // namespace tinyllm::cuda
+
+#else
+
 namespace tinyllm::cuda {
 
 bool describe(const Heads& heads, bool is_bf16, int batch, int num_heads, int rows, int columns, int box_rows,
@@ -96,3 +108,5 @@ bool attention_backward_sm90(const Device& device, const Attention& call, Scalar
 }
 
 }  // namespace tinyllm::cuda
+
+#endif

@@ -98,6 +98,7 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
     fewer_registers<kProducerRegisters>();
     if (first_tile < end_tile && warp < 2) {
       if (threadIdx.x == 0) {
+        for (const TensorMap* map : {&query_map, &key_map, &value_map, &grad_map}) prefetch_map(*map);
         barrier_arrive_expecting(shared.own_full(), 2 * Tiles::Shared::Own::kBytes);
         shared.own(0).load(key_map, shared.own_full(), first_key, kv_head, batch);
         shared.own(1).load(value_map, shared.own_full(), first_key, kv_head, batch);
@@ -226,6 +227,7 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
   if (consumer < 0) {
     fewer_registers<kProducerRegisters>();
     if (threadIdx.x == 0 && tiles > 0) {
+      for (const TensorMap* map : {&query_map, &key_map, &value_map, &grad_map}) prefetch_map(*map);
       const int kv_head = head / a.group;
       barrier_arrive_expecting(shared.own_full(), 2 * Tiles::Shared::Own::kBytes);
       shared.own(0).load(query_map, shared.own_full(), first_query, head, batch);

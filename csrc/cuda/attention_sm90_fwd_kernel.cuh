@@ -68,6 +68,7 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
   if (consumer < 0) {
     fewer_registers<kProducerRegisters>();
     if (threadIdx.x == 0 && tiles > 0) {
+      for (const TensorMap* map : {&query_map, &key_map, &value_map}) prefetch_map(*map);
       const int kv_head = head / a.group;
       barrier_arrive_expecting(shared.queries_full(), Shared::Queries::kBytes);
       shared.queries().load(query_map, shared.queries_full(), first_query, head, batch);
