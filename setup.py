@@ -155,7 +155,11 @@ def find_nvcc(torch: Any, cpp_extension: Any) -> tuple[Path, str] | str:
 
 
 def cuda_module(torch: Any, cpp_extension: Any, nvcc: Path, sources: list[str]) -> Extension:
-    say(f"building the CUDA library for {os.environ['TORCH_CUDA_ARCH_LIST']}, {len(sources)} files")
+    arches = os.environ["TORCH_CUDA_ARCH_LIST"]
+    say(f"building the CUDA library for {arches}, {len(sources)} files")
+    hopper = "9.0a" in arches
+    if not hopper:
+        say("without Hopper's own attention kernels: TORCH_CUDA_ARCH_LIST does not name 9.0a")
     # Where nvcc itself would link the runtime from: neither a distribution's nor pip's toolkit need have a lib64.
     plan = subprocess.run([nvcc, "--dryrun", "none.cu"], capture_output=True, text=True).stderr
     options = re.findall(r"^#\$ LIBRARIES=(.*)$", plan, re.MULTILINE)
@@ -168,7 +172,11 @@ def cuda_module(torch: Any, cpp_extension: Any, nvcc: Path, sources: list[str]) 
         # torch's stable ABI, torch's current stream, and the runtime that torch has loaded already, by the name that it
         # goes by: toolkits from pip have no other.
         libraries=["torch_cpu", "torch_cuda", f":libcudart.so.{torch.version.cuda.split('.')[0]}"],
-        define_macros=[("TORCH_TARGET_VERSION", "0x020a000000000000"), ("USE_CUDA", None)],
+        define_macros=[
+            ("TORCH_TARGET_VERSION", "0x020a000000000000"),
+            ("USE_CUDA", None),
+            *([("TINYLLM_SM90A", None)] if hopper else []),
+        ],
         extra_compile_args={"cxx": [], "nvcc": ["-O3", "-std=c++17", "-Xcompiler=-fvisibility=hidden"]},
         depends=files("csrc/*.h", "csrc/cuda/**/*.cuh"),
         language="c++",
