@@ -6,6 +6,7 @@
 #include <tuple>
 #include <vector>
 
+#include "../norms.h"
 #include "layer_norm.h"
 #include "torch_side.h"
 
@@ -63,40 +64,16 @@ void run_backward(Backward kernel, int dtype, const LayerNormBwd& args, int64_t 
     run_backward<float>(kernel, args, rows, grads);
 }
 
-struct Rows {
-  int64_t count, size;
-  Shape leading;  // the dimensions that are not normalised over
-};
-
-Rows split(const char* op, const Tensor& input, const Shape& normalized_shape) {
-  const int64_t tail = static_cast<int64_t>(normalized_shape.size()), lead = input.dim() - tail;
-  bool fits = tail > 0 && lead >= 0;
-  for (int64_t i = 0; fits && i < tail; ++i) fits = input.size(lead + i) == normalized_shape[i];
-  if (!fits) fail(op, ": the last dimensions of input, ", shape_of(input), ", must equal normalized_shape");
-  Rows rows{1, 1, {}};
-  for (int64_t i = 0; i < lead; ++i) {
-    rows.leading.push_back(input.size(i));
-    rows.count *= input.size(i);
-  }
-  for (const int64_t size : normalized_shape) rows.size *= size;
-  return rows;
-}
-
 // Contiguous weight or bias in the compute dtype.
 OptionalTensor parameter(const char* op, const char* name, const OptionalTensor& t, const Tensor& input, int64_t size) {
   if (!t.has_value()) return std::nullopt;
-  check_device(op, name, *t, input);
-  if (t->numel() != size) fail(op, ": ", name, " has shape ", shape_of(*t), "; it must have ", size, " elements");
+  check_parameter(op, name, *t, input, size);
   const ScalarType compute = compute_dtype(input.scalar_type());
   return as_contiguous(t->scalar_type() == compute ? *t : to(*t, compute));
 }
 
 Tensor same_shape(const char* op, const char* name, const Tensor& t, const Tensor& input) {
-  check_device(op, name, t, input);
-  check_dtype(op, name, t, input.scalar_type());
-  bool same = t.dim() == input.dim();
-  for (int64_t i = 0; same && i < t.dim(); ++i) same = t.size(i) == input.size(i);
-  if (!same) fail(op, ": ", name, " has shape ", shape_of(t), "; ", shape_of(input), " is needed");
+  check_same(op, name, t, input);
   return as_contiguous(t);
 }
 
@@ -108,7 +85,7 @@ struct Normed {
 
 Normed forward(const char* op, const Tensor& input, const OptionalTensor& residual, const Shape& normalized_shape,
                const OptionalTensor& weight, const OptionalTensor& bias, double eps) {
-  const Rows rows = split(op, input, normalized_shape);
+  const NormRows rows = split_rows(op, input, normalized_shape);
   const int dtype = dtype_index(op, input);
   const Tensor x = as_contiguous(input);
   const OptionalTensor r = residual ? OptionalTensor(same_shape(op, "residual", *residual, input)) : std::nullopt;
@@ -145,14 +122,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_fwd(Tensor input, Tens
   return {f.normed, f.sum, f.mean, f.rstd};
 }
 
-// A statistic of the rows that forward saved.
-void check_statistic(const char* op, const char* name, const Tensor& t, const Tensor& input, const Rows& rows) {
-  check_device(op, name, t, input);
-  check_dtype(op, name, t, compute_dtype(input.scalar_type()));
-  if (t.numel() != rows.count || !t.is_contiguous())
-    fail(op, ": ", name, " must be contiguous with one element for each row, ", rows.count);
-}
-
 Tensor parameter_grad(bool wanted, const Shape& shape, const Tensor& input) {
   return empty(wanted ? shape : Shape{0}, compute_dtype(input.scalar_type()));
 }
@@ -164,13 +133,13 @@ using Grads = std::tuple<Tensor, Tensor, Tensor>;
 Grads backward(const char* op, const Tensor& grad_normed, const OptionalTensor& grad_sum, const Tensor& input,
                const Shape& normalized_shape, const OptionalTensor& weight, const Tensor& mean, const Tensor& rstd,
                bool parameter_grads) {
-  const Rows rows = split(op, input, normalized_shape);
+  const NormRows rows = split_rows(op, input, normalized_shape);
   const int dtype = dtype_index(op, input);
   const Tensor x = as_contiguous(input), dy = same_shape(op, "grad_normed", grad_normed, input);
   const OptionalTensor ds = grad_sum ? OptionalTensor(same_shape(op, "grad_sum", *grad_sum, input)) : std::nullopt;
   const OptionalTensor w = parameter(op, "weight", weight, input, rows.size);
-  check_statistic(op, "mean", mean, input, rows);
-  check_statistic(op, "rstd", rstd, input, rows);
+  check_statistic(op, "mean", mean, input, rows.count);
+  check_statistic(op, "rstd", rstd, input, rows.count);
   const Tensor grad_input = empty(x.sizes(), x.scalar_type());
   const Tensor grad_weight = parameter_grad(parameter_grads, normalized_shape, x);
   const Tensor grad_bias = parameter_grad(parameter_grads, normalized_shape, x);
@@ -195,7 +164,7 @@ Grads add_layer_norm_bwd(Tensor grad_normed, OptionalTensor grad_sum, Tensor sum
 
 std::tuple<Tensor, Tensor> rms_norm_fwd(Tensor input, Shape normalized_shape, OptionalTensor weight, double eps) {
   const char* const op = "rms_norm";
-  const Rows rows = split(op, input, normalized_shape);
+  const NormRows rows = split_rows(op, input, normalized_shape);
   const int dtype = dtype_index(op, input);
   const Tensor x = as_contiguous(input);
   const OptionalTensor w = parameter(op, "weight", weight, input, rows.size);
@@ -216,11 +185,11 @@ std::tuple<Tensor, Tensor> rms_norm_fwd(Tensor input, Shape normalized_shape, Op
 std::tuple<Tensor, Tensor> rms_norm_bwd(Tensor grad, Tensor input, Shape normalized_shape, OptionalTensor weight,
                                         Tensor rstd, bool parameter_grads) {
   const char* const op = "rms_norm_bwd";
-  const Rows rows = split(op, input, normalized_shape);
+  const NormRows rows = split_rows(op, input, normalized_shape);
   const int dtype = dtype_index(op, input);
   const Tensor x = as_contiguous(input), dy = same_shape(op, "grad", grad, input);
   const OptionalTensor w = parameter(op, "weight", weight, input, rows.size);
-  check_statistic(op, "rstd", rstd, input, rows);
+  check_statistic(op, "rstd", rstd, input, rows.count);
   const Tensor grad_input = empty(x.sizes(), x.scalar_type());
   const Tensor grad_weight = parameter_grad(parameter_grads, normalized_shape, x);
   LayerNormBwd args{};
