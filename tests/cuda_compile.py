@@ -11,6 +11,7 @@ it, or where its machine code lacks what `CLAIMS` says of it. Where there is no 
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import re
 import shutil
@@ -18,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,26 +45,26 @@ class Launch:
     shared: int  # bytes a block, beyond what the kernel declares itself
 
 
-def launches() -> dict[str, Launch]:
-    """Kernel's name with its template arguments -> its largest launch, of calls that reach every kernel."""
+def launches(arches: Sequence[int]) -> dict[int, dict[str, Launch]]:
+    """Architecture -> kernel's name with its template arguments -> its largest launch, of calls that reach them all."""
     library = build()
     torch.ops.load_library(library)
-    with tempfile.TemporaryDirectory() as folder:
-        log = Path(folder, "log")
-        os.environ["TINYLLM_EMULATED_LOG"] = str(log)
-        for capability in ("80", "90"):
-            os.environ["TINYLLM_EMULATED_CAPABILITY"] = capability
-            for dtype in DTYPES:
-                _call_everything(torch.ops.tinyllm_host, dtype, wide=capability == "90")
-        lines = {tuple(map(int, line.split())) for line in log.read_text(encoding="utf-8").splitlines()}
     names = {
         int(address, 16): plain_name(name)
         for address, name in re.findall(r"^([0-9a-f]+) \w (.*)$", output("nm", "-C", library), re.MULTILINE)
     }
-    found: dict[str, Launch] = {}
-    for offset, threads, shared, _ in lines:
-        before = found.get(names[offset], Launch(0, 0))
-        found[names[offset]] = Launch(max(before.threads, threads), max(before.shared, shared))
+    found: dict[int, dict[str, Launch]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for arch in arches:
+            log = Path(folder, str(arch))
+            os.environ.update(TINYLLM_EMULATED_LOG=str(log), TINYLLM_EMULATED_CAPABILITY=str(arch))
+            for dtype in DTYPES:
+                _call_everything(torch.ops.tinyllm_host, dtype, wide=arch >= 90)
+            of_arch = found[arch] = {}
+            for line in set(log.read_text(encoding="utf-8").splitlines()):
+                offset, threads, shared, _ = map(int, line.split())
+                before = of_arch.get(names[offset], Launch(0, 0))
+                of_arch[names[offset]] = Launch(max(before.threads, threads), max(before.shared, shared))
     return found
 
 
@@ -86,8 +87,8 @@ def _call_everything(raw: Any, dtype: torch.dtype, wide: bool) -> None:
         for x in (draw(3, classes), draw(3, classes + 1)[:, 1:]):
             target, one = torch.tensor([0, 2, -100]), torch.ones((), dtype=torch.float32)
             for weight in (None, draw(classes).abs()):
-                for reduction in (0, 1, 2):
-                    options = (weight, reduction, -100, 0.1)
+                for reduction, smoothing in itertools.product((0, 1, 2), (0.0, 0.1)):
+                    options = (weight, reduction, -100, smoothing)
                     raw.cross_entropy_fwd(x, target, *options, True)
                     _, statistics, _ = raw.cross_entropy_fwd(x, target, *options, False)
                     grad = one if reduction else one.expand(3)
@@ -160,7 +161,7 @@ def compile_file(nvcc: str, source: Path, arch: int, sass: Path | None) -> list[
 
 
 def kernels_of(
-    source: Path, arch: int, compiled: list[tuple[str, int, int, Any]], launched: dict[str, Launch]
+    arch: int, compiled: list[tuple[str, int, int, Any]], launched: dict[str, Launch]
 ) -> Iterator[tuple[Kernel, list[str]]]:
     """Each kernel and what is wrong with its launch."""
     names = subprocess.run(
@@ -190,13 +191,9 @@ def main(arguments: list[str] | None = None) -> int:
         print("CUDA C++ kernels: not compiled, there is no nvcc on PATH")
         return 0
     start = time.perf_counter()
-    launched = launches()
-    jobs = [
-        (source, arch)
-        for source in sorted(SOURCES.glob("*.cu"))
-        for arch in (ARCHITECTURES if options.arch is None else (options.arch,))
-        if options.only in source.stem
-    ]
+    arches = ARCHITECTURES if options.arch is None else (options.arch,)
+    launched = launches(arches)
+    jobs = [(source, arch) for source in sorted(SOURCES.glob("*.cu")) for arch in arches if options.only in source.stem]
     failed: list[str] = []
     count = 0
     print(HEADER)
@@ -208,7 +205,7 @@ def main(arguments: list[str] | None = None) -> int:
             except Exception as error:  # the others' results are wanted, too
                 failed.append(f"{source.name}, sm_{arch}: {error}")
                 continue
-            for kernel, wrong in kernels_of(source, arch, compiled, launched):
+            for kernel, wrong in kernels_of(arch, compiled, launched[arch]):
                 count += 1
                 print(row(kernel), flush=True)
                 failed += [f"{kernel.name}{kernel.case}, sm_{arch}: {said}" for said in wrong]
