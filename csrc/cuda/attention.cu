@@ -114,7 +114,7 @@ std::tuple<Tensor, Tensor> attention_fwd(Tensor query, Tensor key, Tensor value,
   call.lse = static_cast<float*>(data_of(lse));
   if (attention_decodes(call))
     attention_decode(device, call, query.scalar_type());
-  else if (device.capability() != 90 || !attention_forward_sm90(device, call, query.scalar_type()))
+  else if (call.keys == 0 || device.capability() != 90 || !attention_forward_sm90(device, call, query.scalar_type()))
     attention_forward(device, call, query.scalar_type());
   return {out, lse};
 }

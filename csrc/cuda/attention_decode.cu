@@ -38,7 +38,9 @@ void decode(const Device& device, const Attention& call) {
     part_out = static_cast<float*>(data_of(*parts));
     part_lse = part_out + count * D;
   }
-  const LaunchShape shape{dim3(static_cast<unsigned>(heads * splits)), dim3(Tile::kThreads), Tile::kShared};
+  const LaunchShape shape{
+      dim3(static_cast<unsigned>(call.batch), static_cast<unsigned>(splits), static_cast<unsigned>(kv_heads)),
+      dim3(Tile::kThreads), Tile::kShared};
   device.launch("attention_decode", attention_decode_kernel<T, D>, shape, call, splits, part_out, part_lse);
   if (splits == 1) return;
   const LaunchShape join{dim3(static_cast<unsigned>(heads * rows)), dim3(kJoinWarps * kWarp),
@@ -49,7 +51,8 @@ void decode(const Device& device, const Attention& call) {
 }  // namespace
 
 bool attention_decodes(const Attention& call) {
-  return !call.causal && int64_t{call.group} * call.queries <= kDecodeRows;
+  constexpr int kMostHeads = 65535;  // that a grid has room for
+  return !call.causal && int64_t{call.group} * call.queries <= kDecodeRows && call.heads / call.group <= kMostHeads;
 }
 
 void attention_decode(const Device& device, const Attention& call, ScalarType dtype) {

@@ -38,8 +38,9 @@ TINYLLM_DEVICE float join_weights(const float (&lse)[N], float (&weights)[N]) {
 #pragma unroll
   for (int i = 0; i < N; ++i) sum += weights[i] = fast_exp2(lse[i] - shift);
   const bool blind = sum == 0.0f;
+  const float factor = blind ? 0.0f : 1.0f / sum;
 #pragma unroll
-  for (int i = 0; i < N; ++i) weights[i] = blind ? 0.0f : weights[i] / sum;
+  for (int i = 0; i < N; ++i) weights[i] *= factor;
   return blind ? -kInfinity : shift + log2f(sum);
 }
 
@@ -67,7 +68,7 @@ __global__ void __launch_bounds__(DecodeTile<D>::kThreads)
   using Tile = DecodeTile<D>;
   constexpr int kKeys = Tile::kKeys, kStages = Tile::kStages, kWarps = Tile::kWarps;
   const int kv_heads = call.heads / call.group, rows = call.group * call.queries;
-  const int split = blockIdx.x % splits, all = blockIdx.x / splits, kv_head = all % kv_heads, batch = all / kv_heads;
+  const int split = blockIdx.y, kv_head = blockIdx.z, batch = blockIdx.x;
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int length = visible_keys(call.key_lengths, call.long_lengths, batch, call.keys);
   const int part = (length + splits - 1) / splits, step_part = (part + Tile::kStep - 1) / Tile::kStep * Tile::kStep;
@@ -170,7 +171,7 @@ __global__ void __launch_bounds__(DecodeTile<D>::kThreads)
       store_out<T>(call, batch, kv_head, row, column, joined);
       if (column == 0) call.lse[lse_place(call, batch, kv_head, row)] = row_lse;
     } else {
-      const int64_t at = static_cast<int64_t>(blockIdx.x) * rows + row;
+      const int64_t at = ((static_cast<int64_t>(batch) * kv_heads + kv_head) * splits + split) * rows + row;
       *reinterpret_cast<float4*>(part_out + at * D + column) = make_float4(joined[0], joined[1], joined[2], joined[3]);
       if (column == 0) part_lse[at] = row_lse;
     }
@@ -201,6 +202,7 @@ __global__ void __launch_bounds__(kJoinWarps* kWarp)
     total += fast_exp2(part_lse[first + static_cast<int64_t>(s) * rows] - shift);
   total = warp_sum(total);
   const bool blind = total == 0.0f;
+  const float factor = blind ? 0.0f : 1.0f / total;
 
   float sum[kColumns] = {};
 #pragma unroll 4
@@ -223,7 +225,7 @@ __global__ void __launch_bounds__(kJoinWarps* kWarp)
 #pragma unroll
     for (int i = 0; i < 4; ++i) joined[i] += sums[w * D + column + i];
 #pragma unroll
-  for (int i = 0; i < 4; ++i) joined[i] = blind ? 0.0f : joined[i] / total;
+  for (int i = 0; i < 4; ++i) joined[i] *= factor;
   store_out<T>(call, batch, kv_head, row, column, joined);
   if (column == 0) call.lse[lse_place(call, batch, kv_head, row)] = blind ? -kInfinity : shift + log2f(total);
 }
