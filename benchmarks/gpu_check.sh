@@ -1,38 +1,50 @@
 #!/usr/bin/env bash
-# Tests and benchmarks on a machine with an NVIDIA GPU: benchmarks/gpu_check.sh [OUT] [--quick] [--only-bench]
+# Builds, tests and benchmarks on a machine with an NVIDIA GPU:
+#
+#     benchmarks/gpu_check.sh [OUT] [--quick] [--only-bench] [--site=DIR]
 #
 # Needed: Linux, Python 3.10 or later with torch for CUDA, triton and pytest (PYTHON names another than python3). No
-# network. Nothing of the machine is changed: the package is installed into a temporary folder, its source copied there.
+# network. With an nvcc of torch's CUDA the CUDA C++ kernels are built, for this GPU alone. Nothing of the machine is
+# changed: the package is installed into a temporary folder, its source copied there.
 #
 #   OUT            where at most five files go: machine.json tests.txt bench.json and pictures (default: gpu-results)
-#   --quick        three minutes instead of nine, without the CPU extension
-#   --only-bench   neither installs nor tests: from the source tree
+#   --quick        three minutes instead of nine, without compute-sanitizer and, where there is no nvcc, without
+#                  compiling anything
+#   --only-bench   neither installs nor tests: from the source tree, without what would have to be compiled
+#   --site=DIR     installs into DIR and leaves it there; with --only-bench measures what an earlier call left there
 #
 # A stage that fails is noted, the next ones follow; the exit status is 1 then. Without a GPU the tables say so.
 set -uo pipefail
 
-out=gpu-results quick="" only_bench=""
+out=gpu-results quick="" only_bench="" site=""
 for argument in "$@"; do
     case $argument in
     --quick) quick=--quick ;;
     --only-bench) only_bench=yes ;;
+    --site=?*) site=${argument#--site=} ;;
     -*) echo "unknown option $argument" >&2 && exit 2 ;;
     *) out=$argument ;;
     esac
 done
-# Seconds: for all, and for the stages before the benchmarks, which have the rest.
-if [ -n "$quick" ]; then total=165 install_s=40 tests_s=50; else total=520 install_s=180 tests_s=150; fi
+# Seconds: for all, and at most for each stage before the benchmarks, which have the rest. The tests of Triton's kernels,
+# which compile for most of their time, run beside the stages of CUDA C++, which together may take as long.
+if [ -n "$quick" ]; then
+    total=175 install_s=90 info_s=15 triton_s=40 cuda_s=40 probe_s=0 sanitizer_s=0
+else
+    total=520 install_s=190 info_s=20 triton_s=150 cuda_s=50 probe_s=20 sanitizer_s=40
+fi
 
 root=$(cd "$(dirname "$0")/.." && pwd)
 mkdir -p "$out" && out=$(cd "$out" && pwd) || exit 2
 work=$(mktemp -d) && trap 'rm -rf "$work"' EXIT
+site=${site:-$work/site}
+mkdir -p "$site" && site=$(cd "$site" && pwd) || exit 2
 python=$(command -v "${PYTHON:-python3}") || { echo "there is no ${PYTHON:-python3}" >&2 && exit 2; }
 [ "${python#/}" = "$python" ] && python=$PWD/$python
 export TINYLLM_COMMIT=${TINYLLM_COMMIT:-$(git -C "$root" rev-parse --short=12 HEAD 2>/dev/null)}
-export PYTHONPATH=$work/site${PYTHONPATH:+:$PYTHONPATH} PYTHONDONTWRITEBYTECODE=1 PYTHONIOENCODING=utf-8
-unset TRITON_INTERPRET
+export PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH} PYTHONDONTWRITEBYTECODE=1 PYTHONIOENCODING=utf-8
+unset TRITON_INTERPRET TINYLLM_EMULATED_CUDA
 
-stages=() failed=""
 # stage NAME LIMIT COMMAND...: runs it for at most LIMIT seconds, keeps what it says in $work/NAME.txt, notes how it went.
 stage() {
     local name=$1 limit=$2 start=$SECONDS status outcome=ok
@@ -44,17 +56,17 @@ stage() {
     if [ $status -ne 0 ] && [ "$outcome" = ok ]; then outcome="failed with status $status"; fi
     note "$name" "$outcome" $((SECONDS - start))
     if [ $status -ne 0 ]; then
-        failed=yes
+        touch "$work/failed"
         tail -n 15 "$work/$name.txt"
     fi
     return $status
 }
+# In a file, because stages that run beside each other note themselves.
 note() {
-    stages+=("$1: $2, $3 s")
-    echo "$1: $2, $3 s"
+    echo "$1: $2, ${3:-0} s" | tee -a "$work/stages"
 }
 
-mkdir "$work/src" "$work/site" "$work/run"
+mkdir "$work/src" "$work/run"
 for part in csrc kernels tinyllm benchmarks tests pyproject.toml setup.py MANIFEST.in README.md; do
     cp -r "$root/$part" "$work/src/"
 done
@@ -62,46 +74,116 @@ rm -f "$work"/src/tinyllm/_C*.so "$work"/src/tinyllm/_build.json
 cp -r "$work/src/tests" "$work/run/"
 cd "$work/run" || exit 2 # where no source lies that would stand before what is installed
 
-gpu=$("$python" -c "import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else '')" 2>/dev/null)
+# The GPU, its capability as TORCH_CUDA_ARCH_LIST writes it (wgmma and setmaxnreg are in 9.0a alone), and the toolkit
+# that torch would build with.
+mapfile -t facts < <("$python" -c '
+import os, torch
+there = torch.cuda.is_available()
+capability = ".".join(map(str, torch.cuda.get_device_capability())) if there else ""
+print(torch.cuda.get_device_name() if there else "")
+print(capability + "a" * (capability == "9.0"))
+from torch.utils.cpp_extension import CUDA_HOME
+print(CUDA_HOME if CUDA_HOME and os.access(os.path.join(CUDA_HOME, "bin", "nvcc"), os.X_OK) else "")' 2>/dev/null)
+gpu=${facts[0]:-} capability=${facts[1]:-} toolkit=${facts[2]:-}
 echo "${gpu:-There is no GPU}; commit ${TINYLLM_COMMIT:-unknown}"
 
 from_source() {
-    rm -rf "$work/site"
-    mkdir "$work/site"
-    cp -r "$work/src/tinyllm" "$work/site/"
-    cp -r "$work/src/kernels" "$work/src/benchmarks" "$work/site/tinyllm/"
-    note install "as the source is, without compiling anything" 0
+    rm -rf "$site/tinyllm"
+    cp -r "$work/src/tinyllm" "$site/"
+    cp -r "$work/src/kernels" "$work/src/benchmarks" "$site/tinyllm/"
+    note install "as the source is, without compiling anything"
 }
-if [ -n "$only_bench" ]; then
+if [ -n "$only_bench" ] && [ -e "$site/tinyllm/__init__.py" ]; then
+    note install "as an earlier call left it"
+elif [ -n "$only_bench" ]; then
     from_source
 else
-    TINYLLM_EXT=$([ -n "$quick" ] && echo 0 || echo auto) stage install "$install_s" \
-        "$python" -m pip install -q --disable-pip-version-check --no-index --no-deps --no-build-isolation \
-        --target "$work/site" "$work/src" || from_source
+    with_ext=auto with_cuda=auto
+    if [ -n "$gpu" ] && [ -n "$toolkit" ]; then
+        with_ext=1 with_cuda=1 # so that what stands against it is an error, and told
+        export TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$capability} MAX_JOBS=${MAX_JOBS:-$(nproc)}
+    elif [ -n "$quick" ]; then
+        with_ext=0 with_cuda=0
+    fi
+    TINYLLM_EXT=$with_ext TINYLLM_CUDA=$with_cuda stage install "$install_s" \
+        "$python" -m pip install -q --disable-pip-version-check --no-index --no-deps --no-build-isolation --upgrade \
+        --target "$site" "$work/src" || from_source
 fi
 
-if [ -n "$only_bench" ]; then
-    note tests "not run" 0
-elif [ -z "$gpu" ]; then
-    note tests "not run: no GPU" 0
-else
-    # Compiling is most of their time: several at once where pytest can do that.
-    many=$("$python" -c "import xdist; print('-n 8')" 2>/dev/null)
+# What is served by what; it fails where CUDA C++ was built and does not load.
+stage info "$info_s" "$python" -c '
+import sys
+from tinyllm import _extension
+from tinyllm.info import print_info
+from tinyllm.ops import _cuda
+print_info()
+with open(sys.argv[1], "w") as file:
+    file.write(_cuda.why_not or "")
+if _extension.build_record().get("cuda") == "built" and _cuda.why_not is not None:
+    sys.exit(f"CUDA C++ was built, but: {_cuda.why_not}")' "$work/no_cuda"
+no_cuda=$(cat "$work/no_cuda" 2>/dev/null || echo "tinyllm does not load")
+
+# tests NAME LIMIT FOLDER PROCESSES: several at once where pytest can do that.
+tests() {
+    local many
+    many=$("$python" -c "import xdist; print('-n $4')" 2>/dev/null)
     # shellcheck disable=SC2086
-    stage tests "$tests_s" "$python" -m pytest -q -ra -p no:cacheprovider $many tests/gpu
+    stage "$1" "$2" "$python" -m pytest -q -ra -p no:cacheprovider $many "$3"
+}
+
+sanitizer=$(command -v compute-sanitizer)
+for path in "$toolkit/bin/compute-sanitizer" "$toolkit/compute-sanitizer/compute-sanitizer"; do
+    if [ -z "$sanitizer" ] && [ -x "$path" ]; then sanitizer=$path; fi
+done
+# Small calls of every CUDA C++ operator, watched.
+sanitize() {
+    local tool why=""
+    if [ -n "$quick" ]; then
+        why="not run: --quick"
+    elif [ -z "$sanitizer" ]; then
+        why="not run: compute-sanitizer is not there"
+    elif ! timeout -k 5 "$probe_s" "$sanitizer" "$python" -c 'import torch; torch.ones(1).cuda()' >/dev/null 2>&1; then
+        why="not run: compute-sanitizer cannot watch this GPU" # as in some virtual machines
+    fi
+    for tool in memcheck racecheck; do
+        if [ -n "$why" ]; then
+            note $tool "$why"
+        else
+            # Every tensor an allocation of its own, so that memcheck knows where it ends.
+            PYTORCH_NO_CUDA_MEMORY_CACHING=1 stage $tool "$sanitizer_s" "$sanitizer" --tool $tool --error-exitcode 9 \
+                "$python" -m tinyllm.benchmarks.gpu_sanitize
+        fi
+    done
+}
+
+if [ -n "$only_bench" ]; then
+    note tests "not run"
+elif [ -z "$gpu" ]; then
+    note tests "not run: no GPU"
+else
+    tests tests-triton "$triton_s" tests/gpu 8 &
+    if [ -n "$no_cuda" ]; then
+        note tests-cuda "not run: $no_cuda"
+    else
+        tests tests-cuda "$cuda_s" tests/cuda 4
+        sanitize
+    fi
+    wait
 fi
 
 seconds=$((total - SECONDS - 15))
+[ $seconds -ge 15 ] || seconds=15
 stage bench $((seconds + 15)) "$python" -m tinyllm.benchmarks.gpu --out "$out" --seconds "$seconds" $quick
 
 {
-    printf '%s\n' "${stages[@]}"
-    for name in install tests bench; do
+    cat "$work/stages"
+    for name in install info tests-triton tests-cuda memcheck racecheck bench; do
         [ -f "$work/$name.txt" ] && printf '\n== %s\n' "$name" && tail -n 400 "$work/$name.txt"
     done
 } >"$out/tests.txt"
 
-"$python" - "$out/machine.json" "${stages[@]}" <<'EOF'
+mapfile -t stages <"$work/stages"
+"$python" - "$out/machine.json" "$sanitizer" "${stages[@]}" <<'EOF'
 import importlib.metadata, json, os, platform, subprocess, sys
 
 def said(*command):
@@ -119,10 +201,11 @@ def version(name):
 query = "name,driver_version,memory.total,clocks.sm,clocks.mem,clocks.max.sm,power.limit"
 facts = {
     "commit": os.environ.get("TINYLLM_COMMIT") or None,
-    "stages": sys.argv[2:],
+    "stages": sys.argv[3:],
     "gpu": said("nvidia-smi", f"--query-gpu={query}", "--format=csv"),
     "nvidia_smi": said("nvidia-smi"),
     "nvcc": said("nvcc", "--version"),
+    "compute_sanitizer": said(sys.argv[2], "--version") if sys.argv[2] else None,
     "python": platform.python_version(),
     "system": platform.platform(),
     "cores": os.cpu_count(),
@@ -131,15 +214,15 @@ facts = {
 with open(sys.argv[1], "w", encoding="utf-8") as file:
     file.write(json.dumps(facts, indent=1) + "\n")
 EOF
-[ $? -eq 0 ] || failed=yes
+[ $? -eq 0 ] || touch "$work/failed"
 
 echo
-"$python" - "$out/bench.json" <<'EOF' || failed=yes
+"$python" - "$out/bench.json" <<'EOF' || touch "$work/failed"
 import pathlib, sys
 from tinyllm.benchmarks import gpu_report
 print(gpu_report.render_table(gpu_report.load(pathlib.Path(sys.argv[1])), headline=True))
 EOF
 echo
-printf '%s\n' "${stages[@]}"
+cat "$work/stages"
 echo "$(ls "$out" | wc -l) files in $out, $SECONDS s"
-[ -z "$failed" ]
+[ ! -e "$work/failed" ]

@@ -1,9 +1,11 @@
-"""benchmarks/gpu_check.sh where there is no GPU: it reaches its tables, and survives a stage that fails."""
+"""benchmarks/gpu_check.sh where there is no GPU: it reaches its tables, survives a stage that fails, and calls what it
+should on a machine with a GPU, which a python that only says so stands for."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 import subprocess
 import sys
@@ -16,20 +18,33 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU th
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu_check.sh"
 
 
-def run(out: Path, python: str) -> subprocess.CompletedProcess[str]:
+def run(out: Path, python: str, *options: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [str(SCRIPT), str(out), "--quick", "--only-bench"],
+        [str(SCRIPT), str(out), *options],
         cwd=out.parent,
         capture_output=True,
         encoding="utf-8",
         timeout=120,
-        env={**os.environ, "PYTHON": python, "TINYLLM_COMMIT": "c0ffee"},
+        env={**os.environ, "PYTHON": python, "TINYLLM_COMMIT": "c0ffee", **(env or {})},
         check=False,
     )
 
 
+def write_script(path: Path, text: str) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{text}", encoding="utf-8")
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return str(path)
+
+
+def stages_of(out: Path) -> dict[str, str]:
+    """Name -> how it went, without its seconds."""
+    stages = json.loads((out / "machine.json").read_text(encoding="utf-8"))["stages"]
+    return {name: text.rsplit(", ", 1)[0] for name, text in (stage.split(": ", 1) for stage in stages)}
+
+
 def test_every_row_says_that_there_is_no_gpu(tmp_path: Path) -> None:
-    done = run(tmp_path / "out", sys.executable)
+    done = run(tmp_path / "out", sys.executable, "--quick", "--only-bench")
     assert done.returncode == 0, done.stdout + done.stderr
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"bench.json", "machine.json", "tests.txt"}
     results = json.loads((tmp_path / "out" / "bench.json").read_text(encoding="utf-8"))
@@ -41,18 +56,114 @@ def test_every_row_says_that_there_is_no_gpu(tmp_path: Path) -> None:
     assert machine["commit"] == results["commit"] == "c0ffee"
     assert machine["versions"]["torch"]
     assert done.stdout.count("not measured: no GPU") == sum(row["headline"] for row in results["rows"])
+    assert stages_of(tmp_path / "out").keys() == {"install", "info", "tests", "bench"}
+    assert "\noperator             backend" in (tmp_path / "out" / "tests.txt").read_text(encoding="utf-8")
 
 
 def test_a_stage_that_fails_is_noted(tmp_path: Path) -> None:
-    python = tmp_path / "python"
-    python.write_text(
-        f'#!/bin/sh\ncase "$*" in *benchmarks.gpu*) echo a reason; exit 3;; esac\nexec {sys.executable} "$@"\n',
-        encoding="utf-8",
+    python = write_script(
+        tmp_path / "python",
+        f'case "$*" in *benchmarks.gpu*) echo a reason; exit 3;; esac\nexec {sys.executable} "$@"\n',
     )
-    python.chmod(python.stat().st_mode | stat.S_IXUSR)
-    done = run(tmp_path / "out", str(python))
+    done = run(tmp_path / "out", python, "--quick", "--only-bench")
     assert done.returncode == 1
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"machine.json", "tests.txt"}
-    machine = json.loads((tmp_path / "out" / "machine.json").read_text(encoding="utf-8"))
-    assert machine["stages"][-1].startswith("bench: failed with status 3")
+    assert stages_of(tmp_path / "out")["bench"] == "failed with status 3"
     assert "a reason" in (tmp_path / "out" / "tests.txt").read_text(encoding="utf-8")
+
+
+# ---- With a GPU
+
+
+class Machine:
+    """A python that says it has a GPU and does what it is told in name only, and a toolkit."""
+
+    def __init__(self, folder: Path, nvcc: bool = True, why_no_cuda: str = "", sanitizer: str = 'exec "$@"') -> None:
+        self.folder = folder
+        toolkit = folder / "toolkit" if nvcc else ""
+        if nvcc and sanitizer:
+            skip = 'case $1 in --tool) echo "watched by $2"; shift 2;; esac; case $1 in --error*) shift 2;; esac'
+            write_script(folder / "toolkit" / "bin" / "compute-sanitizer", f"{skip}\n{sanitizer}\n")
+        self.python = write_script(
+            folder / "python",
+            f"""for last; do :; done
+case "$*" in
+*get_device_name*) printf '%s\\n' Loom 9.0a "{toolkit}" ;;
+"-m pip install"*) env | grep -E '^(TINYLLM_(EXT|CUDA)|TORCH_CUDA_ARCH_LIST|MAX_JOBS)=' | sort ;;
+*print_info*) printf '%s' "{why_no_cuda}" >"$last" && echo what serves what ;;
+*"import xdist"*) exit 1 ;;
+"-m pytest"*) echo "tested $last" ;;
+*gpu_sanitize) echo "cache off: $PYTORCH_NO_CUDA_MEMORY_CACHING"; exit ${{SANITIZE_STATUS:-0}} ;;
+*torch.ones*) ;;
+"-m tinyllm.benchmarks.gpu "*) echo "benched $*" ;;
+*bench.json) cat >/dev/null; echo a table ;;
+*) exec {sys.executable} "$@" ;;
+esac
+""",
+        )
+
+    def check(self, *options: str, **env: str) -> tuple[int, dict[str, str], str]:
+        """The exit status, the stages, and what was said in them."""
+        out = self.folder / "out"
+        unset = dict.fromkeys(("TORCH_CUDA_ARCH_LIST", "MAX_JOBS"), "")
+        done = run(out, self.python, *options, env={**unset, **env})
+        return done.returncode, stages_of(out), (out / "tests.txt").read_text(encoding="utf-8")
+
+
+def test_where_there_is_a_gpu_and_nvcc_both_backends_are_built_tested_and_watched(tmp_path: Path) -> None:
+    status, stages, said = Machine(tmp_path).check()
+    assert status == 0, said
+    names = {"install", "info", "tests-triton", "tests-cuda", "memcheck", "racecheck", "bench"}
+    assert stages == dict.fromkeys(names, "ok")
+    assert re.search(r"MAX_JOBS=\d+\nTINYLLM_CUDA=1\nTINYLLM_EXT=1\nTORCH_CUDA_ARCH_LIST=9\.0a\n", said)
+    for text in ("what serves what", "tested tests/gpu", "tested tests/cuda", "watched by memcheck\ncache off: 1"):
+        assert text in said
+    assert said.index("== memcheck") < said.index("watched by racecheck") < said.index("== bench")
+
+
+def test_what_a_sanitizer_finds_is_a_failure(tmp_path: Path) -> None:
+    status, stages, _ = Machine(tmp_path).check(SANITIZE_STATUS="9")
+    assert status == 1
+    assert stages["memcheck"] == stages["racecheck"] == "failed with status 9"
+    assert stages["bench"] == "ok"
+
+
+@pytest.mark.parametrize(
+    ("sanitizer", "why"),
+    [("", "compute-sanitizer is not there"), ("exit 1", "compute-sanitizer cannot watch this GPU")],
+)
+def test_without_a_sanitizer_that_works_this_is_no_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sanitizer: str, why: str
+) -> None:
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    status, stages, _ = Machine(tmp_path, sanitizer=sanitizer).check()
+    assert status == 0
+    assert stages["memcheck"] == stages["racecheck"] == f"not run: {why}"
+
+
+def test_without_nvcc_there_is_triton(tmp_path: Path) -> None:
+    status, stages, said = Machine(tmp_path, nvcc=False, why_no_cuda="it was not built").check()
+    assert status == 0
+    assert "TINYLLM_CUDA=auto\nTINYLLM_EXT=auto\n" in said
+    assert stages["tests-cuda"] == "not run: it was not built"
+    assert stages["tests-triton"] == stages["bench"] == "ok"
+    assert "memcheck" not in stages
+
+
+@pytest.mark.parametrize("nvcc", [True, False])
+def test_quick_compiles_where_it_can_and_watches_nothing(tmp_path: Path, nvcc: bool) -> None:
+    status, stages, said = Machine(tmp_path, nvcc=nvcc).check("--quick")
+    assert status == 0
+    assert f"TINYLLM_CUDA={int(nvcc)}\nTINYLLM_EXT={int(nvcc)}\n" in said
+    assert stages["memcheck"] == stages["racecheck"] == "not run: --quick"
+    assert "--quick" in next(line for line in said.splitlines() if line.startswith("benched"))
+
+
+def test_a_site_stays_for_another_benchmark(tmp_path: Path) -> None:
+    machine, site = Machine(tmp_path), tmp_path / "site"
+    assert machine.check("--only-bench", f"--site={site}")[1]["install"].startswith("as the source is")
+    (site / "tinyllm" / "left.py").touch()
+    _, stages, _ = machine.check("--only-bench", f"--site={site}")
+    assert stages["install"] == "as an earlier call left it"
+    assert stages["tests"] == "not run"
+    assert (site / "tinyllm" / "left.py").exists()
