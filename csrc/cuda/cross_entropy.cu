@@ -18,7 +18,6 @@ using Shape = std::vector<int64_t>;
 // Rows of up to so many bytes have one warp, four such rows a block.
 constexpr int64_t kShortRow = 2048;
 constexpr unsigned kShortRows = 4;
-constexpr int kRowThreads = 512;  // of a long row, where there are rows enough for two blocks a multiprocessor
 
 struct Call {
   Tensor input, target;
@@ -32,19 +31,6 @@ struct Call {
 // With neighbouring columns next to each other; a copy only where the strides ask for one.
 Tensor as_rows(const Tensor& x) { return x.size(1) < 2 || x.stride(1) == 1 ? x : torch::stable::contiguous(x); }
 
-WeightType weight_type(const char* op, ScalarType dtype) {
-  switch (dtype) {
-    case ScalarType::Float:
-      return WeightType::f32;
-    case ScalarType::BFloat16:
-      return WeightType::bf16;
-    case ScalarType::Half:
-      return WeightType::f16;
-    default:
-      fail(op, ": weight has dtype ", torch::headeronly::toString(dtype), "; float32, bfloat16 or float16 is needed");
-  }
-}
-
 Call prepare(const char* op, const Tensor& input, const Tensor& target, const OptionalTensor& weight, Reduction how,
              int64_t ignore_index, double label_smoothing) {
   check_logits(op, input);
@@ -56,7 +42,8 @@ Call prepare(const char* op, const Tensor& input, const Tensor& target, const Op
   CrossEntropy& a = call.args;
   if (weight.has_value()) {
     call.weight = as_contiguous(*weight);
-    a.targets.weight_type = weight_type(op, weight->scalar_type());
+    a.targets.float_weight = weight->scalar_type() == ScalarType::Float;
+    if (!a.targets.float_weight) check_dtype(op, "weight", *weight, input.scalar_type());
   }
   a.targets.target = static_cast<const int64_t*>(data_of(call.target));
   a.targets.weight = data_or_null(call.weight);
@@ -78,6 +65,7 @@ LaunchShape one_block(int64_t items) {
 
 // What every row must know before it ends: what the mean divides by, if the rows do not count that themselves, and the
 // sum of the class weights.
+template <class T>
 void make_totals(const char* op, const Device& device, Call& call, double label_smoothing, bool gradients) {
   const bool divisor = call.args.averaged && gradients && call.rows() > kCountedByRows;
   const bool sum_weights = call.weight.has_value() && label_smoothing > 0.0;
@@ -86,19 +74,21 @@ void make_totals(const char* op, const Device& device, Call& call, double label_
   call.totals = device.empty(shape, ScalarType::Double);
   call.args.totals = call.totals_data();
   const Targets& targets = call.args.targets;
-  device.launch(op, cross_entropy_totals_kernel,
+  device.launch(op, cross_entropy_totals_kernel<T>,
                 one_block(std::max<int64_t>(targets.rows, sum_weights ? targets.columns : 0)), targets,
                 call.totals_data(), call.args.averaged, sum_weights);
 }
 
 // Sets how much of a row is kept, if it is read twice.
+template <bool kSmoothing>
 LaunchShape shape_of_rows(const Device& device, Call& call, bool keep) {
   const int64_t size = static_cast<int64_t>(call.input.element_size());
   const int64_t vectors = call.args.targets.columns * size / 16;
   const bool few = call.rows() <= device.multiprocessors();
+  const int64_t most = few ? kMaxRowThreads<kSmoothing> : kRowThreads<kSmoothing>;
   int64_t threads = kWarp;
   if (vectors * 16 > kShortRow)
-    while (threads < (few ? kMaxRowThreads : kRowThreads) && threads * kVectorsAtOnce < vectors) threads *= 2;
+    while (threads < most && threads * kVectorsAtOnce < vectors) threads = std::min(2 * threads, most);
   const unsigned rows = threads == kWarp ? kShortRows : 1;
   if (keep) {
     // Of a multiprocessor's memory the system takes 1 KB for each block.
@@ -122,6 +112,7 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_fwd(Tensor input, Tensor target
   const Shape row_shape{call.rows()}, statistics_shape{call.rows(), 2}, none{0}, scalar;
   const Tensor losses = device.empty(row_shape, ScalarType::Float);
   const Tensor max_and_sum = device.empty(statistics_shape, ScalarType::Float);
+  const Tensor loss = how == Reduction::none ? losses : device.empty(scalar, ScalarType::Float);
   const Tensor grad_input = device.empty(with_grad ? input.sizes() : IntArray(none), input.scalar_type());
   CrossEntropy& a = call.args;
   a.loss = static_cast<float*>(data_of(losses));
@@ -129,16 +120,17 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_fwd(Tensor input, Tensor target
   a.grad_input = with_grad ? data_of(grad_input) : nullptr;
   with_type(op, input.scalar_type(), [&](auto number) {
     using T = decltype(number);
-    make_totals(op, device, call, label_smoothing, with_grad);
-    const LaunchShape shape = shape_of_rows(device, call, with_grad);
-    const auto kernel =
-        label_smoothing > 0.0 ? cross_entropy_forward_kernel<T, true> : cross_entropy_forward_kernel<T, false>;
-    device.launch(op, kernel, shape, a);
+    make_totals<T>(op, device, call, label_smoothing, with_grad);
+    // a, which the shape completes, is read after it.
+    const auto run = [&](auto kernel, const LaunchShape& shape) { device.launch(op, kernel, shape, a); };
+    if (label_smoothing > 0.0)
+      run(cross_entropy_forward_kernel<T, true>, shape_of_rows<true>(device, call, with_grad));
+    else
+      run(cross_entropy_forward_kernel<T, false>, shape_of_rows<false>(device, call, with_grad));
+    if (how == Reduction::none) return;
+    device.launch(op, cross_entropy_reduce_kernel<T>, one_block(call.rows()), a.targets, a.loss, call.totals_data(),
+                  static_cast<float*>(data_of(loss)), a.averaged);
   });
-  if (how == Reduction::none) return {losses, max_and_sum, grad_input};
-  const Tensor loss = device.empty(scalar, ScalarType::Float);
-  device.launch(op, cross_entropy_reduce_kernel, one_block(call.rows()), a.targets, a.loss, call.totals_data(),
-                static_cast<float*>(data_of(loss)), a.averaged);
   return {loss, max_and_sum, grad_input};
 }
 
@@ -158,11 +150,13 @@ Tensor cross_entropy_bwd(Tensor grad, Tensor input, Tensor target, OptionalTenso
   a.grad_input = data_of(grad_input);
   with_type(op, input.scalar_type(), [&](auto number) {
     using T = decltype(number);
-    make_totals(op, device, call, label_smoothing, true);
-    const LaunchShape shape = shape_of_rows(device, call, false);
-    const auto kernel =
-        label_smoothing > 0.0 ? cross_entropy_backward_kernel<T, true> : cross_entropy_backward_kernel<T, false>;
-    device.launch(op, kernel, shape, a);
+    make_totals<T>(op, device, call, label_smoothing, true);
+    // a, which the shape completes, is read after it.
+    const auto run = [&](auto kernel, const LaunchShape& shape) { device.launch(op, kernel, shape, a); };
+    if (label_smoothing > 0.0)
+      run(cross_entropy_backward_kernel<T, true>, shape_of_rows<true>(device, call, false));
+    else
+      run(cross_entropy_backward_kernel<T, false>, shape_of_rows<false>(device, call, false));
   });
   return grad_input;
 }

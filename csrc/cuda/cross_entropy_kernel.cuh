@@ -5,66 +5,73 @@
 //   dloss / dx_c = ((1 - s) w_t + s / C sum w) p_c - s / C w_c - (c == t) (1 - s) w_t
 //
 // A row belongs to one block, to one warp if it is short. It is read once for its maximum and the sum of exponentials
-// ("online", Milakov & Gimelshein 2018): each thread raises a maximum of its own once for the four vectors that it has
-// of a tile, 1 + 1/16 or 1 + 1/32 exponentials an element, and the threads meet behind the loop. A gradient is written
-// by a second pass over what the first one has left in shared memory, where each thread finds its own vectors, without
-// a barrier or a bank conflict. What does not fit there is read again, backwards, since the caches hold what came last.
+// ("online", Milakov & Gimelshein 2018): each thread has a maximum of its own, which it raises once for sixteen
+// elements (eight with label smoothing), and the threads meet behind the loop. A gradient is written by a second pass
+// over what the first one has left in shared memory, where each thread finds its own vectors, without a barrier or a
+// bank conflict. What does not fit there is read again, backwards, since the caches hold what came last.
 //
-// Why it is fast: memory is read once and written once, by 16-byte accesses wherever a row begins. With 50,257 16-bit
-// classes two blocks of 512 threads share a multiprocessor, each with its row in shared memory; four loads a thread are
-// 64 KB under way, twice what 4.8 TB/s over 132 multiprocessors need for 0.7 us of latency, and while one block joins
-// its sums the other one loads. Exponentials, at 16 a clock, take about two thirds of the memory's time and hide
-// behind it; so would the L2's reads if the second pass had to go there, which shared memory spares it.
+// Why it is fast: memory is read once and written once, by 16-byte accesses wherever a row begins. Of 50,257 16-bit
+// classes two blocks of 512 threads share a multiprocessor (384 with label smoothing, whose sums need registers), each
+// with its row in shared memory. Four loads a thread are 64 KB under way, where 4.8 TB/s over 132 multiprocessors and
+// 0.7 us of latency ask for 26; and while one block joins its sums, the other one loads. Two exponentials an element,
+// at 16 a clock, take about two thirds of the memory's time and hide behind it; so would the second-level cache's reads
+// if the second pass had to go there, which shared memory spares it.
 //
-// Few launches: the mean's divisor is a sum over all targets. Blocks that scale gradients by it need it before they
-// end. For up to kCountedByRows rows each of them reads all targets, 8 KB from the L2 while its logits are under way,
-// which takes less than a launch; of more rows a kernel of one block makes it first. Without gradients only the last
-// kernel, which adds up the losses, needs it, and makes it itself. So a call is two launches, three for many rows with
-// gradients, and one of its own for the sum of class weights with label smoothing. Every sum has a fixed order.
+// Few launches: the mean's divisor is a sum over all targets, and rows that scale gradients by it need it before they
+// end. With up to kCountedByRows rows each of them reads all targets, 8 KB from the second-level cache, in less time
+// than a launch takes; for more rows a kernel of one block does it first. Without gradients only the last kernel, which
+// adds up the losses, needs the divisor, and makes it itself. So a call is two launches, three with gradients of many
+// rows or with label smoothing by class weights, whose sum must be known too; without a reduction it is one less. Every
+// sum has a fixed order.
 #pragma once
 #include "device.cuh"
 
 namespace tinyllm::cuda {
 
-constexpr int kMaxRowThreads = 1024;  // of a row
-constexpr int kSumThreads = 1024;     // of the kernels of one block
+// Threads of a row: at most, and where two blocks share a multiprocessor. Label smoothing needs more registers each.
+template <bool kSmoothing>
+constexpr int kMaxRowThreads = kSmoothing ? 384 : 1024;
+template <bool kSmoothing>
+constexpr int kRowThreads = kSmoothing ? 384 : 512;
+constexpr int kSumThreads = 1024;  // of the kernels of one block
 constexpr int64_t kCountedByRows = 1024;
 constexpr int kVectorsAtOnce = 4;            // loads of a thread that are under way
 constexpr int kElementsTaken = 16;           // between two looks at a thread's maximum
-constexpr int kElementsAtOnce = 8;           // of rows whose gradient is aligned otherwise
+constexpr int kElementsAtOnce = 8;           // the same where the gradient is aligned otherwise than the row
 constexpr int kScratchBytes = 1024;          // for the threads of a row to meet
 constexpr float kLowest = -3.402823466e38f;  // not -inf: what is -inf throughout must give exponentials of 0, not NaN
 constexpr float kInfinity = __builtin_huge_valf();
 constexpr float kNan = __builtin_nanf("");
 
-enum class WeightType : int { f32, bf16, f16 };
-
-// Which rows count, and for how much.
+// Which rows count, and for how much. T: the dtype of the logits.
 struct Targets {
   const int64_t* target;  // (rows)
-  const void* weight;     // (columns), or null: ones
-  WeightType weight_type;
+  const void* weight;     // (columns), float32 or T, or null: ones
+  bool float_weight;
   int64_t rows, ignore_index;
   int columns;
 
-  TINYLLM_DEVICE bool is_class(int64_t c) const { return c >= 0 && c < columns; }
-  TINYLLM_DEVICE float weight_of(int64_t c) const {
+  // -1 for what is no class.
+  TINYLLM_DEVICE int class_or_none(int64_t c) const { return c >= 0 && c < columns ? static_cast<int>(c) : -1; }
+  template <class T>
+  TINYLLM_DEVICE float weight_of(int c) const {
     if (weight == nullptr) return 1.0f;
-    if (weight_type == WeightType::f32) return static_cast<const float*>(weight)[c];
-    if (weight_type == WeightType::bf16) return to_float(static_cast<const bf16*>(weight)[c]);
-    return to_float(static_cast<const f16*>(weight)[c]);
+    if (sizeof(T) == 4 || float_weight) return static_cast<const float*>(weight)[c];
+    return to_float(static_cast<const T*>(weight)[c]);
   }
   // The weights of the targets that are not ignored, of every step-th from the first.
+  template <class T>
   TINYLLM_DEVICE double counted(int first, int step) const {
     double sum = 0.0;
 #pragma unroll 8
     for (int64_t r = first; r < rows; r += step) {
-      const int64_t c = target[r];
-      if (c == ignore_index) continue;
+      const int64_t row_target = target[r];
+      if (row_target == ignore_index) continue;
+      const int c = class_or_none(row_target);
       if (weight == nullptr)
         sum += 1.0;
-      else if (is_class(c))
-        sum += weight_of(c);
+      else if (c >= 0)
+        sum += weight_of<T>(c);
     }
     return sum;
   }
@@ -112,7 +119,7 @@ struct Row {
 struct RowSums {
   float max = kLowest, sum = 0.0f;
   float distances = 0.0f;  // sum_c w_c (x_c - near); with label smoothing only
-  double counted = 0.0;    // what the mean divides by, where the rows count it
+  float counted = 0.0f;    // what the mean divides by, where the rows count it
 };
 
 template <bool kSmoothing>
@@ -130,13 +137,12 @@ TINYLLM_DEVICE void join(RowSums& s, bool counting, unsigned char* scratch) {
   join_warp<kSmoothing>(s, counting);
   const int warps = blockDim.x / kWarp, warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   if (warps == 1) return;
-  double* const counted = reinterpret_cast<double*>(scratch);
-  float* const floats = reinterpret_cast<float*>(counted + kWarp);
+  float* const floats = reinterpret_cast<float*>(scratch);
   if (lane == 0) {
     floats[warp] = s.max;
     floats[kWarp + warp] = s.sum;
     if (kSmoothing) floats[2 * kWarp + warp] = s.distances;
-    if (counting) counted[warp] = s.counted;
+    if (counting) floats[3 * kWarp + warp] = s.counted;
   }
   sync_block();
   s = RowSums{};
@@ -144,21 +150,27 @@ TINYLLM_DEVICE void join(RowSums& s, bool counting, unsigned char* scratch) {
     s.max = floats[lane];
     s.sum = floats[kWarp + lane];
     if (kSmoothing) s.distances = floats[2 * kWarp + lane];
-    if (counting) s.counted = counted[lane];
+    if (counting) s.counted = floats[3 * kWarp + lane];
   }
   join_warp<kSmoothing>(s, counting);
 }
 
 // The numbers that make the gradient of a row's logits.
 struct GradientTerms {
-  int target;
+  int label;  // -1: none, and everything is NaN
   float max, factor, at_target, everywhere;
 };
 
+// (1 - s) w_t; NaN for what is no class.
+template <class T>
+TINYLLM_DEVICE float share_of_label(const CrossEntropy& a, int label) {
+  return label >= 0 ? a.targets.weight_of<T>(label) * a.certain : kNan;
+}
+
 // What a row's gradient is multiplied by: what comes back for its loss, and the mean's divisor.
-TINYLLM_DEVICE float gradient_scale(const CrossEntropy& a, int64_t row, double counted) {
+TINYLLM_DEVICE float gradient_scale(const CrossEntropy& a, int64_t row, float counted) {
   const float scale = a.grad == nullptr ? 1.0f : a.grad[row * a.grad_step];
-  return a.averaged ? scale / static_cast<float>(a.totals == nullptr ? counted : a.totals[0]) : scale;
+  return a.averaged ? scale / (a.totals == nullptr ? counted : static_cast<float>(a.totals[0])) : scale;
 }
 
 TINYLLM_DEVICE float sum_of_weights(const CrossEntropy& a) {
@@ -166,17 +178,15 @@ TINYLLM_DEVICE float sum_of_weights(const CrossEntropy& a) {
 }
 
 template <bool kSmoothing>
-TINYLLM_DEVICE GradientTerms terms_of(const CrossEntropy& a, int64_t target, float hard, float max, float sum,
-                                      float scale) {
+TINYLLM_DEVICE GradientTerms terms_of(const CrossEntropy& a, int label, float hard, float max, float sum, float scale) {
   const float total = kSmoothing ? hard + a.uniform * sum_of_weights(a) : hard;
-  // Of what is no class everything is NaN anyway.
-  return {static_cast<int>(target), max, scale * total / sum, scale * hard, scale * a.uniform};
+  return {label, max, scale * total / sum, scale * hard, scale * a.uniform};
 }
 
-template <bool kSmoothing>
+template <class T, bool kSmoothing>
 TINYLLM_DEVICE float gradient_of(const CrossEntropy& a, const GradientTerms& terms, float x, int column) {
   float value = softmax_exp(x - terms.max) * terms.factor;
-  if (kSmoothing) value -= a.targets.weight_of(column) * terms.everywhere;
+  if (kSmoothing) value -= a.targets.weight_of<T>(column) * terms.everywhere;
   return value;
 }
 
@@ -213,31 +223,31 @@ TINYLLM_DEVICE void write_pieces(const CrossEntropy& a, const GradientTerms& ter
       float value[N];
       unpack(value, v[u]);
 #pragma unroll
-      for (int j = 0; j < N; ++j) value[j] = gradient_of<kSmoothing>(a, terms, value[j], column + j);
-      if (static_cast<unsigned>(terms.target - column) < N) {
+      for (int j = 0; j < N; ++j) value[j] = gradient_of<T, kSmoothing>(a, terms, value[j], column + j);
+      if (static_cast<unsigned>(terms.label - column) < N) {
 #pragma unroll
         for (int j = 0; j < N; ++j)
-          if (terms.target == column + j) value[j] -= terms.at_target;
+          if (terms.label == column + j) value[j] -= terms.at_target;
       }
       store_once(to + u * kWarp, packed<T>(value));
     }
   }
 }
 
-// at_edge: the logit that this thread has of the row's edges.
 template <class T, bool kSmoothing>
 TINYLLM_DEVICE void write_gradient(const CrossEntropy& a, const GradientTerms& terms, const Row<T>& x, int64_t row,
-                                   float at_edge, const Packed<T, kVector<T>>* kept) {
+                                   const Packed<T, kVector<T>>* kept) {
   T* const out = static_cast<T*>(a.grad_input) + row * x.columns;
   if ((reinterpret_cast<uintptr_t>(out) - reinterpret_cast<uintptr_t>(x.begin)) % 16 != 0) {
     write_pieces<T, 1, kElementsAtOnce, kSmoothing>(a, terms, x.begin, out, 0, x.columns, nullptr);
     return;
   }
-  write_pieces<T, kVector<T>, kVectorsAtOnce, kSmoothing>(a, terms, x.begin, out, x.head, x.vectors, kept);
   const int edge = x.edge(threadIdx.x);
+  const float at_edge = edge >= 0 ? to_float(x.begin[edge]) : 0.0f;
+  write_pieces<T, kVector<T>, kVectorsAtOnce, kSmoothing>(a, terms, x.begin, out, x.head, x.vectors, kept);
   if (edge < 0) return;
-  const float value = gradient_of<kSmoothing>(a, terms, at_edge, edge);
-  out[edge] = from_float<T>(edge == terms.target ? value - terms.at_target : value);
+  const float value = gradient_of<T, kSmoothing>(a, terms, at_edge, edge);
+  out[edge] = from_float<T>(edge == terms.label ? value - terms.at_target : value);
 }
 
 template <class T>
@@ -275,7 +285,7 @@ TINYLLM_DEVICE void take(const Targets& targets, const Packed<T, kVector<T>>* v,
     if (kSmoothing && begin < columns) {
       float distances = 0.0f;
 #pragma unroll
-      for (int j = 0; j < N; ++j) distances += targets.weight_of(begin + j) * (x[u][j] - near);
+      for (int j = 0; j < N; ++j) distances += targets.weight_of<T>(begin + j) * (x[u][j] - near);
       s.distances += distances;
     }
   }
@@ -283,9 +293,11 @@ TINYLLM_DEVICE void take(const Targets& targets, const Packed<T, kVector<T>>* v,
 
 // The thread's share of a row: its maximum, the sum of exponentials below it, and the distances.
 template <class T, bool kSmoothing>
-TINYLLM_DEVICE void read_row(const CrossEntropy& a, const Row<T>& x, float at_edge, float near,
-                             Packed<T, kVector<T>>* kept, RowSums& s) {
+TINYLLM_DEVICE void read_row(const CrossEntropy& a, const Row<T>& x, float near, Packed<T, kVector<T>>* kept,
+                             RowSums& s) {
   constexpr int N = kVector<T>, kTaken = kSmoothing ? 1 : kElementsTaken / N;  // distances need registers too
+  const int edge = x.edge(threadIdx.x);
+  const float at_edge = edge >= 0 ? to_float(x.begin[edge]) : 0.0f;  // there by the time the loop ends
   const int tile = kVectorsAtOnce * blockDim.x;
   for (int begin = 0; begin < x.vectors; begin += tile) {
     const int first = begin + first_of_tile<kVectorsAtOnce>(), left = x.vectors - first;
@@ -305,12 +317,11 @@ TINYLLM_DEVICE void read_row(const CrossEntropy& a, const Row<T>& x, float at_ed
     for (int u = 0; u < kVectorsAtOnce; u += kTaken)
       take<T, kTaken, kSmoothing>(a.targets, v + u, x.head + (first + u * kWarp) * N, x.head + x.vectors * N, near, s);
   }
-  const int edge = x.edge(threadIdx.x);
   if (edge < 0) return;
   const float higher = fmaxf(s.max, at_edge);
   s.sum = s.sum * softmax_exp(s.max - higher) + softmax_exp(at_edge - higher);
   s.max = higher;
-  if (kSmoothing) s.distances += a.targets.weight_of(edge) * (at_edge - near);
+  if (kSmoothing) s.distances += a.targets.weight_of<T>(edge) * (at_edge - near);
 }
 
 // blockDim: (a row's threads, rows); several rows only if each has one warp.
@@ -322,7 +333,8 @@ TINYLLM_DEVICE Row<T> input_row(const CrossEntropy& a, int64_t row) {
 }
 
 template <class T, bool kSmoothing>
-__global__ void __launch_bounds__(kMaxRowThreads) cross_entropy_forward_kernel(const CrossEntropy a) {
+__global__ void __launch_bounds__(kMaxRowThreads<kSmoothing>, 1024 / kMaxRowThreads<kSmoothing>)
+    cross_entropy_forward_kernel(const CrossEntropy a) {
   const int64_t row = row_of_block();
   if (row >= a.targets.rows) return;
   const int64_t target = a.targets.target[row];
@@ -336,22 +348,20 @@ __global__ void __launch_bounds__(kMaxRowThreads) cross_entropy_forward_kernel(c
     return;
   }
   const Row<T> x = input_row<T>(a, row);
-  const bool is_class = a.targets.is_class(target);
-  const float at_target = is_class ? to_float(x.begin[target]) : kNan;
-  const float hard = is_class ? a.targets.weight_of(target) * a.certain : kNan;
+  const int label = a.targets.class_or_none(target);
+  const float at_target = label >= 0 ? to_float(x.begin[label]) : kNan;
   // Distances that label smoothing sums are from a logit that is known before: large logits would cancel.
   const float near = fabsf(at_target) < kInfinity ? at_target : 0.0f;
-  const int edge = x.edge(threadIdx.x);
-  const float at_edge = edge >= 0 ? to_float(x.begin[edge]) : 0.0f;
   unsigned char* const shared = shared_memory();
   auto* const kept = reinterpret_cast<Packed<T, kVector<T>>*>(shared + kScratchBytes) + threadIdx.y * a.kept;
   const bool counting = a.averaged && a.grad_input != nullptr && a.totals == nullptr;
 
   RowSums s;
-  if (counting) s.counted = a.targets.counted(threadIdx.x, blockDim.x);
-  read_row<T, kSmoothing>(a, x, at_edge, near, kept, s);
+  if (counting) s.counted = static_cast<float>(a.targets.counted<T>(threadIdx.x, blockDim.x));
+  read_row<T, kSmoothing>(a, x, near, kept, s);
   join<kSmoothing>(s, counting, shared);
 
+  const float hard = share_of_label<T>(a, label);
   if (threadIdx.x == 0) {
     const float log_sum = logf(s.sum);
     float loss = hard * (log_sum - (at_target - s.max));
@@ -362,11 +372,12 @@ __global__ void __launch_bounds__(kMaxRowThreads) cross_entropy_forward_kernel(c
   }
   if (a.grad_input == nullptr) return;
   const float scale = gradient_scale(a, row, s.counted);
-  write_gradient<T, kSmoothing>(a, terms_of<kSmoothing>(a, target, hard, s.max, s.sum, scale), x, row, at_edge, kept);
+  write_gradient<T, kSmoothing>(a, terms_of<kSmoothing>(a, label, hard, s.max, s.sum, scale), x, row, kept);
 }
 
 template <class T, bool kSmoothing>
-__global__ void __launch_bounds__(kMaxRowThreads) cross_entropy_backward_kernel(const CrossEntropy a) {
+__global__ void __launch_bounds__(kMaxRowThreads<kSmoothing>, 1024 / kMaxRowThreads<kSmoothing>)
+    cross_entropy_backward_kernel(const CrossEntropy a) {
   const int64_t row = row_of_block();
   if (row >= a.targets.rows) return;
   const int64_t target = a.targets.target[row];
@@ -375,17 +386,16 @@ __global__ void __launch_bounds__(kMaxRowThreads) cross_entropy_backward_kernel(
     return;
   }
   const Row<T> x = input_row<T>(a, row);
-  const int edge = x.edge(threadIdx.x);
-  const float at_edge = edge >= 0 ? to_float(x.begin[edge]) : 0.0f;
-  const float hard = a.targets.is_class(target) ? a.targets.weight_of(target) * a.certain : kNan;
+  const int label = a.targets.class_or_none(target);
+  const float hard = share_of_label<T>(a, label);
   const float max = a.max_and_sum[2 * row], sum = a.max_and_sum[2 * row + 1];
   RowSums s;
   if (a.averaged && a.totals == nullptr) {
-    s.counted = a.targets.counted(threadIdx.x, blockDim.x);
+    s.counted = static_cast<float>(a.targets.counted<T>(threadIdx.x, blockDim.x));
     join<false>(s, true, shared_memory());
   }
   const float scale = gradient_scale(a, row, s.counted);
-  write_gradient<T, kSmoothing>(a, terms_of<kSmoothing>(a, target, hard, max, sum, scale), x, row, at_edge, nullptr);
+  write_gradient<T, kSmoothing>(a, terms_of<kSmoothing>(a, label, hard, max, sum, scale), x, row, nullptr);
 }
 
 // Of one block's threads, in every thread. shared: 32 numbers, which nobody else uses until everybody has passed the
@@ -400,24 +410,26 @@ TINYLLM_DEVICE double sum_over_block(double x, double* shared) {
 }
 
 // One block.
+template <class T>
 __global__ void __launch_bounds__(kSumThreads) cross_entropy_totals_kernel(const Targets targets,
                                                                            double* totals,  // (2)
                                                                            bool divisor, bool sum_weights) {
   double* const shared = reinterpret_cast<double*>(shared_memory());
   if (divisor) {
-    const double sum = sum_over_block(targets.counted(threadIdx.x, blockDim.x), shared);
+    const double sum = sum_over_block(targets.counted<T>(threadIdx.x, blockDim.x), shared);
     if (threadIdx.x == 0) totals[0] = sum;
   }
   if (sum_weights) {
     double sum = 0.0;
 #pragma unroll 8
-    for (int c = threadIdx.x; c < targets.columns; c += blockDim.x) sum += targets.weight_of(c);
+    for (int c = threadIdx.x; c < targets.columns; c += blockDim.x) sum += targets.weight_of<T>(c);
     sum = sum_over_block(sum, shared + kWarp);
     if (threadIdx.x == 0) totals[1] = sum;
   }
 }
 
 // One block.
+template <class T>
 __global__ void __launch_bounds__(kSumThreads)
     cross_entropy_reduce_kernel(const Targets targets,
                                 const float* loss,     // (rows)
@@ -427,7 +439,8 @@ __global__ void __launch_bounds__(kSumThreads)
   double* const shared = reinterpret_cast<double*>(shared_memory());
   double divisor = 1.0, sum = 0.0;
   if (averaged) {
-    divisor = totals != nullptr ? totals[0] : sum_over_block(targets.counted(threadIdx.x, blockDim.x), shared + kWarp);
+    divisor =
+        totals != nullptr ? totals[0] : sum_over_block(targets.counted<T>(threadIdx.x, blockDim.x), shared + kWarp);
   }
 #pragma unroll 8
   for (int64_t r = threadIdx.x; r < targets.rows; r += blockDim.x) sum += loss[r];
