@@ -24,6 +24,9 @@ constexpr int kConsumerWarps = kConsumers * kGroupThreads / kWarp;
 // 128 * 24 + 256 * 240 of a multiprocessor's 65,536 registers.
 constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
 
+// Named barriers: each consumer's turn to issue, each consumer's own, and one of both.
+constexpr int kTurnBarrier = 1, kOwnBarrier = kTurnBarrier + kConsumers, kBothBarrier = kOwnBarrier + kConsumers;
+
 // Rows of a tile of kColumns columns, panel after panel.
 template <int kRows, int kColumns>
 struct Tile {
@@ -85,6 +88,21 @@ template <class T, int D, int kRows>
 TINYLLM_DEVICE void multiply_add(float (&d)[D / 8][4], const uint32_t (&a)[kRows / 16][4], const Tile<kRows, D>& b) {
 #pragma unroll
   for (int k = 0; k < kRows / 16; ++k) multiply_async<T, true>(d, a[k], b.along_columns(k), true);
+}
+
+// Rows of keys or values that take no part may hold anything, and 0 times NaN is NaN: both consumers call this for a
+// tile that has come, with the first such row. barrier: a named one of theirs.
+template <int D, int kRows>
+TINYLLM_DEVICE void clear_rows(const Tile<kRows, D>& tile, int first_row, int barrier) {
+  constexpr int kPieces = kBoxColumns / 8;  // of 16 bytes in a row of a panel
+  const int pieces = (kRows - first_row) * kPieces;
+  for (int i = threadIdx.x - kGroupThreads; i < pieces; i += kConsumers * kGroupThreads)
+#pragma unroll
+    for (int panel = 0; panel < Tile<kRows, D>::kPanels; ++panel)
+      *reinterpret_cast<uint4*>(tile.at + panel * Tile<kRows, D>::kPanelBytes + (first_row * kPieces + i) * 16) =
+          make_uint4(0, 0, 0, 0);
+  stores_for_products();
+  named_sync(barrier, kConsumers * kGroupThreads);
 }
 
 template <int N>

@@ -132,7 +132,11 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
     float grad_key[D / 8][4], grad_value[D / 8][4];
     clear(grad_key);
     clear(grad_value);
-    if (first_tile < end_tile) barrier_wait(shared.own_full(), 0);
+    if (first_tile < end_tile) {
+      barrier_wait(shared.own_full(), 0);
+      if (visible < a.keys && first_key + kBlockRows > visible)
+        for (int i = 0; i < 2; ++i) clear_rows<D>(shared.own(i), visible - first_key, kBothBarrier);
+    }
     Turn<kStages> turn;
     for (int member = 0; member < a.group; ++member)
       for (int tile = first_tile; tile < end_tile; ++tile, turn.next()) {
@@ -188,10 +192,10 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
     const auto at = [&](const Heads& heads) {
       return static_cast<T*>(heads.data) + batch * heads.batch + kv_head * heads.head + first_row * heads.row;
     };
-    store_rows<T, D>(grad_key, by, shared.own(0), group_row, 1 + consumer, at(a.grad_key), a.grad_key.row,
+    store_rows<T, D>(grad_key, by, shared.own(0), group_row, kOwnBarrier + consumer, at(a.grad_key), a.grad_key.row,
                      a.keys - first_row);
-    store_rows<T, D>(grad_value, one, shared.own(1), group_row, 1 + consumer, at(a.grad_value), a.grad_value.row,
-                     a.keys - first_row);
+    store_rows<T, D>(grad_value, one, shared.own(1), group_row, kOwnBarrier + consumer, at(a.grad_value),
+                     a.grad_value.row, a.keys - first_row);
   }
 }
 
@@ -259,6 +263,8 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
       float weights[kColumns / 8][4], slopes[kColumns / 8][4];  // P, dP
       uint32_t slope_factors[kColumns / 16][4];
       barrier_wait(shared.full(turn.stage), turn.parity);
+      if (visible < a.keys && (tile + 1) * kColumns > visible)
+        for (int i = 0; i < 2; ++i) clear_rows<D>(shared.other(turn.stage, i), visible - tile * kColumns, kBothBarrier);
       products_begin();
       multiply_rows<T, D>(weights, shared.own(0), group_row, shared.other(turn.stage, 0));
       products_commit();

@@ -31,9 +31,6 @@ struct ForwardShared {
   TINYLLM_DEVICE Barrier* values_empty(int stage) const { return keys_full(3 * kStages + stage); }
 };
 
-// Named barriers: each consumer's turn to issue, then each consumer's own.
-constexpr int kTurnBarrier = 1, kOwnBarrier = kTurnBarrier + kConsumers;
-
 template <class T, int D>
 __global__ void __launch_bounds__(kHopperThreads, 1)
     attention_forward_sm90_kernel(const __grid_constant__ TensorMap query_map,  // (B, H, queries, D)
@@ -112,6 +109,10 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
       hide_tile(tiles - 1);
       update<kColumns>(scores, rows, scale, rescale);
       as_factors<T, kColumns>(scores, weights);
+      if (visible < a.keys && tiles * kColumns > visible) {
+        barrier_wait(shared.values_full(0), 0);
+        clear_rows<D>(shared.values(0), visible - (tiles - 1) * kColumns, kBothBarrier);
+      }
 
       for (int tile = tiles - 2; tile >= 0; --tile, turn.next(), values_turn.next()) {
         barrier_wait(shared.keys_full(turn.stage), turn.parity);

@@ -134,6 +134,8 @@ template <int N>
 TINYLLM_DEVICE void products_wait() {
   TINYLLM_SM90("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
 }
+// Behind a thread's own stores to shared memory, and before a barrier: products see them then.
+TINYLLM_DEVICE void stores_for_products() { TINYLLM_SM90("fence.proxy.async.shared::cta;" :: : "memory"); }
 // Registers that a product under way writes or reads: whatever uses them stays behind the wait that this follows.
 template <int N>
 TINYLLM_DEVICE void settle(float (&d)[N][4]) {

@@ -6,7 +6,7 @@ from tinyllm.ops import _cuda
 
 ON_GPU = torch.cuda.is_available() and not _cuda.emulated
 DEVICE = "cuda" if ON_GPU else "cpu"
-why_not = None if _cuda.emulated else _cuda.why_not if ON_GPU else "there is no GPU, and the emulation was not built"
+why_not = None if _cuda.emulated else _cuda.why_not or (None if ON_GPU else "there is no GPU")
 # What they take.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -130,6 +130,7 @@ inline void named_arrive(int id, int threads) {
 // ---- Products of a warpgroup
 
 inline void products_begin() {}
+inline void stores_for_products() {}
 
 template <class Item>
 inline void across_warpgroup(Item& item, void (*act)(Item** items)) {
