@@ -19,6 +19,7 @@ constexpr bool kClusters = false;
 TINYLLM_DEVICE unsigned cluster_rank() { return 0; }
 TINYLLM_DEVICE unsigned cluster_blocks() { return 1; }
 TINYLLM_DEVICE void sync_cluster() {}
+TINYLLM_DEVICE void end_of_cluster() {}
 TINYLLM_DEVICE float read_from_block(const float* shared, unsigned) { return *shared; }
 #else
 constexpr bool kClusters = true;
@@ -36,11 +37,19 @@ TINYLLM_DEVICE unsigned cluster_blocks() {
 }
 
 // A barrier of all threads of all blocks of the cluster: what they wrote to shared memory before it, all can read
-// behind it. A block may end only when nobody reads its memory any more.
+// behind it.
 TINYLLM_DEVICE void sync_cluster() {
   asm volatile(
       "barrier.cluster.arrive.release.aligned;\n"
       "barrier.cluster.wait.acquire.aligned;" ::
+          : "memory");
+}
+
+// Before a block ends, since others may still read its memory. No more than that: what it wrote is not waited for.
+TINYLLM_DEVICE void end_of_cluster() {
+  asm volatile(
+      "barrier.cluster.arrive.relaxed.aligned;\n"
+      "barrier.cluster.wait.aligned;" ::
           : "memory");
 }
 

@@ -140,9 +140,12 @@ auto backward_kernel(const Plan& p) {
 unsigned as_unsigned(int64_t n) { return static_cast<unsigned>(n); }
 
 void launch_forward(const char* op, const Device& device, const Tensor& input, const Plan& p, const NormForward& args) {
-  int64_t rows = p.threads > kWarp ? 1 : kForwardThreads / p.threads;
-  while (rows * p.threads > kWarp && p.threads <= kWarp && ceil_div(args.rows, rows) < device.multiprocessors())
-    rows /= 2;
+  int64_t rows = 1;
+  if (p.threads <= kWarp) {
+    const int64_t processors = device.multiprocessors();
+    rows = kForwardThreads / p.threads;
+    while (rows * p.threads > kWarp && ceil_div(args.rows, rows) < processors) rows /= 2;
+  }
   const int64_t blocks = ceil_div(args.rows, rows) * p.blocks;
   const LaunchShape shape{dim3(as_unsigned(blocks)), dim3(as_unsigned(p.threads), as_unsigned(rows)), kNormSumBytes,
                           as_unsigned(p.blocks)};
@@ -289,9 +292,10 @@ Grads backward(const char* op, const Tensor& grad_normed, const OptionalTensor& 
   }
   args.vectors = static_cast<int>(p.held);
   args.stages = s->stages;
-  const Tensor parts = device.empty(Shape{mean ? 2 : 1, parameter_grads ? s->parts : 0, rows.size}, ScalarType::Float);
+  OptionalTensor parts;
   if (parameter_grads) {
-    args.weight_parts = static_cast<float*>(data_of(parts));
+    parts = device.empty(Shape{mean ? 2 : 1, s->parts, rows.size}, ScalarType::Float);
+    args.weight_parts = static_cast<float*>(data_of(*parts));
     if (mean) args.bias_parts = args.weight_parts + s->parts * rows.size;
   }
   const LaunchShape launch{dim3(as_unsigned(s->parts * p.blocks)), dim3(as_unsigned(p.threads), as_unsigned(s->rows)),

@@ -171,7 +171,7 @@ __global__ void __launch_bounds__(kNormThreads, N < 32 ? 2 : 1) norm_forward_ker
     using V = Packed<T, W>;
     constexpr int kTogether = W == 1 ? 4 : 1;  // vectors whose parameters are loaded together
     NormSums* const sums = reinterpret_cast<NormSums*>(shared_memory());
-    const int step = blockDim.x;
+    int step = blockDim.x;
     const int64_t row =
         static_cast<int64_t>(kCluster ? blockIdx.x / cluster_blocks() : blockIdx.x) * blockDim.y + threadIdx.y;
     const NormSpan span = norm_span<W, kCluster>(a.columns);
@@ -184,10 +184,11 @@ __global__ void __launch_bounds__(kNormThreads, N < 32 ? 2 : 1) norm_forward_ker
 #pragma unroll
     for (int j = 0; j < N; ++j) x[j] = j * step < count ? load_once(input + j * step) : V{};
     if (a.residual != nullptr) {
+      step = recomputed(step);
       const V* const residual =
           reinterpret_cast<const V*>(static_cast<const T*>(a.residual) + row * a.residual_row) + first;
       V* const sum = reinterpret_cast<V*>(static_cast<T*>(a.sum) + row * a.columns) + first;
-      constexpr int kAtOnce = N < 8 ? N : 8;
+      constexpr int kAtOnce = N < 4 ? N : 4;
 #pragma unroll
       for (int j0 = 0; j0 < N; j0 += kAtOnce) {
         V more[kAtOnce];
@@ -222,6 +223,7 @@ __global__ void __launch_bounds__(kNormThreads, N < 32 ? 2 : 1) norm_forward_ker
       row_sum<kCluster>(total, sums[0]);
       mean = total[0] / static_cast<float>(a.columns);
     }
+    step = recomputed(step);
     float squares[1] = {0.0f};
 #pragma unroll
     for (int j = 0; j < N; ++j) {
@@ -239,6 +241,7 @@ __global__ void __launch_bounds__(kNormThreads, N < 32 ? 2 : 1) norm_forward_ker
       a.rstd[row] = rstd;
     }
 
+    step = recomputed(step);
     V* const normed = reinterpret_cast<V*>(static_cast<T*>(a.normed) + row * a.columns) + first;
 #pragma unroll
     for (int j0 = 0; j0 < N; j0 += kTogether) {
@@ -263,7 +266,7 @@ __global__ void __launch_bounds__(kNormThreads, N < 32 ? 2 : 1) norm_forward_ker
         if ((j0 + k) * step < count) normed[(j0 + k) * step] = packed<T>(y);
       }
     }
-    if constexpr (kCluster) sync_cluster();  // others may still read this block's sums
+    if constexpr (kCluster) end_of_cluster();  // others may still read this block's sums
   }
 }
 
@@ -421,8 +424,8 @@ __global__ void __launch_bounds__(backward_threads(N* W < kNormElements), backwa
       }
       row_sum<kCluster>(along, sums[turn]);
       step = recomputed(step);
-      const float along_one = a.mean != nullptr ? along[0] / static_cast<float>(a.columns) : 0.0f;
-      const float along_n = along[1] / static_cast<float>(a.columns);
+      const float along_one = a.mean != nullptr ? along[0] / static_cast<float>(a.columns) * rstd : 0.0f;
+      const float along_n = along[1] / static_cast<float>(a.columns) * rstd;
 
 #pragma unroll
       for (int j0 = 0; j0 < N; j0 += kTogether) {
@@ -438,7 +441,7 @@ __global__ void __launch_bounds__(backward_threads(N* W < kNormElements), backwa
           for (int i = 0; i < W; ++i) {
             weight_sum[j][i] += g[k][i] * n[k][i];
             bias_sum[j][i] += g[k][i];
-            result[i] = (gw[k][i] - along_one - n[k][i] * along_n) * rstd;
+            result[i] = gw[k][i] * rstd - along_one - n[k][i] * along_n;
           }
           if (a.grad_sum != nullptr) {
             float more[W];
@@ -462,7 +465,7 @@ __global__ void __launch_bounds__(backward_threads(N* W < kNormElements), backwa
       write_part(weight_sum, a.weight_parts + part * a.columns, shared, a.columns, first, vectors);
     if (a.bias_parts != nullptr)
       write_part(bias_sum, a.bias_parts + part * a.columns, shared, a.columns, first, vectors);
-    if constexpr (kCluster) sync_cluster();  // others may still read this block's sums
+    if constexpr (kCluster) end_of_cluster();  // others may still read this block's sums
   }
 }
 

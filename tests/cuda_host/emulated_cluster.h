@@ -19,6 +19,8 @@ inline void sync_cluster() {
   emulated::arrive_and_wait(*block.cluster_gathering, block.threads * cluster_blocks());
 }
 
+inline void end_of_cluster() { sync_cluster(); }
+
 inline float read_from_block(const float* shared, unsigned rank) {
   const emulated::Block& own = *emulated::current->block;
   const auto offset = reinterpret_cast<const unsigned char*>(shared) - own.shared;
