@@ -20,8 +20,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -35,7 +36,9 @@ from .timing import format_time, take_turns
 
 NO_GPU, OUT_OF_TIME = "no GPU", "out of time"
 NOT_BUILT, NOT_INSTALLED, NOT_SERVED = "not built", "not installed", "not served"
+LEFT_OUT_OF_QUICK = {gpu_operators.FLEX: "left out of a quick run"}  # it compiles for long
 ROW_LIMIT_S = 100.0  # compiling included
+SILENCE_LIMIT_S = 45.0  # of one provider
 START_LIMIT_S = 90.0
 ROUNDS, QUICK_ROUNDS = 20, 7
 MOST_SETS = 12
@@ -63,11 +66,14 @@ def rows(source: Source, small: bool = False) -> list[GpuRow]:
 # ---- One row
 
 
-def measure(row: GpuRow, device: str, rounds: int, skip: Mapping[str, str]) -> Entries:
+def measure(
+    row: GpuRow, device: str, rounds: int, skip: Mapping[str, str], tell: Callable[[str], None] = lambda _: None
+) -> Entries:
     """What each provider of a row takes, or why that is not known.
 
     Args:
         skip: provider -> why it is left out.
+        tell: is told whose turn it is to be verified.
     """
     torch.compiler.reset()
     built = row.build()
@@ -76,7 +82,7 @@ def measure(row: GpuRow, device: str, rounds: int, skip: Mapping[str, str]) -> E
     case = _without(built, skip)
     del built
     contexts = {name: _backend_of(row, name, device) for name in case.providers}
-    forced = {name: _inside(contexts[name], provider) for name, provider in case.providers.items()}
+    forced = {name: _inside(contexts[name], provider, partial(tell, name)) for name, provider in case.providers.items()}
     errors, failures = check(row, Case(forced, case.exact))
     failed = {**skip, **{name: _text(failure) for name, failure in failures.items()}}
     # What is read from memory must come from there; models and products are no matter of the cache.
@@ -137,8 +143,11 @@ def _backend_of(row: GpuRow, provider: str, device: str) -> Function:
     return lambda: ops.backend(BACKENDS[provider], *row.operators)
 
 
-def _inside(context: Callable[[], AbstractContextManager[None]], provider: Provider) -> Provider:
+def _inside(
+    context: Callable[[], AbstractContextManager[None]], provider: Provider, tell: Callable[[], None]
+) -> Provider:
     def call() -> Any:
+        tell()
         with context():
             return provider.call()
 
@@ -166,12 +175,38 @@ def not_measured(row: GpuRow, reason: str) -> Entries:
     return [{"extra_info": {**facts, "provider": name}} for name in row.ours]
 
 
+# What CUDA calls errors after which a process cannot use its GPU any more, in PyTorch's and in our own kernels' words.
+_FATAL = (
+    "CUDA error",
+    "Triton Error [CUDA]",
+    "an illegal memory access",
+    "an illegal instruction",
+    "misaligned address",
+    "unspecified launch failure",
+    "hardware stack error",
+    "invalid program counter",
+)
+
+
 def _is_fatal(text: str) -> bool:
     """Whether the process cannot use its GPU any more."""
-    return ("CUDA error" in text or "Triton Error [CUDA]" in text) and "out of memory" not in text
+    return any(words in text for words in _FATAL) and "out of memory" not in text
 
 
 # ---- The process that measures
+
+
+class Turn(NamedTuple):
+    """What that process says while it measures: who is next."""
+
+    provider: str
+
+
+class Silent(NamedTuple):
+    """That a provider did not come to an end: a kernel that waits for ever, say."""
+
+    provider: str
+    text: str
 
 
 def _work(connection: Any, seed: int, rounds: int) -> None:
@@ -184,7 +219,7 @@ def _work(connection: Any, seed: int, rounds: int) -> None:
                 answer: Any = gpu_timing.ceilings()
             else:
                 name, skip = request
-                answer = measure(by_name[name], "cuda", rounds, skip)
+                answer = measure(by_name[name], "cuda", rounds, skip, lambda who: connection.send(Turn(who)))
         except Exception as failure:
             answer = _text(failure)
         connection.send(answer)
@@ -201,7 +236,8 @@ class Worker:
         self._process: Any = None
 
     def ask(self, request: Any, limit_s: float) -> Any:
-        """Its answer; text if it has none."""
+        """Its answer; text, or who was silent for too long, if it has none."""
+        silence_s, provider = SILENCE_LIMIT_S, ""
         if self._process is None:
             # Compiling processes of torch.compile's would outlive a killed one, and disturb the clock on the wall.
             os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
@@ -211,11 +247,18 @@ class Worker:
             self._process.start()
             theirs.close()
             limit_s += START_LIMIT_S
+            silence_s += START_LIMIT_S
+        deadline = time.monotonic() + limit_s
         try:
             self._connection.send(request)
-            if self._connection.poll(limit_s):
-                return self._connection.recv()
+            while self._connection.poll(max(0.0, min(silence_s, deadline - time.monotonic()))):
+                answer = self._connection.recv()
+                if not isinstance(answer, Turn):
+                    return answer
+                silence_s, provider = SILENCE_LIMIT_S, answer.provider
             self.stop()
+            if provider and time.monotonic() < deadline:
+                return Silent(provider, f"not done in {silence_s:.0f} s")
             return f"it was not done in {limit_s:.0f} s"
         except (EOFError, OSError):
             self._process.join(5)
@@ -230,20 +273,32 @@ class Worker:
             self._process = None
 
 
-def measure_all(chosen: Sequence[GpuRow], worker: Worker, deadline: float) -> Iterator[tuple[GpuRow, Entries]]:
-    """Rows as they are measured, until time.monotonic() passes `deadline`."""
+def measure_all(
+    chosen: Sequence[GpuRow], worker: Worker, deadline: float, left_out: Mapping[str, str] | None = None
+) -> Iterator[tuple[GpuRow, Entries]]:
+    """Rows as they are measured, until time.monotonic() passes `deadline`. `left_out`: provider -> why."""
+    hung: dict[tuple[str, ...], str] = {}  # key -> in which row
     for row in chosen:
-        skip: dict[str, str] = {}
+        skip = {name: why for name, why in (left_out or {}).items() if name in row.providers}
+        for name in row.providers:
+            before = hung.get(_key(row, name))
+            if before is not None:
+                skip[name] = f"left out, not done in {before}"
         while True:
             left = deadline - time.monotonic()
             if left <= 0:
                 yield row, not_measured(row, OUT_OF_TIME)
                 break
             answer = worker.ask((row.name, skip), min(ROW_LIMIT_S, left))
-            if isinstance(answer, str):
-                if _is_fatal(answer):
+            if isinstance(answer, Silent) and answer.provider not in skip:
+                skip[answer.provider] = answer.text
+                hung[_key(row, answer.provider)] = row.name
+                continue
+            if isinstance(answer, (str, Silent)):
+                text = answer if isinstance(answer, str) else answer.text
+                if _is_fatal(text):
                     worker.stop()
-                yield row, not_measured(row, answer)
+                yield row, not_measured(row, text)
                 break
             failed = {e["extra_info"]["provider"]: e["extra_info"].get("failed", "") for e in answer}
             culprit = next((name for name, text in failed.items() if _is_fatal(text) and name not in skip), None)
@@ -252,6 +307,11 @@ def measure_all(chosen: Sequence[GpuRow], worker: Worker, deadline: float) -> It
                 break
             worker.stop()  # what the providers after this one did says nothing about them: once more without it
             skip[culprit] = failed[culprit]
+
+
+def _key(row: GpuRow, provider: str) -> tuple[str, ...]:
+    """What rows have in common in which a provider may wait for ever."""
+    return (provider, row.direction, *row.operators)
 
 
 # ---- All of them
@@ -277,7 +337,7 @@ def bench(path: Path, quick: bool, only: str, seconds: float) -> None:
             print(f"The ceilings are not known: {answer}", file=sys.stderr)
         else:
             ceilings = answer
-        for row, found in measure_all(chosen, worker, deadline):
+        for row, found in measure_all(chosen, worker, deadline, LEFT_OUT_OF_QUICK if quick else None):
             entries[row.name] = found
             print(_progress(row, found), flush=True)
             gpu_report.save(results(), path)

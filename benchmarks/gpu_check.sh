@@ -31,7 +31,7 @@ done
 if [ -n "$quick" ]; then
     total=175 install_s=90 info_s=15 triton_s=40 cuda_s=40 probe_s=0 sanitizer_s=0
 else
-    total=520 install_s=190 info_s=20 triton_s=150 cuda_s=50 probe_s=20 sanitizer_s=40
+    total=520 install_s=190 info_s=20 triton_s=150 cuda_s=50 probe_s=25 sanitizer_s=40
 fi
 
 root=$(cd "$(dirname "$0")/.." && pwd)
@@ -123,12 +123,16 @@ if _extension.build_record().get("cuda") == "built" and _cuda.why_not is not Non
     sys.exit(f"CUDA C++ was built, but: {_cuda.why_not}")' "$work/no_cuda"
 no_cuda=$(cat "$work/no_cuda" 2>/dev/null || echo "tinyllm does not load")
 
-# tests NAME LIMIT FOLDER PROCESSES: several at once where pytest can do that.
+# tests NAME LIMIT FOLDER OPTIONS...: with those options whose plugin is there, named before them.
 tests() {
-    local many
-    many=$("$python" -c "import xdist; print('-n $4')" 2>/dev/null)
-    # shellcheck disable=SC2086
-    stage "$1" "$2" "$python" -m pytest -q -ra -p no:cacheprovider $many "$3"
+    local name=$1 limit=$2 folder=$3 options=()
+    shift 3
+    while [ $# -gt 0 ]; do
+        # shellcheck disable=SC2206
+        if "$python" -c "import $1" 2>/dev/null; then options+=($2); fi
+        shift 2
+    done
+    stage "$name" "$limit" "$python" -m pytest -q -ra -p no:cacheprovider ${options[@]+"${options[@]}"} "$folder"
 }
 
 sanitizer=$(command -v compute-sanitizer)
@@ -137,7 +141,7 @@ for path in "$toolkit/bin/compute-sanitizer" "$toolkit/compute-sanitizer/compute
 done
 # Small calls of every CUDA C++ operator, watched.
 sanitize() {
-    local tool why=""
+    local tool why="" options
     if [ -n "$quick" ]; then
         why="not run: --quick"
     elif [ -z "$sanitizer" ]; then
@@ -149,8 +153,11 @@ sanitize() {
         if [ -n "$why" ]; then
             note $tool "$why"
         else
+            options=(--tool $tool --error-exitcode 9)
+            # What the driver refuses PyTorch is no error of ours, and of ours every launch is checked.
+            [ $tool = memcheck ] && options+=(--report-api-errors no)
             # Every tensor an allocation of its own, so that memcheck knows where it ends.
-            PYTORCH_NO_CUDA_MEMORY_CACHING=1 stage $tool "$sanitizer_s" "$sanitizer" --tool $tool --error-exitcode 9 \
+            PYTORCH_NO_CUDA_MEMORY_CACHING=1 stage $tool "$sanitizer_s" "$sanitizer" "${options[@]}" \
                 "$python" -m tinyllm.benchmarks.gpu_sanitize
         fi
     done
@@ -161,11 +168,12 @@ if [ -n "$only_bench" ]; then
 elif [ -z "$gpu" ]; then
     note tests "not run: no GPU"
 else
-    tests tests-triton "$triton_s" tests/gpu 8 &
+    tests tests-triton "$triton_s" tests/gpu xdist "-n 8" &
     if [ -n "$no_cuda" ]; then
         note tests-cuda "not run: $no_cuda"
     else
-        tests tests-cuda "$cuda_s" tests/cuda 4
+        # Nothing compiles here: a test that takes long waits for a kernel that does not end.
+        tests tests-cuda "$cuda_s" tests/cuda xdist "-n 4" pytest_timeout "--timeout=20 --timeout-method=thread"
         sanitize
     fi
     wait

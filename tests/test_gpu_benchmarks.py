@@ -221,6 +221,51 @@ def test_a_row_that_ruins_its_process_is_asked_for_again_without_the_culprit() -
     assert texts(found[1][1]) == dict.fromkeys((CUDA, TRITON), "not measured: it was not done in 3 s")
 
 
+def test_who_does_not_come_to_an_end_is_left_out_from_then_on() -> None:
+    row, other = a_row(operators=("layer_norm",)), a_row(operators=("rms_norm",))
+    without = gpu.measure(row, "cpu", 3, {CUDA: "not done in 45 s"})
+    worker: Any = Scripted(gpu.Silent(CUDA, "not done in 45 s"), without, without, without)
+    found = list(gpu.measure_all([row, row, other], worker, time.monotonic() + 60, {FLEX: "left out"}))
+    late = {CUDA: f"left out, not done in {row.name}"}
+    assert [skip for _, skip in worker.requests] == [{}, {CUDA: "not done in 45 s"}, late, {}]
+    assert len(found) == 3
+    assert texts(found[0][1]) == {CUDA: "not done in 45 s", TRITON: "", EAGER: ""}
+
+
+def test_a_quick_run_leaves_out_what_compiles_for_long() -> None:
+    row = a_row({CUDA: right, TRITON: right, EAGER: right, FLEX: right})
+    worker: Any = Scripted([])
+    assert list(gpu.measure_all([row], worker, time.monotonic() + 60, gpu.LEFT_OUT_OF_QUICK))
+    assert worker.requests == [(row.name, gpu.LEFT_OUT_OF_QUICK)]
+
+
+def speaks_and_falls_silent(connection: Any, seed: int, rounds: int) -> None:
+    connection.send(gpu.Turn(EAGER))
+    connection.send(gpu.Turn(CUDA))
+    time.sleep(60)
+
+
+def test_a_silent_worker_says_whose_turn_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "_work", speaks_and_falls_silent)
+    monkeypatch.setattr(gpu, "SILENCE_LIMIT_S", 0.5)
+    worker = gpu.Worker(0, 3)
+    assert worker.ask(("a row", {}), 30) == gpu.Silent(CUDA, "not done in 0 s")
+    assert worker._process is None
+
+
+@pytest.mark.parametrize(
+    ("text", "fatal"),
+    [
+        ("RuntimeError: CUDA error: an illegal memory access was encountered", True),
+        ("RuntimeError: layer_norm_fwd: misaligned address", True),
+        ("RuntimeError: CUDA error: out of memory", False),
+        ("RuntimeError: layer_norm_fwd: invalid argument", False),
+    ],
+)
+def test_which_errors_leave_a_gpu_unusable(text: str, fatal: bool) -> None:
+    assert gpu._is_fatal(text) == fatal
+
+
 def test_rows_beyond_the_time_say_so() -> None:
     worker: Any = Scripted()
     ((_, entries),) = gpu.measure_all([a_row()], worker, time.monotonic())

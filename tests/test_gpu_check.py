@@ -82,7 +82,9 @@ class Machine:
         self.folder = folder
         toolkit = folder / "toolkit" if nvcc else ""
         if nvcc and sanitizer:
-            skip = 'case $1 in --tool) echo "watched by $2"; shift 2;; esac; case $1 in --error*) shift 2;; esac'
+            skip = (
+                'case $1 in --tool) echo "watched by $2"; shift 2;; esac; while [ "${1#--}" != "$1" ]; do shift 2; done'
+            )
             write_script(folder / "toolkit" / "bin" / "compute-sanitizer", f"{skip}\n{sanitizer}\n")
         self.python = write_script(
             folder / "python",
@@ -91,8 +93,9 @@ case "$*" in
 *get_device_name*) printf '%s\\n' Loom 9.0a "{toolkit}" ;;
 "-m pip install"*) env | grep -E '^(TINYLLM_(EXT|CUDA)|TORCH_CUDA_ARCH_LIST|MAX_JOBS)=' | sort ;;
 *print_info*) printf '%s' "{why_no_cuda}" >"$last" && echo what serves what ;;
-*"import xdist"*) exit 1 ;;
-"-m pytest"*) echo "tested $last" ;;
+*"import xdist") exit 1 ;;
+*"import pytest_timeout") ;;
+"-m pytest"*) echo "tested $*" ;;
 *gpu_sanitize) echo "cache off: $PYTORCH_NO_CUDA_MEMORY_CACHING"; exit ${{SANITIZE_STATUS:-0}} ;;
 *torch.ones*) ;;
 "-m tinyllm.benchmarks.gpu "*) echo "benched $*" ;;
@@ -116,7 +119,12 @@ def test_where_there_is_a_gpu_and_nvcc_both_backends_are_built_tested_and_watche
     names = {"install", "info", "tests-triton", "tests-cuda", "memcheck", "racecheck", "bench"}
     assert stages == dict.fromkeys(names, "ok")
     assert re.search(r"MAX_JOBS=\d+\nTINYLLM_CUDA=1\nTINYLLM_EXT=1\nTORCH_CUDA_ARCH_LIST=9\.0a\n", said)
-    for text in ("what serves what", "tested tests/gpu", "tested tests/cuda", "watched by memcheck\ncache off: 1"):
+    for text in (
+        "what serves what",
+        "no:cacheprovider tests/gpu",
+        "--timeout=20 --timeout-method=thread tests/cuda",
+        "watched by memcheck\ncache off: 1",
+    ):
         assert text in said
     assert said.index("== memcheck") < said.index("watched by racecheck") < said.index("== bench")
 
