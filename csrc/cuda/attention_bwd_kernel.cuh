@@ -11,10 +11,11 @@
 // Why it is fast:
 // - The keys' kernel makes S^T and V dO^T, the queries' kernel S and dO V^T: what comes out of these products in
 //   registers is, in 16 bits, the first factor of the next ones. Nothing is exchanged between warps.
-// - Tiles come by cp.async into two buffers, one barrier each: the next is under way while one is worked on. What a
-//   block keeps fits, with them, the 99 KB of 8.6, 8.9 and 12.0.
+// - Tiles come by cp.async into two to four buffers, one barrier each: the next is under way while one is worked on.
+//   With what a block keeps that fits the 99 KB of 8.6, 8.9 and 12.0; at head_dim 64, twice.
 // - Queries beyond the end and those that saw no key have an lse of infinity here: their weights are 0 without a test.
-//   Keys beyond the end are rows of the results, which are not stored, or stored as 0. Only the diagonal is tested for.
+//   In the keys' kernel keys beyond the end are rows of the results, which are not stored, or stored as 0: only the
+//   diagonal is tested for. The queries' kernel tests in tiles that the diagonal or the end crosses.
 #pragma once
 #include "attention_tile.cuh"
 
@@ -61,6 +62,7 @@ struct KeysTile {
   static constexpr int kBlocks = D == 64 ? 2 : 1;  // on a multiprocessor
   static constexpr int kKept = 2 * kKeys * D, kStage = 2 * kQueries * D;
   static constexpr size_t kShared = sizeof(uint16_t) * (kKept + 2 * kStage) + sizeof(float) * 2 * 2 * kQueries;
+  static_assert(kShared <= kSharedEverywhere);
 };
 
 template <class T, int D>
@@ -203,6 +205,7 @@ struct QueriesTile {
   static constexpr int kBlocks = D == 64 ? 2 : 1;  // on a multiprocessor
   static constexpr int kStage = 2 * kKeys * D;
   static constexpr size_t kShared = sizeof(uint16_t) * kStages * kStage;
+  static_assert(kShared <= kSharedEverywhere);
   static_assert(kStages * kStage == 2 * kRows * D, "the block's queries and gradients come through the same memory");
 };
 

@@ -25,6 +25,7 @@ struct DecodeTile {
   static constexpr int kStep = kWarps * kKeys;                                 // parts are multiples of these
   static constexpr int kSumRow = D + 8;  // floats, so that the eight rows that a warp writes lie in different banks
   static constexpr size_t kShared = sizeof(uint16_t) * kWarps * kStages * kStage;
+  static_assert(kShared <= kSharedEverywhere);
   static_assert(sizeof(float) * kWarps * kDecodeRows * (kSumRow + 1) <= kShared);
 };
 

@@ -9,7 +9,8 @@
 //   registers. At head_dim 64 the queries do as well; at 128 they are read again from shared memory, where they cost a
 //   fifth of the traffic.
 // - Tiles of keys and values go alternately through one ring in shared memory, filled by cp.async two or three ahead:
-//   one barrier each. 80 KB (48 at head_dim 64): two blocks on an A100's multiprocessor, one where there are 99 KB.
+//   one barrier each. 80 KB (48 at head_dim 64): two blocks on a multiprocessor of 8.0 or 9.0; one (two) where it has
+//   100 KB.
 // - The weights are, as the products leave them in registers, the first factor of the next product.
 // - Only tiles that the diagonal or the end crosses test for it, and a warp skips those that none of its rows sees.
 //
@@ -27,6 +28,7 @@ struct ForwardTile {
   static constexpr int kSlots = D == 64 ? 4 : 3;
   static constexpr bool kQueryInRegisters = D == 64;
   static constexpr size_t kShared = sizeof(uint16_t) * D * (kRows + kSlots * kKeys);
+  static_assert(kShared <= kSharedEverywhere);
 };
 
 template <class T, int D>

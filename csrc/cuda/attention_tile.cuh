@@ -93,6 +93,9 @@ TINYLLM_DEVICE void as_factors(const float (&scores)[N / 8][4], uint32_t (&a)[N 
   for (int k = 0; k < N / 16; ++k) as_factor<T, N>(scores, k, a[k]);
 }
 
+// What a block may have of shared memory on every GPU from 8.0 on.
+constexpr size_t kSharedEverywhere = 99 * 1024;
+
 // ---- Tiles in shared memory: rows of D numbers of 16 bits, in columns of 16 bytes. Column c of row r lies where
 // column c ^ r % 8 would, so that the same column of eight rows, which is what load_matrices reads at a time, lies in
 // 32 different banks; and so do eight neighbouring columns of a row, which is what copies write at a time.

@@ -111,10 +111,7 @@ def test_lengths_beyond_the_tensor_are_not_beyond_the_memory(queries, family):
 
 
 @pytest.mark.parametrize("queries", [3, 70])
-def test_keys_beyond_their_length_are_not_read(queries, family, request):
-    if family == "90":
-        reason = "Hopper's kernels multiply values beyond the length, by 0"
-        request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
+def test_keys_beyond_their_length_are_not_read(queries, family):
     inputs = [x.requires_grad_() for x in make(1, 1, queries, 100, 64)]
     lengths = torch.tensor([50], device=DEVICE)
     dirty = [x.detach().clone() for x in inputs]
