@@ -1,8 +1,8 @@
 // The scheduler of emulated_platform.h, and what it does for a warp.
 #include <dlfcn.h>
 #include <emulated_platform.h>
+#include <switch.h>
 #include <sys/mman.h>
-#include <ucontext.h>
 
 #include <cstdlib>
 #include <exception>
@@ -34,15 +34,11 @@ class Fiber {
   Fiber(const Fiber&) = delete;
 
   void start(void (*entry)()) {
-    getcontext(&context);
-    context.uc_stack.ss_sp = stack_;
-    context.uc_stack.ss_size = kStackBytes;
-    context.uc_link = nullptr;
-    makecontext(&context, entry, 0);
+    context.start(stack_, kStackBytes, entry);
     done = false;
   }
 
-  ucontext_t context;
+  Context context;
   Thread thread;
   bool done = true;
   std::function<bool()> condition;  // what it waits for; empty: nothing
@@ -54,7 +50,7 @@ class Fiber {
 };
 
 std::vector<std::unique_ptr<Fiber>> fibers;  // kept from launch to launch
-ucontext_t scheduler;
+Context scheduler;
 Fiber* running = nullptr;
 const std::function<void()>* kernel = nullptr;
 bool goes_backward = false;
@@ -67,7 +63,7 @@ void to_scheduler() {
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_start_switch_fiber(self->done ? nullptr : &self->fake_stack, scheduler_stack, scheduler_stack_bytes);
 #endif
-  swapcontext(&self->context, &scheduler);
+  self->context.to(scheduler);
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_finish_switch_fiber(self->fake_stack, &scheduler_stack, &scheduler_stack_bytes);
 #endif
@@ -99,7 +95,7 @@ bool resume(Fiber& fiber) {
   void* fake_stack = nullptr;
   __sanitizer_start_switch_fiber(&fake_stack, fiber.stack(), kStackBytes);
 #endif
-  swapcontext(&scheduler, &fiber.context);
+  scheduler.to(fiber.context);
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_finish_switch_fiber(fake_stack, nullptr, nullptr);
 #endif
