@@ -415,6 +415,7 @@ def test_what_cuda_cpp_does_not_take(emulated):
     refused("head_dim is 64, value's 32; the kernel takes 64 or 128", attend, x, x, narrow)
     refused("attn_mask is given; the kernel takes is_causal and key_lengths", attend, x, x, x, mask)
     refused("dropout_p is 0.1; the kernel drops nothing", attend, x, x, x, dropout_p=0.1)
+    refused("scale is -1.0; the kernel takes positive ones", attend, x, x, x, scale=-1.0)
     refused("no kernel for torch.float32", attend, x.float(), x.float(), x.float())
     assert emulated == []
 

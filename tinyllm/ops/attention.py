@@ -74,7 +74,7 @@ def scaled_dot_product_attention(
     _check_lengths(key_lengths, query)
     if scale is None:
         scale = 1.0 / math.sqrt(query.size(-1)) if query.size(-1) > 0 else 1.0
-    name = choose("attention", query, _limits(query, value, attn_mask, dropout_p))
+    name = choose("attention", query, _limits(query, value, attn_mask, dropout_p, scale))
     if key_lengths is not None and name not in ("cuda", "triton"):
         attn_mask, key_lengths = _mask_of_lengths(key_lengths, attn_mask, key.size(-2)), None
     if name == "reference":
@@ -179,7 +179,9 @@ def _broadcast(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> t
     return query, key, value
 
 
-def _limits(query: Tensor, value: Tensor, attn_mask: Tensor | None, dropout_p: float) -> dict[str, str] | None:
+def _limits(
+    query: Tensor, value: Tensor, attn_mask: Tensor | None, dropout_p: float, scale: float
+) -> dict[str, str] | None:
     if attn_mask is not None and needs_grad(attn_mask):
         return no_kernel("attn_mask requires a gradient; the kernel gives none")
     head_dim, value_dim = query.size(-1), value.size(-1)
@@ -187,13 +189,13 @@ def _limits(query: Tensor, value: Tensor, attn_mask: Tensor | None, dropout_p: f
     if head_dim > 1024 or value_dim > 1024:
         reasons["cpp"] = f"head_dim is {max(head_dim, value_dim)}; the kernel takes at most 1024"
     if _cuda.may_serve(query):
-        reason = _cuda_limit(head_dim, value_dim, attn_mask, dropout_p)
+        reason = _cuda_limit(head_dim, value_dim, attn_mask, dropout_p, scale)
         if reason is not None:
             reasons["cuda"] = reason
     return reasons
 
 
-def _cuda_limit(head_dim: int, value_dim: int, attn_mask: Tensor | None, dropout_p: float) -> str | None:
+def _cuda_limit(head_dim: int, value_dim: int, attn_mask: Tensor | None, dropout_p: float, scale: float) -> str | None:
     """Why the CUDA C++ kernel cannot serve a call. Strides and alignment are its own affair."""
     if head_dim not in (64, 128) or value_dim != head_dim:
         return f"head_dim is {head_dim}, value's {value_dim}; the kernel takes 64 or 128, and the same for value"
@@ -201,6 +203,8 @@ def _cuda_limit(head_dim: int, value_dim: int, attn_mask: Tensor | None, dropout
         return "attn_mask is given; the kernel takes is_causal and key_lengths"
     if dropout_p > 0.0:
         return f"dropout_p is {dropout_p}; the kernel drops nothing"
+    if not scale > 0.0:
+        return f"scale is {scale}; the kernel takes positive ones"
     return None
 
 
