@@ -1,17 +1,11 @@
-// Who waits for whom beyond warps and blocks: the threads of a part of a block, and the blocks of a cluster, which read
-// each other's shared memory (compute capability 9.0 and later). tests/cuda_host has the same functions for the CPU.
+// Blocks of a cluster, which wait for each other and read each other's shared memory (compute capability 9.0 and
+// later). tests/cuda_host has the same functions for the CPU.
 #pragma once
 #include "platform.cuh"
 
 #if defined(__CUDACC__)
 
 namespace tinyllm::cuda {
-
-// A barrier of `threads` threads, whole warps, of the block. id: 1 to 15, the same for those who meet, and another for
-// each part that may wait at the time; 0 is the whole block's.
-TINYLLM_DEVICE void sync_part(int id, int threads) {
-  asm volatile("barrier.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
 
 // Whether this compilation has what follows. A kernel with clusters is compiled for older chips too, with no body.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900

@@ -112,7 +112,7 @@ TINYLLM_DEVICE void row_sum(float (&x)[S], NormSums& shared) {
     if (blockDim.y == 1)
       sync_block();
     else
-      sync_part(1 + threadIdx.y, threads);
+      named_sync(1 + threadIdx.y, threads);
 #pragma unroll
     for (int i = 0; i < S; ++i) {
       x[i] = 0.0f;

@@ -66,6 +66,13 @@ TINYLLM_DEVICE unsigned char* shared_memory() {
 
 TINYLLM_DEVICE void sync_block() { __syncthreads(); }
 TINYLLM_DEVICE void sync_warp() { __syncwarp(); }
+// Barriers 1 to 15 of a block, each for a number of threads; arriving does not wait.
+TINYLLM_DEVICE void named_sync(int id, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+TINYLLM_DEVICE void named_arrive(int id, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
 
 // The values of other lanes; every lane of the warp calls them.
 template <class T>

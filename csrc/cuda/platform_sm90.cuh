@@ -116,14 +116,6 @@ TINYLLM_DEVICE void fewer_registers() {
   TINYLLM_SM90("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
-// Barriers 1 to 15 of a block, each for a number of threads; arriving does not wait.
-TINYLLM_DEVICE void named_sync(int id, int threads) {
-  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
-TINYLLM_DEVICE void named_arrive(int id, int threads) {
-  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
-
 // ---- Products of a warpgroup (wgmma), asynchronous
 
 // Before the first product after ordinary code has touched the registers of d or a.

@@ -4,11 +4,6 @@
 
 namespace tinyllm::cuda {
 
-inline void sync_part(int id, int threads) {
-  if (id < 1 || id > 15 || threads % 32 != 0) throw std::runtime_error("sync_part: there is no such barrier");
-  emulated::arrive_and_wait(emulated::current->block->named[id], static_cast<unsigned>(threads));
-}
-
 constexpr bool kClusters = true;
 
 inline unsigned cluster_rank() { return emulated::current->block->rank; }

@@ -209,6 +209,14 @@ inline void sync_warp() {
   emulated::across_warp(nothing, +[](int**) {});
 }
 
+inline void named_sync(int id, int threads) {
+  emulated::arrive_and_wait(emulated::current->block->named.at(static_cast<size_t>(id)),
+                            static_cast<unsigned>(threads));
+}
+inline void named_arrive(int id, int threads) {
+  emulated::arrive(emulated::current->block->named.at(static_cast<size_t>(id)), static_cast<unsigned>(threads));
+}
+
 template <class T>
 struct Shuffle {
   T value, result;

@@ -119,14 +119,6 @@ inline void more_registers() {}
 template <int kRegisters>
 inline void fewer_registers() {}
 
-inline void named_sync(int id, int threads) {
-  emulated::arrive_and_wait(emulated::current->block->named.at(static_cast<size_t>(id)),
-                            static_cast<unsigned>(threads));
-}
-inline void named_arrive(int id, int threads) {
-  emulated::arrive(emulated::current->block->named.at(static_cast<size_t>(id)), static_cast<unsigned>(threads));
-}
-
 // ---- Products of a warpgroup
 
 inline void products_begin() {}
