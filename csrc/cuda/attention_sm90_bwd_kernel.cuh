@@ -52,19 +52,6 @@ TINYLLM_DEVICE float shift_of(const float* lse, int64_t at, bool inside) {
   return value == -kInfinity ? kInfinity : value;
 }
 
-// attention_tile.cuh's hide for transposed scores: rows are keys, columns queries.
-template <int N>
-TINYLLM_DEVICE void hide_keys(float (&scores)[N / 8][4], int row, int column, int visible, bool causal) {
-  const int lane = threadIdx.x % kWarp, first_row = row + lane / 4, first_column = column + lane % 4 * 2;
-#pragma unroll
-  for (int j = 0; j < N / 8; ++j)
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int key = first_row + i / 2 * 8, query = first_column + 8 * j + i % 2;
-      if (key >= visible || (causal && key > query)) scores[j][i] = -kInfinity;
-    }
-}
-
 template <int D>
 struct KeysTiles {
   static constexpr int kRows = 64, kStages = D == 64 ? 3 : 2;
@@ -152,7 +139,7 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
         settle(weights);
         const int first_query = tile * kRows;
         if (warp_key + 15 >= visible || (a.causal && warp_key + 15 > first_query))
-          hide_keys<kRows>(weights, warp_key, first_query, visible, a.causal);
+          hide<kRows, true>(weights, warp_key, first_query, visible, a.causal);
         const float* const lse = shared.lse(turn.stage) + lane_column;
 #pragma unroll
         for (int j = 0; j < kRows / 8; ++j) {

@@ -19,15 +19,16 @@ TINYLLM_DEVICE int visible_keys(const void* key_lengths, bool long_lengths, int 
 }
 
 // -inf where a key is beyond the visible ones or, with causal, later than its query. row, column: which query and key
-// the tile begins with.
-template <int N>
+// the tile begins with; of transposed scores, whose rows are keys, which key and query.
+template <int N, bool kTransposed = false>
 TINYLLM_DEVICE void hide(float (&scores)[N / 8][4], int row, int column, int visible, bool causal) {
   const int lane = threadIdx.x % kWarp, first_row = row + lane / 4, first_column = column + lane % 4 * 2;
 #pragma unroll
   for (int j = 0; j < N / 8; ++j)
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const int key = first_column + 8 * j + i % 2, query = first_row + i / 2 * 8;
+      const int across = first_row + i / 2 * 8, along = first_column + 8 * j + i % 2;
+      const int key = kTransposed ? across : along, query = kTransposed ? along : across;
       if (key >= visible || (causal && key > query)) scores[j][i] = -kInfinity;
     }
 }

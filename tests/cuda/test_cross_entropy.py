@@ -1,3 +1,4 @@
+import functools
 import itertools
 import math
 
@@ -5,9 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tests import losses
 from tests.cuda.device import DEVICE, DTYPES, ON_GPU, draw, raw
-from tests.ops.parity import check_parity
-from tinyllm import ops, reference
+from tests.losses import values
+from tinyllm import ops
 
 # A warp a row and four rows a block (up to 2 KB), then a block a row; rows of odd lengths begin at any element, so that
 # their vectors have heads and tails of all lengths. The last one is more than shared memory keeps.
@@ -18,32 +20,10 @@ MANY, FEW = 1025, 1024
 
 
 def make(shape, dtype=torch.float32, ignored=()):
-    """Logits, targets of which the rows `ignored` are, and positive class weights."""
-    classes = shape[min(1, len(shape) - 1)]
-    generator = torch.Generator().manual_seed(sum(shape))
-    target = torch.randint(classes, shape[:1] + shape[2:] if len(shape) > 1 else (), generator=generator)
-    for row in ignored:
-        target[row] = -100
-    return (3 * draw(*shape)).to(dtype), target.to(DEVICE), (0.2 + draw(classes, seed=1).abs()).to(dtype)
+    return losses.make(draw, shape, dtype, ignored)
 
 
-def compare(logits, target, **options):
-    """Ours against PyTorch's and the reference, loss and gradient, with a random upstream gradient."""
-    double = {k: v.double() if isinstance(v, torch.Tensor) else v for k, v in options.items()}
-    check_parity(
-        lambda x: ops.cross_entropy(x, target, **options),
-        lambda x: F.cross_entropy(x, target, **options),
-        lambda x: reference.cross_entropy(x, target, **double),
-        (logits,),
-    )
-    assert ops.last_backend() == "cuda"
-
-
-def values(function, logits, *arguments, **options):
-    """Loss and the gradient of its sum, NaN and all."""
-    leaf = logits.detach().requires_grad_()
-    loss = function(leaf, *arguments, **options)
-    return [loss.detach(), *torch.autograd.grad(loss.sum(), leaf)]
+compare = functools.partial(losses.compare, "cuda")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -1,3 +1,4 @@
+import functools
 import itertools
 import math
 
@@ -5,9 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tests import losses
 from tests.gpu.device import DEVICE, draw
-from tests.ops.parity import DTYPES, check_parity
-from tinyllm import ops, reference
+from tests.losses import values
+from tests.ops.parity import DTYPES
+from tinyllm import ops
 
 # The interpreter's numpy tells of every infinity.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -17,32 +20,10 @@ SHAPES = [(1, 1), (5, 1), (3, 2), (7, 16), (4, 31), (3, 65), (2, 20_000), (3, 50
 
 
 def make(shape, dtype=torch.float64, ignored=()):
-    """Logits, targets of which the rows `ignored` are, and positive class weights."""
-    classes = shape[min(1, len(shape) - 1)]
-    generator = torch.Generator().manual_seed(sum(shape))
-    target = torch.randint(classes, shape[:1] + shape[2:] if len(shape) > 1 else (), generator=generator)
-    for row in ignored:
-        target[row] = -100
-    return (3 * draw(*shape)).to(dtype), target.to(DEVICE), (0.2 + draw(classes, seed=1).abs()).to(dtype)
+    return losses.make(draw, shape, dtype, ignored)
 
 
-def compare(logits, target, **options):
-    """Ours against PyTorch's and the reference, loss and gradient, with a random upstream gradient."""
-    double = {k: v.double() if isinstance(v, torch.Tensor) else v for k, v in options.items()}
-    check_parity(
-        lambda x: ops.cross_entropy(x, target, **options),
-        lambda x: F.cross_entropy(x, target, **options),
-        lambda x: reference.cross_entropy(x, target, **double),
-        (logits,),
-    )
-    assert ops.last_backend() == "triton"
-
-
-def values(function, logits, *arguments, **options):
-    """Loss and the gradient of its sum, NaN and all."""
-    leaf = logits.detach().requires_grad_()
-    loss = function(leaf, *arguments, **options)
-    return [loss.detach(), *torch.autograd.grad(loss.sum(), leaf)]
+compare = functools.partial(losses.compare, "triton")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

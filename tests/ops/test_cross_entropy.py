@@ -1,3 +1,4 @@
+import functools
 import itertools
 import math
 
@@ -5,8 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.ops.parity import DTYPES, check_parity
-from tinyllm import ops, reference
+from tests import losses
+from tests.losses import values
+from tests.ops.parity import DTYPES
+from tinyllm import ops
 
 SHAPES = [(1, 1), (5, 1), (3, 2), (7, 16), (4, 31), (129, 65), (17, 1000), (2, 50257), (700, 24)]
 
@@ -29,23 +32,7 @@ def make(shape, dtype=torch.float64, ignored=()):
     return logits.to(dtype), target, weight.to(dtype)
 
 
-def compare(logits, target, **options):
-    """Ours against PyTorch's and the reference, loss and gradient, with a random upstream gradient."""
-    double = {k: v.double() if isinstance(v, torch.Tensor) else v for k, v in options.items()}
-    check_parity(
-        lambda x: ops.cross_entropy(x, target, **options),
-        lambda x: F.cross_entropy(x, target, **options),
-        lambda x: reference.cross_entropy(x, target, **double),
-        (logits,),
-    )
-    assert ops.last_backend() == "cpp"
-
-
-def values(function, logits, *arguments, **options):
-    """Loss and the gradient of its sum, NaN and all."""
-    leaf = logits.detach().requires_grad_()
-    loss = function(leaf, *arguments, **options)
-    return [loss.detach(), *torch.autograd.grad(loss.sum(), leaf)]
+compare = functools.partial(losses.compare, "cpp")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
