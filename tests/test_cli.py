@@ -98,6 +98,7 @@ def test_help(here: Here, tmp_path: Path) -> None:
         "train": "data preset tokenizer vocab-size steps batch-size seq-len lr dropout seed out overwrite device",
         "generate": "run prompt max-new-tokens temperature top-k seed device",
         "bench": "quick only out",
+        "estimate": "preset devices batch-size seq-len precision checkpointing device-memory peak-tflops mfu",
         "info": "help",
     }
     for command, names in flags.items():
@@ -142,6 +143,33 @@ def test_info(here: Here, tmp_path: Path) -> None:
 
 
 # Train, then generate
+
+
+def test_estimate(here: Here, tmp_path: Path) -> None:
+    status, out, _ = here("estimate", "--preset", "gpt3", "--devices", "64", "--checkpointing", cwd=tmp_path)
+    assert status == 0
+    assert "parameters   175 G" in out
+    fits = {line.split()[0]: line.split()[-1] for line in out.splitlines() if line.startswith(("ddp", "fsdp", "deep"))}
+    assert fits == {"ddp": "no", "fsdp": "yes", "deepspeed": "no"}
+    _, out, _ = here("estimate", "--mfu", "0.5", "--peak-tflops", "100", cwd=tmp_path)
+    assert "On one device of 80 GiB, with 1 x 1024 tokens" in out
+    assert "At 50% of 100 TFLOP/s" in out
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        ("--mfu", "1.5", "--mfu is 1.5; at most 1 is allowed"),
+        ("--mfu", "nan", "--mfu is nan; a positive number is needed"),
+        ("--device-memory", "-8", "--device-memory is -8.0; a positive number is needed"),
+        ("--devices", "0", "devices is 0; it must be at least 1"),
+        ("--seq-len", "0", "seq_len is 0; it must be at least 1"),
+    ],
+)
+def test_bad_estimates(option: str, value: str, said: str, here: Here, tmp_path: Path) -> None:
+    status, _, error = here("estimate", option, value, cwd=tmp_path)
+    assert status == 2
+    assert said in error
 
 
 def test_train_says_what_it_does_and_shows_a_sample(folder: Path, trained) -> None:

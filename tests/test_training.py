@@ -156,6 +156,10 @@ def test_presets_are_the_sizes_promised(name: str) -> None:
         "tiny": (128, 512, 4, 4),
         "small": (512, 2048, 12, 8),
         "gpt2": (768, 3072, 12, 12),
+        "gpt2-medium": (1024, 4096, 24, 16),
+        "gpt2-large": (1280, 5120, 36, 20),
+        "gpt2-xl": (1600, 6400, 48, 25),
+        "gpt3": (12_288, 49_152, 96, 96),
     }
     config = TrainConfig.from_preset(name, dropout=0.25, seq_len=48).model_config(1000)
     assert (config.embedding_dim, config.hidden_dim, config.num_layers, config.num_heads) == sizes[name]

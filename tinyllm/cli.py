@@ -30,6 +30,9 @@ SAMPLE_TEMPERATURE = 0.7  # at 1 a model this young wanders off
 SAMPLE_PROMPT = "def"  # no space after it: a BPE's words bring their own
 _TRACEBACK = "TINYLLM_TRACEBACK"  # set it to see where an error comes from
 
+# The keys of PRESETS: a test compares them.
+PresetName = Literal["tutorial", "tiny", "small", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "gpt3"]
+
 app = typer.Typer(
     name="tinyllm",
     help="Train a small language model on real text, and let it write.\n\nStart with: tinyllm train",
@@ -61,7 +64,7 @@ def train(
         ),
     ] = None,
     preset: Annotated[
-        Literal["tutorial", "tiny", "small", "gpt2"],  # the keys of PRESETS: a test compares them
+        PresetName,
         typer.Option(
             help="The size of the model: "
             + "; ".join(f"{name} {p.embedding_dim}/{p.hidden_dim}/{p.num_layers}" for name, p in PRESETS.items())
@@ -184,6 +187,45 @@ def bench(
         from tinyllm.benchmarks.run import bench
 
         raise typer.Exit(bench(only, quick, out))
+
+
+@app.command()
+def estimate(
+    preset: Annotated[PresetName, typer.Option(help="The size of the model, as in train.")] = "gpt2",
+    devices: Annotated[int, typer.Option(help="How many devices share the work.")] = 1,
+    batch_size: Annotated[int, typer.Option(help="Sequences on each device at a time.")] = 1,
+    seq_len: Annotated[int | None, typer.Option(help="Tokens in a sequence. Default: the preset's.")] = None,
+    precision: Annotated[
+        Literal["32-true", "bf16-mixed", "bf16-true"],
+        typer.Option(help="Of weights and computation, as Lightning names them."),
+    ] = "bf16-mixed",
+    checkpointing: Annotated[
+        bool, typer.Option("--checkpointing", help="Keep only the blocks' inputs, and compute the rest again.")
+    ] = False,
+    device_memory: Annotated[float, typer.Option(help="GiB of a device.")] = 80.0,
+    peak_tflops: Annotated[float, typer.Option(help="A device's peak, in TFLOP/s. Default: an H100's, bf16.")] = 989.0,
+    mfu: Annotated[float, typer.Option(help="The fraction of it that training reaches, above 0 and to 1.")] = 0.4,
+) -> None:
+    """Say what training a model of a preset's size takes: parameters, memory, time. Nothing is trained.
+
+    For example: tinyllm estimate --preset gpt3 --devices 64 --checkpointing
+    """
+    with _one_line_errors():
+        for name, value in (("device-memory", device_memory), ("peak-tflops", peak_tflops), ("mfu", mfu)):
+            if not 0 < value < float("inf"):
+                raise ValueError(f"--{name} is {value}; a positive number is needed")
+        if mfu > 1:
+            raise ValueError(f"--mfu is {mfu}; at most 1 is allowed")
+        config = TrainConfig.from_preset(preset, seq_len=seq_len)
+        _prepare_process()
+        from tinyllm import estimate as estimates
+
+        model = config.model_config(PRESETS[preset].vocab_size)
+        settings = estimates.Settings(devices, batch_size, config.seq_len, precision, device_memory, peak_tflops, mfu)
+        found = estimates.estimate(
+            model, devices=devices, batch_size=batch_size, precision=precision, checkpointing=checkpointing
+        )
+        typer.echo(estimates.report(preset, model, found, settings))
 
 
 @app.command()

@@ -1,0 +1,184 @@
+"""What training a model takes, before anything is bought: parameters, computation, memory on each device, speed.
+
+The model is built on the meta device, so its parameters are counted, not computed. The rest is arithmetic, and tests
+compare it with what small models are measured to take. B sequences of T tokens a device, D = embedding_dim,
+H = hidden_dim, V = vocab_size, L = num_layers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from tinyllm.model import SimpleLLM, SimpleLLMConfig
+
+# Bytes for each parameter: the weight, its gradient, AdamW's two moments, and the copy that autocast computes with.
+PRECISIONS = {"32-true": (4, 4, 8, 0), "bf16-mixed": (4, 4, 8, 2), "bf16-true": (2, 2, 4, 0)}
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one device, at the peak of a training step."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        """All of them. What allocators lose between tensors, some percent, comes on top."""
+        return self.weights + self.gradients + self.optimizer + self.activations
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What `estimate` finds.
+
+    Attributes:
+        parameters: how many numbers are learned; tied ones once.
+        flops_per_token: of forward and backward, a multiplication and an addition as two. What gradient checkpointing
+            computes again does not count, as in the usual definition of MFU.
+        memory: strategy -> what each device holds.
+    """
+
+    parameters: int
+    flops_per_token: int
+    memory: dict[str, Memory]
+
+    def tokens_per_second(self, devices: int, peak_flops: float, mfu: float) -> float:
+        """Of all devices together. peak_flops: of one, a second. mfu: the fraction of it that the model's own
+        computation reaches."""
+        return devices * peak_flops * mfu / self.flops_per_token
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What `report` is told of the machines: devices, B and T on each, GiB of each, its peak, the fraction reached."""
+
+    devices: int
+    batch_size: int
+    seq_len: int
+    precision: str
+    device_memory: float
+    peak_tflops: float
+    mfu: float
+
+
+def estimate(
+    config: SimpleLLMConfig,
+    *,
+    devices: int = 1,
+    batch_size: int = 1,
+    seq_len: int | None = None,
+    precision: str = "bf16-mixed",
+    checkpointing: bool = False,
+) -> Estimate:
+    """Parameters, computation and memory of training a model with AdamW.
+
+    The strategies: "ddp" has everything on every device; "fsdp" a share of everything, and two blocks' weights
+    gathered while one works and the next one comes; "deepspeed" (its stage 2) all weights, and a share of gradients and
+    optimizer.
+
+    Args:
+        config: the model.
+        devices: how many share the work.
+        batch_size: B, sequences on each device at a time.
+        seq_len: T; None: the model's max_seq_len.
+        precision: "32-true", "bf16-mixed" or "bf16-true", as Lightning names them.
+        checkpointing: keep only each block's input and compute the rest of it again in backward.
+
+    Raises:
+        ValueError: a number below 1, seq_len above max_seq_len, an unknown precision.
+    """
+    seq_len = config.max_seq_len if seq_len is None else seq_len
+    for name, value in (("devices", devices), ("batch_size", batch_size), ("seq_len", seq_len)):
+        if value < 1:
+            raise ValueError(f"{name} is {value}; it must be at least 1")
+    if seq_len > config.max_seq_len:
+        raise ValueError(f"seq_len is {seq_len}; the model takes at most max_seq_len, {config.max_seq_len}")
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision is {precision!r}; allowed are {', '.join(map(repr, PRECISIONS))}")
+    with torch.device("meta"):
+        model = SimpleLLM.from_config(config)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    block = sum(parameter.numel() for parameter in model.transformer_blocks[0].parameters()) if config.num_layers else 0
+    activations = batch_size * seq_len * _activation_bytes(config, seq_len, precision, checkpointing)
+
+    weight, gradient, optimizer, copy = PRECISIONS[precision]
+    share = -(-parameters // devices)
+    gathered = 2 * block * (weight if copy == 0 else copy) if devices > 1 else 0
+    memory = {
+        "ddp": Memory((weight + copy) * parameters, gradient * parameters, optimizer * parameters, activations),
+        "fsdp": Memory(weight * share + gathered, gradient * share, optimizer * share, activations),
+        "deepspeed": Memory((weight + copy) * parameters, gradient * share, optimizer * share, activations),
+    }
+    return Estimate(parameters, _flops_per_token(config, seq_len), memory)
+
+
+def _flops_per_token(config: SimpleLLMConfig, seq_len: int) -> int:
+    """Of matrix products alone; the rest is below a percent of them."""
+    size = config.embedding_dim
+    projections = 4 if config.num_heads > 1 else 3  # one head has no output projection
+    weights = config.num_layers * (projections * size**2 + 2 * size * config.hidden_dim) + size * config.vocab_size
+    seen = (seq_len + 1) / 2 if config.causal else seq_len  # keys, for each query on average
+    attention = config.num_layers * 2 * size * seen
+    # A product of forward costs two of its size in backward.
+    return round(3 * 2 * (weights + attention))
+
+
+def _activation_bytes(config: SimpleLLMConfig, seq_len: int, precision: str, checkpointing: bool) -> int:
+    """What forward keeps for backward, for each token.
+
+    Of a block: the two norms' inputs and outputs, query, key, value and attention's output, the network's hidden layer
+    (twice where its activation cannot be told from its output), and in float32 the norms' statistics and attention's
+    log-sum-exp. Autocast leaves the norms in float32.
+    """
+    width = 2 if precision != "32-true" else 4
+    wide = 4 if precision == "bf16-mixed" else width
+    size, hidden = config.embedding_dim, config.hidden_dim * (1 if config.activation == "relu" else 2)
+    block = (6 * size + hidden) * width + 2 * size * wide + (config.num_heads + 4) * 4
+    if checkpointing:
+        inputs = 2 if config.norm_first else 1  # pre-norm blocks leave a branch for the next one to add
+        blocks = config.num_layers * inputs * size * wide + (block if config.num_layers else 0)
+    else:
+        blocks = config.num_layers * block
+    # The final norm's input and output; the logits of a large vocabulary are never there.
+    return blocks + (2 * size * wide if config.norm_first else 0)
+
+
+def report(name: str, config: SimpleLLMConfig, found: Estimate, settings: Settings) -> str:
+    """An estimate as text for a terminal."""
+    gib, alone = 2**30, settings.devices == 1
+    lines = [
+        f"{name}: {config.num_layers} layers of {config.embedding_dim} and {config.hidden_dim}, "
+        f"{config.num_heads} heads, {config.vocab_size} tokens",
+        f"parameters   {_in_words(found.parameters)}",
+        f"computation  {_in_words(found.flops_per_token)}FLOP a token, forward and backward",
+        "",
+        f"On {'one device' if alone else f'each of {settings.devices} devices'} of {settings.device_memory:g} GiB, "
+        f"with {settings.batch_size} x {settings.seq_len} tokens at a time, {settings.precision}, AdamW, in GiB:",
+        f"{'':<11}{'weights':>10}{'gradients':>11}{'optimizer':>11}{'activations':>13}{'in all':>10}  fits",
+    ]
+    for strategy, memory in {"": found.memory["ddp"]}.items() if alone else found.memory.items():
+        share = memory.total / gib / settings.device_memory
+        fits = "no" if share > 1 else "yes" if share <= 0.9 else "hardly: allocators lose some percent"
+        lines.append(
+            f"{strategy:<11}{memory.weights / gib:>10.1f}{memory.gradients / gib:>11.1f}{memory.optimizer / gib:>11.1f}"
+            f"{memory.activations / gib:>13.1f}{memory.total / gib:>10.1f}  {fits}"
+        )
+    speed = found.tokens_per_second(settings.devices, settings.peak_tflops * 1e12, settings.mfu)
+    lines += [
+        "",
+        f"At {settings.mfu:.0%} of {settings.peak_tflops:g} TFLOP/s a device: {_in_words(speed)}tokens/s in all; "
+        f"20 tokens a parameter take {20 * found.parameters / speed / 86_400:,.1f} days",
+    ]
+    return "\n".join(lines)
+
+
+def _in_words(number: float) -> str:
+    for factor, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= factor:
+            return f"{number / factor:.3g} {unit}"
+    return f"{number:.3g} "
