@@ -98,6 +98,7 @@ def test_help(here: Here, tmp_path: Path) -> None:
         "train": "data preset tokenizer vocab-size steps batch-size seq-len lr dropout seed out overwrite device",
         "generate": "run prompt max-new-tokens temperature top-k seed device",
         "bench": "quick only out",
+        "eval": "run data batch-size device",
         "estimate": "preset devices batch-size seq-len precision checkpointing device-memory peak-tflops mfu",
         "info": "help",
     }
@@ -195,6 +196,17 @@ def test_generate(folder: Path, trained, here: Here) -> None:
     assert here(*command, 2, "--top-k", 50, cwd=folder)[1] != first
     greedy = [here(*command, seed, "--temperature", 0, cwd=folder)[1] for seed in (1, 2)]
     assert greedy[0] == greedy[1]
+
+
+def test_eval(folder: Path, trained, here: Here) -> None:
+    status, out, _ = here("eval", "--run", "run", "--data", "text.py", cwd=folder)
+    assert status == 0
+    assert f"1 documents, {len(TEXT):,} bytes" in out
+    names = [line.split("  ")[0] for line in out.splitlines()[1:]]
+    assert names == ["loss", "perplexity", "bits per byte"]
+    status, _, error = here("eval", "--run", "run", "--data", "nowhere.txt", cwd=folder)
+    assert status == 2
+    assert "nowhere.txt" in error
 
 
 def test_default_out_is_a_new_folder(folder: Path, here: Here, tmp_path: Path) -> None:

@@ -189,6 +189,43 @@ def bench(
         raise typer.Exit(bench(only, quick, out))
 
 
+@app.command("eval")
+def evaluate(
+    run: Annotated[Path, typer.Option(metavar="DIR", help="The folder that a training made.")],
+    data: Annotated[
+        list[Path], typer.Option(metavar="PATH...", help="Text files, or directories of them, as in train.")
+    ],
+    paths: Annotated[
+        list[Path] | None, typer.Argument(metavar="PATH", help="More files or directories, as after --data.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Sequences at a time.")] = 16,
+    device: Annotated[str, typer.Option(help="cpu, cuda, or auto: a GPU if there is one.")] = "auto",
+) -> None:
+    """Measure how well a trained model predicts texts: loss, perplexity, bits per byte.
+
+    Bits per byte compare models whatever their tokenizers. For example: tinyllm eval --run
+    runs/tiny-1 --data new.txt
+    """
+    with _one_line_errors():
+        _prepare_process()
+        from tinyllm.checkpoint import load_run
+        from tinyllm.data import find_files
+        from tinyllm.evaluation import evaluate_texts
+        from tinyllm.training import choose_device
+
+        corpus = find_files([*data, *(paths or [])])
+        model, tokenizer, _ = load_run(run, choose_device(device))
+        found = evaluate_texts(model, tokenizer, corpus.texts(0), batch_size)
+        typer.echo(
+            f"{found.documents:,} documents, {found.num_bytes:,} bytes, {found.tokens:,} tokens\n"
+            f"loss           {found.loss:.4f} nats a token\n"
+            f"perplexity     {found.perplexity:.2f}\n"
+            f"bits per byte  {found.bits_per_byte:.4f}"
+        )
+        if found.unknown:
+            typer.echo(f"{found.unknown:,} tokens are not in the vocabulary: bits per byte do not compare")
+
+
 @app.command()
 def estimate(
     preset: Annotated[PresetName, typer.Option(help="The size of the model, as in train.")] = "gpt2",
