@@ -122,7 +122,7 @@ def test_the_modules_that_help_needs_do_not_import_torch() -> None:
 
 
 def test_presets_offered_are_the_presets_there_are() -> None:
-    hints = typing.get_type_hints(cli.train)
+    hints = typing.get_type_hints(cli.training.train)
     assert typing.get_args(hints["preset"]) == tuple(PRESETS)
 
 
@@ -131,7 +131,7 @@ def test_version(here: Here, tmp_path: Path) -> None:
 
 
 def test_bench_says_what_is_missing(here: Here, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "find_spec", lambda name: None if name == "pytest_benchmark" else object())
+    monkeypatch.setattr(cli.machine, "find_spec", lambda name: None if name == "pytest_benchmark" else object())
     status, _, err = here("bench", "--quick", cwd=tmp_path)
     assert status == 2
     assert "pytest_benchmark missing; pip install 'tinyllm[test]' brings what bench needs" in err

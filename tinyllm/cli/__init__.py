@@ -1,0 +1,33 @@
+"""The command `tinyllm`: train a small language model, let it write, see what is built.
+
+Only what `--help` needs is imported at the top of these files; torch takes a second, so it waits for a command.
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+from typing import Annotated
+
+import typer
+
+from tinyllm.cli import machine, models, training
+from tinyllm.cli._app import PresetName, app
+
+__all__ = ["PresetName", "app", "machine", "main", "models", "training"]
+
+
+def main() -> None:
+    """Run the command line; exits with 0, with 2 for bad input, with 130 after Ctrl-C."""
+    app()
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    show_version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
+) -> None:
+    if show_version:
+        try:
+            typer.echo(f"tinyllm {version('tinyllm')}")
+        except PackageNotFoundError:
+            typer.echo("tinyllm, run from its sources, not installed")
+        raise typer.Exit

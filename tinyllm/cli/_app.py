@@ -1,0 +1,57 @@
+"""What the commands share: the application, how errors are shown, what a program may do to its process."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import typer
+
+SAMPLE_TOKENS = 200
+SAMPLE_TEMPERATURE = 0.7  # at 1 a model this young wanders off
+_TRACEBACK = "TINYLLM_TRACEBACK"  # set it to see where an error comes from
+
+# The keys of PRESETS: a test compares them.
+PresetName = Literal["tutorial", "tiny", "small", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "gpt3"]
+
+app = typer.Typer(
+    name="tinyllm",
+    help="Train a small language model on real text, and let it write.\n\nStart with: tinyllm train",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+def prepare_process() -> None:
+    """What a program may do to its own process, and a library may not."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a model may write what the terminal cannot show
+            stream.reconfigure(errors="replace")
+    from tinyllm.allocator import tune_allocator
+
+    tune_allocator()  # where it does not apply, `tinyllm info` says why
+
+
+def write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Turn what the user can mend into one line on stderr and exit status 2."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise  # the reader of our output has gone, such as `| head`: typer ends in silence
+    except (ValueError, OSError, FloatingPointError) as error:
+        if os.environ.get(_TRACEBACK):
+            raise
+        line = " ".join(str(error).split())
+        typer.echo(f"tinyllm: error: {line}", err=True)
+        raise typer.Exit(2) from None

@@ -1,0 +1,88 @@
+"""The commands about this machine and others: bench, estimate, info."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from tinyllm.cli._app import PresetName, app, one_line_errors, prepare_process
+from tinyllm.presets import PRESETS, TrainConfig
+
+
+@app.command()
+def bench(
+    quick: Annotated[bool, typer.Option("--quick", help="A first impression, in a few minutes.")] = False,
+    only: Annotated[
+        str | None,
+        typer.Option(metavar="PATTERN", help="Rows whose name contains this; * and ? match anything."),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Write JSON and pictures there. Default, of a whole run: benchmarks/results."),
+    ] = None,
+) -> None:
+    """Compare every operator and the model with PyTorch and torch.compile, on this machine.
+
+    Each result is checked before it is timed. A whole run takes a quarter of an hour. For example:
+    tinyllm bench --only "causal attention forward"
+    """
+    with one_line_errors():
+        missing = [name for name in ("pytest", "pytest_benchmark") if find_spec(name) is None]
+        if missing:
+            raise ValueError(f"{' and '.join(missing)} missing; pip install 'tinyllm[test]' brings what bench needs")
+        prepare_process()
+        from tinyllm.benchmarks.run import bench
+
+        raise typer.Exit(bench(only, quick, out))
+
+
+@app.command()
+def estimate(
+    preset: Annotated[PresetName, typer.Option(help="The size of the model, as in train.")] = "gpt2",
+    devices: Annotated[int, typer.Option(help="How many devices share the work.")] = 1,
+    batch_size: Annotated[int, typer.Option(help="Sequences on each device at a time.")] = 1,
+    seq_len: Annotated[int | None, typer.Option(help="Tokens in a sequence. Default: the preset's.")] = None,
+    precision: Annotated[
+        Literal["32-true", "bf16-mixed", "bf16-true"],
+        typer.Option(help="Of weights and computation, as Lightning names them."),
+    ] = "bf16-mixed",
+    checkpointing: Annotated[
+        bool, typer.Option("--checkpointing", help="Keep only the blocks' inputs, and compute the rest again.")
+    ] = False,
+    device_memory: Annotated[float, typer.Option(help="GiB of a device.")] = 80.0,
+    peak_tflops: Annotated[float, typer.Option(help="A device's peak, in TFLOP/s. Default: an H100's, bf16.")] = 989.0,
+    mfu: Annotated[float, typer.Option(help="The fraction of it that training reaches, above 0 and to 1.")] = 0.4,
+) -> None:
+    """Say what training a model of a preset's size takes: parameters, memory, time. Nothing is trained.
+
+    For example: tinyllm estimate --preset gpt3 --devices 64 --checkpointing
+    """
+    with one_line_errors():
+        for name, value in (("device-memory", device_memory), ("peak-tflops", peak_tflops), ("mfu", mfu)):
+            if not 0 < value < float("inf"):
+                raise ValueError(f"--{name} is {value}; a positive number is needed")
+        if mfu > 1:
+            raise ValueError(f"--mfu is {mfu}; at most 1 is allowed")
+        config = TrainConfig.from_preset(preset, seq_len=seq_len)
+        prepare_process()
+        from tinyllm import estimate as estimates
+
+        model = config.model_config(PRESETS[preset].vocab_size)
+        settings = estimates.Settings(devices, batch_size, config.seq_len, precision, device_memory, peak_tflops, mfu)
+        found = estimates.estimate(
+            model, devices=devices, batch_size=batch_size, precision=precision, checkpointing=checkpointing
+        )
+        typer.echo(estimates.report(preset, model, found, settings))
+
+
+@app.command()
+def info() -> None:
+    """Show versions, what is built, and which backend serves each operator, and why."""
+    with one_line_errors():
+        prepare_process()
+        from tinyllm.info import print_info
+
+        print_info()
