@@ -283,7 +283,7 @@ def test_plot_of_unfinished_metrics(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("")
     plot_loss(tmp_path / "metrics.jsonl", tmp_path / "p.png", title="nothing yet")
     assert (tmp_path / "p.png").stat().st_size > 1000
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "split": "train", "loss": 2.0}\n{"step"')
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "split": "train", "loss": 2.0}\n{"step"\n')
     with pytest.raises(ValueError, match=r"metrics.jsonl, line 2"):
         plot_loss(tmp_path / "metrics.jsonl", tmp_path / "p.png", title="")
 
