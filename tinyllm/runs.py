@@ -1,0 +1,271 @@
+"""What the folders of runs say about themselves, read without torch: `tinyllm runs`.
+
+Whether a run is still going on is not written anywhere, as a kill writes nothing. What its files do say:
+
+    finished     all steps that were asked for are done
+    running?     not all, but its last line came about as recently as its lines come
+    interrupted  silent for longer, and its weights were saved after its last line: nothing is lost
+    killed?      silent for longer, and the steps since the last save, if any, are lost; or a device is far slower now
+    broken       a file that a run needs is missing, or is not what it should be
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from tinyllm.metrics import read_metrics
+
+# As in tinyllm.checkpoint, which imports torch: a test compares them.
+CONFIG_FILE = "config.json"
+METRICS_FILE = "metrics.jsonl"
+MODEL_FILE = "model.safetensors"
+CHECKPOINTS = "checkpoints"
+
+_PATIENCE = 5  # times the longest time between two lines, and then a run counts as silent
+_LEAST_PATIENCE = 60.0  # seconds
+_FIRST_LINE = 600.0  # seconds from config.json to the first line: compiling takes long
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """What a run folder says.
+
+    Attributes:
+        path: the folder.
+        state: see the top of this file.
+        problem: why it is broken; None if it is not.
+        preset: the model's size.
+        parameters: how many numbers its model learns; tied ones once.
+        step: steps done.
+        steps: steps asked for.
+        val_loss: the last validation loss, in nats per token.
+        best_val_loss: the lowest one.
+        best_step: and its step.
+        tokens_per_s: the median over the training.
+        elapsed_s: seconds of training.
+        when: its last sign of life: seconds since 1970. A copy of a folder may have that of the copying.
+
+    What a folder does not say is None.
+    """
+
+    path: Path
+    state: str
+    problem: str | None = None
+    preset: str | None = None
+    parameters: int | None = None
+    step: int | None = None
+    steps: int | None = None
+    val_loss: float | None = None
+    best_val_loss: float | None = None
+    best_step: int | None = None
+    tokens_per_s: float | None = None
+    elapsed_s: float | None = None
+    when: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every attribute by its name, as JSON has it: the path a string, `when` in ISO 8601 with its time zone."""
+        when = None if self.when is None else datetime.fromtimestamp(self.when).astimezone().isoformat("T", "seconds")
+        return {**asdict(self), "path": str(self.path), "when": when}
+
+
+def find_runs(directories: Sequence[str | os.PathLike[str]]) -> list[Path]:
+    """The run folders among and below `directories`, each once, in the order of their names.
+
+    A run folder has a metrics.jsonl, or a config.json with a "training" object. What lies below one is its own. Hidden
+    folders are passed over.
+
+    Raises:
+        FileNotFoundError, NotADirectoryError: one of `directories` is not there, or is a file.
+    """
+    found: list[Path] = []
+    seen: set[Path] = set()  # links may lead round in circles
+
+    def look(folder: Path) -> None:
+        real = folder.resolve()
+        if real in seen:
+            return
+        seen.add(real)
+        if _is_run(folder):
+            found.append(folder)
+            return
+        try:
+            below = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+        except PermissionError:
+            return
+        for path in below:
+            look(path)
+
+    for directory in map(Path, directories):
+        if not directory.exists():
+            raise FileNotFoundError(
+                f"there is no folder {directory}; tinyllm train makes runs, in runs/ if not told where"
+            )
+        if not directory.is_dir():
+            raise NotADirectoryError(f"{directory} is a file; a run folder, or a folder of runs, is needed")
+        look(directory)
+    return found
+
+
+def describe_run(folder: str | os.PathLike[str], now: float | None = None) -> RunInfo:
+    """What `folder` says about its run. A broken one is described as such, so this raises nothing.
+
+    Args:
+        folder: a run folder.
+        now: the time to judge its silence by, in seconds since 1970; None: the present.
+    """
+    folder = Path(folder)
+    now = time.time() if now is None else now
+    when = next((_changed(folder / name) for name in (METRICS_FILE, CONFIG_FILE) if (folder / name).exists()), None)
+    try:
+        config = read_config(folder)
+        training = config["training"]
+        known: dict[str, Any] = {
+            "preset": str(training.get("preset", "")) or None,
+            "parameters": count_parameters(config["model"]),
+            "steps": training.get("steps"),
+            "when": when,
+        }
+        if type(known["steps"]) is not int:
+            raise ValueError(f"{folder / CONFIG_FILE} does not say how many steps were asked for")
+        lines = read_metrics(folder / METRICS_FILE) if (folder / METRICS_FILE).exists() else []
+    except (OSError, ValueError) as error:
+        return RunInfo(folder, "broken", problem=str(error), when=when)
+
+    val = [(line["loss"], line["step"]) for line in lines if line["split"] == "val" and line["loss"] is not None]
+    speeds = [line["tokens_per_s"] for line in lines if line["split"] == "train" and line.get("tokens_per_s")]
+    best_val_loss, best_step = min(val, default=(None, None))
+    step = max((line["step"] for line in lines), default=0)
+    return RunInfo(
+        folder,
+        _state(folder, lines, step, known["steps"], now),
+        step=step,
+        val_loss=val[-1][0] if val else None,
+        best_val_loss=best_val_loss,
+        best_step=best_step,
+        tokens_per_s=statistics.median(speeds) if speeds else None,
+        elapsed_s=max((line.get("elapsed_s") or 0.0 for line in lines), default=0.0),
+        **known,
+    )
+
+
+def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """A run's config.json.
+
+    Raises:
+        FileNotFoundError: there is no such folder or file.
+        ValueError: the file is truncated, or another program's.
+    """
+    path = Path(folder, CONFIG_FILE)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"there is no run folder {path.parent}")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path.parent} has no {CONFIG_FILE}: no training, or no whole one, has been here")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON, or is truncated: {error}") from error
+    for name in ("model", "training"):
+        if not isinstance(config, dict) or not isinstance(config.get(name), dict):
+            raise ValueError(f'{path} is not the config of a run: it has no "{name}" object')
+    return config
+
+
+def tokens_per_step(config: dict[str, Any]) -> int | None:
+    """How many tokens a step of the run with this config.json has; None if it does not say."""
+    training = config["training"]
+    sizes = training.get("batch_size"), training.get("seq_len")
+    return sizes[0] * sizes[1] if all(type(size) is int for size in sizes) else None
+
+
+def count_parameters(model: dict[str, Any]) -> int | None:
+    """How many numbers the model with this config learns, tied ones once; None if it does not say.
+
+    That is `SimpleLLM.num_parameters()`, without building the model, and before anything was saved.
+    """
+    try:
+        vocab, dim, hidden, layers = (
+            model[name] for name in ("vocab_size", "embedding_dim", "hidden_dim", "num_layers")
+        )
+        bias = model.get("bias", True)
+
+        def linear(inputs: int, outputs: int) -> int:
+            return inputs * outputs + bias * outputs
+
+        norm = dim + bias * dim
+        attention = (3 if model.get("num_heads", 1) == 1 else 4) * linear(dim, dim)
+        block = attention + linear(dim, hidden) + linear(hidden, dim) + 2 * norm
+        positions = model["max_seq_len"] * dim if model.get("position") == "learned" else 0
+        output = linear(dim, vocab) - (dim * vocab if model.get("tie_embeddings") else 0)
+        return int(vocab * dim + positions + layers * block + bool(model.get("norm_first")) * norm + output)
+    except (KeyError, TypeError):
+        return None
+
+
+def run_names(folders: Sequence[str | os.PathLike[str]]) -> list[str]:
+    """A name for each folder: the end of its path, as short as tells it from the others."""
+    parts = [Path(folder).resolve().parts for folder in folders]
+    names = []
+    for own in parts:
+        length = 1
+        while length < len(own) and sum(other[-length:] == own[-length:] for other in parts) > 1:
+            length += 1
+        names.append(str(Path(*own[-length:])))
+    return names
+
+
+def short_number(value: float) -> str:
+    """1.25M: a number of at most four digits, with a letter for its size."""
+    for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= 0.9995 * size:
+            return f"{value / size:.3g}{letter}"
+    return f"{value:.3g}"
+
+
+def _is_run(folder: Path) -> bool:
+    if (folder / METRICS_FILE).is_file():
+        return True
+    if not (folder / CONFIG_FILE).is_file():
+        return False
+    try:
+        read_config(folder)
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def _state(folder: Path, lines: list[dict[str, Any]], step: int, steps: int, now: float) -> str:
+    if step >= steps:
+        return "finished"
+    if not lines:
+        silent = now - _changed(folder / CONFIG_FILE)
+        return "running?" if silent < _FIRST_LINE else "killed?"
+    times = [line["elapsed_s"] for line in lines if line.get("elapsed_s") is not None]
+    longest = max((later - earlier for earlier, later in itertools.pairwise(times)), default=0.0)
+    last_line = _changed(folder / METRICS_FILE)
+    if now - last_line < max(_LEAST_PATIENCE, _PATIENCE * longest):
+        return "running?"
+    saved = _last_checkpoint(folder) >= step or _changed(folder / MODEL_FILE) >= last_line
+    return "interrupted" if saved else "killed?"
+
+
+def _last_checkpoint(folder: Path) -> int:
+    """The step of the newest of checkpoints/step-N; -1 if there is none."""
+    names = [path.name for path in folder.joinpath(CHECKPOINTS).glob("step-*")]
+    return max((int(name[5:]) for name in names if name[5:].isdecimal()), default=-1)
+
+
+def _changed(path: Path) -> float:
+    """When the file was last written to; long ago if it is not there."""
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0
