@@ -101,6 +101,8 @@ def test_help(here: Here, tmp_path: Path) -> None:
         "eval": "run data batch-size device",
         "estimate": "preset devices batch-size seq-len precision checkpointing device-memory peak-tflops mfu",
         "info": "help",
+        "plot": "out x split overwrite",
+        "runs": "json sort",
     }
     for command, names in flags.items():
         assert command in commands
