@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from tinyllm import plots
-from tinyllm._curves import compared_limits, limits, smooth
+from tinyllm._curves import compared_limits, limits, smooth, steady
 from tinyllm.plots import plot_comparison, plot_run
 
 FIRST_BYTES = {".png": b"\x89PNG\r\n\x1a\n", ".svg": b"<?xml", ".pdf": b"%PDF"}
@@ -273,6 +273,22 @@ def test_smoothing_takes_noise_away() -> None:
     noise = np.random.default_rng(0).normal(size=1000)
     assert smooth(3 + noise)[30:].std() < 0.3
     assert abs(smooth(3 + noise)[-1] - 3) < 0.5
+
+
+@pytest.mark.parametrize("count", [0, 1, 30, 1000])
+def test_a_sudden_change_of_speed_stays_sudden(count: int) -> None:
+    speeds = np.array([9.0] * count + [4.0] * count)
+    assert np.array_equal(steady(speeds), speeds)
+    if count == 1000:
+        speeds[20::50] = 1.0  # a line now and then that waited for a disk
+        assert set(steady(speeds)) == {9.0, 4.0}
+
+
+def test_a_speed_that_halves_is_in_the_picture(tmp_path: Path, figures: list[Any]) -> None:
+    metrics = [line(step, tokens_per_s=9000.0 if step < 45 else 3600.0) for step in range(1, 101)]
+    metrics[70]["tokens_per_s"] = 1e9  # a clock that was set
+    plot_run(run_folder(tmp_path / "run", metrics) / "metrics.jsonl", tmp_path / "p.png", title="")
+    assert 9000 < figures[0].axes[2].get_ylim()[1] < 20_000
 
 
 @pytest.mark.parametrize("values", [[], [3.0], [3.0, 3.0], [0.0]])

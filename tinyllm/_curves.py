@@ -115,6 +115,16 @@ def smooth(values: Array) -> Array:
     return smooth
 
 
+def steady(values: Array) -> Array:
+    """The median of each finite value and its neighbours: noise goes, and a lasting change stays as sudden."""
+    reach = min(15, len(values) // 25)
+    if reach < 1:
+        return values
+    padded = np.pad(values, reach, mode="edge")
+    middle: Array = np.median(np.lib.stride_tricks.sliding_window_view(padded, 2 * reach + 1), axis=-1)
+    return middle
+
+
 def limits(train: Array, val: Array) -> tuple[float, float]:
     """A scale for finite losses without rare spikes, and without a long run's first fall.
 

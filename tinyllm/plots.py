@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tinyllm._curves import Array, Curve, Series, Split, XAxis, compared_limits, limits, smooth, x_axis
+from tinyllm._curves import Array, Curve, Series, Split, XAxis, compared_limits, limits, smooth, steady, x_axis
 from tinyllm._files import replacing
 from tinyllm.metrics import read_metrics
 from tinyllm.runs import METRICS_FILE, read_config, run_names, short_number, tokens_per_step
@@ -72,7 +72,7 @@ def plot_run(
     for axes in (loss, rate):
         axes.tick_params(labelbottom=False)
     figure.text(
-        0.075, 0.965, _short(title, 70), fontsize=13, fontweight="bold", color=_INK, parse_math=False, va="center"
+        0.075, 0.965, _short(title, 60), fontsize=13, fontweight="bold", color=_INK, parse_math=False, va="center"
     )
 
     _draw_loss(loss, run)
@@ -217,8 +217,8 @@ def _draw_speed(axes: Axes, run: Series) -> None:
         return
     middle = float(np.median(speed.y))
     axes.plot(run.speed.x, run.speed.y, color=_GREEN, alpha=0.3, linewidth=0.9)
-    axes.plot(speed.x, smooth(speed.y), color=_GREEN, linewidth=1.6, marker="o" if len(speed.x) == 1 else None)
-    axes.set_ylim(0, min(1.1 * float(speed.y.max()), 2 * middle) or 1.0)
+    axes.plot(speed.x, steady(speed.y), color=_GREEN, linewidth=1.6, marker="o" if len(speed.x) == 1 else None)
+    axes.set_ylim(0, 1.1 * min(float(speed.y.max()), 1.5 * float(np.quantile(speed.y, 0.9))) or 1.0)
     axes.yaxis.set_major_formatter(lambda value, _: short_number(value))
     axes.locator_params(axis="y", nbins=4)
     notes = [f"median {short_number(middle)}"]
