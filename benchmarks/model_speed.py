@@ -23,11 +23,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tinyllm import _extension, info, ops, reference, tune_allocator
+from tinyllm.batches import TokenDataset, val_loader
 from tinyllm.checkpoint import CONFIG_FILE, load_run
-from tinyllm.data import TRAIN_FILE, TokenDataset, train_loader
+from tinyllm.data import TRAIN_FILE
 from tinyllm.generation import generate
 from tinyllm.model import SimpleLLM
-from tinyllm.training import TrainConfig, adamw, next_token_loss
+from tinyllm.training import TrainConfig, adamw
 
 from .timing import format_time, take_turns
 
@@ -74,7 +75,7 @@ def comparison(run: Path, rounds: int | None = None) -> str:
     except (KeyError, TypeError) as error:
         raise ValueError(f"{run / CONFIG_FILE} does not say how the model was trained: {error}") from error
     dataset = TokenDataset(run / TRAIN_FILE, model.config.vocab_size, training.seq_len)
-    inputs, targets = next(iter(train_loader(dataset, batch_size=training.batch_size, steps=1, seed=0)))
+    inputs, targets = next(iter(val_loader(dataset, batch_size=training.batch_size, max_batches=1)))
     _check_same(model, inputs)
 
     prompt = inputs[:1, : model.config.max_seq_len]
@@ -149,7 +150,7 @@ def _training_step(model: SimpleLLM, config: TrainConfig, inputs: Tensor, target
     optimizer = adamw(model.train(), config)
 
     def step() -> None:
-        loss = next_token_loss(model, inputs, targets)
+        loss = model.loss(inputs, targets)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)

@@ -125,7 +125,7 @@ def test_the_modules_that_help_needs_do_not_import_torch() -> None:
 
 def test_presets_offered_are_the_presets_there_are() -> None:
     hints = typing.get_type_hints(cli.training.train)
-    assert typing.get_args(hints["preset"]) == tuple(PRESETS)
+    assert typing.get_args(typing.get_args(hints["preset"])[0]) == tuple(PRESETS)
 
 
 def test_version(here: Here, tmp_path: Path) -> None:
@@ -244,12 +244,12 @@ def test_words(here: Here, tmp_path: Path) -> None:
 
 
 def test_a_folder_in_use_is_refused(folder: Path, trained) -> None:
-    before = {path.name: path.read_bytes() for path in (folder / "run").iterdir()}
+    before = {path: path.read_bytes() for path in (folder / "run").rglob("*") if path.is_file()}
     done = tinyllm("train", "--data", "text.py", *QUICK, "--out", "run", cwd=folder, status=2)
     assert is_one_error(done.stderr)
     assert "out run is not empty" in done.stderr
     assert "--overwrite" in done.stderr
-    assert {path.name: path.read_bytes() for path in (folder / "run").iterdir()} == before
+    assert {path: path.read_bytes() for path in (folder / "run").rglob("*") if path.is_file()} == before
 
 
 def test_overwrite(folder: Path, here: Here, tmp_path: Path) -> None:

@@ -1,25 +1,21 @@
-"""From files to batches: which files count, what is refused, what the windows hold."""
+"""From files to tokens: which files count, what is refused, what is written."""
 
 from __future__ import annotations
 
 import itertools
-import pickle
 import random
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from tinyllm import data
+from tinyllm.batches import TokenDataset
 from tinyllm.data import (
-    TokenDataset,
     find_files,
     read_text,
     standard_library,
     token_dtype,
-    train_loader,
-    val_loader,
     write_tokens,
 )
 from tinyllm.tokenizer import BPETokenizer, CharTokenizer, WordTokenizer
@@ -215,74 +211,3 @@ def test_a_failure_leaves_the_old_files(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="the disk is gone"):
         write_tokens(texts(), tokenizer, tmp_path, seq_len=4)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
-
-
-# Windows and batches
-
-
-@pytest.fixture
-def counting(tmp_path: Path) -> TokenDataset:
-    path = tmp_path / "train.bin"
-    np.arange(100, dtype=np.uint16).tofile(path)
-    return TokenDataset(path, vocab_size=100, seq_len=7)
-
-
-def test_windows(counting: TokenDataset) -> None:
-    assert len(counting) == 93
-    for index in (0, 1, 92):
-        inputs, targets = counting[index]
-        assert inputs.dtype == targets.dtype == torch.int64
-        assert inputs.tolist() == list(range(index, index + 7))
-        assert targets.tolist() == list(range(index + 1, index + 8))
-    for index in (-1, 93):
-        with pytest.raises(IndexError, match="93 windows"):
-            counting[index]
-
-
-def test_a_batch_is_its_windows(counting: TokenDataset) -> None:
-    inputs, targets = counting.__getitems__([5, 92, 5])
-    assert inputs.shape == targets.shape == (3, 7)
-    for row, index in enumerate([5, 92, 5]):
-        assert torch.equal(inputs[row], counting[index][0])
-        assert torch.equal(targets[row], counting[index][1])
-
-
-def test_a_pickled_dataset_carries_no_tokens(counting: TokenDataset) -> None:
-    assert len(pickle.dumps(counting)) < 1000
-    assert torch.equal(pickle.loads(pickle.dumps(counting))[3][0], counting[3][0])
-
-
-def test_train_loader_is_seeded(counting: TokenDataset) -> None:
-    def starts(seed: int) -> list[list[int]]:
-        batches = train_loader(counting, batch_size=4, steps=25, seed=seed)
-        return [inputs[:, 0].tolist() for inputs, _ in batches]
-
-    assert starts(1) == starts(1) != starts(2)
-    assert len(starts(1)) == 25
-    assert {len(batch) for batch in starts(1)} == {4}
-    assert len({start for batch in starts(1) for start in batch}) > 50  # from all over the file
-
-
-def test_train_loader_may_ask_for_more_than_the_file_has(counting: TokenDataset) -> None:
-    assert len(list(train_loader(counting, batch_size=64, steps=10, seed=0))) == 10
-
-
-def test_val_loader_covers_the_file_without_overlap(counting: TokenDataset) -> None:
-    starts = [i for inputs, _ in val_loader(counting, batch_size=4, max_batches=99) for i in inputs[:, 0].tolist()]
-    assert starts == list(range(0, 98, 7))  # 14 windows of 7, the last with its target at 98
-    few = [i for inputs, _ in val_loader(counting, batch_size=2, max_batches=2) for i in inputs[:, 0].tolist()]
-    assert few == [0, 21, 49, 70]
-
-
-def test_bad_token_files(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"none.bin"):
-        TokenDataset(tmp_path / "none.bin", 10, 4)
-    path = tmp_path / "odd.bin"
-    path.write_bytes(b"\0" * 31)
-    with pytest.raises(ValueError, match=r"odd.bin.*truncated"):
-        TokenDataset(path, 10, 4)
-    path.write_bytes(b"\0" * 8)
-    with pytest.raises(ValueError, match="4 tokens; seq_len 4 needs 5"):
-        TokenDataset(path, 10, 4)
-    with pytest.raises(ValueError, match="seq_len is 0"):
-        TokenDataset(path, 10, 0)

@@ -21,11 +21,19 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
-        with temporary.open("rb") as file:  # on the disk before the name points to it
-            os.fsync(file.fileno())
+        fsync(temporary)  # on the disk before the name points to it
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def fsync(path: Path) -> None:
+    """Wait until the file, or the names in the directory, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

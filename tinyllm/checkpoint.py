@@ -2,10 +2,14 @@
 
     config.json        model (SimpleLLMConfig), training (TrainConfig), data, versions
     tokenizer.json     see tinyllm.tokenizer
-    model.safetensors  the weights; tied ones are stored once
-    metrics.jsonl      one JSON object a line: step, split, loss, lr, tokens_per_s, elapsed_s
+    model.safetensors  the weights of the last checkpoint; tied ones are stored once
+    checkpoints/       what a training needs to go on, see tinyllm.state
+    metrics.jsonl      one JSON object a line, see tinyllm.metrics
+    metrics.csv        the same as a table
     loss_curve.png     a picture of it
-    train.bin val.bin  the tokens, see tinyllm.data
+    samples.jsonl      what the model wrote at each validation: step, prompt, text
+    tensorboard/       TensorBoard's files, if they were asked for
+    train.bin val.bin  the tokens, see tinyllm.data; data that were prepared stay where they are
 
 Weights are safetensors, never pickles: loading a file that a stranger sent cannot run code.
 """
@@ -14,9 +18,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection
+import re
+import shutil
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -32,17 +39,30 @@ CONFIG_FILE = "config.json"
 TOKENIZER_FILE = "tokenizer.json"
 MODEL_FILE = "model.safetensors"
 METRICS_FILE = "metrics.jsonl"
+TABLE_FILE = "metrics.csv"
 CURVE_FILE = "loss_curve.png"
+SAMPLES_FILE = "samples.jsonl"
+CHECKPOINTS = "checkpoints"
+TENSORBOARD = "tensorboard"
+
+# In a checkpoint, besides the weights.
+AVERAGES_FILE = "averages.safetensors"
+STATE_FILE = "state.json"
+_NAME = re.compile(r"step-(\d{8,})")
 
 RUN_FILES = (
     CONFIG_FILE,
     TOKENIZER_FILE,
     MODEL_FILE,
     METRICS_FILE,
+    TABLE_FILE,
     CURVE_FILE,
+    SAMPLES_FILE,
     TRAIN_FILE,
     VAL_FILE,
 )
+RUN_FOLDERS = (CHECKPOINTS, TENSORBOARD)
+RUNS = Path("runs")
 
 
 class Run(NamedTuple):
@@ -80,8 +100,68 @@ def check_out(directory: str | os.PathLike[str], *, overwrite: bool) -> Path:
     return directory
 
 
+@contextmanager
+def new_run_folder(preset: str) -> Iterator[Path]:
+    """runs/PRESET-NUMBER with the first free number, made; gone again if nothing has come into it."""
+    number = 1
+    while True:
+        folder = RUNS / f"{preset}-{number}"
+        try:  # made at once, so that a training that starts meanwhile takes another number
+            folder.mkdir(parents=True)
+            break
+        except FileExistsError:
+            number += 1
+    try:
+        yield folder
+    finally:
+        for path in (folder, RUNS):
+            with suppress(OSError):  # not empty
+                path.rmdir()
+
+
+def checkpoint_path(out: Path, step: int) -> Path:
+    """The folder of the checkpoint of that step."""
+    return out / CHECKPOINTS / f"step-{step:08d}"
+
+
+def checkpoints(out: str | os.PathLike[str]) -> dict[int, Path]:
+    """step -> folder of each checkpoint of a run, in order."""
+    folder = Path(out, CHECKPOINTS)
+    names = sorted(os.listdir(folder)) if folder.is_dir() else []
+    found = {int(match[1]): folder / name for name in names if (match := _NAME.fullmatch(name))}
+    return dict(sorted(found.items()))
+
+
+def best_step(out: str | os.PathLike[str]) -> int | None:
+    """The step of the checkpoint with the lowest validation loss; None if none was validated, or none is there."""
+    there = checkpoints(out)
+    if not there:
+        return None
+    best: int | None = json.loads((there[max(there)] / STATE_FILE).read_text(encoding="utf-8"))["best_step"]
+    return best if best in there else None
+
+
+def remove_unfinished(out: Path) -> None:
+    """Remove what a kill left of a checkpoint that was being written."""
+    for path in Path(out, CHECKPOINTS).glob(".step-*.tmp"):
+        shutil.rmtree(path)
+
+
+def publish(checkpoint: Path, out: Path) -> None:
+    """Make the checkpoint's weights (the averages, if there are any) `out`/model.safetensors, without a second copy."""
+    source = _weights_in(checkpoint)
+    with replacing(out / MODEL_FILE) as temporary:
+        try:
+            temporary.hardlink_to(source)
+        except OSError:  # a file system without them
+            shutil.copyfile(source, temporary)
+
+
 def remove_run_files(directory: str | os.PathLike[str], keep: Collection[Path] = ()) -> None:
-    """Remove an earlier run's files from `directory`: those in `RUN_FILES` but not in `keep`."""
+    """Remove an earlier run's files and folders from `directory`, but for those in `keep`."""
+    for name in RUN_FOLDERS:
+        with suppress(FileNotFoundError):
+            shutil.rmtree(Path(directory, name))
     for path in (Path(directory, name) for name in reversed(RUN_FILES)):  # config.json, the mark of a run, last
         if path not in keep:
             path.unlink(missing_ok=True)
@@ -123,16 +203,26 @@ def save_model(model: SimpleLLM, directory: str | os.PathLike[str]) -> Path:
     return path
 
 
-def load_model(directory: str | os.PathLike[str], device: str | torch.device = "cpu") -> SimpleLLM:
+Which = int | Literal["last", "best"]
+
+
+def load_model(
+    directory: str | os.PathLike[str], device: str | torch.device = "cpu", *, checkpoint: Which = "last"
+) -> SimpleLLM:
     """Build the model that `directory`/config.json describes and load its weights; in eval mode.
 
+    Args:
+        directory: the run folder.
+        device: where the model is to lie.
+        checkpoint: "last"; "best": the one with the lowest validation loss; or the step of one that is there.
+
     Raises:
-        FileNotFoundError: a file is missing.
+        FileNotFoundError: a file, or the checkpoint, is missing.
         ValueError: a file is truncated or foreign, or the weights do not fit the config.
     """
     config_path = Path(directory, CONFIG_FILE)
     config = load_config(directory)["model"]
-    path = _existing(directory, MODEL_FILE)
+    path = _existing(directory, MODEL_FILE) if checkpoint == "last" else _weights_of(directory, checkpoint)
     try:
         model = SimpleLLM.from_config(SimpleLLMConfig.from_dict(config))
     except (KeyError, TypeError, ValueError) as error:
@@ -150,8 +240,10 @@ def load_model(directory: str | os.PathLike[str], device: str | torch.device = "
     return model.to(device).eval()
 
 
-def load_run(directory: str | os.PathLike[str], device: str | torch.device = "cpu") -> Run:
-    """Bring a training back: `model, tokenizer, config = load_run("runs/tiny-1")`.
+def load_run(
+    directory: str | os.PathLike[str], device: str | torch.device = "cpu", *, checkpoint: Which = "last"
+) -> Run:
+    """Bring a training back: `model, tokenizer, config = load_run("runs/tiny-1")`. Arguments as `load_model`'s.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -159,13 +251,29 @@ def load_run(directory: str | os.PathLike[str], device: str | torch.device = "cp
     """
     config = load_config(directory)
     tokenizer = load_tokenizer(_existing(directory, TOKENIZER_FILE))
-    model = load_model(directory, device)
+    model = load_model(directory, device, checkpoint=checkpoint)
     if tokenizer.vocab_size != model.config.vocab_size:
         raise ValueError(
             f"{Path(directory, TOKENIZER_FILE)} has {tokenizer.vocab_size} tokens, but the "
             f"model in {directory} has vocab_size {model.config.vocab_size}: they are not of one run"
         )
     return Run(model, tokenizer, config)
+
+
+def _weights_of(directory: str | os.PathLike[str], checkpoint: Which) -> Path:
+    there = checkpoints(directory)
+    step = best_step(directory) if checkpoint == "best" else checkpoint
+    if step not in there:
+        steps = ", ".join(map(str, there)) or "none"
+        missing = "no best checkpoint" if checkpoint == "best" else f"no checkpoint of step {checkpoint}"
+        raise FileNotFoundError(f"{directory} has {missing}; those there are of the steps {steps}")
+    return _weights_in(there[step])
+
+
+def _weights_in(checkpoint: Path) -> Path:
+    """The averages, if there are any."""
+    averages = checkpoint / AVERAGES_FILE
+    return averages if averages.is_file() else checkpoint / MODEL_FILE
 
 
 def _existing(directory: str | os.PathLike[str], name: str) -> Path:

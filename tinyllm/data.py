@@ -1,6 +1,6 @@
-"""From files to batches: find the text, read it, write its tokens to disk, serve windows of them.
+"""From files to tokens: find the text, read it, write its tokens to disk. `tinyllm.batches` serves them.
 
-    files -read_text-> documents -tokenizer-> train.bin, val.bin -TokenDataset-> input, target
+    files -read_text-> documents -tokenizer-> train.bin, val.bin
 
 Every step is a stream, so memory holds one document at a time, whatever the corpus. The token files
 are bare arrays of uint16 (uint32 from 65,537 ids on), memory-mapped when read.
@@ -19,10 +19,6 @@ from platform import python_version
 from typing import Any
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, RandomSampler, Subset
 
 from tinyllm._files import replacing
 from tinyllm.tokenizer import Tokenizer
@@ -267,99 +263,7 @@ def _pieces(text: str, size: int = _BATCH_CHARACTERS // 8) -> list[str]:
     return [*pieces, text[start:]]
 
 
-def first_tokens(directory: str | os.PathLike[str], vocab_size: int, count: int) -> list[int]:
-    """The first `count` tokens of `directory`/val.bin, or all if it has fewer."""
-    dtype = token_dtype(vocab_size)
-    ids: list[int] = np.fromfile(Path(directory, VAL_FILE), dtype=dtype, count=count).tolist()
+def first_tokens(path: str | os.PathLike[str], vocab_size: int, count: int) -> list[int]:
+    """The first `count` tokens of a token file, or all if it has fewer."""
+    ids: list[int] = np.fromfile(path, dtype=token_dtype(vocab_size), count=count).tolist()
     return ids
-
-
-class TokenDataset(Dataset[tuple[Tensor, Tensor]]):
-    """All windows of `seq_len` tokens of a token file, each with the same window one token later.
-
-    Item i is `(tokens[i : i + seq_len], tokens[i + 1 : i + seq_len + 1])`, both int64 of shape
-    (seq_len,); there are `num_tokens - seq_len` of them. `__getitems__` reads a whole batch at once
-    as two tensors of shape (batch, seq_len), which is what `train_loader` and `val_loader` use.
-
-    Args:
-        path: a token file that `write_tokens` made.
-        vocab_size: that of the tokenizer; it determines the file's dtype.
-        seq_len: tokens in a window, at least 1.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is no whole number of tokens, or too short for one window.
-    """
-
-    def __init__(self, path: str | os.PathLike[str], vocab_size: int, seq_len: int) -> None:
-        if seq_len < 1:
-            raise ValueError(f"seq_len is {seq_len}; it must be at least 1")
-        self.path = Path(path)
-        self.seq_len = seq_len
-        self._dtype = token_dtype(vocab_size)
-        if not self.path.is_file():
-            raise FileNotFoundError(f"there is no token file {self.path}")
-        size = self.path.stat().st_size
-        if size % self._dtype.itemsize:
-            raise ValueError(f"{self.path} has {size} bytes, no whole number of {self._dtype} tokens; is it truncated?")
-        self.num_tokens = size // self._dtype.itemsize
-        if self.num_tokens <= seq_len:
-            raise ValueError(f"{self.path} has {self.num_tokens} tokens; seq_len {seq_len} needs {seq_len + 1}")
-        self._tokens = self._map()
-
-    def _map(self) -> NDArray[Any]:
-        return np.memmap(self.path, dtype=self._dtype, mode="r")
-
-    def __len__(self) -> int:
-        return self.num_tokens - self.seq_len
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        if not 0 <= index < len(self):
-            raise IndexError(f"index {index} is out of range for {len(self)} windows")
-        inputs, targets = self.__getitems__([index])
-        return inputs[0], targets[0]
-
-    def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Windows at `indices`: (inputs, targets), int64, each (len(indices), seq_len)."""
-        places = np.asarray(indices)[:, None] + np.arange(self.seq_len + 1)
-        windows = torch.from_numpy(self._tokens[places].astype(np.int64))
-        return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {
-            **self.__dict__,
-            "_tokens": None,
-        }  # a pickled memmap is the whole array: map anew instead
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._tokens = self._map()
-
-
-Batches = DataLoader[tuple[Tensor, Tensor]]
-
-
-def train_loader(dataset: TokenDataset, *, batch_size: int, steps: int, seed: int, pin_memory: bool = False) -> Batches:
-    """`steps` batches of windows drawn at random, with replacement; `seed` fixes which."""
-    generator = torch.Generator().manual_seed(seed)
-    sampler = RandomSampler(dataset, replacement=True, num_samples=steps * batch_size, generator=generator)
-    return DataLoader(
-        dataset,
-        batch_size=batch_size,
-        sampler=sampler,
-        generator=generator,
-        collate_fn=_as_it_is,
-        pin_memory=pin_memory,
-    )
-
-
-def val_loader(dataset: TokenDataset, *, batch_size: int, max_batches: int, pin_memory: bool = False) -> Batches:
-    """At most `max_batches` batches of windows without overlap, evenly spread, always the same."""
-    windows = (dataset.num_tokens - 1) // dataset.seq_len
-    count = min(windows, batch_size * max_batches)
-    starts = [index * windows // count * dataset.seq_len for index in range(count)]
-    return DataLoader(Subset(dataset, starts), batch_size=batch_size, collate_fn=_as_it_is, pin_memory=pin_memory)
-
-
-def _as_it_is(batch: Any) -> Any:
-    return batch  # __getitems__ has made the batch already

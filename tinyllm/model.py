@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from tinyllm import ops
 from tinyllm._whole_model import WholeModel
@@ -36,7 +37,7 @@ from tinyllm.nn import (
     is_plain_linear,
 )
 
-__all__ = ["SimpleLLM", "SimpleLLMConfig", "init_gpt2_weights"]
+__all__ = ["SimpleLLM", "SimpleLLMConfig", "choose_device", "init_gpt2_weights"]
 
 POSITIONS: dict[str, type[PositionalEncoding] | type[LearnedPositionalEncoding]] = {
     "sinusoidal": PositionalEncoding,
@@ -175,6 +176,8 @@ class SimpleLLM(nn.Module):
         embedding, positional_encoding, transformer_blocks, output: as in the article.
         dropout: on the embedded input.
         final_norm: `LayerNorm` with norm_first, otherwise None.
+        gradient_checkpointing: in training, keep only the blocks' inputs for backward, and compute the rest again: less
+            memory, a third more computation.
     """
 
     final_norm: LayerNorm | None
@@ -213,6 +216,7 @@ class SimpleLLM(nn.Module):
             position=position,
         )
         self.config = config
+        self.gradient_checkpointing = False
         self._whole: WholeModel | None = None  # see _as_one_operator
         # The order in which parameters are made decides which random numbers each one gets.
         self.embedding = Embedding(config.vocab_size, config.embedding_dim)
@@ -263,37 +267,53 @@ class SimpleLLM(nn.Module):
         logits = self._as_one_operator(ids)
         return apply_linear(self.output, self.features(ids)) if logits is None else logits
 
-    def loss(self, x: Tensor, targets: Tensor) -> Tensor:
+    def loss(
+        self, x: Tensor, targets: Tensor, *, label_smoothing: float = 0.0, documents: Tensor | None = None
+    ) -> Tensor:
         """Mean cross-entropy of the logits and what came next, in nats; for a large vocabulary the logits never exist
         whole (see `ops.linear_cross_entropy`).
 
         Args:
             x: token ids (B, T), as `forward` takes them.
             targets: the token after each one, int64 (B, T); -100 where there is none.
+            label_smoothing: the part of a target's probability that is spread over all tokens, from 0 to 1.
+            documents: (B, T), of any dtype: tokens see those of their own document only, which has the same number.
 
         Returns:
             A scalar.
 
         Raises:
-            As `forward`; ValueError: targets are not of x's shape.
+            As `forward`; ValueError: targets or documents are not of x's shape.
         """
         if targets.shape != x.shape:
             raise ValueError(f"targets has shape {tuple(targets.shape)}; it must have x's, {tuple(x.shape)}")
+        if documents is not None and documents.shape != x.shape:
+            raise ValueError(f"documents has shape {tuple(documents.shape)}; it must have x's, {tuple(x.shape)}")
         ids, output = _checked_ids(x), self.output
         # A small vocabulary's logits cost less than the bookkeeping of their blocks; a changed output must be called.
         many = is_plain_linear(output) and ids.numel() * output.out_features >= _MANY_LOGITS
-        loss = None if many else self._as_one_operator(ids, targets)
+        whole = not many and label_smoothing == 0 and documents is None
+        loss = self._as_one_operator(ids, targets) if whole else None
         if loss is not None:
             return loss
-        features = self.features(ids).flatten(0, 1)
+        features = (self.features(ids) if documents is None else self.features(ids, documents)).flatten(0, 1)
+        target = targets.flatten()
         if not many:
-            return F.cross_entropy(apply_linear(output, features), targets.flatten())
-        return ops.linear_cross_entropy(features, output.weight, targets.flatten(), linear_bias=output.bias)
+            return F.cross_entropy(apply_linear(output, features), target, label_smoothing=label_smoothing)
+        return ops.linear_cross_entropy(
+            features, output.weight, target, linear_bias=output.bias, label_smoothing=label_smoothing
+        )
 
-    def features(self, x: Tensor) -> Tensor:
-        """What `output` turns into logits: (B, T) ids to (B, T, D) vectors. Raises as `forward`."""
+    def features(self, x: Tensor, documents: Tensor | None = None) -> Tensor:
+        """What `output` turns into logits: (B, T) ids to (B, T, D). documents: see `loss`. Raises as `forward`."""
         x = embed(self.embedding, self.positional_encoding, self.dropout, _checked_ids(x))
-        x = self.transformer_blocks(x)
+        recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
+        if documents is None and not recompute:
+            x = self.transformer_blocks(x)
+        else:
+            mask = None if documents is None else _document_mask(documents, self.config.causal)
+            for block in self.transformer_blocks:
+                x = checkpoint(block, x, mask, use_reentrant=False) if recompute else block(x, mask)
         if self.final_norm is None:
             return x
         if isinstance(x, tuple):  # the last block's output, not summed yet: see TransformerBlock
@@ -303,7 +323,7 @@ class SimpleLLM(nn.Module):
     def _as_one_operator(self, ids: Tensor, targets: Tensor | None = None) -> Tensor | None:
         """Logits, or their loss; None where the parts are better run one by one."""
         own = getattr(self.features, "__func__", None) is SimpleLLM.features
-        if torch.compiler.is_compiling() or not own or ids.numel() == 0:
+        if torch.compiler.is_compiling() or not own or ids.numel() == 0 or self.gradient_checkpointing:
             return None
         whole = self._whole
         if whole is None or not whole.holds(self):
@@ -360,6 +380,27 @@ def init_gpt2_weights(model: SimpleLLM, *, generator: torch.Generator | None = N
         for last in (last_of_attention, last_of_feed_forward):
             normal(last.weight, 0.02 / math.sqrt(2 * model.config.num_layers))
     return model
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of that name; `"auto"` is a GPU if there is one. ValueError if it is not here."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device is {name!r}; allowed are 'cpu', 'cuda', 'cuda:N' and 'auto'") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device is {name!r}; allowed are 'cpu', 'cuda', 'cuda:N' and 'auto'")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device is {name!r}, but torch sees {torch.cuda.device_count()} CUDA devices here")
+    return device
+
+
+def _document_mask(documents: Tensor, causal: bool) -> Tensor:
+    """(B, T) to (B, 1, T, T): whether a query (row) may see a key."""
+    mask = documents.unsqueeze(-1) == documents.unsqueeze(-2)
+    return (mask.tril() if causal else mask).unsqueeze(1)
 
 
 def _checked_ids(x: Tensor) -> Tensor:

@@ -203,20 +203,18 @@ class SelfAttention(nn.Module):
         if num_heads > 1:
             self.out_proj = nn.Linear(embedding_dim, embedding_dim, bias=bias)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+        """attn_mask: as scaled_dot_product_attention takes it, instead of `causal`: it has to hide the future, too."""
         if x.dim() != 3 or x.size(-1) != self.embedding_dim:
             raise ValueError(f"x has shape {tuple(x.shape)}; it must be (B, T, {self.embedding_dim})")
+        is_causal = self.causal and attn_mask is None
         query, key, value = apply_linear(self.query, x), apply_linear(self.key, x), apply_linear(self.value, x)
         dropout_p = self.dropout if self.training else 0.0
         if self.out_proj is None:
-            return ops.scaled_dot_product_attention(query, key, value, dropout_p=dropout_p, is_causal=self.causal)
-        attended = ops.scaled_dot_product_attention(
-            self._split_heads(query),
-            self._split_heads(key),
-            self._split_heads(value),
-            dropout_p=dropout_p,
-            is_causal=self.causal,
-        )
+            mask = None if attn_mask is None else attn_mask.squeeze(1)
+            return ops.scaled_dot_product_attention(query, key, value, mask, dropout_p=dropout_p, is_causal=is_causal)
+        heads = (self._split_heads(query), self._split_heads(key), self._split_heads(value))
+        attended = ops.scaled_dot_product_attention(*heads, attn_mask, dropout_p=dropout_p, is_causal=is_causal)
         return apply_linear(self.out_proj, attended.transpose(1, 2).flatten(2))
 
     def _split_heads(self, x: Tensor) -> Tensor:
@@ -288,8 +286,11 @@ class TransformerBlock(nn.Module):
         self.norm2 = LayerNorm(embedding_dim, bias=bias)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor | tuple[Tensor, Tensor]) -> Tensor | tuple[Tensor, Tensor]:
-        parameters = self.plain_parameters()
+    def forward(
+        self, x: Tensor | tuple[Tensor, Tensor], attn_mask: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """attn_mask: (B, 1, T, T), see `SelfAttention`."""
+        parameters = None if attn_mask is not None else self.plain_parameters()
         if parameters is not None and isinstance(x, Tensor) and _takes_block(x, parameters, self.attention):
             return ops.transformer_block(
                 x,
@@ -302,13 +303,18 @@ class TransformerBlock(nn.Module):
                 eps2=self.norm2.eps,
             )
         if not self.norm_first:
-            normed, _ = self.norm1(x, self.dropout(self.attention(x)))
+            x = cast(Tensor, x)
+            normed, _ = self.norm1(x, self.dropout(self._attend(x, attn_mask)))
             normed, _ = self.norm2(normed, self.dropout(self._network(normed)))
             return cast(Tensor, normed)
         normed, stream = self.norm1(*x) if isinstance(x, tuple) else (self.norm1(x), x)
-        normed, stream = self.norm2(stream, self.dropout(self.attention(normed)))
+        normed, stream = self.norm2(stream, self.dropout(self._attend(normed, attn_mask)))
         branch = self.dropout(self._network(normed))
         return (stream, branch) if self.defer_add else stream + branch
+
+    def _attend(self, x: Tensor, attn_mask: Tensor | None) -> Tensor:
+        # A module that somebody put in attention's place need not know of masks.
+        return cast(Tensor, self.attention(x) if attn_mask is None else self.attention(x, attn_mask))
 
     def _network(self, x: Tensor) -> Tensor:
         """feed_forward(x), in one operator where nothing stands against it."""

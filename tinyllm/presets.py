@@ -46,6 +46,17 @@ PRESETS: dict[str, Preset] = {
     "gpt3": Preset(12_288, 49_152, 96, 96, seq_len=2048, batch_size=1, steps=100_000, lr=6e-5, vocab_size=50_257),
 }
 
+SCHEDULES = ("cosine", "linear", "constant", "wsd")
+STRATEGIES = ("auto", "ddp", "fsdp", "deepspeed")
+PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
+
+# What may differ when a run is resumed: how it is computed and watched, and how long it goes on.
+RESUMABLE = frozenset(
+    {"steps", "eval_interval", "eval_batches", "log_interval", "sample_tokens", "checkpoint_interval"}
+    | {"keep_checkpoints", "stop_on_save_error", "max_skipped_steps", "workers", "tensorboard", "compile"}
+    | {"device", "strategy", "devices", "num_nodes", "precision", "micro_batches", "checkpointing"}
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
@@ -58,20 +69,45 @@ class TrainConfig:
         tokenizer: `"word"`, `"char"` or `"bpe"`, built from the text.
         vocab_size: the largest vocabulary wanted; None: every word or character, 4096 for BPE.
         steps: optimizer steps.
-        batch_size: sequences in a step.
+        batch_size: sequences in a step, over all its micro-batches and processes.
         seq_len: tokens in a sequence; also the model's context, `max_seq_len`.
         lr: the learning rate at its peak.
         warmup_steps: steps in which the learning rate rises to it; None: 5 % of all, at most 500.
         min_lr_ratio: where the cosine ends, as a fraction of `lr`.
+        schedule: how it goes on: `"cosine"`, `"linear"`, `"constant"`, or `"wsd"` (warmup, stable, decay).
+        decay_fraction: the part of all steps in which "wsd" decays.
         weight_decay: on matrices only; norms and biases are left alone.
         beta1, beta2: AdamW's decay rates.
         grad_clip: the largest global norm of the gradient.
         dropout: probability in [0, 1).
+        label_smoothing: the part of the target's probability that is spread over all tokens, from 0 to 1. Validation
+            does without.
+        packing: attention stops at the ends of documents, which may lie anywhere in a sequence; needs a tokenizer with
+            an end-of-text token. Off: a sequence is one text, as GPT-2's training has it.
+        ema: decay of an exponential moving average of the weights, in [0, 1): validated, saved as the run's model, and
+            stored in each checkpoint; None: no average.
         seed: of the document order, the weights, the batches and the dropout.
         eval_interval: steps between validations; None: ten in all, but 100 steps apart at least.
         eval_batches: batches in a validation, the same ones each time.
         log_interval: steps between lines of metrics.jsonl.
+        sample_tokens: how much text to write at each validation, into samples.jsonl; 0: none.
+        checkpoint_interval: steps between checkpoints; None: one at each validation.
+        keep_checkpoints: how many of the last ones stay; the best one stays, too.
+        stop_on_save_error: whether a checkpoint that cannot be written (a full disk) ends the training. Off: it is
+            said, and the training goes on; the checkpoints before stay in both cases.
+        max_skipped_steps: how many steps in a row may be skipped because the loss or the gradient is not finite; one
+            more ends the training.
         device: `"cpu"`, `"cuda"` (or `"cuda:1"`), or `"auto"`: a GPU if there is one.
+        strategy: how processes share the work: `"ddp"` (each has the model), `"fsdp"` (each has a part of it),
+            `"deepspeed"` (ZeRO, stage 2), or `"auto"`: ddp if there is more than one.
+        devices: devices of this machine, a process for each; on a CPU: processes.
+        num_nodes: machines.
+        precision: `"32-true"`, `"bf16-mixed"` (computes in bfloat16, weights in float32), or `"bf16-true"`.
+        micro_batches: in how many parts a step's sequences are computed, one after the other, to save memory.
+        checkpointing: keep only the blocks' inputs for backward, and compute the rest again.
+        compile: run the model through torch.compile.
+        workers: processes that read data ahead, for each training process; 0: it reads itself.
+        tensorboard: whether to write TensorBoard's files, too.
 
     Raises:
         ValueError: a value is out of range; the message names it and what is allowed.
@@ -86,23 +122,48 @@ class TrainConfig:
     lr: float = 3e-3
     warmup_steps: int | None = None
     min_lr_ratio: float = 0.1
+    schedule: str = "cosine"
+    decay_fraction: float = 0.2
     weight_decay: float = 0.1
     beta1: float = 0.9
     beta2: float = 0.95
     grad_clip: float = 1.0
     dropout: float = 0.0
+    label_smoothing: float = 0.0
+    packing: bool = False
+    ema: float | None = None
     seed: int = 0
     eval_interval: int | None = None
     eval_batches: int = 32
     log_interval: int = 10
+    sample_tokens: int = 40
+    checkpoint_interval: int | None = None
+    keep_checkpoints: int = 2
+    stop_on_save_error: bool = False
+    max_skipped_steps: int = 10
     device: str = "cpu"
+    strategy: str = "auto"
+    devices: int = 1
+    num_nodes: int = 1
+    precision: str = "32-true"
+    micro_batches: int = 1
+    checkpointing: bool = False
+    compile: bool = False
+    workers: int = 0
+    tensorboard: bool = False
 
     def __post_init__(self) -> None:
         _one_of("preset", self.preset, PRESETS)
         _one_of("tokenizer", self.tokenizer, ("word", "char", "bpe"))
-        for name in ("steps", "batch_size", "seq_len", "eval_batches", "log_interval"):
+        _one_of("schedule", self.schedule, SCHEDULES)
+        _one_of("strategy", self.strategy, STRATEGIES)
+        _one_of("precision", self.precision, PRECISIONS)
+        counts = ("steps", "batch_size", "seq_len", "eval_batches", "log_interval", "keep_checkpoints")
+        for name in (*counts, "devices", "num_nodes", "micro_batches"):
             _in_range(name, getattr(self, name), 1)
-        for name in ("vocab_size", "eval_interval"):
+        for name in ("sample_tokens", "max_skipped_steps", "workers"):
+            _in_range(name, getattr(self, name), 0)
+        for name in ("vocab_size", "eval_interval", "checkpoint_interval"):
             if getattr(self, name) is not None:
                 _in_range(name, getattr(self, name), 1)
         if self.warmup_steps is not None:
@@ -111,11 +172,18 @@ class TrainConfig:
         _positive("lr", self.lr)
         _positive("grad_clip", self.grad_clip)
         _in_range("weight_decay", self.weight_decay, 0)
-        _in_range("min_lr_ratio", self.min_lr_ratio, 0, 1)
-        for name in ("dropout", "beta1", "beta2"):
+        for name in ("min_lr_ratio", "decay_fraction", "label_smoothing"):
+            _in_range(name, getattr(self, name), 0, 1)
+        for name in ("dropout", "beta1", "beta2", "ema"):
             value = getattr(self, name)
-            if not 0 <= value < 1:
+            if value is not None and not 0 <= value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 0 and below 1")
+        processes = self.devices * self.num_nodes
+        if self.batch_size % (self.micro_batches * processes):
+            raise ValueError(
+                f"batch_size is {self.batch_size}; it must be divisible by micro_batches x devices x num_nodes, "
+                f"{self.micro_batches} x {self.devices} x {self.num_nodes}"
+            )
 
     @classmethod
     def from_preset(cls, preset: str, **changes: Any) -> TrainConfig:

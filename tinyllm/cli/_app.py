@@ -37,6 +37,11 @@ def prepare_process() -> None:
     tune_allocator()  # where it does not apply, `tinyllm info` says why
 
 
+def is_worker() -> bool:
+    """Whether this process is one of several of a training, and not the first: what it has to say, that one says."""
+    return any(os.environ.get(name, "0") != "0" for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID", "NODE_RANK"))
+
+
 def write(text: str) -> None:
     sys.stdout.write(text)
     sys.stdout.flush()
@@ -52,6 +57,7 @@ def one_line_errors() -> Iterator[None]:
     except (ValueError, OSError, FloatingPointError) as error:
         if os.environ.get(_TRACEBACK):
             raise
-        line = " ".join(str(error).split())
-        typer.echo(f"tinyllm: error: {line}", err=True)
+        if not is_worker():
+            line = " ".join(str(error).split())
+            typer.echo(f"tinyllm: error: {line}", err=True)
         raise typer.Exit(2) from None

@@ -1,0 +1,225 @@
+"""Where a training runs: Lightning Fabric with our settings, and the module that its strategies wrap.
+
+Fabric starts the processes, places the model, shards or replicates it, and sums the gradients. The loop stays ours, in
+`tinyllm.training`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import time
+import warnings
+from collections.abc import Callable
+from datetime import timedelta
+from functools import partial
+from importlib.util import find_spec
+from typing import Any, TypeVar, cast
+
+import torch
+from lightning_fabric import Fabric
+from lightning_fabric.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy, Strategy
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from tinyllm.model import SimpleLLM, choose_device
+from tinyllm.presets import TrainConfig
+
+_T = TypeVar("_T")
+
+# How long processes wait for each other: the first one may be tokenizing text meanwhile.
+_TIMEOUT = timedelta(hours=2)
+
+
+class TrainingModule(nn.Module):
+    """A model with its loss as `forward`, because strategies and precisions act on `forward` alone.
+
+    Args:
+        model: the model.
+        label_smoothing: see `SimpleLLM.loss`; in training only.
+        end_of_text_id: attention stops where this token begins a new document; None: it does not.
+    """
+
+    def __init__(self, model: SimpleLLM, *, label_smoothing: float = 0.0, end_of_text_id: int | None = None) -> None:
+        super().__init__()
+        self.model = model
+        self.config = model.config
+        self._label_smoothing = label_smoothing
+        self._end_of_text_id = end_of_text_id
+
+    def forward(self, ids: Tensor, targets: Tensor | None = None) -> Tensor:
+        """The loss, see `SimpleLLM.loss`; without targets the logits. ids, targets: int64 (B, T)."""
+        if targets is None:
+            logits: Tensor = self.model(ids)
+            return logits
+        smoothing = self._label_smoothing if self.training else 0.0
+        if self._end_of_text_id is None and smoothing == 0:
+            return self.model.loss(ids, targets)
+        documents = None
+        if self._end_of_text_id is not None:
+            # The token belongs to the text after it, whose first token is predicted from it.
+            documents = (ids == self._end_of_text_id).cumsum(1)
+        return self.model.loss(ids, targets, label_smoothing=smoothing, documents=documents)
+
+
+def launch(config: TrainConfig) -> Fabric:
+    """Start the processes that `config` asks for; each goes on from here.
+
+    The command is run again for each further device of this machine, unless a launcher such as torchrun or SLURM has
+    started the processes already.
+
+    Raises:
+        ValueError: there are fewer devices than asked for, or the strategy cannot run here.
+    """
+    device = choose_device(config.device)
+    _check_devices(config, device)
+    devices: int | list[int] = config.devices
+    if device.type == "cuda" and device.index is not None:
+        if config.devices > 1:
+            raise ValueError(f"devices is {config.devices}, but device names one, {str(device)!r}; say 'cuda'")
+        devices = [device.index]
+    # FSDP casts its shards itself, see _shard.
+    precision = "32-true" if config.strategy == "fsdp" and config.precision == "bf16-mixed" else config.precision
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # we say ourselves what runs where
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Fabric's advice, for others than those who run `tinyllm train`
+        fabric = Fabric(
+            accelerator=device.type,
+            devices=devices,
+            num_nodes=config.num_nodes,
+            strategy=_strategy(config, device),
+            precision=cast(Any, precision),
+        )
+        fabric.launch()
+    return fabric
+
+
+def setup(
+    fabric: Fabric,
+    module: TrainingModule,
+    make_optimizer: Callable[[nn.Module], torch.optim.Optimizer],
+    *,
+    compiled: bool = False,
+) -> tuple[nn.Module, Any]:
+    """The module and its optimizer as the strategy wraps them; `module` itself is moved, and sharded, in place."""
+    wrapped: Any = torch.compile(module) if compiled else module
+    if isinstance(fabric.strategy, DeepSpeedStrategy):
+        wrapped, optimizer = fabric.setup(wrapped, make_optimizer(module))
+        return wrapped, optimizer
+    wrapped = fabric.setup_module(wrapped)
+    return wrapped, fabric.setup_optimizers(make_optimizer(module))  # of the weights as they lie now
+
+
+def on_rank_zero(fabric: Fabric, work: Callable[[], _T]) -> _T:
+    """What `work` gives in the first process, in all of them; an error in it is raised in all of them."""
+    result: Any = None
+    if fabric.is_global_zero:
+        try:
+            result = work()
+        except Exception as error:
+            if fabric.world_size == 1:
+                raise
+            result = _Failure(_picklable(error))
+    result = fabric.broadcast(result)
+    if isinstance(result, _Failure):
+        raise result.error
+    return cast(_T, result)
+
+
+class _Failure:
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+
+def _picklable(error: Exception) -> Exception:
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # pickling may raise anything
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """Multiplications and additions a second that `device` reaches in a large matrix product: the best of five.
+
+    Of fewer where they would take more than a fifth of a second, as bfloat16 may on a CPU.
+    """
+    size = 8192 if device.type == "cuda" else 768
+    left, right = torch.rand(2, size, size, device=device, dtype=dtype)
+    best = float("inf")
+    begun = time.perf_counter()
+    for _ in range(5):
+        start = time.perf_counter()
+        if start - begun > 0.2:
+            break
+        product = left @ right
+        if device.type == "cuda":
+            torch.cuda.synchronize(product.device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def _check_devices(config: TrainConfig, device: torch.device) -> None:
+    if device.type == "cuda":
+        here, name = torch.cuda.device_count(), "CUDA devices"
+    else:
+        here, name = os.cpu_count() or 1, "cores"
+    if config.devices > here:
+        raise ValueError(f"devices is {config.devices}, but this machine has {here} {name}")
+    world = os.environ.get("WORLD_SIZE")
+    processes = config.devices * config.num_nodes
+    if world is not None and int(world) != processes:
+        raise ValueError(
+            f"devices x num_nodes is {config.devices} x {config.num_nodes}, but the launcher started {world} processes "
+            "(WORLD_SIZE)"
+        )
+    if config.strategy == "deepspeed":
+        if find_spec("deepspeed") is None:
+            raise ValueError("strategy is 'deepspeed', which is not installed; pip install 'tinyllm[deepspeed]'")
+        if device.type != "cuda":
+            raise ValueError("strategy is 'deepspeed', which runs on CUDA devices only; on a CPU take 'fsdp' or 'ddp'")
+
+
+def _strategy(config: TrainConfig, device: torch.device) -> Strategy | str:
+    processes = config.devices * config.num_nodes
+    if config.strategy == "deepspeed":
+        return DeepSpeedStrategy(stage=2, config=deepspeed_config(config))
+    if config.strategy == "fsdp":
+        policy = torch.bfloat16 if config.precision == "bf16-mixed" else None
+        return ModelParallelStrategy(
+            partial(_shard, compute_dtype=policy),
+            data_parallel_size=processes,
+            tensor_parallel_size=1,
+            timeout=_TIMEOUT,
+        )
+    if processes > 1 or config.strategy == "ddp":
+        return DDPStrategy(timeout=_TIMEOUT, gradient_as_bucket_view=True)
+    return "auto"
+
+
+def deepspeed_config(config: TrainConfig) -> dict[str, Any]:
+    """DeepSpeed's own settings for `config`: ZeRO stage 2, our clipping, our share of a step."""
+    share = config.batch_size // (config.devices * config.num_nodes * config.micro_batches)
+    settings: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": share,
+        "gradient_accumulation_steps": config.micro_batches,
+        "gradient_clipping": config.grad_clip,
+        "zero_optimization": {"stage": 2, "overlap_comm": True, "contiguous_gradients": True},
+        "zero_allow_untested_optimizer": True,
+    }
+    if config.precision != "32-true":
+        settings["bf16"] = {"enabled": True}
+    return settings
+
+
+def _shard(module: TrainingModule, mesh: DeviceMesh, compute_dtype: torch.dtype | None) -> TrainingModule:
+    """FSDP2: every block by itself, so that only one or two are whole at a time, and the rest together."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32 if compute_dtype else None)
+    across = mesh["data_parallel"]
+    for block in module.model.transformer_blocks:
+        fully_shard(block, mesh=across, mp_policy=policy)
+    fully_shard(module, mesh=across, mp_policy=policy)
+    return module
