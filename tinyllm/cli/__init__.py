@@ -10,10 +10,10 @@ from typing import Annotated
 
 import typer
 
-from tinyllm.cli import machine, models, runs, training
+from tinyllm.cli import data, machine, models, runs, training
 from tinyllm.cli._app import PresetName, app
 
-__all__ = ["PresetName", "app", "machine", "main", "models", "runs", "training"]
+__all__ = ["PresetName", "app", "data", "machine", "main", "models", "runs", "training"]
 
 
 def main() -> None:

@@ -1,0 +1,125 @@
+"""The last step of preparing data: both splits have tokens, and the manifest says what there is."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tinyllm._files import write_text
+from tinyllm.data import token_dtype
+from tinyllm.prepare.worker import ShardFile
+from tinyllm.shards import FORMAT, INDEX_DTYPE, MANIFEST_FILE, TOKENIZER_FILE, VERSION, file_sha256
+from tinyllm.tokenizer import load_tokenizer
+
+_NAMED = 1000  # inputs left out that the manifest names; the others it only counts
+_COPIED_TOKENS = 1 << 20
+
+
+def write_manifest(
+    out: Path, settings: dict[str, Any], units: Iterable[dict[str, Any]], skipped: tuple[int, list[str]]
+) -> None:
+    """Write manifest.json for the shards of finished units, and remove shards that it does not list.
+
+    Args:
+        out: where everything lies.
+        settings: what the shards were made with.
+        units: what the workers said of them, in order.
+        skipped: how many inputs were left out before, and the names of some.
+
+    Raises:
+        ValueError: there are too few tokens for two splits.
+        OSError: a file cannot be written.
+    """
+    tokenizer = load_tokenizer(out / TOKENIZER_FILE)
+    dtype = token_dtype(tokenizer.vocab_size)
+    shards: dict[str, list[dict[str, Any]]] = {"train": [], "val": []}
+    count, names = skipped
+    totals = {"documents": 0, "tokens": 0, "bytes": 0}
+    for unit in units:
+        for split, entry in unit["shards"].items():
+            if entry:
+                shards[split].append(entry)
+        for key in totals:
+            totals[key] += unit[key]
+        count += unit["skipped_count"]
+        names = (names + unit["skipped"])[:_NAMED]
+    _balance(out, shards, dtype.newbyteorder("<"), settings["val_fraction"])
+    manifest = {
+        "format": FORMAT,
+        "version": VERSION,
+        "tokenizer_sha256": file_sha256(out / TOKENIZER_FILE),
+        "vocab_size": tokenizer.vocab_size,
+        "dtype": dtype.name,
+        "end_of_text_id": tokenizer.end_of_text_id,
+        **totals,
+        "settings": settings,
+        "skipped_count": count,
+        "skipped": names,
+        "shards": shards,
+    }
+    write_text(out / MANIFEST_FILE, json.dumps(manifest, indent=1) + "\n")
+    listed = {entry["name"] for entries in shards.values() for entry in entries}
+    for split in shards:
+        for path in out.glob(f"{split}-*"):
+            if path.suffix in (".bin", ".idx") and path.stem not in listed:
+                path.unlink()
+
+
+def _balance(out: Path, shards: dict[str, list[dict[str, Any]]], dtype: np.dtype[Any], val_fraction: float) -> None:
+    """Where the chosen documents are too few for validation, the end of the largest training shard joins them.
+
+    It is cut between two documents if there is a place with about as many tokens behind it, else within one. New
+    files are made for both parts of that shard, so that a kill here changes nothing.
+    """
+    train, val = (sum(entry["tokens"] for entry in shards[split]) for split in ("train", "val"))
+    wanted = max(2, round((train + val) * val_fraction))
+    if train >= 2 and val >= max(2, wanted / 2):
+        return
+    if train + val < 4:
+        raise ValueError(
+            f"the corpus is too short: it has {train + val} tokens, and training and validation need 2 each, "
+            f"for one prediction"
+        )
+    source = "train" if train >= 2 else "val"  # all may have been chosen, of a few documents
+    whole = [entry for entry in shards[source] if _ends_with_document(out, entry)] or shards[source][-1:]
+    entry = max(whole, key=lambda entry: int(entry["tokens"]))
+    count = min(wanted - val if source == "train" else wanted, entry["tokens"] - 2)
+    if count < 2:
+        raise ValueError(f"the corpus is too short: no part of its {train + val} tokens can be cut for validation")
+    tokens = np.memmap(out / f"{entry['name']}.bin", dtype=dtype, mode="r")
+    ends = np.fromfile(out / f"{entry['name']}.idx", dtype=INDEX_DTYPE)
+    cut = len(tokens) - count
+    between = [int(end) for end in ends if count / 2 <= len(tokens) - end <= 2 * count and end >= 2]
+    cut = min(between, key=lambda end: abs(end - cut), default=cut)
+    number = entry["name"].partition("-")[2]
+    head = _write(out, f"train-{number}-head", tokens[:cut], [*ends[ends < cut].tolist(), cut], dtype)
+    tail = _write(out, f"val-{number}-tail", tokens[cut:], (ends[ends > cut] - cut).tolist(), dtype)
+    shards[source].remove(entry)
+    shards["train"].append(head)
+    shards["val"].append(tail)
+    for entries in shards.values():
+        entries.sort(key=lambda entry: str(entry["name"]))
+
+
+def _ends_with_document(out: Path, entry: dict[str, Any]) -> bool:
+    """Whether the shard's last document does not go on in the next one."""
+    index = out / f"{entry['name']}.idx"
+    last = np.fromfile(index, dtype=INDEX_DTYPE, offset=index.stat().st_size - 8) if entry["documents"] else [0]
+    return int(last[0]) == entry["tokens"]
+
+
+def _write(out: Path, name: str, tokens: NDArray[Any], ends: list[int], dtype: np.dtype[Any]) -> dict[str, Any]:
+    with ExitStack() as stack:
+        shard = ShardFile(out, name, dtype, stack)
+        for start in range(0, len(tokens), _COPIED_TOKENS):
+            shard.write(tokens[start : start + _COPIED_TOKENS].tobytes())
+        shard.ends.extend(ends)
+        entry = shard.finish()
+    assert entry is not None
+    return entry
