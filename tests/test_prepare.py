@@ -346,6 +346,26 @@ def test_other_peoples_files_are_left_alone(tmp_path: Path, tokenizer: Path) -> 
         run(tmp_path / "a.jsonl", tmp_path / "a.jsonl", tokenizer=tokenizer)
 
 
+@pytest.mark.skipif(os.name == "nt", reason="needs flock")
+def test_two_at_once_are_refused(tmp_path: Path, tokenizer: Path) -> None:
+    import fcntl
+
+    out = tmp_path / "out"
+    out.mkdir()
+    descriptor = os.open(out, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    with pytest.raises(ValueError, match=r"another `tinyllm prepare` is at work in .*out"):
+        run(as_jsonl(tmp_path), out, tokenizer=tokenizer)
+    os.close(descriptor)
+    run(tmp_path / "a.jsonl", out, tokenizer=tokenizer)
+
+
+def test_bad_input_leaves_no_directory(tmp_path: Path, tokenizer: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        run(tmp_path / "nowhere", tmp_path / "new" / "out", tokenizer=tokenizer)
+    assert not (tmp_path / "new" / "out").exists()
+
+
 def test_a_tokenizer_exchanged_meanwhile(tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = as_jsonl(tmp_path)
 
@@ -447,7 +467,10 @@ def test_a_full_disk(tmp_path: Path, tokenizer: Path, monkeypatch: pytest.Monkey
     }
     part = Part("jsonl", str(path), 0, path.stat().st_size, path.stat().st_size)
     encode = token_encoder(load_tokenizer(tokenizer), np.dtype("<u2"))
-    with pytest.raises(OSError, match=r"the disk is full: no space left in .*out for shard 00007") as error:
+    with (
+        pytest.raises(OSError, match=r"the disk is full: no space left in .*out; finished shards are kept") as error,
+        worker.naming_full_disk(tmp_path / "out"),
+    ):
         worker.write_unit(7, [part], settings, encode, lambda count: None)
     assert error.value.errno == errno.ENOSPC
 

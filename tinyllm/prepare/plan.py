@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,6 @@ WORK_FOLDER = ".prepare"
 MEGABYTE = 10**6
 
 _VERSION = 1  # of plan.json
-
-Say = Callable[[str], None]
 
 
 class Plan:
@@ -35,15 +33,11 @@ class Plan:
         self.skipped: tuple[int, list[str]] = tuple(content["skipped"])
 
     @classmethod
-    def make(
-        cls, data: Sequence[Any], out: Path, settings: dict[str, Any], skip_bad: bool, overwrite: bool, say: Say
-    ) -> Plan:
+    def make(cls, data: Sequence[Any], out: Path, settings: dict[str, Any], skip_bad: bool, overwrite: bool) -> Plan:
         """The plan in `out`, if it is for the same inputs and settings; else a new one, if there is none.
 
         Raises ValueError, and names what differs, if there is another one.
         """
-        if out.exists() and not out.is_dir():
-            raise ValueError(f"out {out} is a file; a directory is needed")
         if overwrite:
             _remove_ours(out)
         path = out / WORK_FOLDER / "plan.json"

@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import closing
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,6 +22,7 @@ from tinyllm.prepare.plan import MEGABYTE, Plan
 from tinyllm.prepare.pool import Worker, WorkerPool, usable_cores
 from tinyllm.prepare.sources import Input, Part, Skipped
 from tinyllm.prepare.streams import stream_lines
+from tinyllm.prepare.worker import naming_full_disk
 from tinyllm.shards import MANIFEST_FILE, TOKENIZER_FILE, Shards, file_sha256, open_shards
 from tinyllm.tokenizer import load_tokenizer
 from tinyllm.vocabularies import load_vocabulary
@@ -109,20 +110,48 @@ def prepare(
         "val_fraction": val_fraction,
         "seed": seed,
     }
-    plan = Plan.make(data, out, settings, skip_bad, overwrite, say)
-    if (out / MANIFEST_FILE).is_file():
-        say(f"{out} is ready: the same data was prepared there before")
-        shards = open_shards(out)
-        return Prepared(shards, 0.0, 0, len(shards.train))
-    _make_tokenizer(plan, tokenizer, skip_bad, say)
-    plan.tokenizer_sha256 = file_sha256(out / TOKENIZER_FILE)
-    start = time.perf_counter()
-    num_bytes, resumed = _tokenize(plan, workers or usable_cores(), skip_bad, say)
-    seconds = time.perf_counter() - start
-    count, names = plan.skipped
-    write_manifest(out, settings, plan.sidecars(), (count + len(plan.damaged), names + plan.damaged))
-    plan.clean_up()
-    return Prepared(open_shards(out), seconds, num_bytes, resumed)
+    with naming_full_disk(out), _alone_in(out):
+        plan = Plan.make(data, out, settings, skip_bad, overwrite)
+        if (out / MANIFEST_FILE).is_file():
+            say(f"{out} is ready: the same data was prepared there before")
+            return Prepared(open_shards(out), 0.0, 0, len(plan.units))
+        _make_tokenizer(plan, tokenizer, skip_bad, say)
+        plan.tokenizer_sha256 = file_sha256(out / TOKENIZER_FILE)
+        start = time.perf_counter()
+        num_bytes, resumed = _tokenize(plan, workers or usable_cores(), skip_bad, say)
+        seconds = time.perf_counter() - start
+        count, names = plan.skipped
+        write_manifest(out, settings, plan.sidecars(), (count + len(plan.damaged), names + plan.damaged))
+        plan.clean_up()
+        return Prepared(open_shards(out), seconds, num_bytes, resumed)
+
+
+@contextmanager
+def _alone_in(out: Path) -> Iterator[None]:
+    """Keep a second call from the same directory: it would take this one's files for leftovers."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"out {out} is a file; a directory is needed")
+    try:
+        import fcntl
+    except ImportError:  # on Windows open files cannot be removed anyway
+        yield
+        return
+    made = not out.exists()
+    out.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(out, os.O_RDONLY)  # the directory itself, so that no lock file is left behind
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another `tinyllm prepare` is at work in {out}") from None
+        except OSError:
+            pass  # a file system without locks
+        yield
+    finally:
+        os.close(descriptor)
+        if made:
+            with suppress(OSError):  # not empty
+                out.rmdir()
 
 
 def _check_settings(workers: int | None, shard_size: float, val_fraction: float, tokenizer_sample: float) -> None:
@@ -278,11 +307,9 @@ def _wait(running: set[Future[None]]) -> set[Future[None]]:
 
 def _remove_leftovers(plan: Plan) -> None:
     """What a killed call left half-written."""
-    for pattern in (".train-*.tmp", ".val-*.tmp"):
-        for path in plan.out.glob(pattern):
+    for folder, pattern in ((plan.out, ".*.tmp"), (plan.folder, ".*.tmp"), (plan.folder, "lines-*")):
+        for path in folder.glob(pattern):
             path.unlink(missing_ok=True)
-    for path in plan.folder.glob("lines-*"):
-        path.unlink(missing_ok=True)
 
 
 def _units(plan: Plan, skip_bad: bool) -> Iterator[tuple[int, list[Part] | None, dict[str, Any]]]:

@@ -85,8 +85,13 @@ def _dataset_lines(name: str, column: str, skip: int) -> Iterator[bytes]:
         from datasets import load_dataset
     except ImportError as error:
         raise missing_library("datasets", name) from error
-    rows = load_dataset(dataset, config, split=split, streaming=True)
-    if rows.column_names is not None and column not in rows.column_names:
-        raise ValueError(f"{name} has no column {column!r}; its columns are {', '.join(rows.column_names)}")
-    for row in rows.skip(skip) if skip else rows:
-        yield json.dumps({column: row.get(column)}).encode() + b"\n"
+    try:
+        rows = load_dataset(dataset, config, split=split, streaming=True)
+        if rows.column_names is not None and column not in rows.column_names:
+            raise ValueError(f"{name} has no column {column!r}; its columns are {', '.join(rows.column_names)}")
+        for row in rows.skip(skip) if skip else rows:
+            yield json.dumps({column: row.get(column)}).encode() + b"\n"
+    except (OSError, ValueError):
+        raise
+    except Exception as error:  # of whatever library fetches or decodes the files
+        raise OSError(f"{name} cannot be read: {type(error).__name__}: {reason_of(error)}") from error

@@ -17,7 +17,7 @@ import sys
 import traceback
 from array import array
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -85,6 +85,21 @@ class ShardFile:
         }
 
 
+@contextmanager
+def naming_full_disk(directory: str | os.PathLike[str]) -> Iterator[None]:
+    """Say where there is no room, which the system does not, and what to do about it."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise OSError(
+                error.errno,
+                f"the disk is full: no space left in {directory}; finished shards are kept, so make room and run the "
+                f"same command again",
+            ) from error
+        raise
+
+
 def write_unit(
     number: int,
     parts: Iterable[Part],
@@ -106,7 +121,7 @@ def write_unit(
 
     Raises:
         ValueError: an input cannot be used, and skip_bad is false.
-        OSError: a file cannot be read or written; a full disk is named.
+        OSError: a file cannot be read or written.
     """
     directory, dtype = Path(settings["directory"]), np.dtype(settings["dtype"])
     end_id = settings["end_of_text_id"]
@@ -115,44 +130,35 @@ def write_unit(
     skipped = Skipped(settings["skip_bad"])
     total = 0
     batch: list[tuple[str, str, bool]] = []  # a piece, its split, and whether its document ends with it
-    try:
-        with ExitStack() as stack:
-            shards = {s: ShardFile(directory, f"{s}-{number:05d}", dtype, stack) for s in ("train", "val")}
+    with ExitStack() as stack:
+        shards = {s: ShardFile(directory, f"{s}-{number:05d}", dtype, stack) for s in ("train", "val")}
 
-            def flush() -> None:
-                encoded = encode([piece for piece, _, _ in batch])
-                for (_, split, ends), ids in zip(batch, encoded, strict=True):
-                    shards[split].write(ids + end if ends else ids)
-                    if ends:
-                        shards[split].end_document()
-                nonlocal total
-                num_bytes = sum(len(p) if p.isascii() else len(p.encode()) for p, _, _ in batch)
-                total += num_bytes
-                progress(num_bytes)
-                batch.clear()
+        def flush() -> None:
+            encoded = encode([piece for piece, _, _ in batch])
+            for (_, split, ends), ids in zip(batch, encoded, strict=True):
+                shards[split].write(ids + end if ends else ids)
+                if ends:
+                    shards[split].end_document()
+            nonlocal total
+            num_bytes = sum(len(p) if p.isascii() else len(p.encode()) for p, _, _ in batch)
+            total += num_bytes
+            progress(num_bytes)
+            batch.clear()
 
-            size = 0
-            for part in parts:
-                for document in read_documents(part, settings["text_column"], skipped):
-                    # A part of a long document is never for validation, which it might fill alone.
-                    split = "val" if document.whole and choose() < settings["val_fraction"] else "train"
-                    for piece, last in _with_last(document):
-                        batch.append((piece, split, last))
-                        size += len(piece)
-                        if size >= _BATCH_CHARACTERS:
-                            flush()
-                            size = 0
-            if batch:
-                flush()
-            entries = {split: shard.finish() for split, shard in shards.items()}
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise OSError(
-                error.errno,
-                f"the disk is full: no space left in {directory} for shard {number:05d}; finished shards are kept, "
-                f"so make room and run the same command again",
-            ) from error
-        raise
+        size = 0
+        for part in parts:
+            for document in read_documents(part, settings["text_column"], skipped):
+                # A part of a long document is never for validation, which it might fill alone.
+                split = "val" if document.whole and choose() < settings["val_fraction"] else "train"
+                for piece, last in _with_last(document):
+                    batch.append((piece, split, last))
+                    size += len(piece)
+                    if size >= _BATCH_CHARACTERS:
+                        flush()
+                        size = 0
+        if batch:
+            flush()
+        entries = {split: shard.finish() for split, shard in shards.items()}
     return {
         "bytes": total,
         **{key: sum(entry[key] for entry in entries.values() if entry) for key in ("documents", "tokens")},
@@ -238,8 +244,9 @@ def main() -> None:
                     load_tokenizer(Path(settings["directory"], TOKENIZER_FILE)), np.dtype(settings["dtype"])
                 )
             parts = [Part(**part) for part in task["parts"]]
-            done = write_unit(task["number"], parts, settings, encode, lambda count: answer(progress=count))
-            write_text(task["sidecar"], json.dumps({**done, **task["extra"]}))
+            with naming_full_disk(settings["directory"]):
+                done = write_unit(task["number"], parts, settings, encode, lambda count: answer(progress=count))
+                write_text(task["sidecar"], json.dumps({**done, **task["extra"]}))
             answer(done=done)
         except BrokenPipeError:  # nobody waits any more
             os._exit(1)  # without another try to write what is left
