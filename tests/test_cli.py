@@ -95,10 +95,13 @@ def is_one_error(text: str) -> bool:
 def test_help(here: Here, tmp_path: Path) -> None:
     commands = tinyllm("--help", cwd=tmp_path).stdout
     flags = {
-        "train": "data preset tokenizer vocab-size steps batch-size seq-len lr dropout seed out overwrite device",
-        "generate": "run prompt max-new-tokens temperature top-k seed device",
+        "train": "data preset tokenizer vocab-size steps batch-size seq-len lr schedule warmup-steps weight-decay "
+        "grad-clip dropout label-smoothing ema packing seed out overwrite resume eval-interval checkpoint-interval "
+        "keep-checkpoints stop-on-save-error sample-tokens tensorboard device devices num-nodes strategy precision "
+        "micro-batches checkpointing compile workers",
+        "generate": "run prompt max-new-tokens temperature top-k seed checkpoint device",
         "bench": "quick only out",
-        "eval": "run data batch-size device",
+        "eval": "run data batch-size checkpoint device",
         "estimate": "preset devices batch-size seq-len precision checkpointing device-memory peak-tflops mfu",
         "info": "help",
         "prepare": "data out tokenizer vocab-size tokenizer-sample text-column workers shard-size val-fraction skip-bad "

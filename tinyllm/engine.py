@@ -7,11 +7,13 @@ Fabric starts the processes, places the model, shards or replicates it, and sums
 from __future__ import annotations
 
 import logging
+import math
 import os
 import pickle
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from functools import partial
 from importlib.util import find_spec
@@ -22,6 +24,7 @@ from lightning_fabric import Fabric
 from lightning_fabric.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy, Strategy
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
 from tinyllm.model import SimpleLLM, choose_device
 from tinyllm.presets import TrainConfig
@@ -111,6 +114,55 @@ def setup(
     return wrapped, fabric.setup_optimizers(make_optimizer(module))  # of the weights as they lie now
 
 
+def accumulating(fabric: Fabric, wrapped: Any, unfinished: bool) -> AbstractContextManager[Any]:
+    """Where a micro-batch's loss and gradient are computed; while the step is unfinished, no gradient is sent."""
+    if not unfinished or isinstance(fabric.strategy, DeepSpeedStrategy):  # which sees to it by itself
+        return nullcontext()
+    return fabric.no_backward_sync(wrapped)
+
+
+def backward(fabric: Fabric, wrapped: Any, loss: Tensor, *, part: int, parts: int) -> None:
+    """Add the gradient of one of `parts` micro-batches' losses; only the last one's is summed over the processes."""
+    if isinstance(fabric.strategy, DeepSpeedStrategy):  # which divides by itself, and counts by calls of step
+        fabric.backward(loss)
+        if part + 1 < parts:
+            wrapped._forward_module.step()
+        return
+    fabric.backward(loss / parts if parts > 1 else loss)
+
+
+def clip_and_step(fabric: Fabric, module: nn.Module, wrapped: Any, optimizer: Any, max_norm: float) -> float:
+    """Let the optimizer take a step with the gradient, clipped; not if it is not finite. Gradients are then gone.
+
+    Returns:
+        The gradient's global norm before clipping, the same number in all processes; NaN or infinity if there was no
+        step. A GPU is waited for.
+
+    Raises:
+        FloatingPointError: DeepSpeed has taken a step with a gradient that is not finite, as it does in float32.
+    """
+    if isinstance(fabric.strategy, DeepSpeedStrategy):
+        engine = wrapped._forward_module
+        skipped = engine.skipped_steps
+        engine.step()  # Fabric's optimizer would go round it, and it would not count
+        norm = float(engine.get_global_grad_norm() or 0.0)
+        if engine.skipped_steps > skipped:
+            return math.nan
+        if not math.isfinite(norm):
+            raise FloatingPointError(
+                "the gradient is not finite, and DeepSpeed cannot skip a step in precision '32-true': the weights are "
+                "lost; resume from the last checkpoint, with another strategy or precision"
+            )
+        return norm
+    total = fabric.clip_gradients(module, optimizer, max_norm=max_norm, error_if_nonfinite=False)
+    assert total is not None
+    norm = float(total.full_tensor() if isinstance(total, DTensor) else total)
+    if math.isfinite(norm):
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
 def on_rank_zero(fabric: Fabric, work: Callable[[], _T]) -> _T:
     """What `work` gives in the first process, in all of them; an error in it is raised in all of them."""
     result: Any = None
@@ -184,7 +236,7 @@ def _check_devices(config: TrainConfig, device: torch.device) -> None:
 def _strategy(config: TrainConfig, device: torch.device) -> Strategy | str:
     processes = config.devices * config.num_nodes
     if config.strategy == "deepspeed":
-        return DeepSpeedStrategy(stage=2, config=deepspeed_config(config))
+        return DeepSpeedStrategy(config=deepspeed_config(config))
     if config.strategy == "fsdp":
         policy = torch.bfloat16 if config.precision == "bf16-mixed" else None
         return ModelParallelStrategy(
@@ -201,16 +253,13 @@ def _strategy(config: TrainConfig, device: torch.device) -> Strategy | str:
 def deepspeed_config(config: TrainConfig) -> dict[str, Any]:
     """DeepSpeed's own settings for `config`: ZeRO stage 2, our clipping, our share of a step."""
     share = config.batch_size // (config.devices * config.num_nodes * config.micro_batches)
-    settings: dict[str, Any] = {
+    return {
         "train_micro_batch_size_per_gpu": share,
         "gradient_accumulation_steps": config.micro_batches,
         "gradient_clipping": config.grad_clip,
         "zero_optimization": {"stage": 2, "overlap_comm": True, "contiguous_gradients": True},
         "zero_allow_untested_optimizer": True,
     }
-    if config.precision != "32-true":
-        settings["bf16"] = {"enabled": True}
-    return settings
 
 
 def _shard(module: TrainingModule, mesh: DeviceMesh, compute_dtype: torch.dtype | None) -> TrainingModule:

@@ -18,13 +18,11 @@ from typing import Any
 import numpy as np
 import torch
 from lightning_fabric import Fabric
-from lightning_fabric.strategies import DeepSpeedStrategy
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from tinyllm.batches import Batches, ShuffledWindows, TokenDataset, train_loader, val_loader
 from tinyllm.checkpoint import checkpoints, publish
-from tinyllm.engine import TrainingModule, setup
+from tinyllm.engine import TrainingModule, accumulating, backward, clip_and_step, setup
 from tinyllm.model import SimpleLLM
 from tinyllm.optim import AveragedWeights, adamw, learning_rate
 from tinyllm.presets import TrainConfig
@@ -118,15 +116,14 @@ def fit(
             total: Tensor | None = None
             for part in range(config.micro_batches):
                 inputs, targets = record.waiting(batches)
-                unfinished = part + 1 < config.micro_batches
-                with fabric.no_backward_sync(wrapped, unfinished) if unfinished else nullcontext():  # type: ignore[arg-type]
-                    loss = wrapped(_to(fabric, inputs), _to(fabric, targets)) / config.micro_batches
-                    fabric.backward(loss)
-                total = loss.detach() if total is None else total + loss.detach()
+                with accumulating(fabric, wrapped, part + 1 < config.micro_batches):
+                    loss = wrapped(_to(fabric, inputs), _to(fabric, targets))
+                    backward(fabric, wrapped, loss, part=part, parts=config.micro_batches)
+                loss = loss.detach() / config.micro_batches
+                total = loss if total is None else total + loss
             assert total is not None
-            norm = _clip(fabric, model, optimizer, config.grad_clip, total)
+            norm = clip_and_step(fabric, model, wrapped, optimizer, config.grad_clip)
             if math.isfinite(norm):
-                optimizer.step()
                 losses.append(total)
                 progress.skipped_in_a_row = 0
                 if averages is not None:
@@ -135,7 +132,6 @@ def fit(
                 progress.skipped += 1
                 progress.skipped_in_a_row += 1
                 record.note(f"step {step}: the loss or the gradient is not finite; the step is skipped")
-            optimizer.zero_grad(set_to_none=True)
             progress.step = step
             if progress.skipped_in_a_row > config.max_skipped_steps:
                 raise FloatingPointError(
@@ -225,15 +221,6 @@ def _last_good(out: Path) -> str:
 
 def _to(fabric: Fabric, tensor: Tensor) -> Tensor:
     return tensor.to(fabric.device, non_blocking=True)
-
-
-def _clip(fabric: Fabric, module: nn.Module, optimizer: Any, limit: float, loss: Tensor) -> float:
-    """Clip the gradients' global norm; what it was before, the same number in all processes. A GPU is waited for."""
-    if isinstance(fabric.strategy, DeepSpeedStrategy):  # which clips within its step, and keeps the norm to itself
-        return float(_sum(fabric, loss.double().cpu()))
-    norm = fabric.clip_gradients(module, optimizer, max_norm=limit, error_if_nonfinite=False)
-    assert norm is not None
-    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
 
 def _mean(fabric: Fabric, losses: list[Tensor]) -> Tensor:

@@ -72,8 +72,8 @@ class Recorder:
         self._metrics = MetricsWriter(out / METRICS_FILE, first_step if first_step else None)
         self._loggers = _loggers(out, config.tensorboard, read_metrics(out / METRICS_FILE))
         _keep_samples(out / SAMPLES_FILE, first_step)
-        dtype = torch.float32 if config.precision == "32-true" else torch.bfloat16
-        peak = peak_flops(fabric.device, dtype) * fabric.world_size
+        dtypes = {torch.float32} if config.precision == "32-true" else {torch.float32, torch.bfloat16}
+        peak = max(peak_flops(fabric.device, dtype) for dtype in dtypes) * fabric.world_size
         self._flops = estimate(model, seq_len=config.seq_len).flops_per_token / peak
         self._bar = tqdm(
             total=config.steps,
