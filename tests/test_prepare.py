@@ -280,6 +280,31 @@ def test_a_kill_costs_only_what_was_unfinished(
     again.shards.verify()
 
 
+@pytest.mark.parametrize("make", [as_jsonl, as_gz, as_zst, as_dataset])
+def test_a_failure_costs_only_what_was_unfinished(
+    make: Callable[[Path], Any], tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    data = make(source)
+    options: dict[str, Any] = {"tokenizer": tokenizer, "shard_size": 0.01}
+    usual = pool.WorkerPool.run
+
+    def fail(self: pool.WorkerPool, task: dict[str, Any], *rest: Any) -> dict[str, Any]:
+        if task["number"] == 3:
+            raise OSError("the network is gone")
+        return usual(self, task, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pool.WorkerPool, "run", fail)
+        with pytest.raises(OSError, match="the network is gone"):
+            run(data, tmp_path / "out", **options)
+    assert sorted(sidecars(tmp_path / "out")) == [f"unit-0000{number}.json" for number in range(3)]
+    again = full_run(data, tmp_path / "out", **options)
+    assert again.resumed == 3
+    assert content(tmp_path / "out") == content(run(data, tmp_path / "whole", **options).directory)
+
+
 def test_a_lost_shard_is_made_again(tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = as_jsonl(tmp_path)
 

@@ -44,7 +44,7 @@ def prepare(
     ] = None,
     tokenizer_sample: Annotated[
         float, typer.Option(metavar="MB", help="Text to learn them from; takes three times as much memory.")
-    ] = 100.0,
+    ] = 64.0,
     text_column: Annotated[
         str, typer.Option(metavar="NAME", help="What JSON lines, Parquet files and datasets call the text.")
     ] = "text",

@@ -15,20 +15,24 @@ from tinyllm._files import write_text
 from tinyllm.data import token_dtype
 from tinyllm.prepare.worker import ShardFile
 from tinyllm.shards import FORMAT, INDEX_DTYPE, MANIFEST_FILE, TOKENIZER_FILE, VERSION, file_sha256
-from tinyllm.tokenizer import load_tokenizer
 
 _NAMED = 1000  # inputs left out that the manifest names; the others it only counts
 _COPIED_TOKENS = 1 << 20
 
 
 def write_manifest(
-    out: Path, settings: dict[str, Any], units: Iterable[dict[str, Any]], skipped: tuple[int, list[str]]
+    out: Path,
+    settings: dict[str, Any],
+    vocabulary: dict[str, Any],
+    units: Iterable[dict[str, Any]],
+    skipped: tuple[int, list[str]],
 ) -> None:
     """Write manifest.json for the shards of finished units, and remove shards that it does not list.
 
     Args:
         out: where everything lies.
         settings: what the shards were made with.
+        vocabulary: the tokenizer's vocab_size and end_of_text_id.
         units: what the workers said of them, in order.
         skipped: how many inputs were left out before, and the names of some.
 
@@ -36,8 +40,7 @@ def write_manifest(
         ValueError: there are too few tokens for two splits.
         OSError: a file cannot be written.
     """
-    tokenizer = load_tokenizer(out / TOKENIZER_FILE)
-    dtype = token_dtype(tokenizer.vocab_size)
+    dtype = token_dtype(vocabulary["vocab_size"])
     shards: dict[str, list[dict[str, Any]]] = {"train": [], "val": []}
     count, names = skipped
     totals = {"documents": 0, "tokens": 0, "bytes": 0}
@@ -54,9 +57,8 @@ def write_manifest(
         "format": FORMAT,
         "version": VERSION,
         "tokenizer_sha256": file_sha256(out / TOKENIZER_FILE),
-        "vocab_size": tokenizer.vocab_size,
+        **vocabulary,
         "dtype": dtype.name,
-        "end_of_text_id": tokenizer.end_of_text_id,
         **totals,
         "settings": settings,
         "skipped_count": count,

@@ -24,8 +24,6 @@ from tinyllm.prepare.sources import Input, Part, Skipped
 from tinyllm.prepare.streams import stream_lines
 from tinyllm.prepare.worker import naming_full_disk
 from tinyllm.shards import MANIFEST_FILE, TOKENIZER_FILE, Shards, file_sha256, open_shards
-from tinyllm.tokenizer import load_tokenizer
-from tinyllm.vocabularies import load_vocabulary
 
 VOCAB_SIZE = 50257  # GPT-2's
 TRAINED = ("bpe", "word", "char")
@@ -63,7 +61,7 @@ def prepare(
     workers: int | None = None,
     shard_size: float = 64.0,
     val_fraction: float = 0.01,
-    tokenizer_sample: float = 100.0,
+    tokenizer_sample: float = 64.0,
     skip_bad: bool = False,
     seed: int = 0,
     overwrite: bool = False,
@@ -103,25 +101,26 @@ def prepare(
     """
     _check_settings(workers, shard_size, val_fraction, tokenizer_sample)
     out = Path(out)
-    settings = {
-        **_tokenizer_settings(tokenizer, vocab_size, tokenizer_sample),
-        "text_column": text_column,
-        "shard_size": shard_size,
-        "val_fraction": val_fraction,
-        "seed": seed,
-    }
-    with naming_full_disk(out), _alone_in(out):
+    with naming_full_disk(out), _alone_in(out), closing(Worker(parallel=True)) as helper:
+        settings = {
+            **_tokenizer_settings(helper, tokenizer, vocab_size, tokenizer_sample),
+            "text_column": text_column,
+            "shard_size": shard_size,
+            "val_fraction": val_fraction,
+            "seed": seed,
+        }
         plan = Plan.make(data, out, settings, skip_bad, overwrite)
         if (out / MANIFEST_FILE).is_file():
             say(f"{out} is ready: the same data was prepared there before")
             return Prepared(open_shards(out), 0.0, 0, len(plan.units))
-        _make_tokenizer(plan, tokenizer, skip_bad, say)
+        vocabulary = _make_tokenizer(helper, plan, tokenizer, skip_bad, say)
+        helper.close()  # it has no more to do, and training took memory
         plan.tokenizer_sha256 = file_sha256(out / TOKENIZER_FILE)
         start = time.perf_counter()
-        num_bytes, resumed = _tokenize(plan, workers or usable_cores(), skip_bad, say)
+        num_bytes, resumed = _tokenize(plan, vocabulary, workers or usable_cores(), skip_bad, say)
         seconds = time.perf_counter() - start
         count, names = plan.skipped
-        write_manifest(out, settings, plan.sidecars(), (count + len(plan.damaged), names + plan.damaged))
+        write_manifest(out, settings, vocabulary, plan.sidecars(), (count + len(plan.damaged), names + plan.damaged))
         plan.clean_up()
         return Prepared(open_shards(out), seconds, num_bytes, resumed)
 
@@ -164,47 +163,54 @@ def _check_settings(workers: int | None, shard_size: float, val_fraction: float,
         raise ValueError(f"val_fraction is {val_fraction}; it must be above 0 and below 1")
 
 
-def _tokenizer_settings(tokenizer: str | os.PathLike[str], vocab_size: int | None, sample: float) -> dict[str, Any]:
+def _tokenizer_settings(
+    helper: Worker, tokenizer: str | os.PathLike[str], vocab_size: int | None, sample: float
+) -> dict[str, Any]:
     """What of the tokenizer decides the result: how it is trained, or what is in its files."""
     if tokenizer in TRAINED:
         size = VOCAB_SIZE if vocab_size is None and tokenizer != "char" else vocab_size
         return {"tokenizer": tokenizer, "vocab_size": size, "tokenizer_sample": sample}
     if vocab_size is not None:
         raise ValueError(f"vocab_size is {vocab_size}, but {tokenizer} has its own; it is for one that is trained")
-    loaded = load_vocabulary(tokenizer)
     with TemporaryDirectory() as folder:  # hashed as it will lie beside the shards
         path = Path(folder, TOKENIZER_FILE)
-        loaded.save(path)
-        return {"tokenizer": "given", "vocab_size": loaded.vocab_size, "tokenizer_sha256": file_sha256(path)}
+        size = _write_tokenizer(helper, path, path=str(tokenizer))["vocab_size"]
+        return {"tokenizer": "given", "vocab_size": size, "tokenizer_sha256": file_sha256(path)}
 
 
 # The tokenizer
 
 
-def _make_tokenizer(plan: Plan, tokenizer: str | os.PathLike[str], skip_bad: bool, say: Say) -> None:
-    """Write tokenizer.json, unless an earlier call has."""
+def _write_tokenizer(helper: Worker, to: Path, **task: Any) -> dict[str, Any]:
+    """Its vocab_size and end_of_text_id. Left to a process that ends soon: a vocabulary takes a lot of memory."""
+    return helper.run({"task": "tokenizer", "to": str(to), **task}, "making the tokenizer", lambda count: None)
+
+
+def _make_tokenizer(
+    helper: Worker, plan: Plan, tokenizer: str | os.PathLike[str], skip_bad: bool, say: Say
+) -> dict[str, Any]:
+    """Write tokenizer.json, unless an earlier call has; what `_write_tokenizer` returns."""
     path = plan.out / TOKENIZER_FILE
     if path.is_file():
-        return
+        with TemporaryDirectory() as folder:  # read only: the shards that are finished depend on the file
+            return _write_tokenizer(helper, Path(folder, TOKENIZER_FILE), path=str(path))
     if tokenizer not in TRAINED:
-        load_vocabulary(tokenizer).save(path)
-        return
+        return _write_tokenizer(helper, path, path=str(tokenizer))
     settings = plan.settings
     size = "" if settings["vocab_size"] is None else f" of up to {settings['vocab_size']:,} tokens"
     say(f"Training a {tokenizer} tokenizer{size} on up to {settings['tokenizer_sample']:g} MB of the text")
-    task = {
-        "task": "train",
-        "kind": tokenizer,
-        "vocab_size": settings["vocab_size"],
-        "samples": _samples(plan, int(settings["tokenizer_sample"] * MEGABYTE)),
-        "text_column": settings["text_column"],
-        "skip_bad": skip_bad,
-        "directory": str(plan.out),
-    }
     start = time.perf_counter()
-    with closing(Worker(parallel=True)) as worker:
-        done = worker.run(task, "training the tokenizer", lambda _: None)
-    say(f"{done['vocab_size']:,} tokens learnt in {time.perf_counter() - start:.0f} s")
+    vocabulary = _write_tokenizer(
+        helper,
+        path,
+        kind=tokenizer,
+        vocab_size=settings["vocab_size"],
+        samples=_samples(plan, int(settings["tokenizer_sample"] * MEGABYTE)),
+        text_column=settings["text_column"],
+        skip_bad=skip_bad,
+    )
+    say(f"{vocabulary['vocab_size']:,} tokens learnt in {time.perf_counter() - start:.0f} s")
+    return vocabulary
 
 
 def _samples(plan: Plan, size: int) -> list[tuple[dict[str, Any], int]]:
@@ -230,13 +236,12 @@ def _samples(plan: Plan, size: int) -> list[tuple[dict[str, Any], int]]:
 # The units
 
 
-def _tokenize(plan: Plan, workers: int, skip_bad: bool, say: Say) -> tuple[int, int]:
+def _tokenize(plan: Plan, vocabulary: dict[str, Any], workers: int, skip_bad: bool, say: Say) -> tuple[int, int]:
     """Do the units that are not finished: the bytes of text in them, and how many were finished before."""
-    tokenizer = load_tokenizer(plan.out / TOKENIZER_FILE)
     settings = {
         "directory": str(plan.out),
-        "dtype": token_dtype(tokenizer.vocab_size).newbyteorder("<").str,
-        "end_of_text_id": tokenizer.end_of_text_id,
+        "dtype": token_dtype(vocabulary["vocab_size"]).newbyteorder("<").str,
+        "end_of_text_id": vocabulary["end_of_text_id"],
         "text_column": plan.settings["text_column"],
         "val_fraction": plan.settings["val_fraction"],
         "seed": plan.settings["seed"],

@@ -29,6 +29,7 @@ from tinyllm.prepare.streams import stream_lines
 from tinyllm.prepare.words import token_encoder
 from tinyllm.shards import INDEX_DTYPE, TOKENIZER_FILE
 from tinyllm.tokenizer import load_tokenizer, train_tokenizer
+from tinyllm.vocabularies import load_vocabulary
 
 BOOTSTRAP = (
     "import sys, types; package = types.ModuleType('tinyllm'); package.__path__ = [sys.argv[1]]; "
@@ -214,11 +215,27 @@ def _source_texts(source: dict[str, Any], column: str, skipped: Skipped) -> Iter
             yield from split_text([text])
 
 
-def _train(task: dict[str, Any]) -> dict[str, Any]:
-    texts = sample_texts(task["samples"], task["text_column"], task["skip_bad"])
-    tokenizer = train_tokenizer(task["kind"], texts, task["vocab_size"])
-    tokenizer.save(Path(task["directory"], TOKENIZER_FILE))
-    return {"vocab_size": tokenizer.vocab_size}
+def make_tokenizer(task: dict[str, Any]) -> dict[str, Any]:
+    """Train or load a tokenizer, and write it to a file.
+
+    Args:
+        task: "to", the file; and either "path", that of any tokenizer, or what to train one with: kind, vocab_size,
+            samples, text_column and skip_bad.
+
+    Returns:
+        Its vocab_size and end_of_text_id.
+
+    Raises:
+        FileNotFoundError: there is no tokenizer.
+        ValueError: it is none, or an input cannot be used.
+    """
+    if "path" in task:
+        tokenizer = load_vocabulary(task["path"])
+    else:
+        texts = sample_texts(task["samples"], task["text_column"], task["skip_bad"])
+        tokenizer = train_tokenizer(task["kind"], texts, task["vocab_size"])
+    tokenizer.save(task["to"])
+    return {"vocab_size": tokenizer.vocab_size, "end_of_text_id": tokenizer.end_of_text_id}
 
 
 def main() -> None:
@@ -235,8 +252,9 @@ def main() -> None:
     for line in sys.stdin:
         task = json.loads(line)
         try:
-            if task["task"] == "train":
-                answer(done=_train(task))
+            if task["task"] == "tokenizer":
+                with naming_full_disk(Path(task["to"]).parent):
+                    answer(done=make_tokenizer(task))
                 continue
             settings = task["settings"]
             if encode is None:
