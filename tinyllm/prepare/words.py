@@ -6,8 +6,8 @@ join. New words go to the library `tokenizers`, in batches. That makes it severa
 goes through the same steps for every word, and the ids are the same.
 
 The expression's classes of letters and digits are those of Unicode, which differ from version to version and from
-library to library. So only ASCII is cut here: a run between white space with any other character goes to the library
-whole, and a text with white space beyond ASCII's goes there altogether.
+library to library. So only ASCII is cut here: from a word that touches another character to the next white space, the
+text goes to the library in one, and a text with white space beyond ASCII's goes there altogether.
 """
 
 from __future__ import annotations
@@ -21,10 +21,17 @@ import numpy as np
 
 from tinyllm.tokenizer import BPETokenizer, Tokenizer
 
-# A run with letters of any kind first: what follows it must then be ASCII. The rest is GPT-2's, for ASCII.
+# GPT-2's expression, for ASCII. No word is matched that might go on in other characters; what touches these is matched
+# by the line before the last, up to the next white space.
+_OTHER = "\x80-\U0010ffff"
+_MARKS = r"\x00-\x08\x0e-\x1b!-/:-@\[-`{-\x7f"
 _WORDS = re.compile(
-    r" ?[!-~]*[^\x00-\x7f]\S*"
-    r"|'s|'t|'re|'ve|'m|'ll|'d| ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s+",
+    rf" ?[A-Za-z]+(?![A-Za-z{_OTHER}])"
+    r"|'(?:s|t|re|ve|m|ll|d)"
+    rf"| ?[{_MARKS}]+(?![{_MARKS}{_OTHER}])"
+    rf"| ?[0-9]+(?![0-9{_OTHER}])"
+    rf"| ?[^\s{_OTHER}]*[{_OTHER}]\S*"
+    r"|\s+(?!\S)|\s+",
 )
 # White space beyond ASCII's, and the control characters that `re` takes for white space, and others do not.
 _OTHER_SPACE = re.compile("[\x1c-\x1f\x85\xa0\u1680\u180e\u2000-\u200f\u2028-\u202f\u205f\u2060\u3000\ufeff]")
