@@ -104,8 +104,8 @@ def test_help(here: Here, tmp_path: Path) -> None:
         "eval": "run data batch-size checkpoint device",
         "estimate": "preset devices batch-size seq-len precision checkpointing device-memory peak-tflops mfu",
         "info": "help",
-        "prepare": "data out tokenizer vocab-size tokenizer-sample text-column workers shard-size val-fraction skip-bad "
-        "seed overwrite check",
+        "prepare": "data out tokenizer vocab-size tokenizer-sample text-column workers shard-size val-fraction "
+        "skip-bad seed overwrite check",
         "plot": "out x split overwrite",
         "runs": "json sort",
     }

@@ -185,7 +185,7 @@ def test_a_comparison_names_its_runs_by_their_last_loss(tmp_path: Path, figures:
     ]
     plot_comparison([*runs, runs[0]], tmp_path / "p.png")
     names = [label.replace("\u2007", "").strip() for label in legend(figures[0])]
-    assert names == ["3.250  b/tiny-1", "2.383  _$hidden$ (training)", "2.250  a/tiny-1", "new: nothing yet"]
+    assert names == ["3.250  b/tiny-1", "2.400  _$hidden$ (training)", "2.250  a/tiny-1", "new: nothing yet"]
     colours = [line.get_color() for line in figures[0].legends[0].get_lines()]
     assert len(set(colours)) == 4
     assert figures[0].axes[0].get_title(loc="left") == "Validation loss"

@@ -16,6 +16,7 @@ XAxis = Literal["step", "tokens", "time"]
 Split = Literal["val", "train", "both"]
 
 _LONG = 500  # lines of a run whose beginning is too small a part of the picture to decide its scale
+_STEADY = 50  # values from which on the end of a loss is taken for a straight line
 
 
 @dataclass(frozen=True)
@@ -94,8 +95,8 @@ def smooth(values: Array) -> Array:
     """The mean of each finite value and its neighbours, without the spikes.
 
     Spikes: a median of five comes first. Towards the start, where a loss falls steeply, fewer neighbours count, so
-    that the mean does not lag. At the end, where it is flat, a straight line through the neighbours on the left takes
-    the place of the mean, as the last values alone would be noise.
+    that the mean does not lag. At the end of a long run, where it is flat, a straight line through the neighbours on
+    the left takes the place of the mean, as the last values alone would be noise; in a short one fewer of them count.
     """
     count = len(values)
     if count < 5:
@@ -106,8 +107,12 @@ def smooth(values: Array) -> Array:
     index = np.arange(count)
     left = np.minimum(index // 3, reach)
     right = np.minimum(left, count - 1 - index)
+    if count < _STEADY:
+        left = right
     sums = np.concatenate([[0.0], np.cumsum(calm)])
     smooth = (sums[index + right + 1] - sums[index - left]) / (left + right + 1)
+    if count < _STEADY:
+        return smooth
     places = index[-3 * reach :]
     slope, start = np.polyfit(places, calm[-3 * reach :], 1)
     ending = index >= count - reach

@@ -15,7 +15,7 @@ from lightning_fabric import Fabric
 
 from tinyllm import checkpoint
 from tinyllm.batches import TokenDataset
-from tinyllm.data import TRAIN_FILE, VAL_FILE, find_files, standard_library, write_tokens
+from tinyllm.data import TRAIN_FILE, VAL_FILE, find_files, standard_library, token_dtype, write_tokens
 from tinyllm.engine import launch, on_rank_zero
 from tinyllm.loop import Fitted, fit
 from tinyllm.model import SimpleLLM, choose_device, init_gpt2_weights
@@ -244,10 +244,10 @@ def _datasets(
             )
         shards.check_tokenizer(out / checkpoint.TOKENIZER_FILE)
         train, val = shards.train, shards.val
-    # Of a small corpus the validation part may be shorter than a sequence.
-    longest = max(description["val_tokens"] - 1, 1) if len(val) == 1 else seq_len
     vocab_size = tokenizer.vocab_size
-    return TokenDataset(train, vocab_size, seq_len), TokenDataset(val, vocab_size, min(seq_len, longest))
+    # Of a small corpus the validation part may be shorter than a sequence.
+    longest = max(path.stat().st_size for path in val) // token_dtype(vocab_size).itemsize - 1
+    return TokenDataset(train, vocab_size, seq_len), TokenDataset(val, vocab_size, min(seq_len, max(longest, 1)))
 
 
 def _saved_config(saved: dict[str, Any], out: Path) -> TrainConfig:
