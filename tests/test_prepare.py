@@ -353,10 +353,11 @@ def test_other_settings_or_inputs_are_refused(tmp_path: Path, tokenizer: Path) -
     with pytest.raises(ValueError, match=r"a.jsonl has changed"):
         run(data, out, tokenizer=tokenizer)
     assert content(out) == before
-    (out / "notes.txt").write_text("mine")
+    for name in ("notes.txt", "train-set.bin"):
+        (out / name).write_text("mine")
     shards = run(data, out, tokenizer=tokenizer, overwrite=True)
     assert shards.manifest["documents"] == len(DOCUMENTS) + 1
-    assert (out / "notes.txt").read_text() == "mine"
+    assert [(out / name).read_text() for name in ("notes.txt", "train-set.bin")] == ["mine", "mine"]
 
 
 def test_other_peoples_files_are_left_alone(tmp_path: Path, tokenizer: Path) -> None:

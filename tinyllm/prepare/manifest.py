@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
-from numpy.typing import NDArray
 
 from tinyllm._files import write_text
 from tinyllm.data import token_dtype
@@ -18,6 +18,7 @@ from tinyllm.shards import FORMAT, INDEX_DTYPE, MANIFEST_FILE, TOKENIZER_FILE, V
 
 _NAMED = 1000  # inputs left out that the manifest names; the others it only counts
 _COPIED_TOKENS = 1 << 20
+_SHARD_FILE = re.compile(r"(train-\d{5,}(-head)?|val-\d{5,}(-tail)?)\.(bin|idx)")
 
 
 def write_manifest(
@@ -67,10 +68,14 @@ def write_manifest(
     }
     write_text(out / MANIFEST_FILE, json.dumps(manifest, indent=1) + "\n")
     listed = {entry["name"] for entries in shards.values() for entry in entries}
-    for split in shards:
-        for path in out.glob(f"{split}-*"):
-            if path.suffix in (".bin", ".idx") and path.stem not in listed:
-                path.unlink()
+    for path in shard_files(out):
+        if path.stem not in listed:
+            path.unlink()
+
+
+def shard_files(out: Path) -> list[Path]:
+    """The files in a directory that have names of shards."""
+    return [path for path in out.iterdir() if _SHARD_FILE.fullmatch(path.name)]
 
 
 def _balance(out: Path, shards: dict[str, list[dict[str, Any]]], dtype: np.dtype[Any], val_fraction: float) -> None:
@@ -94,19 +99,20 @@ def _balance(out: Path, shards: dict[str, list[dict[str, Any]]], dtype: np.dtype
     count = min(wanted - val if source == "train" else wanted, entry["tokens"] - 2)
     if count < 2:
         raise ValueError(f"the corpus is too short: no part of its {train + val} tokens can be cut for validation")
-    tokens = np.memmap(out / f"{entry['name']}.bin", dtype=dtype, mode="r")
     ends = np.fromfile(out / f"{entry['name']}.idx", dtype=INDEX_DTYPE)
-    cut = len(tokens) - count
-    between = [int(end) for end in ends if count / 2 <= len(tokens) - end <= 2 * count and end >= 2]
+    size = entry["tokens"]
+    cut = size - count
+    between = [int(end) for end in ends if count / 2 <= size - end <= 2 * count and end >= 2]
     cut = min(between, key=lambda end: abs(end - cut), default=cut)
     number = entry["name"].partition("-")[2]
-    head = _write(out, f"train-{number}-head", tokens[:cut], [*ends[ends < cut].tolist(), cut], dtype)
-    tail = _write(out, f"val-{number}-tail", tokens[cut:], (ends[ends > cut] - cut).tolist(), dtype)
+    with (out / f"{entry['name']}.bin").open("rb") as file:
+        head = _copy(file, cut, out, f"train-{number}-head", [*ends[ends < cut].tolist(), cut], dtype)
+        tail = _copy(file, size - cut, out, f"val-{number}-tail", (ends[ends > cut] - cut).tolist(), dtype)
     shards[source].remove(entry)
     shards["train"].append(head)
     shards["val"].append(tail)
     for entries in shards.values():
-        entries.sort(key=lambda entry: str(entry["name"]))
+        entries.sort(key=lambda entry: int(entry["name"].split("-")[1]))
 
 
 def _ends_with_document(out: Path, entry: dict[str, Any]) -> bool:
@@ -116,11 +122,15 @@ def _ends_with_document(out: Path, entry: dict[str, Any]) -> bool:
     return int(last[0]) == entry["tokens"]
 
 
-def _write(out: Path, name: str, tokens: NDArray[Any], ends: list[int], dtype: np.dtype[Any]) -> dict[str, Any]:
+def _copy(file: BinaryIO, count: int, out: Path, name: str, ends: list[int], dtype: np.dtype[Any]) -> dict[str, Any]:
+    """Make the next `count` tokens of a shard another one."""
     with ExitStack() as stack:
         shard = ShardFile(out, name, dtype, stack)
-        for start in range(0, len(tokens), _COPIED_TOKENS):
-            shard.write(tokens[start : start + _COPIED_TOKENS].tobytes())
+        while shard.tokens < count:
+            block = file.read(min(_COPIED_TOKENS, count - shard.tokens) * dtype.itemsize)
+            if not block:
+                raise ValueError(f"{file.name} has lost its end; prepare the data again with --overwrite")
+            shard.write(block)
         shard.ends.extend(ends)
         entry = shard.finish()
     assert entry is not None

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tinyllm._files import write_text
+from tinyllm.prepare.manifest import shard_files
 from tinyllm.prepare.sources import STREAMS, Input, OnBad, Part, Skipped, cut_input, find_inputs
 from tinyllm.shards import MANIFEST_FILE, TOKENIZER_FILE
 
@@ -96,10 +97,8 @@ def _remove_ours(out: Path) -> None:
     if not (out / WORK_FOLDER).is_dir():
         return
     (out / MANIFEST_FILE).unlink(missing_ok=True)
-    for split in ("train", "val"):
-        for suffix in ("bin", "idx"):
-            for path in out.glob(f"{split}-*.{suffix}"):
-                path.unlink()
+    for path in shard_files(out):
+        path.unlink()
     (out / TOKENIZER_FILE).unlink(missing_ok=True)
     shutil.rmtree(out / WORK_FOLDER)
 
