@@ -426,3 +426,44 @@ def test_bad_input(options: dict[str, Any]) -> None:
     for x, error, message in cases:
         with pytest.raises(error, match=message):
             model(x)
+
+
+@pytest.mark.parametrize("vocab_size", [9, 40_000])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_the_loss_is_float32_at_least(vocab_size: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model = SimpleLLM(vocab_size, 8, 16, 1, causal=True, norm_first=True).to(dtype)
+    ids, targets = torch.randint(vocab_size, (2, 3, 16))
+    loss = model.loss(ids, targets)
+    assert loss.dtype == torch.promote_types(dtype, torch.float32)
+    logits = model(ids).flatten(0, 1).to(loss.dtype)
+    tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(
+        loss, torch.nn.functional.cross_entropy(logits, targets.flatten()), rtol=tolerance, atol=0
+    )
+    loss.backward()
+    assert all(p.grad is not None and p.grad.dtype == dtype for p in model.parameters())
+
+
+def test_checkpointing_and_documents_change_no_loss_they_should_not() -> None:
+    torch.manual_seed(0)
+    model = SimpleLLM(9, 8, 16, 2, num_heads=2, causal=True, norm_first=True, dropout=0.2)
+    ids, targets = torch.randint(9, (2, 3, 7))
+    found = []
+    for checkpointing, documents in [
+        (False, None),
+        (True, None),
+        (False, torch.zeros(3, 7)),
+        (True, torch.zeros(3, 7)),
+    ]:
+        model.gradient_checkpointing = checkpointing
+        model.zero_grad()
+        torch.manual_seed(1)  # of dropout, which backward must meet again
+        loss = model.loss(ids, targets, documents=documents)
+        loss.backward()
+        found.append([loss.detach(), *(p.grad.clone() for p in model.parameters())])
+    for other in found[1:]:
+        for value, expected in zip(other, found[0], strict=True):
+            torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-6)
+    with pytest.raises(ValueError, match=r"documents has shape \(3, 6\); it must have x's, \(3, 7\)"):
+        model.loss(ids, targets, documents=torch.zeros(3, 6))

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from tinyllm.model import SimpleLLM, choose_device
+from tinyllm.model import SimpleLLM, choose_device, init_gpt2_weights
 from tinyllm.presets import TrainConfig
 
 _T = TypeVar("_T")
@@ -103,14 +103,22 @@ def setup(
     module: TrainingModule,
     make_optimizer: Callable[[nn.Module], torch.optim.Optimizer],
     *,
+    seed: int = 0,
     compiled: bool = False,
 ) -> tuple[nn.Module, Any]:
-    """The module and its optimizer as the strategy wraps them; `module` itself is moved, and sharded, in place."""
+    """The module and its optimizer as the strategy wraps them; `module` itself is moved, and sharded, in place.
+
+    A model on the meta device, which only "fsdp" takes, gets its weights when each process has its part of it: those
+    that `init_gpt2_weights` draws from a generator of this seed.
+    """
+    on_meta = next(module.parameters()).is_meta
     wrapped: Any = torch.compile(module) if compiled else module
     if isinstance(fabric.strategy, DeepSpeedStrategy):
         wrapped, optimizer = fabric.setup(wrapped, make_optimizer(module))
         return wrapped, optimizer
     wrapped = fabric.setup_module(wrapped)
+    if on_meta:
+        init_gpt2_weights(module.model, generator=torch.Generator().manual_seed(seed))
     return wrapped, fabric.setup_optimizers(make_optimizer(module))  # of the weights as they lie now
 
 
@@ -272,4 +280,9 @@ def _shard(module: TrainingModule, mesh: DeviceMesh, compute_dtype: torch.dtype 
     for block in module.model.transformer_blocks:
         fully_shard(block, mesh=across, mp_policy=policy)
     fully_shard(module, mesh=across, mp_policy=policy)
+    model = module.model
+    if next(model.parameters()).is_meta:
+        module.to_empty(device=mesh.device_type)
+        if model.config.tie_embeddings:  # to_empty has made two of the one weight
+            model.embedding.embedding.weight = model.output.weight
     return module

@@ -60,6 +60,7 @@ def fit(
     Args:
         fabric: launched.
         model: with the weights to begin with, the same in all processes; moved to its device, and sharded, in place.
+            On the meta device, with strategy "fsdp": see `engine.setup`.
         tokenizer: for the samples.
         train_set, val_set: what to learn from, and to validate with.
         config: what to do.
@@ -75,7 +76,7 @@ def fit(
     model.gradient_checkpointing = config.checkpointing
     end = tokenizer.end_of_text_id if config.packing else None
     module = TrainingModule(model, label_smoothing=config.label_smoothing, end_of_text_id=end)
-    wrapped, optimizer = setup(fabric, module, lambda m: adamw(m, config), compiled=config.compile)
+    wrapped, optimizer = setup(fabric, module, lambda m: adamw(m, config), seed=config.seed, compiled=config.compile)
     averages = None if config.ema is None else AveragedWeights(model, config.ema)
     progress = Progress()
     if there := checkpoints(out):

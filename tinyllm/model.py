@@ -11,11 +11,13 @@ import dataclasses
 import json
 import math
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -280,7 +282,7 @@ class SimpleLLM(nn.Module):
             documents: (B, T), of any dtype: tokens see those of their own document only, which has the same number.
 
         Returns:
-            A scalar.
+            A scalar, float32 at least: two digits of bfloat16 would not show a training's progress.
 
         Raises:
             As `forward`; ValueError: targets or documents are not of x's shape.
@@ -298,11 +300,15 @@ class SimpleLLM(nn.Module):
             return loss
         features = (self.features(ids) if documents is None else self.features(ids, documents)).flatten(0, 1)
         target = targets.flatten()
+        low = features.dtype in (torch.bfloat16, torch.float16)
         if not many:
-            return F.cross_entropy(apply_linear(output, features), target, label_smoothing=label_smoothing)
-        return ops.linear_cross_entropy(
-            features, output.weight, target, linear_bias=output.bias, label_smoothing=label_smoothing
-        )
+            logits = apply_linear(output, features)
+            return F.cross_entropy(logits.float() if low else logits, target, label_smoothing=label_smoothing)
+        # Under autocast to the dtype that all is in already, nothing changes but the loss's own dtype.
+        with torch.autocast(x.device.type, features.dtype) if low else nullcontext():
+            return ops.linear_cross_entropy(
+                features, output.weight, target, linear_bias=output.bias, label_smoothing=label_smoothing
+            )
 
     def features(self, x: Tensor, documents: Tensor | None = None) -> Tensor:
         """What `output` turns into logits: (B, T) ids to (B, T, D). documents: see `loss`. Raises as `forward`."""
@@ -353,16 +359,25 @@ def init_gpt2_weights(model: SimpleLLM, *, generator: torch.Generator | None = N
     shallow one.
 
     Args:
-        model: any SimpleLLM. With one head attention has no output projection, and `value` is the
-            last linear layer of that branch.
-        generator: draw from this one instead of torch's global one.
+        model: any SimpleLLM, also one whose weights are sharded over processes (DTensors): each process then draws all
+            of them, a tensor at a time, and keeps its part. With one head attention has no output projection, and
+            `value` is the last linear layer of that branch.
+        generator: draw from this one instead of torch's global one; with it, a sharded model gets the weights that a
+            whole one on the generator's device would.
 
     Returns:
         model.
     """
 
     def normal(weight: Tensor, std: float) -> None:
-        nn.init.normal_(weight, mean=0.0, std=std, generator=generator)
+        if not isinstance(weight, DTensor):
+            nn.init.normal_(weight, mean=0.0, std=std, generator=generator)
+            return
+        whole = torch.empty(weight.shape, device="cpu" if generator is None else generator.device)
+        nn.init.normal_(whole, mean=0.0, std=std, generator=generator)
+        place = (weight.device_mesh, weight.placements)
+        with torch.no_grad():  # every process has drawn the same: there is nothing to send
+            weight.copy_(distribute_tensor(whole.to(weight.device), *place, src_data_rank=None))
 
     for module in model.modules():
         if isinstance(module, nn.LayerNorm):

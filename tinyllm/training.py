@@ -157,10 +157,7 @@ def _run(fabric: Fabric, config: TrainConfig, out: Path, progress: bool, say: Sa
         raise ValueError("packing is on, but the tokenizer has no end-of-text token to find documents by")
     device = fabric.device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(config.seed)
-        model = SimpleLLM.from_config(config.model_config(tokenizer.vocab_size))
-        if PRESETS[config.preset].modern:  # the article's model keeps the article's first weights
-            init_gpt2_weights(model)
+        model = _model(config, tokenizer.vocab_size)
         if fabric.is_global_zero:
             where = f"{device}" if fabric.world_size == 1 else f"{fabric.world_size} processes, {device.type}"
             say(f"Model: {config.preset}, {model.num_parameters():,} weights, on {where}")
@@ -227,6 +224,18 @@ def _begin_with_shards(path: Path, out: Path, config: TrainConfig, say: Say) -> 
         "train_tokens": shards.num_train_tokens,
         "val_tokens": shards.num_val_tokens,
     }
+
+
+def _model(config: TrainConfig, vocab_size: int) -> SimpleLLM:
+    """With the weights to begin with, which depend on the seed alone; fsdp's has none yet, see `engine.setup`."""
+    modern = PRESETS[config.preset].modern  # the article's model keeps the article's first weights
+    later = modern and config.strategy == "fsdp"
+    with torch.device("meta" if later else "cpu"):
+        torch.manual_seed(config.seed)
+        model = SimpleLLM.from_config(config.model_config(vocab_size))
+    if modern and not later:
+        init_gpt2_weights(model, generator=torch.Generator().manual_seed(config.seed))
+    return model
 
 
 def _datasets(
