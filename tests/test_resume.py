@@ -95,6 +95,9 @@ def test_micro_batches_and_bfloat16_resume_too(text: Path, tmp_path: Path) -> No
 
 def test_without_a_checkpoint_it_starts_anew(whole: Path, tmp_path: Path) -> None:
     out = stopped(whole, tmp_path / "run", 0)
+    with pytest.raises(ValueError, match="has weights but no checkpoint to go on from"):
+        resume(out, progress=False)
+    (out / "model.safetensors").unlink()
     said: list[str] = []
     resume(out, progress=False, say=said.append)
     assert "from the start" in said[0]

@@ -13,11 +13,10 @@ import math
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -370,14 +369,17 @@ def init_gpt2_weights(model: SimpleLLM, *, generator: torch.Generator | None = N
     """
 
     def normal(weight: Tensor, std: float) -> None:
-        if not isinstance(weight, DTensor):
+        mesh: Any = getattr(weight, "device_mesh", None)  # DTensor's; its class takes half a second to import
+        if mesh is None:
             nn.init.normal_(weight, mean=0.0, std=std, generator=generator)
             return
+        from torch.distributed.tensor import distribute_tensor
+
         whole = torch.empty(weight.shape, device="cpu" if generator is None else generator.device)
         nn.init.normal_(whole, mean=0.0, std=std, generator=generator)
-        place = (weight.device_mesh, weight.placements)
         with torch.no_grad():  # every process has drawn the same: there is nothing to send
-            weight.copy_(distribute_tensor(whole.to(weight.device), *place, src_data_rank=None))
+            whole = whole.to(weight.device)
+            weight.copy_(distribute_tensor(whole, mesh, cast(Any, weight).placements, src_data_rank=None))
 
     for module in model.modules():
         if isinstance(module, nn.LayerNorm):

@@ -130,7 +130,8 @@ def resume(
 
     Raises:
         FileNotFoundError: there is no run, or its data have gone.
-        ValueError: a change would make it another training; a file is damaged; the data are not those it began with.
+        ValueError: a change would make it another training; a file is damaged; the data are not those it began with;
+            there are weights, but no checkpoint that they belong to.
         As `train` besides.
     """
     out = Path(out)
@@ -139,9 +140,14 @@ def resume(
     fabric = launch(config)
 
     def begin() -> Path:
+        there = checkpoint.checkpoints(out)
+        if not there and (out / checkpoint.MODEL_FILE).exists():
+            raise ValueError(
+                f"{out} has weights but no checkpoint to go on from, as older versions left it; starting anew would "
+                "overwrite them: train with --out of another name"
+            )
         checkpoint.remove_unfinished(out)
         checkpoint.save_config(saved | {"training": asdict(config)}, out)
-        there = checkpoint.checkpoints(out)
         say(f"Resuming {out} " + (f"after step {max(there):,}" if there else "from the start, as it has no checkpoint"))
         return out
 

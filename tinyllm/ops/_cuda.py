@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tinyllm import _extension
+from tinyllm.ops._compiler import constant_for_compiler
 
 EMULATED_NAMESPACE = "tinyllm_host"
 # Older ones lack bfloat16 and asynchronous copies. Triton's kernels need the same.
@@ -58,7 +59,7 @@ def may_serve(tensor: Tensor) -> bool:
 _capability = functools.cache(torch.cuda.get_device_capability)
 
 
-@torch.compiler.assume_constant_result
+@constant_for_compiler
 def too_old(index: int) -> str | None:
     """Why neither these kernels nor Triton's run on a GPU."""
     found = _capability(index)
@@ -67,7 +68,7 @@ def too_old(index: int) -> str | None:
     return f"it needs compute capability 8.0 or later; cuda:{index} has {'.'.join(map(str, found))}"
 
 
-@torch.compiler.assume_constant_result
+@constant_for_compiler
 def _most_columns(index: int) -> int:
     return _COLUMNS_OF_A_CLUSTER if _capability(index) >= _CLUSTERS_CAPABILITY else _COLUMNS
 

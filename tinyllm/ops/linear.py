@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from tinyllm import _extension, reference
 from tinyllm.ops._autograd import autocast_dtype, grads_by_reference, needs_grad
+from tinyllm.ops._compiler import constant_for_compiler
 from tinyllm.ops.dispatch import choose, forced_backend
 from tinyllm.reference import ACTIVATIONS
 
@@ -159,7 +160,7 @@ def limits(operator: str, input: Tensor) -> dict[str, str] | None:
     return None if faster < _MARGIN else {"cpp": f"PyTorch's product is {faster:.1f}x as fast for so many rows"}
 
 
-@torch.compiler.assume_constant_result
+@constant_for_compiler
 def torchs_advantage(dtype: torch.dtype, sizes: tuple[int, int, int]) -> float:
     """How many times as fast as ours PyTorch's product of (rows, in_features, out_features) is on this machine.
 
