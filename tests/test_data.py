@@ -111,6 +111,7 @@ def test_read_text_normalises_line_ends_and_the_byte_order_mark(tmp_path: Path) 
     ("content", "reason"),
     [
         ("café".encode("latin-1"), "0xe9 at offset 3"),
+        (b"\xef\xbb\xbf" + "café".encode("latin-1"), "0xe9 at offset 6"),
         ("text".encode("utf-16"), "NUL byte"),
         (b"good start, then \xff", "offset 17"),
         ("🙂".encode()[:3], "offset 0"),

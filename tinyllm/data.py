@@ -144,9 +144,9 @@ def read_text(path: str | os.PathLike[str]) -> str:
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
+        offset = error.start + len(content) - len(error.object)  # the decoder has taken a byte order mark off
         raise ValueError(
-            f"{path} is not a UTF-8 text file: "
-            f"byte 0x{error.object[error.start]:02x} at offset {error.start} ({error.reason})"
+            f"{path} is not a UTF-8 text file: byte 0x{content[offset]:02x} at offset {offset} ({error.reason})"
         ) from error
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
