@@ -2,6 +2,7 @@
 #   make demo    train the tiny preset for about a minute, generate, show the speed beside plain PyTorch
 #   make test    all tests
 #   make bench   benchmarks against PyTorch; updates benchmarks/results/ and the README's tables
+#   make train-bench    how fast training is beside plain PyTorch and Hugging Face; updates the README's table
 #   make lint    ruff, mypy, clang-format
 #   make gpu-compile    the GPU kernels' registers, spills and shared memory, read without a GPU
 #   make cuda-sanitize  the CUDA C++ kernels on emulated threads, watched by the sanitizers
@@ -11,7 +12,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 EMULATION := $(wildcard tests/cuda_host/*.h tests/cuda_host/*.cpp)
 
-.PHONY: demo test bench lint gpu-compile cuda-sanitize format clean
+.PHONY: demo test bench train-bench lint gpu-compile cuda-sanitize format clean
 
 # What building and checking need; torch is pinned, so that no other one is downloaded.
 .venv/tools: pyproject.toml constraints.txt
@@ -35,6 +36,10 @@ test: .venv/installed
 
 bench: .venv/installed
 	$(BIN)/tinyllm bench
+
+train-bench: .venv/installed
+	$(PIP) install -q -c constraints.txt transformers
+	$(BIN)/python -m benchmarks.training_speed
 
 lint: .venv/installed
 	$(BIN)/ruff check .
