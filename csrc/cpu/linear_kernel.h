@@ -26,6 +26,10 @@ using cpu::Product;
 template <class S>
 constexpr int64_t kTogether = 256 * 4 / int64_t{sizeof(S)};
 
+// Whether a panel stays in the first-level cache with a group of A's rows beside; then A goes by, and otherwise B.
+template <class S>
+constexpr bool kPanelStays = kDepth * kPanel<S> * sizeof(S) <= 16384;
+
 // Whether tiles can broadcast from A as it lies in memory: not where what a tile reads falls into a few sets of the
 // first-level cache, which addresses 4096 bytes apart share.
 template <class T>
@@ -188,23 +192,35 @@ void product_part(const Product& p, int64_t begin, int64_t end, int64_t column_b
     do {  // once for depth 0, which must still write out
       const int64_t chunk = std::min(kDepth, p.depth - k);
       const bool last = k + chunk == p.depth;
-      for (int64_t first = 0; first < rows; first += kRows) {
-        const int64_t m = std::min<int64_t>(kRows, rows - first), next = std::min<int64_t>(kRows, rows - first - m);
-        Lines<S> ahead(slab.at(first + kRows, k), next, slab.step == 1, chunk, (c1 - c0 + kPanel<S> - 1) / kPanel<S>);
-        for (int64_t column = c0; column < c1; column += kPanel<S>) {
-          const int64_t n = std::min(kPanel<S>, c1 - column);
-          const OperandB<S> b = p.packed == nullptr
-                                    ? row_major(static_cast<const S*>(p.b.data) + k * p.b.row + column, p.b.row)
-                                    : panels(static_cast<const S*>(p.packed) + column * p.depth + k * kPanel<S>, chunk);
-          S* c = whole ? tile : sums + first * kTogether<S> + (column - c0);
-          const int64_t c_row = whole ? kPanel<S> : kTogether<S>;
-          if (whole) {
-            prefetch_rows<T>(p, begin + first, m, column);
-            ahead.prefetch();
+      const auto multiply = [&](int64_t first, int64_t m, int64_t column) {
+        const int64_t n = std::min(kPanel<S>, c1 - column);
+        const OperandB<S> b = p.packed == nullptr
+                                  ? row_major(static_cast<const S*>(p.b.data) + k * p.b.row + column, p.b.row)
+                                  : panels(static_cast<const S*>(p.packed) + column * p.depth + k * kPanel<S>, chunk);
+        S* c = whole ? tile : sums + first * kTogether<S> + (column - c0);
+        const int64_t c_row = whole ? kPanel<S> : kTogether<S>;
+        gemm<S>(m, n, chunk, slab.at(first, k), b, c, c_row, k > 0);
+        if (!last) return;
+        for (int64_t r = 0; r < m; ++r) finish_row<T>(p, begin + first + r, column, n, c + r * c_row);
+      };
+      if constexpr (kPanelStays<S>) {
+        for (int64_t column = c0; column < c1; column += kPanel<S>)
+          for (int64_t first = 0; first < rows; first += kRows) {
+            const int64_t m = std::min<int64_t>(kRows, rows - first);
+            if (whole) prefetch_rows<T>(p, begin + first, m, column);
+            multiply(first, m, column);
           }
-          gemm<S>(m, n, chunk, slab.at(first, k), b, c, c_row, k > 0);
-          if (!last) continue;
-          for (int64_t r = 0; r < m; ++r) finish_row<T>(p, begin + first + r, column, n, c + r * c_row);
+      } else {
+        for (int64_t first = 0; first < rows; first += kRows) {
+          const int64_t m = std::min<int64_t>(kRows, rows - first), next = std::min<int64_t>(kRows, rows - first - m);
+          Lines<S> ahead(slab.at(first + kRows, k), next, slab.step == 1, chunk, (c1 - c0 + kPanel<S> - 1) / kPanel<S>);
+          for (int64_t column = c0; column < c1; column += kPanel<S>) {
+            if (whole) {
+              prefetch_rows<T>(p, begin + first, m, column);
+              ahead.prefetch();
+            }
+            multiply(first, m, column);
+          }
         }
       }
       k += chunk;
