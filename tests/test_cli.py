@@ -97,7 +97,8 @@ def test_help(here: Here, tmp_path: Path) -> None:
     flags = {
         "train": "data preset tokenizer vocab-size steps batch-size seq-len lr schedule warmup-steps weight-decay "
         "grad-clip dropout label-smoothing ema packing seed out overwrite resume eval-interval checkpoint-interval "
-        "keep-checkpoints stop-on-save-error sample-tokens tensorboard device devices num-nodes strategy precision "
+        "keep-checkpoints stop-on-save-error max-skipped-steps log-interval "
+        "sample-tokens tensorboard device devices num-nodes strategy precision "
         "micro-batches checkpointing compile workers",
         "generate": "run prompt max-new-tokens temperature top-k seed checkpoint device",
         "bench": "quick only out",

@@ -111,6 +111,7 @@ def train(
     eval_interval: Annotated[
         int | None, typer.Option(help="Steps between validations. Default: ten in all, but 100 steps apart at least.")
     ] = None,
+    log_interval: Annotated[int | None, typer.Option(help="Steps between lines of metrics. Default: 10.")] = None,
     checkpoint_interval: Annotated[
         int | None, typer.Option(help="Steps between checkpoints. Default: one at each validation.")
     ] = None,
@@ -123,6 +124,13 @@ def train(
             "--stop-on-save-error",
             help="End if a checkpoint cannot be written. Default: say so, and go on.",
             show_default=False,
+        ),
+    ] = None,
+    max_skipped_steps: Annotated[
+        int | None,
+        typer.Option(
+            help="Steps in a row that may be skipped, as their gradient is not finite, before training ends. "
+            "Default: 10."
         ),
     ] = None,
     sample_tokens: Annotated[
