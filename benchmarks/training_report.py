@@ -62,8 +62,8 @@ def render_table(results: Mapping[str, Any]) -> str:
         f"{machine_line(results)}; commit {results['commit'] or 'unknown'}, {results['date'][:10]}.",
         f"{quick}{warning}A step is everything: data, forward, backward, clipping, optimizer, bookkeeping;",
         "at GPT-2's size, where data and bookkeeping are lost in seconds, all have the same short loop and one batch.",
-        "They take turns in one process, whose allocator is tuned. Medians ± half the interquartile range; the factor is",
-        "how many times as long as tinyllm another one takes." + (f" {left_out}" if left_out else ""),
+        "They take turns in one process, whose allocator is tuned. Medians ± half the interquartile range; the factor",
+        "is how many times as long as tinyllm another one takes." + (f" {left_out}" if left_out else ""),
     ]
     for section, title in TITLES.items():
         rows = [row for row in results["rows"] if row["section"] == section]
