@@ -23,6 +23,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from tinyllm.data import token_dtype
 
 Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+
+_STEPS_TOGETHER = 64  # whose windows are looked up at once: each of NumPy's calls costs more than a step's work in it
+
 Batches = DataLoader[tuple[Tensor, Tensor]]
 
 
@@ -151,14 +154,16 @@ class ShuffledWindows(Sampler[list[int]]):
             )
             size = int(counts[-1])
             while position < served + size:
-                places = np.arange(position - served, min(position - served + self._batch_size - len(waiting), size))
+                wanted = self._batch_size * _STEPS_TOGETHER - len(waiting)
+                places = np.arange(position - served, min(position - served + wanted, size))
                 windows = shuffle(places, size, self._seed, epoch)
                 files = np.searchsorted(counts, windows, side="right") - 1
                 waiting += (first[files] + (windows - counts[files]) * self._dataset.seq_len).tolist()
                 position += len(places)
-                if len(waiting) == self._batch_size:
-                    yield from self._mine(waiting)
-                    waiting = []
+                whole = len(waiting) // self._batch_size * self._batch_size
+                for at in range(0, whole, self._batch_size):
+                    yield from self._mine(waiting[at : at + self._batch_size])
+                waiting = waiting[whole:]
             served += size
             epoch += 1
 
