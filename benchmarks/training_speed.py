@@ -17,6 +17,7 @@ they end with compare as their times do.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 import tempfile
@@ -349,6 +350,21 @@ def make_results(
     return {**results, "details": training_report.rounded({name: sections[name]["facts"] for name in sections})}
 
 
+def undisturbed_ceilings(quick: bool, attempts: int = 5) -> dict[str, Any]:
+    """`machine.ceilings`, again while other programs are busy: they would make every fraction of it too large."""
+    least: float | None = math.inf
+    found: dict[str, Any] = {}
+    for _ in range(1 if quick else attempts):
+        others = machine.OtherLoad()
+        ceilings = machine.ceilings(quick)
+        load = others.cores()
+        if load is None or least is None or load < least:
+            least, found = load, ceilings
+        if least is None or least < machine.DISTURBED:
+            break
+    return found
+
+
 def bench(only: str | None = None, quick: bool = False, out: Path | None = None) -> int:
     """Measure, print the table, write what there is to write; returns the exit status."""
     if not _extension.loaded:
@@ -359,7 +375,7 @@ def bench(only: str | None = None, quick: bool = False, out: Path | None = None)
     facts = {**machine.describe(), "quick": quick, "allocator": {"glibc": allocator_state()}}
     facts["versions"] |= training_report.versions()
     print("Measuring what the machine can do at best ...", flush=True)
-    ceilings = machine.ceilings(quick)
+    ceilings = undisturbed_ceilings(quick)
     sections: dict[str, dict[str, Any]] = {}
     print("Median times of a step, all having been verified to compute the same:", flush=True)
     with tempfile.TemporaryDirectory() as folder:
@@ -377,7 +393,8 @@ def bench(only: str | None = None, quick: bool = False, out: Path | None = None)
             for row in rows(name, sections[name]):
                 shown = format_time(row["stats"]["median"]) if "stats" in row else row["extra_info"]["failed"]
                 print(f"  {title:<55} {row['extra_info']['provider']:<20} {shown:>8}", flush=True)
-    results = make_results(facts, ceilings, sections)
+    # Once more: another program at that moment would have made the machine look slower than what it did since.
+    results = make_results(facts, machine.higher(ceilings, machine.ceilings(quick)), sections)
 
     print(f"\n{training_report.render_table(results)}\n")
     whole = not (quick or only)
