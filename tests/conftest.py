@@ -2,6 +2,7 @@ import os
 import shutil
 from pathlib import Path
 
+import pytest
 import torch
 
 # Without a GPU the Triton kernels run in Triton's interpreter, which must be chosen before they are imported.
@@ -38,3 +39,12 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "/ops/" in str(item.path) and item.get_closest_marker("any_build") is None:
             item.add_marker(needs_extension)
+
+
+@pytest.fixture
+def one_thread():
+    """Models as small as the tests' gain nothing from more, and lose much when other processes want the cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

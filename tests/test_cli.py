@@ -10,14 +10,15 @@ import subprocess
 import sys
 import time
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 
 from tinyllm import cli
 from tinyllm.presets import PRESETS
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 TEXT = "def add(a, b):\n    return a + b\n\n\ndef double(a):\n    return add(a, a)\n\n\n" * 40
 QUICK = ["--preset", "tutorial", "--steps", "8", "--seq-len", "16", "--vocab-size", "300"]
@@ -55,15 +56,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def trained(folder: Path) -> subprocess.CompletedProcess[str]:
     """A run in `folder`/run, for the tests that need one."""
     return tinyllm("train", "--data", "text.py", *QUICK, "--out", "run", cwd=folder)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Models this small gain nothing from more, and lose much when other processes want the cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 Here = Callable[..., tuple[int, str, str]]

@@ -9,7 +9,6 @@ import random
 import shutil
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +21,11 @@ from tinyllm.checkpoint import RUN_FILES, best_step, checkpoint_path, checkpoint
 from tinyllm.presets import RESUMABLE, TrainConfig
 from tinyllm.training import resume, train
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 # Everything that has a state: dropout, averages, a schedule, a mean over steps that a checkpoint cuts in two.
 STATEFUL: dict[str, Any] = {"preset": "tiny", "lr": 2e-3, "dropout": 0.1, "ema": 0.9, "steps": 24}
 STATEFUL |= {"eval_interval": 8, "checkpoint_interval": 3, "log_interval": 5, "keep_checkpoints": 99}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Models this small gain nothing from more, and lose much when other processes want the cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

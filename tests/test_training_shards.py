@@ -6,7 +6,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 
 from tests.runs import TEXT, history, losses, small
 from tinyllm.checkpoint import checkpoint_path, load_config, load_run
@@ -14,6 +13,8 @@ from tinyllm.prepare import prepare
 from tinyllm.shards import open_shards
 from tinyllm.tokenizer import train_tokenizer
 from tinyllm.training import resume, train
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -88,11 +89,3 @@ def test_a_sequence_longer_than_every_shard(copy: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"has \d+ tokens; seq_len 100000 needs 100001"):
         train(small(seq_len=100_000), tmp_path / "out", [copy], progress=False)
     assert not (tmp_path / "out").exists()
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)

@@ -1,0 +1,142 @@
+"""Texts to prepare, and what came of them, for the tests of `tinyllm prepare`."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tinyllm.prepare import Prepared, prepare
+from tinyllm.shards import Shards, Split
+from tinyllm.tokenizer import BPETokenizer, load_tokenizer
+
+ROOT = Path(__file__).parents[1]
+WORDS = [
+    "alpha",
+    "beta",
+    "gamma",
+    "delta",
+    "it's",
+    "Grüße",
+    "42",
+    "f(x):",
+    "\n",
+    "\n\n",
+    "    return",
+    "日本。\n",
+    "🙂",
+]
+
+
+def document(seed: int, words: int = 40) -> str:
+    generator = random.Random(seed)
+    return " ".join(generator.choice(WORDS) for _ in range(words))
+
+
+DOCUMENTS = [document(seed) for seed in range(300)]
+
+
+def save_tokenizer(folder: Path) -> Path:
+    path = folder / "tokenizer.json"
+    BPETokenizer.from_texts(DOCUMENTS, 320).save(path)
+    return path
+
+
+def run(data: Any, out: Path, **options: Any) -> Shards:
+    return full_run(data, out, **options).shards
+
+
+def full_run(data: Any, out: Path, **options: Any) -> Prepared:
+    given = data if isinstance(data, list) else [data]
+    return prepare(given, out, **{"workers": 1, "say": lambda line: None, **options})
+
+
+def ids(shards: Shards, split: Split) -> list[list[int]]:
+    return [found.tolist() for found in shards.documents(split)]
+
+
+def expected(texts: list[str], tokenizer: Path) -> list[list[int]]:
+    loaded = load_tokenizer(tokenizer)
+    return [[*loaded.encode(text), loaded.end_of_text_id] for text in texts]  # type: ignore[list-item]
+
+
+def content(directory: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in directory.iterdir() if path.is_file()}
+
+
+def write_jsonl(path: Path, texts: list[str]) -> Path:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+def as_texts(folder: Path) -> Path:
+    for number, text in enumerate(DOCUMENTS):
+        (folder / f"{number:03d}.txt").write_text(text, newline="")
+    return folder
+
+
+def as_jsonl(folder: Path) -> Path:
+    return write_jsonl(folder / "a.jsonl", DOCUMENTS)
+
+
+def as_gz(folder: Path) -> Path:
+    path = folder / "a.jsonl.gz"
+    path.write_bytes(gzip.compress(write_jsonl(folder / "b", DOCUMENTS).read_bytes()))
+    return path
+
+
+def as_zst(folder: Path) -> Path:
+    zstandard = pytest.importorskip("zstandard")
+    path = folder / "a.jsonl.zst"
+    path.write_bytes(zstandard.ZstdCompressor().compress(write_jsonl(folder / "b", DOCUMENTS).read_bytes()))
+    return path
+
+
+def as_parquet(folder: Path) -> Path:
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pyarrow.table({"text": DOCUMENTS}), folder / "a.parquet", row_group_size=25)
+    return folder / "a.parquet"
+
+
+def as_dataset(folder: Path) -> str:
+    pytest.importorskip("datasets")
+    write_jsonl(folder / "train.jsonl", DOCUMENTS)
+    return f"hf:{folder}@train"
+
+
+# Without torch, which takes seconds to import, and hides how little memory the rest needs.
+LIGHT = """
+import json, resource, sys, types
+package = types.ModuleType("tinyllm"); package.__path__ = [sys.argv[1]]; sys.modules["tinyllm"] = package
+from tinyllm.prepare import prepare
+prepare([sys.argv[2]], sys.argv[3], tokenizer=sys.argv[4], workers=1, shard_size=float(sys.argv[5]))
+own = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))  # ru_maxrss is inherited by exec
+print(json.dumps([int(own.split()[1]) / 1024, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024]))
+print("torch" in sys.modules)
+"""
+
+
+def start(*command: object) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, *map(str, command)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def sidecars(out: Path) -> dict[str, tuple[int, int]]:
+    return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in (out / ".prepare").glob("unit-*.json")}
+
+
+def files(out: Path) -> dict[str, tuple[int, int]]:
+    return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in out.glob("*-0*.???")}

@@ -1,0 +1,213 @@
+"""Preparing data again: after a kill, a failure, or a change, and when nothing has changed."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.preparing import (
+    DOCUMENTS,
+    LIGHT,
+    ROOT,
+    as_dataset,
+    as_gz,
+    as_jsonl,
+    as_zst,
+    content,
+    document,
+    files,
+    full_run,
+    run,
+    save_tokenizer,
+    sidecars,
+    start,
+    write_jsonl,
+)
+from tinyllm.prepare import pool
+from tinyllm.shards import open_shards
+from tinyllm.tokenizer import BPETokenizer, load_tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="sends a POSIX signal")
+@pytest.mark.parametrize(
+    ("sent", "suffix"), [(signal.SIGKILL, ".jsonl"), (signal.SIGKILL, ".jsonl.gz"), (signal.SIGINT, ".jsonl")]
+)
+def test_a_kill_costs_only_what_was_unfinished(
+    sent: signal.Signals, suffix: str, tmp_path: Path, tokenizer: Path
+) -> None:
+    lines = write_jsonl(tmp_path / "a.jsonl", [document(seed, 400) for seed in range(2000)]).read_bytes()
+    data = tmp_path / f"data{suffix}"
+    data.write_bytes(gzip.compress(lines, 1) if suffix.endswith("gz") else lines)
+    out = tmp_path / "out"
+    if sent == signal.SIGKILL:
+        process = start("-c", LIGHT, ROOT / "tinyllm", data, out, tokenizer, 0.4)
+    else:
+        options = ["--tokenizer", tokenizer, "--shard-size", 0.4, "--workers", 1]
+        process = start("-m", "tinyllm", "prepare", "--data", data, "--out", out, *options)
+    deadline = time.monotonic() + 60
+    while len(sidecars(out)) < 3 and time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.005)
+    process.send_signal(sent)
+    _, err = process.communicate(timeout=60)
+    if sent == signal.SIGINT:
+        assert process.returncode == 130
+        assert "the same command goes on from there" in err
+        assert "Traceback" not in err
+    time.sleep(0.5)  # an orphaned worker notices at its next progress
+    done = sidecars(out)
+    assert 3 <= len(done) < 10
+    assert not (out / "manifest.json").exists()
+    with pytest.raises(FileNotFoundError, match="or that was interrupted"):
+        open_shards(out)
+    finished = [
+        f"{split}-{name[5:10]}.{kind}" for name in done for split in ("train", "val") for kind in ("bin", "idx")
+    ]
+    before = {name: entry for name, entry in files(out).items() if name in finished}
+    assert len(before) >= 6
+    again = full_run(data, out, tokenizer=tokenizer, shard_size=0.4, workers=2)
+    assert again.resumed == len(done)
+    after = files(out)
+    assert {name: after[name] for name in before} == before  # not written again
+    whole = run(data, tmp_path / "whole", tokenizer=tokenizer, shard_size=0.4)
+    assert content(out) == content(whole.directory)
+    again.shards.verify()
+
+
+@pytest.mark.parametrize("make", [as_jsonl, as_gz, as_zst, as_dataset])
+def test_a_failure_costs_only_what_was_unfinished(
+    make: Callable[[Path], Any], tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    data = make(source)
+    options: dict[str, Any] = {"tokenizer": tokenizer, "shard_size": 0.01}
+    usual = pool.WorkerPool.run
+
+    def fail(self: pool.WorkerPool, task: dict[str, Any], *rest: Any) -> dict[str, Any]:
+        if task["number"] == 3:
+            raise OSError("the network is gone")
+        return usual(self, task, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pool.WorkerPool, "run", fail)
+        with pytest.raises(OSError, match="the network is gone"):
+            run(data, tmp_path / "out", **options)
+    assert sorted(sidecars(tmp_path / "out")) == [f"unit-0000{number}.json" for number in range(3)]
+    again = full_run(data, tmp_path / "out", **options)
+    assert again.resumed == 3
+    assert content(tmp_path / "out") == content(run(data, tmp_path / "whole", **options).directory)
+
+
+def test_a_lost_shard_is_made_again(tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = as_jsonl(tmp_path)
+
+    def fail(*arguments: object) -> None:
+        raise OSError("interrupted before the manifest")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("tinyllm.prepare.run.write_manifest", fail)
+        with pytest.raises(OSError, match="interrupted"):
+            run(data, tmp_path / "out", tokenizer=tokenizer, shard_size=0.02)
+    (tmp_path / "out" / "train-00001.bin").unlink()
+    again = full_run(data, tmp_path / "out", tokenizer=tokenizer, shard_size=0.02)
+    assert again.resumed == len(again.shards.train) - 1
+    again.shards.verify()
+
+
+def test_the_same_again_is_nothing_to_do(tmp_path: Path, tokenizer: Path) -> None:
+    data = as_jsonl(tmp_path)
+    run(data, tmp_path / "out", tokenizer=tokenizer)
+    before = files(tmp_path / "out")
+    said: list[str] = []
+    again = full_run(data, tmp_path / "out", tokenizer=tokenizer, say=said.append)
+    assert again.num_bytes == 0
+    assert files(tmp_path / "out") == before
+    assert "is ready" in said[0]
+
+
+def test_other_settings_or_inputs_are_refused(tmp_path: Path, tokenizer: Path) -> None:
+    data = as_jsonl(tmp_path)
+    out = tmp_path / "out"
+    run(data, out, tokenizer=tokenizer)
+    before = content(out)
+    with pytest.raises(ValueError, match=r"out holds other prepared data: val-fraction was 0.01, now it is 0.02; .*"):
+        run(data, out, tokenizer=tokenizer, val_fraction=0.02)
+    with pytest.raises(ValueError, match="tokenizer was 'given', now it is 'bpe', and 3 more;"):
+        run(data, out)
+    other = tmp_path / "other.json"
+    BPETokenizer.from_texts(DOCUMENTS[100:], load_tokenizer(tokenizer).vocab_size).save(other)
+    with pytest.raises(ValueError, match=r"tokenizer-sha256 was '\w+', now it is '\w+'"):
+        run(data, out, tokenizer=other)
+    (tmp_path / "new.txt").write_text("new")
+    with pytest.raises(ValueError, match=r"new.txt is new"):
+        run([data, tmp_path / "new.txt"], out, tokenizer=tokenizer)
+    with data.open("a") as file:
+        file.write('{"text": "more"}\n')
+    with pytest.raises(ValueError, match=r"a.jsonl has changed"):
+        run(data, out, tokenizer=tokenizer)
+    assert content(out) == before
+    for name in ("notes.txt", "train-set.bin"):
+        (out / name).write_text("mine")
+    shards = run(data, out, tokenizer=tokenizer, overwrite=True)
+    assert shards.manifest["documents"] == len(DOCUMENTS) + 1
+    assert [(out / name).read_text() for name in ("notes.txt", "train-set.bin")] == ["mine", "mine"]
+
+
+def test_other_peoples_files_are_left_alone(tmp_path: Path, tokenizer: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "tokenizer.json").write_text("mine")
+    for overwrite in (False, True):
+        with pytest.raises(ValueError, match=r"out holds a tokenizer.json, of something else"):
+            run(as_jsonl(tmp_path), out, tokenizer=tokenizer, overwrite=overwrite)
+    assert (out / "tokenizer.json").read_text() == "mine"
+    with pytest.raises(ValueError, match=r"a.jsonl is a file"):
+        run(tmp_path / "a.jsonl", tmp_path / "a.jsonl", tokenizer=tokenizer)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs flock")
+def test_two_at_once_are_refused(tmp_path: Path, tokenizer: Path) -> None:
+    import fcntl
+
+    out = tmp_path / "out"
+    out.mkdir()
+    descriptor = os.open(out, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    with pytest.raises(ValueError, match=r"another `tinyllm prepare` is at work in .*out"):
+        run(as_jsonl(tmp_path), out, tokenizer=tokenizer)
+    os.close(descriptor)
+    run(tmp_path / "a.jsonl", out, tokenizer=tokenizer)
+
+
+def test_bad_input_leaves_no_directory(tmp_path: Path, tokenizer: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        run(tmp_path / "nowhere", tmp_path / "new" / "out", tokenizer=tokenizer)
+    assert not (tmp_path / "new" / "out").exists()
+
+
+def test_a_tokenizer_exchanged_meanwhile(tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = as_jsonl(tmp_path)
+
+    def fail(*arguments: object) -> None:
+        raise OSError("interrupted before the manifest")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("tinyllm.prepare.run.write_manifest", fail)
+        with pytest.raises(OSError, match="interrupted"):
+            run(data, tmp_path / "out", tokenizer=tokenizer)
+    BPETokenizer.from_texts(DOCUMENTS[:100], 400).save(tmp_path / "out" / "tokenizer.json")
+    with pytest.raises(ValueError, match=r"tokenizer.json is not the tokenizer of the shards that are finished"):
+        run(data, tmp_path / "out", tokenizer=tokenizer)
