@@ -105,15 +105,6 @@ def ceilings(quick: bool = False) -> dict[str, Any]:
     return {"gemm_gflops": gemm, "copy_gb_per_s": _copy_gb_per_s(seconds)}
 
 
-def higher(ceilings: dict[str, Any], others: dict[str, Any]) -> dict[str, Any]:
-    """The higher one of each of two measurements' rates."""
-    gemm, other = ceilings["gemm_gflops"], others["gemm_gflops"]
-    return {
-        "gemm_gflops": {dtype: max(rate, other[dtype]) for dtype, rate in gemm.items()},
-        "copy_gb_per_s": max(ceilings["copy_gb_per_s"], others["copy_gb_per_s"]),
-    }
-
-
 def _gemm_gflops(dtype: torch.dtype, seconds: float) -> float:
     best = 0.0
     for size in (256, 1024, 2048):

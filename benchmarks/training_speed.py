@@ -393,8 +393,7 @@ def bench(only: str | None = None, quick: bool = False, out: Path | None = None)
             for row in rows(name, sections[name]):
                 shown = format_time(row["stats"]["median"]) if "stats" in row else row["extra_info"]["failed"]
                 print(f"  {title:<55} {row['extra_info']['provider']:<20} {shown:>8}", flush=True)
-    # Once more: another program at that moment would have made the machine look slower than what it did since.
-    results = make_results(facts, machine.higher(ceilings, machine.ceilings(quick)), sections)
+    results = make_results(facts, ceilings, sections)
 
     print(f"\n{training_report.render_table(results)}\n")
     whole = not (quick or only)

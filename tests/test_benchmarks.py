@@ -478,10 +478,3 @@ def test_model_speed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "config.json" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
         model_speed.main(["--run", str(out), "--steps", "0"])
-
-
-def test_of_two_measurements_each_ceilings_higher_one_counts():
-    first = {"gemm_gflops": {"float32": 80.0, "bfloat16": 300.0}, "copy_gb_per_s": 20.0}
-    second = {"gemm_gflops": {"float32": 180.0, "bfloat16": 200.0}, "copy_gb_per_s": 10.0}
-    expected = {"gemm_gflops": {"float32": 180.0, "bfloat16": 300.0}, "copy_gb_per_s": 20.0}
-    assert machine.higher(first, second) == expected
