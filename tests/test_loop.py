@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
-import resource
 import signal
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,15 @@ import numpy as np
 import pytest
 import torch
 from lightning_fabric import Fabric
+from safetensors import SafetensorError
 
 from tests.runs import TEXT, history, losses, small
-from tinyllm import loop, recorder
+from tinyllm import loop, recorder, state
 from tinyllm.batches import TokenDataset, val_loader
 from tinyllm.checkpoint import RUN_FILES, checkpoints, load_run
 from tinyllm.engine import TrainingModule
 from tinyllm.evaluation import evaluate_texts
-from tinyllm.metrics import read_metrics
+from tinyllm.metrics import MetricsWriter, read_metrics
 from tinyllm.model import SimpleLLM
 from tinyllm.training import train
 
@@ -290,34 +291,22 @@ def test_divergence_stops_and_keeps_the_last_good_weights(text: Path, tmp_path: 
 # What a full disk does
 
 
-@pytest.fixture
-def full_disk() -> Iterator[Callable[[], None]]:
-    """No file may grow beyond 1 KB from the call on: a write fails like on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-
-    def fill() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1024, before[1]))
-
-    yield fill
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    signal.signal(signal.SIGXFSZ, handler)
-
-
 @pytest.mark.parametrize("stop", [False, True])
 def test_a_full_disk_leaves_the_last_checkpoint(
-    stop: bool, text: Path, tmp_path: Path, change_loss, full_disk, capsys
+    stop: bool, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
-    def change(step: int, loss: torch.Tensor) -> torch.Tensor:
-        if step == 15:
-            full_disk()
-        return loss
+    real = state.save_file
 
-    change_loss(change)
+    def save(tensors: dict[str, torch.Tensor], path: Path, **options: Any) -> None:
+        real(tensors, path, **options)
+        if path.name == "optimizer.safetensors" and path.parent.name != ".step-00000010.tmp":
+            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(state, "save_file", save)
     out = tmp_path / "out"
-    config = small(steps=30, eval_interval=10, stop_on_save_error=stop, sample_tokens=0)
+    config = small(steps=30, eval_interval=10, stop_on_save_error=stop)
     if stop:
-        with pytest.raises(OSError, match=r"checkpoint of step 20 could not be written.*of step 10"):
+        with pytest.raises(OSError, match=r"checkpoint of step 20 could not be written.*No space left.*of step 10"):
             train(config, out, [text])
     else:
         assert train(config, out, [text]).steps == 30
@@ -326,3 +315,14 @@ def test_a_full_disk_leaves_the_last_checkpoint(
     assert sorted(os.listdir(out / "checkpoints")) == ["step-00000010"]  # and nothing half-written
     assert load_run(out).config["training"]["steps"] == 30
     assert history(out)[0][0] == 1
+
+
+def test_metrics_that_cannot_be_written_are_said_once(text: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    def fail(*args: object, **options: object) -> float:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(MetricsWriter, "write", fail)
+    monkeypatch.setattr(recorder, "plot_run", fail)
+    assert train(small(steps=30, eval_interval=10), tmp_path / "out", [text]).steps == 30
+    assert capsys.readouterr().err.count("not everything about this training can be written") == 1
+    assert max(checkpoints(tmp_path / "out")) == 30
