@@ -41,7 +41,7 @@ def pytest_collection_modifyitems(items):
             item.add_marker(needs_extension)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")  # trainings that a module's tests compare are the same only on as many threads
 def one_thread():
     """Models as small as the tests' gain nothing from more, and lose much when other processes want the cores."""
     before = torch.get_num_threads()
