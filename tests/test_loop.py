@@ -262,11 +262,15 @@ def test_a_signal_keeps_what_was_trained(number: int, text: Path, tmp_path: Path
 
 
 def test_a_second_signal_acts_as_ever() -> None:
-    with loop._signals() as stop:
-        signal.raise_signal(signal.SIGINT)
-        assert stop.number == signal.SIGINT
-        with pytest.raises(KeyboardInterrupt):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background of a shell it is ignored
+    try:
+        with loop._signals() as stop:
             signal.raise_signal(signal.SIGINT)
+            assert stop.number == signal.SIGINT
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_loss_that_is_not_finite_costs_its_step_only(text: Path, tmp_path: Path, change_loss, capsys) -> None:
