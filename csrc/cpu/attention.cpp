@@ -1,7 +1,8 @@
 // scaled_dot_product_attention on the CPU: check, allocate, split over threads. The arithmetic is in
-// attention_kernel.h.
+// attention_{fwd,decode,bwd}_kernel.h.
 #include <torch/csrc/stable/library.h>
 
+#include <atomic>
 #include <memory>
 #include <optional>
 #include <tuple>
@@ -15,7 +16,10 @@ namespace tinyllm::cpu {
 namespace {
 
 constexpr int64_t kMaxHeadDim = 1024;
+// Tasks of backward that keep as many threads busy as most machines have.
 constexpr int64_t kBackwardItems = 32;
+// Below this, memory for dQ is not worth saving.
+constexpr int64_t kSmallSums = int64_t{16} << 20;
 
 Strided strided(const Tensor& t) {
   const auto strides = t.strides();
@@ -69,15 +73,28 @@ Attention arguments(const char* op, const Tensor& query, const Tensor& key, cons
   return a;
 }
 
-void no_key_lengths(const char* op, const OptionalTensor& key_lengths) {
-  if (key_lengths) fail(op, ": on CPU tensors key_lengths must be None; say the same in attn_mask");
+// key_lengths, int32 or int64, as what the kernels read; it must live as long as they run.
+std::vector<int64_t> lengths_of(const char* op, const OptionalTensor& key_lengths, const Tensor& query, Attention& a) {
+  if (!key_lengths) return {};
+  check_device(op, "key_lengths", *key_lengths, query);
+  check_shape(op, "key_lengths", *key_lengths, {a.batch});
+  const Tensor t = as_contiguous(*key_lengths);
+  std::vector<int64_t> lengths(static_cast<size_t>(a.batch));
+  if (t.scalar_type() == ScalarType::Int)
+    std::copy_n(static_cast<const int32_t*>(data_of(t)), a.batch, lengths.begin());
+  else if (t.scalar_type() == ScalarType::Long)
+    std::copy_n(static_cast<const int64_t*>(data_of(t)), a.batch, lengths.begin());
+  else
+    fail(op, ": key_lengths has dtype ", torch::headeronly::toString(t.scalar_type()), "; int32 or int64 is needed");
+  a.key_lengths = lengths.data();
+  return lengths;  // moved: the same memory
 }
 
 std::tuple<Tensor, Tensor> attention_fwd(Tensor query, Tensor key, Tensor value, OptionalTensor attn_mask,
                                          bool is_causal, double scale, double dropout_p, OptionalTensor rng,
                                          OptionalTensor key_lengths) {
-  no_key_lengths("attention", key_lengths);
   Attention a = arguments("attention", query, key, value, attn_mask, is_causal, scale, dropout_p, rng);
+  const std::vector<int64_t> lengths = lengths_of("attention", key_lengths, query, a);
   const Tensor out = new_heads_inside(query, a.batch, a.heads, a.queries, a.value_dim);
   const std::vector<int64_t> lse_shape{a.batch, a.heads, a.queries};
   const Tensor lse = empty(lse_shape, compute_dtype(query.scalar_type()));
@@ -92,8 +109,8 @@ std::tuple<Tensor, Tensor, Tensor> attention_bwd(Tensor grad, Tensor query, Tens
                                                  double scale, double dropout_p, OptionalTensor rng,
                                                  OptionalTensor key_lengths) {
   const char* op = "attention_bwd";
-  no_key_lengths(op, key_lengths);
   Attention a = arguments(op, query, key, value, attn_mask, is_causal, scale, dropout_p, rng);
+  const std::vector<int64_t> lengths = lengths_of(op, key_lengths, query, a);
   for (const auto& [name, t] : {std::pair{"grad", &grad}, std::pair{"out", &out}}) {
     check_device(op, name, *t, query);
     check_dtype(op, name, *t, query.scalar_type());
@@ -116,10 +133,11 @@ std::tuple<Tensor, Tensor, Tensor> attention_bwd(Tensor grad, Tensor query, Tens
   return {grad_query, grad_key, grad_value};
 }
 
-// Memory for the ranges' shares, `columns` wide.
-std::unique_ptr<char[]> new_shares(int dtype, int64_t columns, Attention& a) {
+// Memory for the ranges' shares: outputs, and behind them two numbers of the softmax.
+std::unique_ptr<char[]> new_shares(int dtype, Attention& a) {
   constexpr int64_t line = 64;
-  a.share_row = (columns + 15) / 16 * 16 + 16;
+  const int64_t vector = kernels().vector[dtype];
+  a.share_row = (a.value_dim + vector - 1) / vector * vector + std::max<int64_t>(vector, 2);
   const int64_t element = dtype == static_cast<int>(DType::f64) ? sizeof(double) : sizeof(float);
   const int64_t bytes = a.batch * a.heads * a.parts * a.queries * a.share_row * element;
   std::unique_ptr<char[]> shares(new char[bytes + line]);
@@ -136,7 +154,7 @@ bool decodes(const Attention& a) {
 void attention_decode(int dtype, Attention a) {
   a.part = 512;
   a.parts = (a.keys + a.part - 1) / a.part;
-  const std::unique_ptr<char[]> shares = new_shares(dtype, a.value_dim, a);
+  const std::unique_ptr<char[]> shares = new_shares(dtype, a);
   const Kernels& table = kernels();
   const int64_t heads = a.batch * a.kv_heads;
   parallel_items(heads * a.parts, [&](int64_t item) {
@@ -169,30 +187,50 @@ void attention_forward(int dtype, const Attention& a) {
   });
 }
 
+// dQ is summed in the compute type: where it is, if it has that type and whole vectors, else in memory of its own. All
+// of that is more than grad_query itself where elements have 16 bits, so there are never more heads at work than may
+// be: the extra memory of long sequences stays within a fifth of the gradients' own, unless one head alone takes more.
 void attention_backward(int dtype, const Attention& arguments) {
   Attention a = arguments;
-  // One range of keys for each head while there are many heads; else enough for as many threads as most machines have.
-  // Not by the threads at hand: the ranges decide in which order dQ is summed.
-  const int64_t heads = a.batch * a.kv_heads, block = bwd_key_block(a);
-  const int64_t wanted = (kBackwardItems + heads - 1) / std::max<int64_t>(heads, 1);
-  const int64_t ranges = std::clamp<int64_t>(wanted, 1, std::max<int64_t>(1, a.keys / block));
-  a.part = std::max(block, (a.keys + ranges - 1) / ranges + block - 1) / block * block;
-  a.parts = std::max<int64_t>(1, (a.keys + a.part - 1) / a.part);
-  std::unique_ptr<char[]> shares;
-  if (a.parts > 1) shares = new_shares(dtype, a.head_dim, a);
   const Kernels& table = kernels();
-  parallel_items(heads * a.parts, [&](int64_t item) {
-    // The first range of a causal head costs most: all heads' first ranges go first.
-    const int64_t head = item % heads;
-    table.attention_bwd[dtype](a, head / a.kv_heads, head % a.kv_heads, item / heads);
-  });
-  if (a.parts == 1) return;
-  constexpr int64_t rows = 64;
-  const int64_t blocks = (a.queries + rows - 1) / rows;
-  parallel_items(a.batch * a.heads * blocks, [&](int64_t item) {
-    const int64_t head = item / blocks, begin = item % blocks * rows;
-    table.attention_bwd_sum[dtype](a, head / a.heads, head % a.heads, begin, std::min(a.queries, begin + rows));
-  });
+  const int64_t heads = a.batch * a.kv_heads, group = a.heads / std::max<int64_t>(1, a.kv_heads);
+  const int64_t block = bwd_key_block(a), vector = table.vector[dtype];
+  const int64_t element = dtype == static_cast<int>(DType::f64) ? sizeof(double) : sizeof(float);
+  const bool in_place = element_size(dtype) == element && a.grad_query.column == 1 && a.head_dim % vector == 0;
+  a.query_sums = a.grad_query;
+  int64_t heads_at_once = std::max<int64_t>(1, heads);
+  const int64_t row = (a.head_dim + vector - 1) / vector * vector, head_bytes = group * a.queries * row * element;
+  if (!in_place && heads * head_bytes > kSmallSums) {
+    const int64_t gradients = (a.heads * a.queries * a.head_dim + a.kv_heads * a.keys * (a.head_dim + a.value_dim)) *
+                              a.batch * element_size(dtype);
+    heads_at_once = std::clamp<int64_t>(gradients / 5 / head_bytes, 1, heads_at_once);
+  }
+  // One range of keys for each head while there are many heads, else ranges of one block. Not by the threads at hand:
+  // the ranges decide how dQ is summed.
+  a.part = heads_at_once >= kBackwardItems ? std::max(a.keys, block) : block;
+  a.parts = std::max<int64_t>(1, (a.keys + a.part - 1) / a.part);
+  const Scratch sums(in_place ? 0 : static_cast<size_t>(heads_at_once * head_bytes));
+  const Scratch delta(static_cast<size_t>(a.batch * a.heads * a.queries * element));
+  a.delta = delta.data();
+  std::vector<std::atomic<int64_t>> turns(static_cast<size_t>(a.parts > 1 ? heads * a.parts : 0));
+  if (a.parts > 1) a.turns = turns.data();
+  for (int64_t first = 0; first < heads; first += heads_at_once) {
+    const int64_t count = std::min(heads_at_once, heads - first);
+    if (!in_place) {
+      const int64_t head = a.queries * row;  // of a query head; the first of these heads has the first place
+      a.query_sums = {sums.data() - first * group * head * element, a.heads * head, head, row, 1};
+    }
+    parallel_items(count * a.parts, [&](int64_t item) {
+      // The first range of a causal head costs most: all heads' first ranges go first.
+      const int64_t head = first + item % count, part = item / count;
+      try {
+        table.attention_bwd[dtype](a, head / a.kv_heads, head % a.kv_heads, part);
+      } catch (...) {
+        if (a.turns != nullptr) a.turns[head * a.parts + part] = kNoTurn;
+        throw;
+      }
+    });
+  }
 }
 
 STABLE_TORCH_LIBRARY_IMPL(tinyllm, CPU, m) {

@@ -1,10 +1,17 @@
 // Attention's backward pass: P is recomputed from the saved log-sum-exp; key blocks outside, query blocks inside.
 // dV += P^T dO, dS = P (dO V^T - rowsum(dO O)), dK += dS^T Q, dQ += dS K.
 //
-// The work is split into ranges of keys of one key/value head. dK and dV of a range are its own; its share of dQ goes
-// to an array of its own where a head has several ranges, and these are added in order afterwards. The ranges follow
-// from the shape alone, so the bits do not depend on the threads.
+// The work is split into ranges of keys of one key/value head. dK and dV of a range are its own. All ranges add to one
+// dQ: to a block of queries in the order of their keys, each when the one before has finished with the block. They
+// begin with the last queries, which causal ranges all see, so that none has to wait long. The ranges and the order
+// follow from the shape alone, so the bits do not depend on the threads.
+//
+// What a query may not see cannot touch it, nor be touched by it: where P is 0, dS is 0 whatever dP is, and keys that
+// are not finite leave the matrix product dS K to weigh_rows.
 #pragma once
+#include <atomic>
+#include <thread>
+
 #include "attention_scores.h"
 
 namespace tinyllm::TINYLLM_ISA {
@@ -12,8 +19,6 @@ namespace tinyllm::TINYLLM_ISA {
 template <class T>
 struct BackwardBuffers {
   using S = compute_t<T>;
-  // All queries of the key/value head's query heads.
-  S *grad_query, *delta;
   // One block of keys.
   S *keys, *keys_t, *values_t, *grad_key, *grad_value;
   // One block of queries: scaled for the scores, which must be forward's to the bit, and as they are for dK, which
@@ -21,17 +26,15 @@ struct BackwardBuffers {
   S *scaled_queries, *queries, *grad_out;
   // One block of queries against one of keys: P and dS.
   S *probs, *grad_scores, *factors;
-  int64_t row, value_row, score_row, grad_row;
+  int64_t row, value_row, score_row;
+  bool finite;  // the keys are
 
   size_t carve(char* base, const Attention& a, int64_t block) {
     cpu::Arena arena(base);
-    const int64_t group = a.heads / a.kv_heads, padded_block = (block + kPanel<S> - 1) / kPanel<S> * kPanel<S>;
+    const int64_t padded_block = (block + kPanel<S> - 1) / kPanel<S> * kPanel<S>;
     row = leading_dimension<S>(a.head_dim);
     value_row = leading_dimension<S>(a.value_dim);
     score_row = leading_dimension<S>(padded_block);
-    grad_row = a.parts > 1 ? a.share_row : row;
-    grad_query = arena.take<S>(a.parts > 1 ? 0 : group * a.queries * row);
-    delta = arena.take<S>(group * a.queries);
     keys = arena.take<S>(block * row);
     keys_t = arena.take<S>(padded_block * a.head_dim);
     values_t = arena.take<S>(padded_block * a.value_dim);
@@ -47,12 +50,12 @@ struct BackwardBuffers {
   }
 };
 
-// delta = rowsum(dO * O) for the queries of a head from `first` on.
+// delta = rowsum(dO * O) for the queries [first, end) of a head.
 template <class T>
-inline void row_dots(const Attention& a, int64_t b, int64_t h, int64_t first, compute_t<T>* delta) {
+inline void row_dots(const Attention& a, int64_t b, int64_t h, int64_t first, int64_t end, compute_t<T>* delta) {
   using S = compute_t<T>;
   using V = Vec<S>;
-  for (int64_t i = first; i < a.queries; ++i) {
+  for (int64_t i = first; i < end; ++i) {
     const T* out = row_of<T>(a.out, b, h, i);
     const T* grad = row_of<T>(a.grad_out, b, h, i);
     S sum = 0;
@@ -69,6 +72,13 @@ inline void row_dots(const Attention& a, int64_t b, int64_t h, int64_t first, co
   }
 }
 
+// Scores less the log-sum-exp, by which P is their exponential; a hidden score stays -inf, for rows that NaN has
+// reached.
+template <class V>
+inline V less_lse(V score, V lse) {
+  return V::where_finite(score, score - lse, score);
+}
+
 // A row of P and of dP becomes P and dS = P (dP - delta), zeros beyond the `seen` keys up to `end`. delta: where all of
 // the row's keys are here, nothing; rowsum(dO O) = rowsum(P dP) / rowsum(P) is then taken in the second form, which has
 // the rounding errors of this very P and dP, so that the rows of dS sum to almost exactly 0.
@@ -81,22 +91,24 @@ inline void backward_row(S* probs, S* grad_scores, int64_t seen, int64_t end, S 
   if (delta != nullptr) {
     const V vdelta = V::set1(*delta);
     for (int64_t j = 0; j < whole; j += V::size) {
-      const V p = exp2(V::load(probs + j) - vlse);
+      const V p = exp2(less_lse(V::load(probs + j), vlse));
       p.store(probs + j);
-      (p * (V::load(grad_scores + j) - vdelta)).store(grad_scores + j);
+      (p * (V::load(grad_scores + j) - vdelta)).where_positive(p).store(grad_scores + j);
     }
   } else {
     V vsum = V::zero(), vdot = V::zero();
     for (int64_t j = 0; j < whole; j += V::size) {
-      const V p = exp2(V::load(probs + j) - vlse);
+      const V p = exp2(less_lse(V::load(probs + j), vlse));
       p.store(probs + j);
       vsum = vsum + p;
-      vdot = fma(p, V::load(grad_scores + j), vdot);
+      vdot = fma(p, V::load(grad_scores + j).where_positive(p), vdot);
     }
     const S row_sum = vsum.sum();
     const V vdelta = V::set1(row_sum == S(0) ? S(0) : vdot.sum() / row_sum);
-    for (int64_t j = 0; j < whole; j += V::size)
-      (V::load(probs + j) * (V::load(grad_scores + j) - vdelta)).store(grad_scores + j);
+    for (int64_t j = 0; j < whole; j += V::size) {
+      const V p = V::load(probs + j);
+      (p * (V::load(grad_scores + j) - vdelta)).where_positive(p).store(grad_scores + j);
+    }
   }
   for (int64_t j = whole; j < end; j += V::size) {
     V::zero().store(probs + j);
@@ -107,8 +119,7 @@ inline void backward_row(S* probs, S* grad_scores, int64_t seen, int64_t end, S 
 // Adds what queries [q0, q0 + rows) of head h and keys [k0, k0 + block_keys) give each other to dQ, dK and dV.
 template <class T>
 inline void backward_block(const Attention& a, const BackwardBuffers<T>& buf, int64_t b, int64_t h, int64_t q0,
-                           int64_t rows, int64_t k0, int64_t block_keys, const compute_t<T>* delta,
-                           compute_t<T>* grad_query) {
+                           int64_t rows, int64_t k0, int64_t block_keys, const compute_t<T>* delta) {
   using S = compute_t<T>;
   const KeyRange keys = keys_seen<S>(a, b, h, q0, rows, k0, block_keys);
   const int64_t first = k0 + keys.begin, count = keys.end - keys.begin;
@@ -146,8 +157,13 @@ inline void backward_block(const Attention& a, const BackwardBuffers<T>& buf, in
                    delta ? delta + row : nullptr);
       if (drops) multiply(row_probs, factors, whole);
     }
-    gemm<S>(m, a.head_dim, n, {grad_scores, buf.score_row, 1}, row_major<S>(buf.keys + keys.begin * buf.row, buf.row),
-            grad_query + (q0 + g) * buf.grad_row, buf.grad_row, true);
+    const S* packed = buf.keys + keys.begin * buf.row;
+    S* grad_query = const_cast<S*>(row_of<S>(a.query_sums, b, h, q0 + g));
+    if (buf.finite)
+      gemm<S>(m, a.head_dim, n, {grad_scores, buf.score_row, 1}, row_major<S>(packed, buf.row), grad_query,
+              a.query_sums.row, true);
+    else
+      weigh_rows(m, n, a.head_dim, grad_scores, buf.score_row, packed, buf.row, grad_query, a.query_sums.row, true);
   }
   for (int64_t g = 0; g < count; g += kRows) {
     const int64_t m = std::min<int64_t>(kRows, count - g), key = keys.begin + g;
@@ -163,42 +179,70 @@ inline void backward_block(const Attention& a, const BackwardBuffers<T>& buf, in
   }
 }
 
-// Where range `part` of a key/value head leaves its share of dQ.
-template <class S>
-inline S* share_of(const Attention& a, int64_t b, int64_t kv_head, int64_t part) {
-  const int64_t size = a.heads / a.kv_heads * a.queries * a.share_row;
-  return static_cast<S*>(a.shares) + ((b * a.kv_heads + kv_head) * a.parts + part) * size;
-}
+// The turns of a range at the blocks of queries of all its query heads, in one order for all ranges of a head.
+class Turns {
+ public:
+  Turns(const Attention& a, int64_t b, int64_t kv_head, int64_t part)
+      : own_(a.turns == nullptr ? nullptr : a.turns + (b * a.kv_heads + kv_head) * a.parts + part),
+        before_(own_ == nullptr || part == 0 ? nullptr : own_ - 1) {}
+
+  // Until the range before this one has finished its first `turn` + 1 blocks.
+  void wait(int64_t turn) const {
+    constexpr int kPatience = 1000;
+    if (before_ == nullptr) return;
+    for (int i = 0; before_->load(std::memory_order_acquire) <= turn; ++i)
+      if (i >= kPatience) std::this_thread::yield();
+  }
+  void finish(int64_t turn) const {
+    if (own_ != nullptr) own_->store(turn + 1, std::memory_order_release);
+  }
+
+ private:
+  std::atomic<int64_t>* own_;
+  const std::atomic<int64_t>* before_;
+};
 
 template <class T>
 void attention_bwd(const Attention& a, int64_t b, int64_t kv_head, int64_t part) {
   using S = compute_t<T>;
-  const int64_t begin = part * a.part, end = std::min(a.keys, begin + a.part);
-  const int64_t group = a.heads / a.kv_heads, head = kv_head * group;
+  const int64_t begin = part * a.part, stop = std::min(a.keys, begin + a.part), keys = keys_of(a, b);
+  const int64_t end = std::clamp(keys, begin, std::max(begin, stop)), group = a.heads / a.kv_heads;
   const int64_t block = std::clamp<int64_t>(end - begin, 1, cpu::bwd_key_block(a));
+  const int64_t query_blocks = (a.queries + kQueryBlock - 1) / kQueryBlock;
   BackwardBuffers<T> buf;
   const cpu::Scratch scratch(buf.carve(nullptr, a, block));
   buf.carve(scratch.data(), a, block);
-  if (a.parts > 1) buf.grad_query = share_of<S>(a, b, kv_head, part);
-  // Causal: the first query that sees any of the keys.
-  const int64_t first_query = a.causal ? std::min(begin, a.queries) : 0, head_size = a.queries * buf.grad_row;
+  const Turns turns(a, b, kv_head, part);
   const bool whole_rows = a.keys <= cpu::bwd_key_block(a);
-  for (int64_t h = 0; h < group; ++h) {
-    std::fill(buf.grad_query + h * head_size + first_query * buf.grad_row, buf.grad_query + (h + 1) * head_size, S(0));
-    if (!whole_rows) row_dots<T>(a, b, head + h, first_query, buf.delta + h * a.queries);
-  }
-  for (int64_t k0 = begin; k0 < end; k0 += block) {
-    const int64_t block_keys = std::min(block, end - k0);
+  for (int64_t k0 = begin; k0 < end || k0 == 0; k0 += block) {  // once without keys: dQ is 0
+    const int64_t block_keys = std::clamp<int64_t>(end - k0, 0, block);
     const T* key = row_of<T>(a.key, b, kv_head, k0);
     pack_rows(key, a.key.row, a.key.column, block_keys, a.head_dim, S(1), buf.keys, buf.row);
+    buf.finite = all_finite(buf.keys, block_keys * buf.row);
     pack_panels(key, a.key.row, a.key.column, block_keys, a.head_dim, buf.keys_t);
     pack_panels(row_of<T>(a.value, b, kv_head, k0), a.value.row, a.value.column, block_keys, a.value_dim, buf.values_t);
     std::fill(buf.grad_key, buf.grad_key + block_keys * buf.row, S(0));
     std::fill(buf.grad_value, buf.grad_value + block_keys * buf.value_row, S(0));
-    for (int64_t h = 0; h < group; ++h)
-      for (int64_t q0 = a.causal ? k0 / kQueryBlock * kQueryBlock : 0; q0 < a.queries; q0 += kQueryBlock)
-        backward_block<T>(a, buf, b, head + h, q0, std::min(kQueryBlock, a.queries - q0), k0, block_keys,
-                          whole_rows ? nullptr : buf.delta + h * a.queries, buf.grad_query + h * head_size);
+    for (int64_t i = query_blocks - 1; i >= (a.causal ? k0 / kQueryBlock : 0); --i)
+      for (int64_t g = 0; g < group; ++g) {
+        const int64_t h = kv_head * group + g, q0 = i * kQueryBlock, rows = std::min(kQueryBlock, a.queries - q0);
+        const int64_t turn = (query_blocks - 1 - i) * group + g;
+        S* delta = static_cast<S*>(a.delta) + (b * a.heads + h) * a.queries;
+        turns.wait(turn);
+        if (k0 == 0) {
+          for (int64_t r = q0; r < q0 + rows; ++r) {
+            S* sums = const_cast<S*>(row_of<S>(a.query_sums, b, h, r));
+            std::fill(sums, sums + round_up_to_vector<S>(a.head_dim), S(0));
+          }
+          if (!whole_rows) row_dots<T>(a, b, h, q0, q0 + rows, delta);
+        }
+        backward_block<T>(a, buf, b, h, q0, rows, k0, block_keys, whole_rows ? nullptr : delta);
+        if (k0 + block >= (a.causal ? std::min(keys, q0 + rows) : keys))  // no later key is seen
+          for (int64_t r = q0; r < q0 + rows; ++r)
+            unpack_row(row_of<S>(a.query_sums, b, h, r), static_cast<S>(a.scale), a.head_dim,
+                       const_cast<T*>(row_of<T>(a.grad_query, b, h, r)), a.grad_query.column);
+        turns.finish(turn);
+      }
     for (int64_t j = 0; j < block_keys; ++j) {
       unpack_row(buf.grad_key + j * buf.row, static_cast<S>(a.scale), a.head_dim,
                  const_cast<T*>(row_of<T>(a.grad_key, b, kv_head, k0 + j)), a.grad_key.column);
@@ -206,27 +250,12 @@ void attention_bwd(const Attention& a, int64_t b, int64_t kv_head, int64_t part)
                  const_cast<T*>(row_of<T>(a.grad_value, b, kv_head, k0 + j)), a.grad_value.column);
     }
   }
-  if (a.parts > 1) return;
-  for (int64_t i = 0; i < group * a.queries; ++i)
-    unpack_row(buf.grad_query + i * buf.grad_row, static_cast<S>(a.scale), a.head_dim,
-               const_cast<T*>(row_of<T>(a.grad_query, b, head + i / a.queries, i % a.queries)), a.grad_query.column);
-}
-
-// The shares are added in the order of their keys.
-template <class T>
-void attention_bwd_sum(const Attention& a, int64_t b, int64_t h, int64_t begin, int64_t end) {
-  using S = compute_t<T>;
-  using V = Vec<S>;
-  const int64_t group = a.heads / a.kv_heads, step = group * a.queries * a.share_row;
-  S* head = share_of<S>(a, b, h / group, 0) + h % group * a.queries * a.share_row;
-  for (int64_t i = begin; i < end; ++i) {
-    S* sum = head + i * a.share_row;
-    // Causal: ranges behind the query have nothing for it.
-    const int64_t parts = a.causal ? std::min(a.parts, i / a.part + 1) : a.parts;
-    for (int64_t p = 1; p < parts; ++p)
-      for (int64_t d = 0; d < a.head_dim; d += V::size) (V::load(sum + d) + V::load(sum + p * step + d)).store(sum + d);
-    unpack_row(sum, static_cast<S>(a.scale), a.head_dim, const_cast<T*>(row_of<T>(a.grad_query, b, h, i)),
-               a.grad_query.column);
+  std::fill(buf.grad_key, buf.grad_key + buf.row, S(0));
+  std::fill(buf.grad_value, buf.grad_value + buf.value_row, S(0));
+  for (int64_t j = end; j < stop; ++j) {
+    unpack_row(buf.grad_key, S(1), a.head_dim, const_cast<T*>(row_of<T>(a.grad_key, b, kv_head, j)), a.grad_key.column);
+    unpack_row(buf.grad_value, S(1), a.value_dim, const_cast<T*>(row_of<T>(a.grad_value, b, kv_head, j)),
+               a.grad_value.column);
   }
 }
 

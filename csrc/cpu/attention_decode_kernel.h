@@ -116,7 +116,7 @@ void attention_decode(const Attention& a, int64_t b, int64_t kv_head, int64_t pa
   using S = compute_t<T>;
   using V = Vec<S>;
   const int64_t group = a.heads / a.kv_heads, rows = group * a.queries;
-  const int64_t begin = part * a.part, n = std::min(a.keys - begin, a.part);
+  const int64_t begin = part * a.part, n = std::clamp<int64_t>(keys_of(a, b) - begin, 0, a.part);
   DecodeBuffers<T> buf;
   const cpu::Scratch scratch(buf.carve(nullptr, a, rows));
   buf.carve(scratch.data(), a, rows);
@@ -154,6 +154,13 @@ void attention_decode(const Attention& a, int64_t b, int64_t kv_head, int64_t pa
         decode_values<T, 1>(value + d, a.value.row, probs, std::min(keys, n - j),
                             std::min<int64_t>(V::size, a.value_dim - d), out + d);
     }
+  }
+  // Values that are not finite may be hidden ones, whose weights of 0 made NaN of them.
+  for (int64_t r = 0; r < rows; ++r) {
+    S* out = decode_share<S>(a, b, kv_head, part, r);
+    if (!all_finite(out, a.value_dim))
+      weigh_rows(1, n, a.value_dim, buf.scores + r * buf.score_row, 0, row_of<T>(a.value, b, kv_head, begin),
+                 a.value.row, out, 0, false);
   }
 }
 

@@ -8,7 +8,8 @@
 // (Milakov & Gimelshein 2018) moves rarely. Causal attention computes a group's columns only up to its last query,
 // rounded up to one vector, so hardly any work is spent above the diagonal.
 //
-// A query with no key (all masked) has lse = -inf and output 0.
+// A query with no key (all masked) has lse = -inf and output 0. What a query may not see cannot touch it: values that
+// are not finite leave the matrix product, in which their weights of 0 would make NaN of them, to weigh_rows.
 #pragma once
 #include "attention_scores.h"
 
@@ -31,6 +32,7 @@ struct ForwardBuffers {
   using S = compute_t<T>;
   S *keys, *values, *queries, *out, *scores, *max, *sum, *factors;
   int64_t value_row, out_row, query_row, score_row;
+  bool finite;  // the values are
 
   size_t carve(char* base, const Attention& a, int64_t keys_used, int64_t block) {
     cpu::Arena arena(base);
@@ -113,8 +115,12 @@ inline bool forward_group(const Attention& a, const ForwardBuffers<T>& buf, int6
     if (correction[r] != S(1))
       for (int64_t i = r * buf.out_row; i < (r + 1) * buf.out_row; i += V::size)
         (V::load(out + i) * V::set1(correction[r])).store(out + i);
-  gemm<S>(m, a.value_dim, n, {buf.scores, buf.score_row, 1},
-          row_major<S>(buf.values + first * buf.value_row, buf.value_row), out, buf.out_row, started);
+  const S* values = buf.values + first * buf.value_row;
+  if (buf.finite)
+    gemm<S>(m, a.value_dim, n, {buf.scores, buf.score_row, 1}, row_major<S>(values, buf.value_row), out, buf.out_row,
+            started);
+  else
+    weigh_rows(m, n, a.value_dim, buf.scores, buf.score_row, values, buf.value_row, out, buf.out_row, started);
   return true;
 }
 
@@ -123,7 +129,7 @@ void attention_fwd(const Attention& a, int64_t b, int64_t h, int64_t begin, int6
   using S = compute_t<T>;
   constexpr S inf = std::numeric_limits<S>::infinity();
   const int64_t kv_head = h / (a.heads / a.kv_heads);
-  const int64_t keys_used = keys_seen<S>(a, b, h, begin, end - begin, 0, a.keys).end;
+  const int64_t keys_used = keys_seen<S>(a, b, h, begin, end - begin, 0, keys_of(a, b)).end;
   const int64_t block = fwd_key_block(a);
 
   ForwardBuffers<T> buf;
@@ -132,6 +138,7 @@ void attention_fwd(const Attention& a, int64_t b, int64_t h, int64_t begin, int6
   pack_panels(row_of<T>(a.key, b, kv_head, 0), a.key.row, a.key.column, keys_used, a.head_dim, buf.keys);
   pack_rows(row_of<T>(a.value, b, kv_head, 0), a.value.row, a.value.column, keys_used, a.value_dim, S(1), buf.values,
             buf.value_row);
+  buf.finite = all_finite(buf.values, keys_used * buf.value_row);
 
   for (int64_t q0 = begin; q0 < end; q0 += kQueryBlock) {
     const int64_t rows = std::min(kQueryBlock, end - q0);

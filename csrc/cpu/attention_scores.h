@@ -37,6 +37,11 @@ inline void prefetch_rows(const Strided& t, int64_t b, int64_t h, int64_t row, i
   }
 }
 
+// How many keys a sequence has.
+inline int64_t keys_of(const Attention& a, int64_t b) {
+  return a.key_lengths == nullptr ? a.keys : std::clamp<int64_t>(a.key_lengths[b], 0, a.keys);
+}
+
 // How many of the keys [first, first + count) query `row` may see by causality.
 inline int64_t visible(const Attention& a, int64_t row, int64_t first, int64_t count) {
   return a.causal ? std::clamp<int64_t>(row + 1 - first, 0, count) : count;
@@ -48,11 +53,20 @@ struct KeyRange {
   bool masked;
 };
 
+// The first of n keys that is visible, or n. A mask's bytes hide where they are 0, whatever else they hold.
+inline int64_t first_visible(const uint8_t* mask, int64_t n) {
+  uint64_t word = 0;
+  int64_t i = 0;
+  while (i + 8 <= n && (std::memcpy(&word, mask + i, 8), word == 0)) i += 8;
+  while (i < n && mask[i] == 0) ++i;
+  return i;
+}
+
 // The end of the last run of visible keys.
-inline int64_t last_visible(const bool* mask, int64_t n) {
+inline int64_t last_visible(const uint8_t* mask, int64_t n) {
   uint64_t word = 0;
   while (n >= 8 && (std::memcpy(&word, mask + n - 8, 8), word == 0)) n -= 8;
-  while (n > 0 && !mask[n - 1]) --n;
+  while (n > 0 && mask[n - 1] == 0) --n;
   return n;
 }
 
@@ -67,17 +81,26 @@ inline KeyRange keys_seen(const Attention& a, int64_t b, int64_t h, int64_t row,
   const int64_t n = keys.end, distinct = a.mask.row == 0 ? 1 : rows;
   keys = {n, 0, false};
   for (int64_t r = row; r < row + distinct; ++r) {
-    const bool* mask = row_of<bool>(a.mask, b, h, r) + first;
-    const void* found = std::memchr(mask, 1, static_cast<size_t>(keys.begin));
-    if (found != nullptr) keys.begin = static_cast<const bool*>(found) - mask;
+    const uint8_t* mask = row_of<uint8_t>(a.mask, b, h, r) + first;
+    keys.begin = first_visible(mask, keys.begin);
     keys.end = std::max(keys.end, last_visible(mask, n));
   }
   keys.begin = keys.begin / kPanel<S> * kPanel<S>;
   for (int64_t r = row; r < row + distinct && keys.begin < keys.end && !keys.masked; ++r) {
-    const bool* mask = row_of<bool>(a.mask, b, h, r) + first + keys.begin;
+    const uint8_t* mask = row_of<uint8_t>(a.mask, b, h, r) + first + keys.begin;
     keys.masked = std::memchr(mask, 0, static_cast<size_t>(keys.end - keys.begin)) != nullptr;
   }
   return keys;
+}
+
+// A score with an additive mask's element: -inf hides the key, whatever its score, and no finite element does. Scores
+// are in units of log2(e), in which the lowest numbers, by which many hide, would overflow.
+template <class S>
+inline Vec<S> masked_score(Vec<S> mask, Vec<S> score) {
+  using V = Vec<S>;
+  constexpr S log2e = static_cast<S>(kLog2e), most = std::numeric_limits<S>::max() / log2e * S(0.999);
+  const V bounded = max(V::set1(-most), min(V::set1(most), mask));
+  return V::where_finite(mask, fma(bounded, V::set1(log2e), score), mask);
 }
 
 // Applies the mask to n scores of query `row` from key `first` on.
@@ -87,18 +110,20 @@ inline void apply_mask(const Attention& a, int64_t b, int64_t h, int64_t row, in
   using S = compute_t<T>;
   using V = Vec<S>;
   constexpr S inf = std::numeric_limits<S>::infinity();
-  constexpr S log2e = static_cast<S>(kLog2e);
   const int64_t step = a.mask.column, whole = step == 1 ? n / V::size * V::size : 0;
   if (a.mask_kind == MaskKind::boolean) {
-    const bool* mask = row_of<bool>(a.mask, b, h, row) + first * step;
+    const uint8_t* mask = row_of<uint8_t>(a.mask, b, h, row) + first * step;
     for (int64_t j = 0; j < whole; j += V::size)
       V::where(mask + j, V::load(scores + j), V::set1(-inf)).store(scores + j);
-    for (int64_t j = whole; j < n; ++j) scores[j] = mask[j * step] ? scores[j] : -inf;
+    for (int64_t j = whole; j < n; ++j) scores[j] = mask[j * step] != 0 ? scores[j] : -inf;
   } else {
     const T* mask = row_of<T>(a.mask, b, h, row) + first * step;
-    for (int64_t j = 0; j < whole; j += V::size)
-      fma(V::load(mask + j), V::set1(log2e), V::load(scores + j)).store(scores + j);
-    for (int64_t j = whole; j < n; ++j) scores[j] += to_compute(mask[j * step]) * log2e;
+    for (int64_t j = 0; j < whole; j += V::size) masked_score(V::load(mask + j), V::load(scores + j)).store(scores + j);
+    for (int64_t j = whole; j < n; ++j) {
+      S one[V::size] = {scores[j]};
+      masked_score(V::set1(to_compute(mask[j * step])), V::load(one)).store(one);
+      scores[j] = one[0];
+    }
   }
 }
 
@@ -112,6 +137,32 @@ inline int64_t hide_rest(S* scores, int64_t n) {
     V::first(V::load(last), inside, V::set1(-std::numeric_limits<S>::infinity())).store(last);
   }
   return round_up_to_vector<S>(n);
+}
+
+// Whether n elements are all finite.
+template <class T>
+inline bool all_finite(const T* x, int64_t n) {
+  using V = Vec<compute_t<T>>;
+  V sum = V::zero();  // NaN from the first element on that is not
+  for_each_vector<V>(n, [&](int64_t i, int64_t count) { sum = fma(load_n<V>(x + i, count), V::zero(), sum); });
+  return sum.sum() == 0;
+}
+
+// out (+)= W X as gemm's, W (m, n) and X (n, columns), where X holds infinities or NaN: rows of X whose weight is 0,
+// since hidden, add nothing, where 0 times them would be NaN. `out` has room for whole vectors.
+template <class T>
+inline void weigh_rows(int64_t m, int64_t n, int64_t columns, const compute_t<T>* weights, int64_t weights_row,
+                       const T* x, int64_t x_row, compute_t<T>* out, int64_t out_row, bool accumulate) {
+  using S = compute_t<T>;
+  using V = Vec<S>;
+  for (int64_t r = 0; r < m; ++r, weights += weights_row, out += out_row) {
+    if (!accumulate) std::fill(out, out + round_up_to_vector<S>(columns), S(0));
+    for (int64_t j = 0; j < n; ++j)
+      if (weights[j] != S(0))
+        for_each_vector<V>(columns, [&](int64_t d, int64_t count) {
+          fma(V::set1(weights[j]), load_n<V>(x + j * x_row + d, count), V::load(out + d)).store(out + d);
+        });
+  }
 }
 
 // Room for the dropout factors of a row of n scores.

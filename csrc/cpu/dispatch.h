@@ -1,8 +1,10 @@
 // What the torch side knows of the CPU kernels: their arguments, one table of functions for each instruction set, and
 // the choice among them.
 #pragma once
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 #include <string>
 #include <vector>
 
@@ -56,7 +58,8 @@ struct Attention {
   int64_t queries, keys;
   int64_t head_dim, value_dim;
   double scale;
-  bool causal;  // query i sees keys 0..i
+  bool causal;                 // query i sees keys 0..i
+  const int64_t* key_lengths;  // sequence b has keys 0 ... key_lengths[b] - 1, at most `keys`; null: all
   Strided query, key, value, mask;
   MaskKind mask_kind;
   Dropout dropout;  // of the weights: element (b, h, t, s) of (batch, heads, queries, keys rounded up to 64)
@@ -65,12 +68,18 @@ struct Attention {
       lse;  // (batch, heads, queries), compute type; log2(sum(2^(scores * log2(e)))): backward repeats the very scores
   // backward
   Strided grad_out, grad_query, grad_key, grad_value;
-  // Backward and decoding work on a head's keys in `parts` ranges of `part` keys. Each leaves its share of grad_query
-  // (if there are several) or out here: (batch, kv_heads, parts, heads / kv_heads, queries, share_row), compute type.
+  Strided query_sums;  // where dQ is summed, compute type, whole vectors; may be grad_query
+  void* delta;  // (batch, heads, queries), compute type: rowsum(dO * O), which the first range of keys leaves there
+  // Backward and decoding work on a head's keys in `parts` ranges of `part` keys.
   int64_t part, parts;
+  // Backward: (batch, kv_heads, parts), how many blocks of queries each range has finished. Null: there is one range.
+  std::atomic<int64_t>* turns;
+  // Decoding: the ranges' outputs, (batch, kv_heads, parts, heads / kv_heads, queries, share_row), compute type.
   void* shares;
   int64_t share_row;
 };
+
+constexpr int64_t kNoTurn = std::numeric_limits<int64_t>::max();  // a range that failed: none waits for it
 
 // Keys that backward takes at once: fewer for wide heads, whose blocks of K and V fill the second-level cache. A
 // multiple of every panel of gemm.h and of a block of queries.
@@ -190,10 +199,8 @@ struct Kernels {
   // put together.
   void (*attention_decode[kNumDTypes])(const Attention&, int64_t b, int64_t kv_head, int64_t part);
   void (*attention_decode_sum[kNumDTypes])(const Attention&, int64_t b, int64_t kv_head);
-  // One range of keys of a key/value head with all its query heads; then the sum of the ranges' shares of grad_query
-  // for queries [begin, end) of one head, where there are several.
+  // One range of keys of a key/value head with all its query heads. Ranges may run at once if those before are begun.
   void (*attention_bwd[kNumDTypes])(const Attention&, int64_t b, int64_t kv_head, int64_t part);
-  void (*attention_bwd_sum[kNumDTypes])(const Attention&, int64_t b, int64_t h, int64_t begin, int64_t end);
   // Rows [begin, end): loss, statistics, and grad_input where wanted; grad_input from the statistics.
   void (*cross_entropy_fwd[kNumDTypes])(const CrossEntropy&, int64_t begin, int64_t end);
   void (*cross_entropy_bwd[kNumDTypes])(const CrossEntropy&, int64_t begin, int64_t end);
@@ -214,8 +221,9 @@ struct Kernels {
   void (*column_sums[kNumDTypes])(const ColumnSums&, int64_t begin, int64_t end);
   // out[i] = activation(x[i]) for i in [begin, end), or grad[i] * activation'(x[i]) with a gradient.
   void (*activate[kNumDTypes])(Activation, const void* x, const void* grad, void* out, int64_t begin, int64_t end);
-  int64_t panel[kNumDTypes];  // columns of a panel
-  int64_t rows;               // of a tile
+  int64_t vector[kNumDTypes];  // elements of a vector of the compute type
+  int64_t panel[kNumDTypes];   // columns of a panel
+  int64_t rows;                // of a tile
 };
 
 // The table in use: the best set that was built and that the processor has, or the one TINYLLM_CPU_ISA names. Throws

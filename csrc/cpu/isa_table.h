@@ -28,7 +28,6 @@ constexpr cpu::Kernels table(const char* name) {
       TINYLLM_ALL_DTYPES(attention_decode),
       TINYLLM_ALL_DTYPES(attention_decode_sum),
       TINYLLM_ALL_DTYPES(attention_bwd),
-      TINYLLM_ALL_DTYPES(attention_bwd_sum),
       TINYLLM_ALL_DTYPES(cross_entropy_fwd),
       TINYLLM_ALL_DTYPES(cross_entropy_bwd),
       TINYLLM_ALL_DTYPES(linear_cross_entropy_pack),
@@ -42,6 +41,7 @@ constexpr cpu::Kernels table(const char* name) {
       TINYLLM_ALL_DTYPES(product_dots),
       TINYLLM_ALL_DTYPES(column_sums),
       TINYLLM_ALL_DTYPES(activate_all),
+      {Vec<float>::size, Vec<double>::size, Vec<float>::size, Vec<float>::size},
       {kPanel<float>, kPanel<double>, kPanel<float>, kPanel<float>},
       kRows,
   };

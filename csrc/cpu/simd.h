@@ -19,6 +19,8 @@ struct Vec;
 
 #if defined(TINYLLM_AVX512)
 
+constexpr int kNotFinite = 0x99;  // of vfpclass: quiet and signalling NaN, both infinities
+
 template <>
 struct Vec<float> {
   static constexpr int size = 16;
@@ -57,7 +59,6 @@ struct Vec<float> {
   Vec operator-(Vec b) const { return {_mm512_sub_ps(v, b.v)}; }
   Vec operator*(Vec b) const { return {_mm512_mul_ps(v, b.v)}; }
   Vec operator/(Vec b) const { return {_mm512_div_ps(v, b.v)}; }
-  // v where gate > 0, else 0.
   // Zero where gate <= 0. A NaN lets it through, as PyTorch's threshold does.
   Vec where_positive(Vec gate) const {
     return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(gate.v, _mm512_setzero_ps(), _CMP_NLE_UQ), v)};
@@ -71,8 +72,12 @@ struct Vec<float> {
   static Vec first(Vec a, int64_t n, Vec b) {
     return {_mm512_mask_mov_ps(b.v, static_cast<__mmask16>((1u << n) - 1u), a.v)};
   }
-  // a where `from` holds true, b elsewhere.
-  static Vec where(const bool* from, Vec a, Vec b) {
+  // a where x is finite, b elsewhere.
+  static Vec where_finite(Vec x, Vec a, Vec b) {
+    return {_mm512_mask_mov_ps(a.v, _mm512_fpclass_ps_mask(x.v, kNotFinite), b.v)};
+  }
+  // a where the byte is not 0, b elsewhere: the bytes of a bool tensor, which may hold other numbers than 0 and 1.
+  static Vec where(const uint8_t* from, Vec a, Vec b) {
     const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
     return {_mm512_mask_mov_ps(b.v, _mm_test_epi8_mask(bytes, bytes), a.v)};
   }
@@ -114,7 +119,10 @@ struct Vec<double> {
   static Vec first(Vec a, int64_t n, Vec b) {
     return {_mm512_mask_mov_pd(b.v, static_cast<__mmask8>((1u << n) - 1u), a.v)};
   }
-  static Vec where(const bool* from, Vec a, Vec b) {
+  static Vec where_finite(Vec x, Vec a, Vec b) {
+    return {_mm512_mask_mov_pd(a.v, _mm512_fpclass_pd_mask(x.v, kNotFinite), b.v)};
+  }
+  static Vec where(const uint8_t* from, Vec a, Vec b) {
     const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
     return {_mm512_mask_mov_pd(b.v, static_cast<__mmask8>(_mm_test_epi8_mask(bytes, bytes)), a.v)};
   }
@@ -189,7 +197,11 @@ struct Vec<float> {
     const __m256i inside = _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n)), index);
     return {_mm256_blendv_ps(b.v, a.v, _mm256_castsi256_ps(inside))};
   }
-  static Vec where(const bool* from, Vec a, Vec b) {
+  static Vec where_finite(Vec x, Vec a, Vec b) {
+    const __m256 zero = _mm256_sub_ps(x.v, x.v);  // NaN where x is not finite
+    return {_mm256_blendv_ps(b.v, a.v, _mm256_cmp_ps(zero, zero, _CMP_ORD_Q))};
+  }
+  static Vec where(const uint8_t* from, Vec a, Vec b) {
     const __m256i words = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
     const __m256i hidden = _mm256_cmpeq_epi32(words, _mm256_setzero_si256());
     return {_mm256_blendv_ps(a.v, b.v, _mm256_castsi256_ps(hidden))};
@@ -236,7 +248,11 @@ struct Vec<double> {
     const __m256i inside = _mm256_cmpgt_epi64(_mm256_set1_epi64x(n), _mm256_setr_epi64x(0, 1, 2, 3));
     return {_mm256_blendv_pd(b.v, a.v, _mm256_castsi256_pd(inside))};
   }
-  static Vec where(const bool* from, Vec a, Vec b) {
+  static Vec where_finite(Vec x, Vec a, Vec b) {
+    const __m256d zero = _mm256_sub_pd(x.v, x.v);
+    return {_mm256_blendv_pd(b.v, a.v, _mm256_cmp_pd(zero, zero, _CMP_ORD_Q))};
+  }
+  static Vec where(const uint8_t* from, Vec a, Vec b) {
     int bytes;
     std::memcpy(&bytes, from, sizeof(bytes));
     const __m256i words = _mm256_cvtepu8_epi64(_mm_cvtsi32_si128(bytes));
@@ -283,7 +299,8 @@ struct Vec {
   static Vec max(Vec a, Vec b) { return {a.v > b.v ? a.v : b.v}; }
   static Vec min(Vec a, Vec b) { return {a.v < b.v ? a.v : b.v}; }
   static Vec first(Vec a, int64_t n, Vec b) { return n > 0 ? a : b; }
-  static Vec where(const bool* from, Vec a, Vec b) { return *from ? a : b; }
+  static Vec where_finite(Vec x, Vec a, Vec b) { return std::isfinite(x.v) ? a : b; }
+  static Vec where(const uint8_t* from, Vec a, Vec b) { return *from != 0 ? a : b; }
   S sum() const { return v; }
   S max_element() const { return v; }
 };

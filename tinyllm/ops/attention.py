@@ -39,6 +39,10 @@ def scaled_dot_product_attention(
              1 1
              1 1
 
+    What a query may not see cannot touch it: keys and values behind `key_lengths`, above the diagonal or hidden by a bool
+    mask may hold NaN and infinities, which PyTorch would multiply by 0. Outputs and gradients are those of the visible
+    ones; the gradients of keys and values that no query sees are exactly 0.
+
     Args:
         query: (*, H, T, D), or (*, T, D), any strides.
         key: (*, Hkv, S, D), of query's dtype and device; leading dimensions broadcast. Hkv = H unless enable_gqa.
@@ -75,9 +79,9 @@ def scaled_dot_product_attention(
     if scale is None:
         scale = 1.0 / math.sqrt(query.size(-1)) if query.size(-1) > 0 else 1.0
     name = choose("attention", query, _limits(query, value, attn_mask, dropout_p, scale))
-    if key_lengths is not None and name not in ("cuda", "triton"):
-        attn_mask, key_lengths = _mask_of_lengths(key_lengths, attn_mask, key.size(-2)), None
     if name == "reference":
+        if key_lengths is not None:
+            attn_mask = _mask_of_lengths(key_lengths, attn_mask, key.size(-2))
         return reference.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
         )

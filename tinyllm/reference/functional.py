@@ -1,6 +1,5 @@
-"""What each operator means, in plain PyTorch: the specification that kernels are tested against, and the path taken
-where
-no kernel serves. Signatures are those of `tinyllm.ops`; every function is differentiable any number of times."""
+"""What each operator means, in plain PyTorch: the specification that kernels are tested against, and what is called
+where no kernel serves. Signatures are those of `tinyllm.ops`; every function is differentiable any number of times."""
 
 from __future__ import annotations
 
@@ -104,6 +103,9 @@ def scaled_dot_product_attention(
 ) -> Tensor:
     """softmax(query key^T * scale + mask) value, with the whole (queries x keys) matrix in memory.
 
+    What a query may not see (above the causal diagonal, hidden by a bool mask, or by -inf in an additive one) may hold
+    infinities and NaN. A query that sees one of those while others are hidden from it gives NaN.
+
     weight_factors: what the softmax is multiplied by, such as a dropout mask that is known already.
     """
     if enable_gqa:
@@ -113,15 +115,26 @@ def scaled_dot_product_attention(
     if scale is None:
         scale = 1.0 / math.sqrt(query.size(-1)) if query.size(-1) > 0 else 1.0
     compute = torch.promote_types(query.dtype, torch.float32)
-    scores = query.to(compute) @ key.to(compute).transpose(-2, -1) * scale
+    key, value = key.to(compute), value.to(compute)
+    visible = None
     if is_causal:
-        visible = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+        visible = query.new_ones((query.size(-2), key.size(-2)), dtype=torch.bool).tril()
+    if attn_mask is not None:
+        seen = attn_mask if attn_mask.dtype == torch.bool else attn_mask != -math.inf
+        visible = seen if visible is None else seen & visible
+    poison = None
+    if visible is not None:
+        # A product with 0 would make NaN of what is not finite: it is taken out, and put back where it is seen.
+        finite_keys, finite_values = key.isfinite(), value.isfinite()
+        bad = ~(finite_keys.all(-1, keepdim=True) & finite_values.all(-1, keepdim=True))
+        key, value = key.masked_fill(~finite_keys, 0.0), value.masked_fill(~finite_values, 0.0)
+        poison = torch.matmul(visible.to(compute), bad.to(compute)) > 0
+    scores = query.to(compute) @ key.transpose(-2, -1) * scale
+    if attn_mask is not None and attn_mask.dtype != torch.bool:
+        scores = scores + attn_mask.to(compute)
+    if visible is not None:
         scores = scores.masked_fill(~visible, -math.inf)
     if attn_mask is not None:
-        if attn_mask.dtype == torch.bool:
-            scores = scores.masked_fill(~attn_mask, -math.inf)
-        else:
-            scores = scores + attn_mask.to(compute)
         # A query that sees no key gets 0, where a softmax over nothing but -inf is NaN.
         blind = (scores == -math.inf).all(-1, keepdim=True)
         weights = torch.softmax(scores.masked_fill(blind, 0.0), -1).masked_fill(blind, 0.0)
@@ -130,7 +143,10 @@ def scaled_dot_product_attention(
     weights = torch.dropout(weights, dropout_p, dropout_p > 0.0)
     if weight_factors is not None:
         weights = weights * weight_factors
-    return (weights @ value.to(compute)).to(query.dtype)
+    out = weights @ value
+    if poison is not None:
+        out = out.masked_fill(poison, math.nan)
+    return out.to(query.dtype)
 
 
 ACTIVATIONS = {
