@@ -39,8 +39,8 @@ def scaled_dot_product_attention(
              1 1
              1 1
 
-    What a query may not see cannot touch it: keys and values behind `key_lengths`, above the diagonal or hidden by a bool
-    mask may hold NaN and infinities, which PyTorch would multiply by 0. Outputs and gradients are those of the visible
+    What a query may not see cannot touch it: keys and values behind `key_lengths`, above the diagonal or hidden by a
+    bool mask may hold NaN and infinities, which PyTorch would multiply by 0. Outputs and gradients are of the visible
     ones; the gradients of keys and values that no query sees are exactly 0.
 
     Args:
