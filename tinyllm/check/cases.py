@@ -69,8 +69,8 @@ class Draw:
     def perhaps(self, *shape: int) -> Tensor | None:
         return self.floats(*shape) if self.chance(0.6) else None
 
-    def ints(self, below: int, *shape: int) -> Tensor:
-        return self.laid_out(torch.randint(max(1, below), shape, generator=self.numbers))
+    def ints(self, below: int, *shape: int, dtypes: Sequence[torch.dtype] = (torch.int64,)) -> Tensor:
+        return self.laid_out(torch.randint(below, shape, generator=self.numbers).to(self.one_of(*dtypes)))
 
     def laid_out(self, values: Tensor) -> Tensor:
         """The values in memory that ends with the last of them."""
@@ -121,9 +121,7 @@ def _norm(name: str, draw: Draw) -> Case:
 def _embedding(draw: Draw) -> Case:
     rows, size, batch, tokens = draw.size(400), draw.size(300), draw.size(5), draw.size(60)
     dropout_p = draw.one_of(0.0, 0.0, 0.0, 0.3)
-    ids = draw.ints(rows, batch, tokens)
-    if draw.chance(0.3):
-        ids = ids.int()
+    ids = draw.ints(rows, batch, tokens, dtypes=(torch.int64, torch.int32))
     padding = draw.one_of(None, None, 0, rows - 1)
     inputs = [draw.floats(rows, size), draw.perhaps(tokens, size)]
     text = f"ids {[batch, tokens]}, weight {[rows, size]}{', positions' * (inputs[1] is not None)}, dropout {dropout_p}"
@@ -162,7 +160,7 @@ def _attention(draw: Draw) -> Case:
     heads = kv_heads * group
     kind = draw.one_of("none", "none", "none", "bool", "bool", "additive")
     causal, dropout_p = draw.chance(0.4), draw.one_of(0.0, 0.0, 0.0, 0.2)
-    lengths = draw.ints(keys + 1, batch).int() if draw.chance(0.2) else None
+    lengths = draw.ints(keys + 1, batch, dtypes=(torch.int64, torch.int32)) if draw.chance(0.2) else None
     mask = None
     if kind != "none":
         shape = [batch, heads, queries, keys]
