@@ -98,7 +98,8 @@ def attention_bwd(
         grid = (triton.cdiv(call.keys, tile.columns) * chunks * call.batch * call.heads // call.group,)
         keys_kernel[grid](
             *sources, attn_mask, call.key_lengths, rng, lse, delta, grad_key, grad_value, *strides,
-            *grad_key.stride()[:3], *grad_value.stride()[:3], *call.sizes(), *numbers, CHUNKS=chunks, **call.constants(tile, keys_width),
+            *grad_key.stride()[:3], *grad_value.stride()[:3], *call.sizes(), *numbers, CHUNKS=chunks,
+            **call.constants(tile, keys_width),
         )  # fmt: skip
 
     def run_queries(tile: Tile) -> None:
