@@ -159,9 +159,9 @@ def test_packing_stops_attention_where_documents_end(heads: int, norm_first: boo
     for number, document in enumerate(documents):
         following = [*document[1:], end] if number + 1 < len(documents) else document[1:]
         seen = torch.tensor([document[: len(following)]])
-        alone += float(model.loss(seen, torch.tensor([following]))) * len(following)
-    assert float(total) == pytest.approx(alone, rel=1e-5)
-    assert float(model.loss(inputs, targets) * targets.numel()) != pytest.approx(alone, rel=1e-3)
+        alone += model.loss(seen, torch.tensor([following])).item() * len(following)
+    assert total.item() == pytest.approx(alone, rel=1e-5)
+    assert (model.loss(inputs, targets) * targets.numel()).item() != pytest.approx(alone, rel=1e-3)
 
 
 def test_packing_needs_an_end_of_text(text: Path, tmp_path: Path) -> None:
