@@ -5,6 +5,7 @@
 #   make train-bench    how fast training is beside plain PyTorch and Hugging Face; updates the README's table
 #   make lint    ruff, mypy, clang-format
 #   make gpu-compile    the GPU kernels' registers, spills and shared memory, read without a GPU
+#   make cpu-sanitize   the CPU kernels of every instruction set that this machine has, watched by the sanitizers
 #   make cuda-sanitize  the CUDA C++ kernels on emulated threads, watched by the sanitizers
 PYTHON ?= python3
 BIN := .venv/bin
@@ -12,7 +13,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 EMULATION := $(wildcard tests/cuda_host/*.h tests/cuda_host/*.cpp)
 
-.PHONY: demo test bench train-bench lint gpu-compile cuda-sanitize format clean
+.PHONY: demo test bench train-bench lint gpu-compile cpu-sanitize cuda-sanitize format clean
 
 # What building and checking need; torch is pinned, so that no other one is downloaded.
 .venv/tools: pyproject.toml constraints.txt
@@ -50,6 +51,9 @@ lint: .venv/installed
 gpu-compile: .venv/installed
 	$(BIN)/python -m tests.cuda_compile
 	$(BIN)/python -m tests.gpu_compile
+
+cpu-sanitize: .venv/installed
+	$(BIN)/python -m tests.cpu_host.sanitize
 
 # In the other order of threads than `make test`: what asynchronous copies do then happens at once. Python itself is not
 # built with the sanitizers, so their libraries come first by force, and its own leaks are left alone.

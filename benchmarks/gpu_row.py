@@ -67,6 +67,7 @@ class GpuRow(Row):
 
     def facts(self) -> dict[str, Any]:
         facts = {**super().facts(), "clock": self.clock, "shows_memory": self.shows_memory}
+        facts |= {"operators": list(self.operators)} if self.operators else {}
         return facts | ({"goals": dict(self.goals)} if self.goals else {})
 
 

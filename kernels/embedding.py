@@ -223,7 +223,7 @@ def embedding_fwd(
     block = _block(columns, 256)
     rows = FORWARD_TILE // block
     forward_kernel[(triton.cdiv(tokens, rows), triton.cdiv(columns, block))](
-        input.reshape(-1), table, p, _state(dropout_p, rng), out, table.stride(0), 0 if p is None else p.stride(0),
+        input.contiguous(), table, p, _state(dropout_p, rng), out, table.stride(0), 0 if p is None else p.stride(0),
         tokens, table.size(0), 1 if p is None else p.size(0), columns, drop_threshold(dropout_p), kept_scale(dropout_p),
         ROWS=rows, BLOCK=block, COMPUTE=triton_compute_dtype(weight.dtype),
         **launch_options(warps_for(FORWARD_TILE, 16)),

@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import os
+import re
 import signal
 import warnings
 from collections.abc import Callable
@@ -158,9 +159,9 @@ def test_packing_stops_attention_where_documents_end(heads: int, norm_first: boo
     for number, document in enumerate(documents):
         following = [*document[1:], end] if number + 1 < len(documents) else document[1:]
         seen = torch.tensor([document[: len(following)]])
-        alone += float(model.loss(seen, torch.tensor([following]))) * len(following)
-    assert float(total) == pytest.approx(alone, rel=1e-5)
-    assert float(model.loss(inputs, targets) * targets.numel()) != pytest.approx(alone, rel=1e-3)
+        alone += model.loss(seen, torch.tensor([following])).item() * len(following)
+    assert total.item() == pytest.approx(alone, rel=1e-5)
+    assert (model.loss(inputs, targets) * targets.numel()).item() != pytest.approx(alone, rel=1e-3)
 
 
 def test_packing_needs_an_end_of_text(text: Path, tmp_path: Path) -> None:
@@ -222,6 +223,18 @@ def test_metrics_table_picture_and_samples(text: Path, tmp_path: Path) -> None:
     assert [sample["step"] for sample in samples] == [10, 20, 25]
     assert all(len(sample["text"].split()) == 3 for sample in samples)
     assert (out / "loss_curve.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_a_peak_measured_too_low_is_raised_by_what_training_reaches(text, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(recorder, "peak_flops", lambda device, dtype: 1.0)
+    train(small(steps=8, log_interval=2), tmp_path / "out", [text])
+    lines = [line for line in read_metrics(tmp_path / "out" / "metrics.jsonl") if line["split"] == "train"]
+    assert len(lines) > 3
+    assert all(0 < line["peak_fraction"] <= 1 for line in lines)
+    assert lines[0]["peak_fraction"] == 1
+    shown = [int(percent) for percent in re.findall(r"(\d+)% of peak", capsys.readouterr().err)]
+    assert shown
+    assert max(shown) <= 100
 
 
 def test_the_picture_is_refreshed_while_it_trains(text: Path, tmp_path: Path, monkeypatch) -> None:

@@ -9,15 +9,16 @@ from typing import Any
 
 import torch
 
-from tinyllm import _extension
+from tinyllm import _extension, hardware
 from tinyllm.allocator import allocator_state
 from tinyllm.ops import _cuda, _triton, dispatch
 
 
 def info() -> dict[str, Any]:
     """The installation as a dict: versions, instruction sets, threads, GPUs, and for each operator x device the backend
-    that serves it, for which dtypes and shapes, and the reason of every one that does not. For CUDA it says what serves
-    a machine that has it, where this one has not; CUDA C++ is among it where it was built."""
+    that serves it, for which dtypes and shapes, on which hardware it is proven, and the reason of every one that does
+    not. For CUDA it says what serves a machine that has it, where this one has not; CUDA C++ is among it where it was
+    built."""
     from tinyllm import __version__
 
     record = _extension.build_record()
@@ -42,10 +43,18 @@ def info() -> dict[str, Any]:
         },
         "gpu": _gpu(record),
         "operators": {
-            operator: {device: dispatch.describe(operator, device) for device in ("cpu", "cuda")}
+            operator: {device: _described(operator, device) for device in ("cpu", "cuda")}
             for operator in dispatch.OPERATORS
         },
     }
+
+
+def _described(operator: str, device: str) -> dict[str, Any]:
+    """What serves an operator on a device type, and on which hardware it has run."""
+    row = dispatch.describe(operator, device)
+    for part in filter(None, (row, row["rest"])):
+        part["hardware"] = hardware.remark(operator, part["backend"]) if device == "cuda" else None
+    return row
 
 
 def _gpu(record: dict[str, str]) -> dict[str, Any]:
@@ -104,6 +113,7 @@ def format_info() -> str:
             lines.append(_row(operator, row, *_reasons(row["not"], cuda["why_not"])))
             if row["rest"]:
                 lines.append(_row("", row["rest"], prefix="the rest: "))
+        lines += _hardware({operator: devices[device] for operator, devices in facts["operators"].items()})
         if any(devices[device]["backend"] == "cuda" for devices in facts["operators"].values()):
             lines.append("cuda is CUDA C++; the line below it says what serves what it does not take")
     return "\n".join(lines)
@@ -116,6 +126,20 @@ def _built(library: dict[str, Any]) -> str:
 def _row(operator: str, row: dict[str, Any], *remarks: str, prefix: str = "") -> str:
     takes = "any dtype" if row["backend"] == "reference" else ", ".join(row["dtypes"])
     return f"{operator:<21}{row['backend']:<11}{prefix}{'; '.join(filter(None, (takes, row['shapes'], *remarks)))}"
+
+
+def _hardware(rows: dict[str, dict[str, Any]]) -> list[str]:
+    """What is to be said of the hardware that kernels have run on, the operators of one remark together."""
+    operators: dict[str, dict[str, list[str]]] = {}
+    for operator, row in rows.items():
+        for part in filter(None, (row, row["rest"])):
+            if part["hardware"]:
+                operators.setdefault(part["hardware"], {}).setdefault(part["backend"], []).append(operator)
+    return [
+        line
+        for remark, backends in operators.items()
+        for line in (f"{remark}:", *(f"{'':<21}{name:<11}{', '.join(found)}" for name, found in backends.items()))
+    ]
 
 
 def _reasons(why_not: dict[str, str], known: str | None) -> list[str]:

@@ -11,7 +11,8 @@ Lines of "train" may have more; runs of older versions, and lines that could not
 
     grad_norm      the gradient's norm before clipping
     wait_s         seconds spent waiting for data since the last line
-    peak_fraction  floating-point operations per second, as a fraction of the machine's measured peak
+    peak_fraction  floating-point operations per second, as a fraction of the machine's peak: the best product
+                   measured, or what training reached, where that is more
     skipped        steps since the last line that changed nothing, as their gradient was not finite
 """
 

@@ -66,15 +66,14 @@ class Recorder:
         self._waited = self._drawn = 0.0
         self._start = time.perf_counter()
         self._failed = False
-        self._flops = 0.0  # of a token, as a fraction of what all devices could do in a second
         if not self._writes:
             return
         self._metrics = MetricsWriter(out / METRICS_FILE, first_step if first_step else None)
         self._loggers = _loggers(out, config.tensorboard, read_metrics(out / METRICS_FILE))
         _keep_samples(out / SAMPLES_FILE, first_step)
         dtypes = {torch.float32} if config.precision == "32-true" else {torch.float32, torch.bfloat16}
-        peak = max(peak_flops(fabric.device, dtype) for dtype in dtypes) * fabric.world_size
-        self._flops = estimate(model, seq_len=config.seq_len).flops_per_token / peak
+        self._peak = max(peak_flops(fabric.device, dtype) for dtype in dtypes) * fabric.world_size
+        self._token_flops = estimate(model, seq_len=config.seq_len).flops_per_token
         self._bar = tqdm(
             total=config.steps,
             initial=first_step,
@@ -126,8 +125,8 @@ class Recorder:
         extra = {"grad_norm": norm, "wait_s": round(self._waited, 6), "skipped": skipped}
         self._waited = 0.0
         speed = self._write(step, "train", loss, lr, tokens, extra)
-        peak = f", {speed * self._flops:.0%} of peak"
-        self._bar.set_postfix_str(f"loss {loss:.3f}, lr {lr:.1e}, {speed:,.0f} tokens/s{peak}", refresh=False)
+        peak = f"{self._peak_fraction(speed):.0%} of peak"
+        self._bar.set_postfix_str(f"loss {loss:.3f}, lr {lr:.1e}, {speed:,.0f} tokens/s, {peak}", refresh=False)
 
     def validation(self, step: int, loss: float, lr: float, *, tokens: int, last: bool) -> None:
         """A line about a validation, and the picture anew; unless drawing has taken too much of the time."""
@@ -168,7 +167,7 @@ class Recorder:
         def write() -> None:
             nonlocal speed
             now = self._metrics.speed(tokens)
-            known = {"peak_fraction": round(now * self._flops, 4)} if split == "train" else {}
+            known = {"peak_fraction": round(self._peak_fraction(now), 4)} if split == "train" else {}
             speed = self._metrics.write(step, split, loss, lr, tokens=tokens, **extra, **known)
             values = {"loss": loss, "lr": lr, "tokens_per_s": speed, **extra, **known}
             for logger in self._loggers:
@@ -177,6 +176,13 @@ class Recorder:
 
         self._try(write)
         return speed
+
+    def _peak_fraction(self, tokens_per_s: float) -> float:
+        """The fraction of what all devices can do, which is at least what they have done: when the peak was measured,
+        another program may have had a part of them."""
+        flops = tokens_per_s * self._token_flops
+        self._peak = max(self._peak, flops)
+        return flops / self._peak
 
     def _try(self, write: Callable[[], None]) -> None:
         try:

@@ -10,6 +10,10 @@
 
 #include "types.h"
 
+#if defined(TINYLLM_SANITIZED)
+#include <sanitizer/asan_interface.h>
+#endif
+
 namespace tinyllm::cpu {
 
 // Rows of a contiguous (rows, size) matrix. Statistics and weights are in the compute type of the element type.
@@ -259,7 +263,13 @@ class Arena {
   template <class S>
   S* take(int64_t count) {
     char* at = base_ == nullptr ? nullptr : base_ + used_;
-    used_ += (static_cast<size_t>(count) * sizeof(S) + 63) / 64 * 64;
+    const size_t bytes = static_cast<size_t>(count) * sizeof(S);
+    used_ += (bytes + 63) / 64 * 64;
+#if defined(TINYLLM_SANITIZED)
+    // The next array is out of this one's reach.
+    used_ += 64;
+    if (base_ != nullptr) ASAN_POISON_MEMORY_REGION(at + bytes, static_cast<size_t>(base_ + used_ - at) - bytes);
+#endif
     return reinterpret_cast<S*>(at);
   }
   size_t used() const { return used_; }

@@ -55,7 +55,7 @@ def attention_fwd(
         sources = call.sources(tile, (query, width.d), (key, width.d), (value, width.dv))
         grid = (triton.cdiv(call.queries, tile.rows) * width.chunks * call.batch * call.heads,)
         forward_kernel[grid](
-            *sources, attn_mask, key_lengths, rng, out, lse, *call.strides(query, key, value), *out.stride()[:3],
+            *sources, attn_mask, call.key_lengths, rng, out, lse, *call.strides(query, key, value), *out.stride()[:3],
             *call.sizes(), *call.numbers(), CHUNKS=width.chunks, SCALE_FIRST=scale <= 0, **call.constants(tile, width),
         )  # fmt: skip
 
@@ -97,8 +97,9 @@ def attention_bwd(
         sources = call.sources(tile, (query, d), (key, d), (value, dv), (grad, dv))
         grid = (triton.cdiv(call.keys, tile.columns) * chunks * call.batch * call.heads // call.group,)
         keys_kernel[grid](
-            *sources, attn_mask, key_lengths, rng, lse, delta, grad_key, grad_value, *strides, *grad_key.stride()[:3],
-            *grad_value.stride()[:3], *call.sizes(), *numbers, CHUNKS=chunks, **call.constants(tile, keys_width),
+            *sources, attn_mask, call.key_lengths, rng, lse, delta, grad_key, grad_value, *strides,
+            *grad_key.stride()[:3], *grad_value.stride()[:3], *call.sizes(), *numbers, CHUNKS=chunks,
+            **call.constants(tile, keys_width),
         )  # fmt: skip
 
     def run_queries(tile: Tile) -> None:
@@ -106,7 +107,7 @@ def attention_bwd(
         sources = call.sources(tile, (query, d), (key, d), (value, dv), (grad, dv))
         grid = (triton.cdiv(call.queries, tile.rows) * chunks * call.batch * call.heads,)
         queries_kernel[grid](
-            *sources, attn_mask, key_lengths, rng, lse, delta, grad_query, *strides, *grad_query.stride()[:3],
+            *sources, attn_mask, call.key_lengths, rng, lse, delta, grad_query, *strides, *grad_query.stride()[:3],
             *call.sizes(), *numbers, CHUNKS=chunks, **call.constants(tile, queries_width),
         )  # fmt: skip
 
@@ -154,7 +155,8 @@ class _Call:
         grad: Tensor | None = None,
     ) -> None:
         self.query, self.key, self.value = query, key, value
-        self.mask, self.key_lengths, self.rng = attn_mask, key_lengths, rng
+        self.mask, self.rng = attn_mask, rng
+        self.key_lengths = None if key_lengths is None else key_lengths.contiguous()
         self.batch, self.heads, self.queries, self.head_dim = query.shape
         self.keys, self.value_dim = key.size(2), value.size(3)
         self.group = max(1, self.heads // max(1, key.size(1)))

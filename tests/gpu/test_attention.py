@@ -166,6 +166,12 @@ def test_key_lengths(queries, is_causal, with_mask):
     )
 
 
+@pytest.mark.parametrize("queries", [1, 50])
+def test_key_lengths_with_gaps_between_them(queries):
+    table = torch.tensor([[160, 3], [1, 5], [0, 7], [90, 9]], device=DEVICE)
+    assert_close_to_reference(make(4, 1, queries, 160, 16), None, key_lengths=table[:, 0])
+
+
 @pytest.mark.parametrize("scale", [0.25, 0.0, -0.5])
 @pytest.mark.parametrize("queries", [2, 50])
 def test_value_dim_differs_from_head_dim_and_scale(scale, queries):

@@ -48,6 +48,13 @@ def test_parity(shape, rows, size, dtype):
     assert ops.last_backend() == "triton"
 
 
+def test_ids_with_gaps_between_them():
+    """As every third token of a longer text has, whose rows together still are one evenly spaced row."""
+    ids, weight, _ = make((2, 9), 65, 5, torch.float32)
+    assert not ids[:, ::3].is_contiguous()
+    assert torch.equal(ops.embedding(ids[:, ::3], weight), F.embedding(ids[:, ::3], weight))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("shape", "rows", "size"), [((5,), 3, 1), ((2, 9), 65, 31), ((1, 2), 7, 300)], ids=str)
 def test_dropout_parity_with_the_same_mask(shape, rows, size, dtype):

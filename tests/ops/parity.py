@@ -1,5 +1,4 @@
-"""The rule by which a kernel counts as right: its error against float64 is at most twice that of PyTorch's own operator
-in the same precision, plus a rounding step of its result and of its saved statistics."""
+"""Comparisons by the parity rule, which `tinyllm.check.parity` states."""
 
 from __future__ import annotations
 
@@ -8,21 +7,15 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from tinyllm.check.parity import error_and_allowed
+
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def assert_accurate(name: str, ours: Tensor, torchs: Tensor, exact: Tensor, steps: int = 2) -> None:
     assert ours.shape == exact.shape, name
     assert ours.dtype == torchs.dtype, name
-    if exact.numel() == 0:
-        return
-    # Steps at the largest magnitude: every element is a sum of terms of that size. One for the result and one for what
-    # is saved between forward and backward (log-sum-exp, mean, rstd). float64 has no reference one precision up: there
-    # the reference's own roundings count too, and those of terms about 1 that cancel in a gradient of 0.
-    steps, least = (8, 1.0) if ours.dtype == torch.float64 else (steps, 1e-3)
-    floor = steps * torch.finfo(ours.dtype).eps * max(exact.abs().max().item(), least)
-    error = (ours.double() - exact).abs().max().item()
-    allowed = 2 * (torchs.double() - exact).abs().max().item() + floor
+    error, allowed = error_and_allowed(ours, torchs, exact, steps)
     assert error <= allowed, f"{name}: error {error:.3e}, allowed {allowed:.3e}"
 
 

@@ -1,15 +1,19 @@
-"""The commands about this machine and others: bench, estimate, info."""
+"""The commands about this machine and others: bench, check, estimate, info."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from tinyllm.cli._app import PresetName, app, one_line_errors, prepare_process
 from tinyllm.presets import PRESETS, TrainConfig
+
+if TYPE_CHECKING:
+    from tinyllm.check.run import Outcome
 
 
 @app.command()
@@ -37,6 +41,40 @@ def bench(
         from tinyllm.benchmarks.run import bench
 
         raise typer.Exit(bench(only, quick, out))
+
+
+@app.command()
+def check(
+    device: Annotated[
+        Literal["cpu", "cuda"] | None, typer.Option(help="Only this one's kernels. Default: those of both.")
+    ] = None,
+    full: Annotated[
+        bool, typer.Option("--full", help="Ten times as many calls, and every instruction set of the processor.")
+    ] = False,
+) -> None:
+    """Verify on this machine that each kernel computes what plain PyTorch does, forward and backward.
+
+    Random shapes, strides and options in each dtype. The largest error may be twice that of PyTorch in the same dtype,
+    plus some rounding steps. Each operator of each backend is tried in a process of its own with a time limit, so that
+    one that crashes or hangs is only named. Exit status 1 where one fails or hangs.
+    """
+    with one_line_errors():
+        prepare_process()
+        from tinyllm.check import report
+        from tinyllm.check.run import FAILED, HUNG, plan, run
+
+        outcomes: list[Outcome] = []
+
+        def noted() -> Iterator[Outcome]:
+            for outcome in run(plan(device, full), full):
+                outcomes.append(outcome)
+                yield outcome
+
+        typer.echo(report.HEADER)
+        for line in report.lines(noted()):
+            typer.echo(line)
+        typer.echo(report.summary(outcomes))
+        raise typer.Exit(any(outcome.result in (FAILED, HUNG) for outcome in outcomes))
 
 
 @app.command()

@@ -69,6 +69,10 @@ _forced_operators: tuple[str, ...] = ()  # none: all
 _last: str | None = None
 
 
+class CannotServeError(RuntimeError):
+    """The forced backend cannot serve a call."""
+
+
 # What backends say of shapes.
 _SHAPES = {
     ("cpp", "attention"): "heads up to 1024 wide",
@@ -190,7 +194,7 @@ def _choose(operator: str, tensor: torch.Tensor, limits: Mapping[str, str]) -> s
         if _why_not(name, operator, tensor, limits) is None:
             return name
     reasons = "; ".join(f"{name}: {_why_not(name, operator, tensor, limits) or 'can serve it'}" for name in BACKENDS)
-    raise RuntimeError(f"the forced backend {forced!r} cannot serve this call of {operator}. {reasons}")
+    raise CannotServeError(f"the forced backend {forced!r} cannot serve this call of {operator}. {reasons}")
 
 
 def _why_not(name: str, operator: str, tensor: torch.Tensor, limits: Mapping[str, str]) -> str | None:

@@ -26,7 +26,10 @@ def layer_norm(
     compute = torch.promote_types(input.dtype, torch.float32)
     dims = tuple(range(-len(normalized_shape), 0))
     x = input.to(compute)
-    variance, mean = torch.var_mean(x, dims, correction=0, keepdim=True)
+    if x.numel() == 0:  # of which PyTorch would warn that it has no variance
+        variance = mean = x.sum(dims, keepdim=True)
+    else:
+        variance, mean = torch.var_mean(x, dims, correction=0, keepdim=True)
     normed = (x - mean) * torch.rsqrt(variance + eps)
     if weight is not None:
         normed = normed * weight.to(compute)

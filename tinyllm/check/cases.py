@@ -1,0 +1,372 @@
+"""Random calls of every operator, each beside the same call in plain PyTorch.
+
+Shapes are odd, tensors have odd strides and begin anywhere, and each lies in memory of its own that ends with its last
+element; what lies between its elements is NaN. A call follows from its dtype and seed alone.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tinyllm import ops, reference
+from tinyllm.ops._random import draw_rng, dropout_factors
+
+Function = Callable[..., "Tensor | tuple[Tensor, ...]"]
+_ACTIVATIONS = tuple(reference.ACTIVATIONS)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of an operator.
+
+    Attributes:
+        text: its shapes and options.
+        ours, theirs: the call of `tinyllm.ops` and that of `tinyllm.reference`, as functions of `inputs`.
+        inputs: floating tensors, of which gradients are taken, or None.
+        depth: how many kernels work one after the other, each of which rounds.
+    """
+
+    text: str
+    ours: Function
+    theirs: Function
+    inputs: Sequence[Tensor | None]
+    depth: int = 1
+
+
+class Draw:
+    """Draws sizes, options and tensors for a call."""
+
+    def __init__(self, seed: int, dtype: torch.dtype, device: str, backend: str) -> None:
+        self.dtype, self.device, self.backend = dtype, device, backend
+        self.random = random.Random(seed)
+        self.numbers = torch.Generator().manual_seed(seed)
+        self.seed = seed
+
+    def chance(self, probability: float) -> bool:
+        return self.random.random() < probability
+
+    def one_of(self, *choices: Any) -> Any:
+        return self.random.choice(choices)
+
+    def size(self, most: int) -> int:
+        """A size from 1 to `most`: often tiny, often a multiple of 16, which fills whole vectors."""
+        sixteens = 16 * self.random.randint(1, max(1, most // 16))
+        found: int = self.one_of(
+            1, 2, 3, self.random.randint(1, 9), sixteens, *self.random.choices(range(1, most + 1), k=3)
+        )
+        return min(found, most)
+
+    def floats(self, *shape: int, scale: float = 1.0) -> Tensor:
+        return self.laid_out(torch.randn(shape, generator=self.numbers, dtype=torch.float64).mul(scale).to(self.dtype))
+
+    def perhaps(self, *shape: int) -> Tensor | None:
+        return self.floats(*shape) if self.chance(0.6) else None
+
+    def ints(self, below: int, *shape: int, dtypes: Sequence[torch.dtype] = (torch.int64,)) -> Tensor:
+        return self.laid_out(torch.randint(below, shape, generator=self.numbers).to(self.one_of(*dtypes)))
+
+    def laid_out(self, values: Tensor) -> Tensor:
+        """The values in memory that ends with the last of them."""
+        order = list(range(values.dim()))
+        if self.chance(0.3):
+            self.random.shuffle(order)
+        strides, step = [0] * values.dim(), self.one_of(1, 1, 1, 1, 2, 3)
+        for i in reversed(order):
+            strides[i] = step
+            step = step * max(1, values.size(i)) + self.one_of(0, 0, 0, 1, 5)
+        offset = self.one_of(0, 0, 1, 2, 3)
+        last = sum((size - 1) * stride for size, stride in zip(values.shape, strides, strict=True))
+        memory = torch.empty(offset + max(0, last + 1 if values.numel() else 0), dtype=values.dtype, device=self.device)
+        memory.fill_(float("nan") if values.is_floating_point() else 1)
+        return memory.as_strided(values.shape, strides, offset).copy_(values)
+
+
+def _both(function: str, text: str, inputs: Sequence[Tensor | None], call: Callable[..., Any], **options: Any) -> Case:
+    """`call(module's function, *inputs)` with both modules."""
+    return Case(
+        text, partial(call, getattr(ops, function)), partial(call, getattr(reference, function)), inputs, **options
+    )
+
+
+def _norm(name: str, draw: Draw) -> Case:
+    rows, size = draw.size(90), 1 + draw.size(draw.one_of(20, 300, 3000))
+    shape = (rows, size) if draw.chance(0.7) else (draw.size(3), rows, size)
+    weight = draw.perhaps(size)
+    bias = draw.perhaps(size) if name != "rms_norm" else None
+    eps = draw.one_of(1e-5, 1e-3) if size > 9 else 1.0  # a short row may vary so little that rounding is all there is
+    text = f"{list(shape)}{', weight' * (weight is not None)}{', bias' * (bias is not None)}"
+
+    def call(function: Function, x: Tensor, weight: Tensor | None, *rest: Any) -> Any:
+        if name == "rms_norm":
+            return function(x, (size,), weight, eps)
+        if name == "layer_norm":
+            return function(x, (size,), weight, *rest, eps)
+        return function(x, rest[1], (size,), weight, rest[0], eps)
+
+    inputs = [draw.floats(*shape), weight]
+    if name != "rms_norm":
+        inputs.append(bias)
+    if name == "add_layer_norm":
+        inputs.append(draw.floats(*shape))
+    return _both(name, text, inputs, call)
+
+
+def _embedding(draw: Draw) -> Case:
+    rows, size, batch, tokens = draw.size(400), draw.size(300), draw.size(5), draw.size(60)
+    dropout_p = draw.one_of(0.0, 0.0, 0.0, 0.3)
+    ids = draw.ints(rows, batch, tokens, dtypes=(torch.int64, torch.int32))
+    padding = draw.one_of(None, None, 0, rows - 1)
+    inputs = [draw.floats(rows, size), draw.perhaps(tokens, size)]
+    text = f"ids {[batch, tokens]}, weight {[rows, size]}{', positions' * (inputs[1] is not None)}, dropout {dropout_p}"
+
+    def ours(weight: Tensor, positions: Tensor | None) -> Tensor:
+        torch.manual_seed(draw.seed)
+        return ops.embedding(ids, weight, padding, positions=positions, dropout_p=dropout_p)
+
+    def theirs(weight: Tensor, positions: Tensor | None) -> Tensor:
+        factors = None
+        if dropout_p > 0:
+            factors = _factors(draw, batch * tokens, size, dropout_p).view(batch, tokens, size)
+        return reference.embedding(ids, weight, padding, positions=positions, factors=factors)
+
+    return Case(text, ours, theirs, inputs)
+
+
+def _factors(draw: Draw, rows: int, columns: int, dropout_p: float) -> Tensor:
+    """What our operator, called after the same seed, multiplies by; float64, whatever the kernels make."""
+    torch.manual_seed(draw.seed)
+    kept = dropout_factors(draw.backend, draw_rng(torch.device(draw.device)), rows, columns, dropout_p) > 0
+    return kept.double() / (1 - dropout_p)
+
+
+def _attention(draw: Draw) -> Case:
+    batch, kv_heads, group = draw.size(3), draw.size(3), draw.one_of(1, 1, 2, 3, 4)
+    few = draw.chance(0.35)  # as in generating, where the keys are split into ranges
+    queries, keys = (draw.size(4), draw.size(1300)) if few else (draw.size(150), draw.size(320))
+    queries, keys = (0 if draw.chance(0.02) else queries), (0 if draw.chance(0.02) else keys)
+    head_dim = draw.one_of(64, 128, draw.size(40), draw.size(300))
+    value_dim = head_dim if draw.chance(0.8) else draw.size(140)
+    while batch * kv_heads * group * queries * keys * (head_dim + value_dim) > 4e6:
+        batch, kv_heads, group = 1, max(1, kv_heads - 1), max(1, group - 1)
+        if (batch, kv_heads, group) == (1, 1, 1):
+            queries = (queries + 1) // 2
+    heads = kv_heads * group
+    kind = draw.one_of("none", "none", "none", "bool", "bool", "additive")
+    causal, dropout_p = draw.chance(0.4), draw.one_of(0.0, 0.0, 0.0, 0.2)
+    lengths = draw.ints(keys + 1, batch, dtypes=(torch.int64, torch.int32)) if draw.chance(0.2) else None
+    mask = None
+    if kind != "none":
+        shape = [batch, heads, queries, keys]
+        for i in range(3):
+            if draw.chance(0.4):
+                shape[i] = 1
+        numbers = torch.randn(shape, generator=draw.numbers, dtype=torch.float64)
+        mask = draw.laid_out(numbers > draw.one_of(-1.0, 0.0, 1.5) if kind == "bool" else numbers.to(draw.dtype))
+    text = (
+        f"B {batch}, H {heads}, Hkv {kv_heads}, T {queries}, S {keys}, D {head_dim}, Dv {value_dim}, mask {kind}, "
+        f"causal {causal}, dropout {dropout_p}, key_lengths {lengths is not None}"
+    )
+    inputs = [
+        draw.floats(batch, heads, queries, head_dim),
+        draw.floats(batch, kv_heads, keys, head_dim),
+        draw.floats(batch, kv_heads, keys, value_dim),
+    ]
+
+    def ours(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        torch.manual_seed(draw.seed)
+        return ops.scaled_dot_product_attention(
+            query, key, value, mask, dropout_p, causal, enable_gqa=group > 1, key_lengths=lengths
+        )
+
+    def theirs(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        factors, seen = None, mask
+        if dropout_p > 0:
+            rows = batch * heads * queries
+            factors = _factors(draw, rows, keys, dropout_p).view(batch, heads, queries, keys).to(value.dtype)
+        if lengths is not None:
+            visible = (torch.arange(keys, device=draw.device) < lengths[:, None])[:, None, None]
+            if mask is None:
+                seen = visible
+            else:
+                seen = mask & visible if kind == "bool" else mask.masked_fill(~visible, float("-inf"))
+        return reference.scaled_dot_product_attention(
+            query, key, value, seen, 0.0, causal, enable_gqa=group > 1, weight_factors=factors
+        )
+
+    return Case(text, ours, theirs, inputs)
+
+
+def _linear(draw: Draw) -> Case:
+    rows = draw.one_of(draw.size(4), draw.size(90))
+    inside, outside = draw.one_of(draw.size(300), draw.size(300), 2100), draw.size(200)
+    activation = draw.one_of("none", *_ACTIVATIONS)
+    inputs = [
+        draw.floats(rows, inside),
+        draw.floats(outside, inside, scale=inside**-0.5),
+        draw.perhaps(outside),
+        draw.perhaps(rows, outside),
+    ]
+    text = f"{rows} rows, {inside} -> {outside}, {activation}, {_given(inputs, 'input weight bias residual')}"
+
+    def call(function: Function, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Any:
+        return function(x, weight, bias, activation=activation, residual=residual)
+
+    return _both("linear", text, inputs, call)
+
+
+def _feed_forward(draw: Draw) -> Case:
+    rows, inside, hidden = draw.one_of(draw.size(4), draw.size(90)), draw.size(150), draw.size(200)
+    outside = draw.one_of(inside, draw.size(150))
+    activation = draw.one_of(*_ACTIVATIONS)
+    inputs = [
+        draw.floats(rows, inside),
+        draw.floats(hidden, inside, scale=inside**-0.5),
+        draw.perhaps(hidden),
+        draw.floats(outside, hidden, scale=hidden**-0.5),
+        draw.perhaps(outside),
+        draw.perhaps(rows, outside),
+    ]
+    given = _given(inputs, "input weight1 bias1 weight2 bias2 residual")
+    text = f"{rows} rows, {inside} -> {hidden} -> {outside}, {activation}, {given}"
+
+    def call(function: Function, *tensors: Any) -> Any:
+        return function(*tensors[:5], activation=activation, residual=tensors[5])
+
+    return _both("feed_forward", text, inputs, call)
+
+
+def _given(inputs: Sequence[Tensor | None], names: str) -> str:
+    return "with " + ", ".join(n for n, x in zip(names.split(), inputs, strict=True) if x is not None)
+
+
+def _loss_options(draw: Draw, rows: int, classes: int) -> tuple[Tensor, dict[str, Any], str]:
+    """Targets, of which the first is not ignored (the mean over none is NaN), for two classes or more (the gradient of
+    one is nothing but rounding)."""
+    target = draw.ints(classes, rows)
+    ignored = draw.one_of(-100, -100, classes - 1)
+    if draw.chance(0.4):
+        target[draw.ints(rows, max(1, rows // 4))] = -100
+        target[0], ignored = 0, -100
+    options = {
+        "reduction": draw.one_of("mean", "sum", "none"),
+        "ignore_index": -100 if rows == 1 else ignored,
+        "label_smoothing": draw.one_of(0.0, 0.0, 0.1),
+    }
+    if options["ignore_index"] >= 0:
+        target[0] = 0
+    return target, options, ", ".join(f"{name} {value}" for name, value in options.items())
+
+
+def _class_weight(draw: Draw, classes: int) -> Tensor | None:
+    weight = draw.perhaps(classes)
+    return None if weight is None else weight.abs().add(0.1)
+
+
+def _cross_entropy(draw: Draw) -> Case:
+    rows, classes = draw.size(90), 1 + draw.size(draw.one_of(20, 300, 2000))
+    target, options, text = _loss_options(draw, rows, classes)
+    weight = _class_weight(draw, classes)
+
+    def call(function: Function, x: Tensor) -> Any:
+        return function(x, target, None if weight is None else weight.to(x.dtype), **options)
+
+    text = f"{rows} rows, {classes} classes, {text}{', weight' * (weight is not None)}"
+    return _both("cross_entropy", text, [draw.floats(rows, classes, scale=3.0)], call)
+
+
+def _linear_cross_entropy(draw: Draw) -> Case:
+    rows, features, classes = draw.size(140), draw.size(90), 1 + draw.size(draw.one_of(20, 600))
+    target, options, text = _loss_options(draw, rows, classes)
+    weight = _class_weight(draw, classes)
+    inputs = [
+        draw.floats(rows, features),
+        draw.floats(classes, features, scale=2 * features**-0.5),
+        draw.perhaps(classes),
+    ]
+
+    def call(function: Function, x: Tensor, linear_weight: Tensor, bias: Tensor | None) -> Any:
+        class_weight = None if weight is None else weight.to(x.dtype)
+        return function(x, linear_weight, target, linear_bias=bias, weight=class_weight, **options)
+
+    text = f"{rows} rows, {features} -> {classes}, {text}, {_given(inputs, 'input weight bias')}"
+    return _both("linear_cross_entropy", text, inputs, call)
+
+
+def _block_parameters(draw: Draw, width: int, hidden: int, heads: int, bias: bool) -> list[Tensor]:
+    shapes = [(width, width)] * (4 if heads > 1 else 3) + [(hidden, width), (width, hidden)]
+    weights = [draw.floats(*shape, scale=shape[1] ** -0.5) for shape in shapes]
+    weights += [draw.floats(width, scale=0.25).add_(1) for _ in range(2)]
+    return weights + [draw.floats(weight.size(0)) for weight in weights if bias]
+
+
+def _block_options(draw: Draw) -> tuple[dict[str, Any], int, int]:
+    heads = draw.one_of(1, 1, 2, 3, 4)
+    options = {
+        "num_heads": heads,
+        "causal": draw.chance(0.5),
+        "norm_first": draw.chance(0.5),
+        "activation": draw.one_of("relu", "gelu"),
+    }
+    # Not so narrow that the norms' gradients are nothing but rounding.
+    return options, heads * (3 + draw.size(21)), draw.size(100)
+
+
+def _transformer_block(draw: Draw) -> Case:
+    options, width, hidden = _block_options(draw)
+    batch, tokens = draw.size(4), draw.size(70)
+    parameters = _block_parameters(draw, width, hidden, options["num_heads"], draw.chance(0.5))
+    text = f"{[batch, tokens, width]}, hidden {hidden}, {options}"
+
+    def call(function: Function, x: Tensor, *parameters: Tensor) -> Any:
+        return function(x, parameters, **options)
+
+    inputs = [draw.floats(batch, tokens, width), *parameters]
+    return _both("transformer_block", text, inputs, call, depth=4)
+
+
+def _transformer(draw: Draw) -> Case:
+    options, width, hidden = _block_options(draw)
+    batch, tokens, layers, words, bias = (
+        draw.size(3),
+        draw.size(50),
+        draw.one_of(0, 1, 2),
+        1 + draw.size(90),
+        draw.chance(0.5),
+    )
+    ids = draw.ints(words, batch, tokens)
+    target = draw.ints(words, batch, tokens) if draw.chance(0.6) else None
+    parameters = [draw.floats(words, width)]
+    for _ in range(layers):
+        parameters += _block_parameters(draw, width, hidden, options["num_heads"], bias)
+    if options["norm_first"]:
+        parameters += [draw.floats(width, scale=0.25).add_(1)] + [draw.floats(width)] * bias
+    parameters += [draw.floats(words, width, scale=width**-0.5)] + [draw.floats(words)] * bias
+    text = f"{[batch, tokens, width]}, {layers} layers, {words} words, loss {target is not None}, {options}"
+
+    def call(function: Function, positions: Tensor | None, *parameters: Tensor) -> Any:
+        return function(ids, parameters, num_layers=layers, positions=positions, target=target, **options)
+
+    inputs = [draw.perhaps(tokens, width), *parameters]
+    return _both("transformer", text, inputs, call, depth=4 * (layers + 1))
+
+
+CASES: dict[str, Callable[[Draw], Case]] = {
+    "layer_norm": partial(_norm, "layer_norm"),
+    "add_layer_norm": partial(_norm, "add_layer_norm"),
+    "rms_norm": partial(_norm, "rms_norm"),
+    "embedding": _embedding,
+    "attention": _attention,
+    "linear": _linear,
+    "feed_forward": _feed_forward,
+    "transformer_block": _transformer_block,
+    "transformer": _transformer,
+    "cross_entropy": _cross_entropy,
+    "linear_cross_entropy": _linear_cross_entropy,
+}
