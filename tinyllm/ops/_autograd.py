@@ -50,7 +50,11 @@ def grads_by_reference(
     targets = [x for x, want in zip(aliases, wanted, strict=True) if want and x is not None]
     found = iter(
         torch.autograd.grad(
-            [out for out, _ in pairs], targets, [grad for _, grad in pairs], create_graph=create_graph, allow_unused=True
+            [out for out, _ in pairs],
+            targets,
+            [grad for _, grad in pairs],
+            create_graph=create_graph,
+            allow_unused=True,
         )
     )
     return [next(found) if want and x is not None else None for x, want in zip(aliases, wanted, strict=True)]
