@@ -328,7 +328,10 @@ class SimpleLLM(nn.Module):
     def _as_one_operator(self, ids: Tensor, targets: Tensor | None = None) -> Tensor | None:
         """Logits, or their loss; None where the parts are better run one by one."""
         own = getattr(self.features, "__func__", None) is SimpleLLM.features
-        if torch.compiler.is_compiling() or not own or ids.numel() == 0 or self.gradient_checkpointing:
+        # What a transform puts in the parameters' place must not be kept as if it were the model's.
+        if torch.compiler.is_compiling() or ops.active_transform() is not None:
+            return None
+        if not own or ids.numel() == 0 or self.gradient_checkpointing:
             return None
         whole = self._whole
         if whole is None or not whole.holds(self):

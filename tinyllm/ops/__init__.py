@@ -1,5 +1,6 @@
 """The operators: functions named and shaped like PyTorch's, each served by the best backend for its input."""
 
+from tinyllm.ops._transforms import active_transform
 from tinyllm.ops.attention import scaled_dot_product_attention
 from tinyllm.ops.cross_entropy import cross_entropy
 from tinyllm.ops.dispatch import backend, last_backend
@@ -19,6 +20,7 @@ from tinyllm.ops.transformer_block import serves_block, transformer_block
 
 __all__ = [
     "TransformerSettings",
+    "active_transform",
     "add_layer_norm",
     "backend",
     "cross_entropy",

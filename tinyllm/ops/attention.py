@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tinyllm import reference
 from tinyllm.ops import _cuda
-from tinyllm.ops._autograd import autocast_dtype, grads_by_reference, needs_grad
+from tinyllm.ops._autograd import autocast_dtype, differs_from_kernels, grads_by_reference, needs_grad
 from tinyllm.ops._fake import register_fake
 from tinyllm.ops._random import draw_rng, dropout_factors
 from tinyllm.ops.dispatch import choose, kernels, no_kernel
@@ -282,7 +282,7 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         (grad,) = grads
         query, key, value, attn_mask, out, lse, rng, key_lengths = ctx.saved_tensors
-        if torch.is_grad_enabled():
+        if differs_from_kernels(grad):
             if key_lengths is not None:
                 attn_mask = _mask_of_lengths(key_lengths, attn_mask, key.size(-2))
             gqa = query.dim() > 2 and query.size(-3) != key.size(-3)

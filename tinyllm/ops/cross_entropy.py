@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tinyllm import reference
 from tinyllm.ops import _triton
-from tinyllm.ops._autograd import autocast_dtype, grads_by_reference, needs_grad
+from tinyllm.ops._autograd import autocast_dtype, differs_from_kernels, grads_by_reference, needs_grad
 from tinyllm.ops._fake import register_fake
 from tinyllm.ops.dispatch import choose, kernels, no_kernel
 
@@ -146,7 +146,7 @@ class _CrossEntropy(torch.autograd.Function):
         (grad,) = grads
         input, target, weight, max_and_sum = ctx.saved_tensors
         nothing = (None,) * 7
-        if torch.is_grad_enabled():
+        if differs_from_kernels(grad):
             reduction, ignore_index, label_smoothing = ctx.options
             found = grads_by_reference(
                 lambda x: reference.cross_entropy(

@@ -19,6 +19,7 @@ import torch
 
 from tinyllm import _extension
 from tinyllm.ops import _cuda, _triton
+from tinyllm.ops._transforms import active_transform
 
 # Best first.
 BACKENDS = ("cpp", "cuda", "triton", "reference")
@@ -199,6 +200,8 @@ def _choose(operator: str, tensor: torch.Tensor, limits: Mapping[str, str]) -> s
 
 def _why_not(name: str, operator: str, tensor: torch.Tensor, limits: Mapping[str, str]) -> str | None:
     reason = unavailable(name, operator, tensor.device.type, tensor.dtype) or limits.get(name)
+    if reason is None and name != _REFERENCE:
+        reason = active_transform()
     if reason is None and name in ("cuda", "triton") and tensor.is_cuda:
         return _cuda.too_old(tensor.get_device())
     return reason

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from tinyllm import reference
 from tinyllm.ops import _cuda
-from tinyllm.ops._autograd import grads_by_reference, needs_grad
+from tinyllm.ops._autograd import differs_from_kernels, grads_by_reference, needs_grad
 from tinyllm.ops._fake import register_fake
 from tinyllm.ops._random import draw_rng, dropout_factors
+from tinyllm.ops._transforms import active_transform
 from tinyllm.ops.dispatch import choose, kernels, no_kernel
 
 
@@ -69,7 +70,7 @@ def embedding(
             call = lambda: _Embedding.apply(input, weight, padding_idx, positions, dropout_p, rng, name)  # noqa: E731
         else:
             call = lambda: kernels(name).embedding_fwd(input, weight, positions, dropout_p, rng)  # noqa: E731
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or active_transform() is not None:  # which cannot look for the bad id
         return call()
     try:
         return call()
@@ -158,7 +159,7 @@ class _Embedding(torch.autograd.Function):
         (grad,) = grads
         input, weight, positions, rng = ctx.saved_tensors
         _, need_weight, _, need_positions = ctx.needs_input_grad[:4]
-        if torch.is_grad_enabled():
+        if differs_from_kernels(grad):
             factors = None
             if rng is not None:
                 factors = dropout_factors(ctx.name, rng, input.numel(), weight.size(1), ctx.dropout_p).view(grad.shape)

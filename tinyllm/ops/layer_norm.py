@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tinyllm import reference
-from tinyllm.ops._autograd import autocast_dtype, grads_by_reference, needs_grad
+from tinyllm.ops._autograd import autocast_dtype, differs_from_kernels, grads_by_reference, needs_grad
 from tinyllm.ops._fake import register_fake
 from tinyllm.ops._norm import as_parameter, check, fake_parameter_grad, fake_statistics, limits
 from tinyllm.ops.dispatch import choose, kernels
@@ -102,7 +102,7 @@ class _LayerNorm(torch.autograd.Function):
         (grad,) = grads
         input, weight, bias, mean, rstd = ctx.saved_tensors
         need_input, _, need_weight, need_bias = ctx.needs_input_grad[:4]
-        if torch.is_grad_enabled():
+        if differs_from_kernels(grad):
             found = grads_by_reference(
                 lambda x, w, b: reference.layer_norm(x, ctx.shape, w, b, ctx.eps),
                 (input, weight, bias),
@@ -148,7 +148,7 @@ class _AddLayerNorm(torch.autograd.Function):
         need_weight, need_bias = ctx.needs_input_grad[3:5]
         if grad_normed is None:  # only the sum was used further
             return grad_sum, grad_sum, None, None, None, None, None
-        if torch.is_grad_enabled():
+        if differs_from_kernels(grad_normed):
             found = grads_by_reference(
                 lambda x, w, b: reference.layer_norm(x, ctx.shape, w, b, ctx.eps),
                 (total, weight, bias),

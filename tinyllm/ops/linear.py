@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tinyllm import _extension, reference
-from tinyllm.ops._autograd import autocast_dtype, grads_by_reference, needs_grad
+from tinyllm.ops._autograd import autocast_dtype, differs_from_kernels, grads_by_reference, needs_grad
 from tinyllm.ops._compiler import constant_for_compiler
 from tinyllm.ops.dispatch import choose, forced_backend
 from tinyllm.reference import ACTIVATIONS
@@ -217,7 +217,7 @@ class _Linear(torch.autograd.Function):
         (grad,) = grads
         input, weight, bias, residual, gate = ctx.saved_tensors
         wanted = ctx.needs_input_grad
-        if torch.is_grad_enabled():
+        if differs_from_kernels(grad):
             found = grads_by_reference(
                 lambda x, w, b, r: reference.linear(x, w, b, activation=ctx.activation, residual=r),
                 (input, weight, bias, residual),
@@ -254,7 +254,7 @@ class _FeedForward(torch.autograd.Function):
         (grad,) = grads
         input, weight1, bias1, weight2, bias2, residual, hidden, gate = ctx.saved_tensors
         wanted = ctx.needs_input_grad
-        if torch.is_grad_enabled():
+        if differs_from_kernels(grad):
             found = grads_by_reference(
                 lambda x, w1, b1, w2, b2, r: reference.feed_forward(
                     x, w1, b1, w2, b2, activation=ctx.activation, residual=r

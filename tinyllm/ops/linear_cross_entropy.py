@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tinyllm import reference
-from tinyllm.ops._autograd import autocast_dtype, grads_by_reference, needs_grad
+from tinyllm.ops._autograd import autocast_dtype, differs_from_kernels, grads_by_reference, needs_grad
 from tinyllm.ops._fake import register_fake
 from tinyllm.ops.cross_entropy import REDUCTIONS, option_limits, target_limits
 from tinyllm.ops.dispatch import choose, kernels, no_kernel
@@ -145,7 +145,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         inputs = (input, linear_weight, linear_bias)
         reduction, ignore_index, label_smoothing = ctx.numbers
         needed = _needs(ctx)
-        if torch.is_grad_enabled():
+        if differs_from_kernels(grad):
             found = grads_by_reference(
                 lambda x, w, b: reference.linear_cross_entropy(
                     x,

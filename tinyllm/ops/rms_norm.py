@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tinyllm import reference
-from tinyllm.ops._autograd import autocast_dtype, grads_by_reference, needs_grad
+from tinyllm.ops._autograd import autocast_dtype, differs_from_kernels, grads_by_reference, needs_grad
 from tinyllm.ops._fake import register_fake
 from tinyllm.ops._norm import as_parameter, check, fake_parameter_grad, fake_statistics, limits
 from tinyllm.ops.dispatch import choose, kernels
@@ -67,7 +67,7 @@ class _RMSNorm(torch.autograd.Function):
         (grad,) = grads
         input, weight, rstd = ctx.saved_tensors
         need_input, _, need_weight = ctx.needs_input_grad[:3]
-        if torch.is_grad_enabled():
+        if differs_from_kernels(grad):
             found = grads_by_reference(
                 lambda x, w: reference.rms_norm(x, ctx.shape, w, ctx.eps),
                 (input, weight),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tinyllm import _extension, reference
-from tinyllm.ops._autograd import grads_by_reference, needs_grad
+from tinyllm.ops._autograd import differs_from_kernels, grads_by_reference, needs_grad
 from tinyllm.ops.dispatch import choose, serves
 from tinyllm.ops.embedding import raise_for_ids
 from tinyllm.ops.transformer_block import block_limits, block_misfit, saved_by_block
@@ -180,7 +180,7 @@ class _Transformer(torch.autograd.Function):
         (grad,) = grads
         input, positions, target, saved, *parameters = ctx.saved_tensors
         wanted = ctx.needs_input_grad
-        if torch.is_grad_enabled():
+        if differs_from_kernels(grad):
             found = grads_by_reference(
                 lambda added, *p: reference.transformer(
                     input,

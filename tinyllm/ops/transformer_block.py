@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tinyllm import _extension, reference
-from tinyllm.ops._autograd import autocast_dtype, grads_by_reference, needs_grad
+from tinyllm.ops._autograd import autocast_dtype, differs_from_kernels, grads_by_reference, needs_grad
 from tinyllm.ops.dispatch import choose, serves
 from tinyllm.ops.linear import limits as linear_limits
 from tinyllm.reference import BLOCK_PARAMETERS
@@ -142,7 +142,7 @@ class _TransformerBlock(torch.autograd.Function):
         (grad,) = grads
         input, saved, *parameters = ctx.saved_tensors
         wanted = ctx.needs_input_grad
-        if torch.is_grad_enabled():
+        if differs_from_kernels(grad):
             names = ("num_heads", "causal", "norm_first", "activation", "eps1", "eps2")
             settings = dict(zip(names, (*ctx.settings, *ctx.eps), strict=True))
             found = grads_by_reference(
