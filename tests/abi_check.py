@@ -5,8 +5,9 @@
 The headers come from pip into build/torch-headers, once for each version; no torch is installed. They are those of the
 wheel for macOS, the smallest: all platforms' wheels hold the same torch/headeronly, torch/csrc/stable and C shim, and
 other headers of torch are left out, since the stable ABI promises nothing of them. The C++ standard and nvcc's options
-are those that the version's own cpp_extension gives. Nothing is linked. Fails where a source does not compile, and where
-a built library needs a symbol of at:: or c10::, which no later torch promises to have. CUDA sources need nvcc on PATH.
+are those that the version's own cpp_extension gives. Nothing is linked or run. Fails where a source does not compile,
+and where a built library needs a symbol of at:: or c10::, which no later torch promises to have. CUDA sources need nvcc
+on PATH.
 """
 
 from __future__ import annotations
