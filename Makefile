@@ -4,6 +4,7 @@
 #   make bench   benchmarks against PyTorch; updates benchmarks/results/ and the README's tables
 #   make train-bench    how fast training is beside plain PyTorch and Hugging Face; updates the README's table
 #   make lint    ruff, mypy, clang-format
+#   make abi-check      all sources against the headers of torch 2.10, 2.11 and the newest torch
 #   make gpu-compile    the GPU kernels' registers, spills and shared memory, read without a GPU
 #   make cpu-sanitize   the CPU kernels of every instruction set that this machine has, watched by the sanitizers
 #   make cuda-sanitize  the CUDA C++ kernels on emulated threads, watched by the sanitizers
@@ -13,7 +14,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 EMULATION := $(wildcard tests/cuda_host/*.h tests/cuda_host/*.cpp)
 
-.PHONY: demo test bench train-bench lint gpu-compile cpu-sanitize cuda-sanitize format clean
+.PHONY: demo test bench train-bench lint abi-check gpu-compile cpu-sanitize cuda-sanitize format clean
 
 # What building and checking need; torch is pinned, so that no other one is downloaded.
 .venv/tools: pyproject.toml constraints.txt
@@ -47,6 +48,9 @@ lint: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(SOURCES) $(EMULATION)
+
+abi-check: .venv/installed
+	$(BIN)/python -m tests.abi_check
 
 gpu-compile: .venv/installed
 	$(BIN)/python -m tests.cuda_compile

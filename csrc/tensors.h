@@ -23,7 +23,7 @@ inline Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : to
 inline Tensor empty_strided(IntArray sizes, IntArray strides, ScalarType dtype, int32_t device_type,
                             int32_t device_index) {
   AtenTensorHandle made = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
       static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
       torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device_type, device_index, &made));
   return Tensor(made);

@@ -150,7 +150,8 @@ void run_products(int dtype, std::vector<Product> products) {
     bytes += packed_bytes(p, dtype);
     together = together && p.rows == products[0].rows && p.depth <= kDeep && p.columns > 0;
   }
-  if (together && bytes <= kPackedBytes) return run_packed(dtype, products.data(), std::ssize(products));
+  if (together && bytes <= kPackedBytes)
+    return run_packed(dtype, products.data(), static_cast<int64_t>(products.size()));
   for (const Product& p : products) run_one(p, dtype);
 }
 

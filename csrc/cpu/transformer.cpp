@@ -71,7 +71,7 @@ Model prepare(Call& call) {
   m.rows = batch * tokens;
   m.settings =
       block_settings(op, dtype, batch, tokens, m.width, call.num_heads, call.causal, call.norm_first, call.activation);
-  const int64_t rest = call.norm_first ? 2 : 1, given = std::ssize(parameters) - 1;
+  const int64_t rest = call.norm_first ? 2 : 1, given = static_cast<int64_t>(parameters.size()) - 1;
   const int64_t without = call.num_layers * m.settings.parameters() + rest;
   m.settings.bias = given == 2 * without;
   if (!m.settings.bias && given != without)

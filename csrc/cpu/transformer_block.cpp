@@ -227,7 +227,7 @@ Block prepare(const char* op, const Tensor& input, std::vector<Tensor>& paramete
       block_settings(op, dtype, input.size(0), input.size(1), input.size(2), num_heads, causal, norm_first, activation),
       {}};
   BlockSizes& s = block.sizes;
-  const int64_t given = std::ssize(parameters), without = s.parameters();
+  const int64_t given = static_cast<int64_t>(parameters.size()), without = s.parameters();
   s.bias = given == 2 * without;
   if (!s.bias && given != without)
     fail(op, ": there are ", given, " parameters; ", without, " or ", 2 * without, " are needed");

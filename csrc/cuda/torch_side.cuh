@@ -12,10 +12,10 @@ namespace tinyllm::cuda {
 class Device {
  public:
   explicit Device(const Tensor& t) : index_(t.get_device_index()) {
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &type_));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &type_));
 #if defined(__CUDACC__)
     guard_.emplace(index_);
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream_));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream_));
 #endif
   }
 
