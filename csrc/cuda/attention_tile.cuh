@@ -224,30 +224,18 @@ TINYLLM_DEVICE bool not_finite(uint32_t pair) {
   return (pair & kExponent) == kExponent || (pair >> 16 & kExponent) == kExponent;
 }
 
-// low, high (16 x 8 each) += weights (16 x 16) rows (16 x 8 each), where query i sees keys 0 ... i: key by key, each
-// only for the queries that see it. b: the rows as multiply's second factors.
+// sum (16 x 8) += weights (16 x 16) rows (16 x 8), where query i sees keys 0 ... i: key by key, each only for the
+// queries that see it. b0, b1: the rows as multiply's second factor.
 template <class T>
-TINYLLM_DEVICE void multiply_triangle(float (&low)[4], float (&high)[4], const uint32_t (&weights)[4],
-                                      const uint32_t (&b)[4]) {
-  const int lane = threadIdx.x % kWarp;
+TINYLLM_DEVICE void multiply_triangle(float (&sum)[4], const uint32_t (&weights)[4], uint32_t b0, uint32_t b1) {
 #pragma unroll 1
   for (int key = 0; key < 16; ++key) {
+    const int lane = recomputed(threadIdx.x % kWarp);
     const uint32_t own = lane % 4 != key % 8 / 2 ? 0 : key % 2 == 0 ? 0xffffu : 0xffff0000u;
-    const uint32_t first = key < 8 ? own : 0, second = key < 8 ? 0 : own;
-    float sums[2][4];
+    float more[4] = {sum[0], sum[1], sum[2], sum[3]};
+    multiply<T>(more, weights, b0 & (key < 8 ? own : 0), b1 & (key < 8 ? 0 : own));
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      sums[0][i] = low[i];
-      sums[1][i] = high[i];
-    }
-    multiply<T>(sums[0], weights, b[0] & first, b[1] & second);
-    multiply<T>(sums[1], weights, b[2] & first, b[3] & second);
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
-      if (lane / 4 + i / 2 * 8 >= key) {
-        low[i] = sums[0][i];
-        high[i] = sums[1][i];
-      }
+    for (int i = 0; i < 4; ++i) sum[i] = lane / 4 + i / 2 * 8 >= key ? more[i] : sum[i];
   }
 }
 
@@ -278,7 +266,8 @@ TINYLLM_DEVICE void multiply_seen_weights(float (&sum)[D / 8][4], const uint32_t
     uint32_t b[4];
     load(b, ahead, n);
     if (any_lane(not_finite<T>(b[0]) || not_finite<T>(b[1]) || not_finite<T>(b[2]) || not_finite<T>(b[3]))) {
-      multiply_triangle<T>(sum[2 * n], sum[2 * n + 1], diagonal, b);
+      multiply_triangle<T>(sum[2 * n], diagonal, b[0], b[1]);
+      multiply_triangle<T>(sum[2 * n + 1], diagonal, b[2], b[3]);
     } else {
       multiply<T>(sum[2 * n], diagonal, b[0], b[1]);
       multiply<T>(sum[2 * n + 1], diagonal, b[2], b[3]);
