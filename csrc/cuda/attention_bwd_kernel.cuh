@@ -293,20 +293,21 @@ __global__ void __launch_bounds__(QueriesTile<D>::kThreads, QueriesTile<D>::kBlo
     if ((tile + 1) * kKeys > seen_by_all) hide<kKeys>(grad_scores[0], row, tile * kKeys, length, call.causal, 0.0f);
     uint32_t factor[1][kKeys / 16][4];
     as_factors<T, kKeys>(grad_scores[0], factor[0]);
-    if (call.causal && (tile + 1) * kKeys > row + 1)
-      multiply_seen_weights<T, D, kKeys>(
-          sum[0], factor[0], row - tile * kKeys,
-          [&](uint32_t (&b)[4], int first_key, int n) { load_second<D>(b, keys, first_key, n); });
-    else
-      multiply_weights<T, D, kKeys, 1>(sum, factor, keys);
+    // One path for all tiles: with another for those off the diagonal there would be too few registers.
+    multiply_seen_weights<T, D, kKeys>(
+        sum[0], factor[0], call.causal ? row - tile * kKeys : kKeys,
+        [&](uint32_t (&b)[4], int first_key, int n) { load_second<D>(b, keys, first_key, n); });
   }
 #pragma unroll
   for (int j = 0; j < D / 8; ++j)
 #pragma unroll
     for (int i = 0; i < 4; ++i) sum[0][j][i] *= call.scale;
   sync_block();  // others may still read the last tile
-  store_rows<T, D>(head_of<T>(call.grad_query, place.batch, place.head), call.grad_query.row, row, call.queries, sum[0],
-                   stages + 16 * warp * D);
+  // Found again: at head_dim 64 there is no register to keep it in.
+  const Place to = place_of((recomputed(call.queries) + Tile::kRows - 1) / Tile::kRows, call.heads,
+                            call.batch * call.heads, heads_at_once, call.causal);
+  store_rows<T, D>(head_of<T>(call.grad_query, to.batch, to.head), call.grad_query.row, row, call.queries, sum[0],
+                   stages + 16 * (recomputed(threadIdx.x) / kWarp) * D);
 }
 
 }  // namespace tinyllm::cuda
