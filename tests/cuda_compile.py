@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,7 +62,7 @@ def launches(arches: Sequence[int]) -> dict[int, dict[str, Launch]]:
                 _call_everything(torch.ops.tinyllm_host, dtype, clusters=arch >= 90)
             of_arch = found[arch] = {}
             for line in set(log.read_text(encoding="utf-8").splitlines()):
-                offset, threads, shared, _ = map(int, line.split())
+                offset, threads, shared = map(int, line.split()[:3])
                 before = of_arch.get(names[offset], Launch(0, 0))
                 of_arch[names[offset]] = Launch(max(before.threads, threads), max(before.shared, shared))
     return found
@@ -127,6 +127,38 @@ PAIRS = Claim(
 )
 
 
+def before_the_second_wait(kernel: Kernel) -> int:
+    """Exponentials between the first wait that leaves a group of products under way, and the next wait."""
+    waits = [i for i, instruction in enumerate(kernel.code) if instruction.startswith("WARPGROUP.DEPBAR")]
+    for wait, following in itertools.pairwise(waits):
+        if kernel.code[wait].endswith("0x1"):
+            return sum(instruction.startswith("MUFU.EX2") for instruction in kernel.code[wait:following])
+    return 0
+
+
+def overlaps(least: Callable[[str], int]) -> Claim:
+    """least: of an instance's template arguments, how many numbers of a tile a thread has."""
+    return Claim(
+        "computes a tile's exponentials while a product is under way: between the two waits of its loop",
+        lambda k: before_the_second_wait(k) >= least(k.case),
+        arches=(90,),
+    )
+
+
+# The order of place_of takes three divisions (by the blocks of a bunch of heads, by its heads, and by the heads of a
+# sequence), a key's head a fourth; one head's blocks after the other's would take one less.
+PLACED = Claim(
+    "finds its place as the kernels for 8.0 do (place_of): the longest blocks of several heads first",
+    lambda k: k.count("I2F") >= 4,
+)
+
+# Of a multiprocessor's 64, which reserving 16 would leave for four blocks.
+ONE_BARRIER = Claim(
+    "uses one hardware barrier, so that registers and threads alone say how many blocks a multiprocessor has",
+    lambda k: (k.barriers is not None and k.barriers <= 1) or k.case.endswith("true>"),
+)
+
+
 def in_vectors(says: str, *instructions: str) -> Claim:
     """Of the instances that take 16 bytes at a time: their second argument is how many numbers that are."""
 
@@ -139,18 +171,18 @@ def in_vectors(says: str, *instructions: str) -> Claim:
 
 # Kernel -> what must hold wherever it is compiled.
 CLAIMS: dict[str, list[Claim]] = {
-    "norm_forward_kernel": [in_vectors("loads and stores 16 bytes at a time", "LDG", "STG")],
+    "norm_forward_kernel": [in_vectors("loads and stores 16 bytes at a time", "LDG", "STG"), ONE_BARRIER],
     "norm_backward_kernel": [in_vectors("has rows brought while it works, 16 bytes at a time", "LDGSTS", "STG")],
     "cross_entropy_forward_kernel": [WIDE],
     "cross_entropy_backward_kernel": [WIDE],
     "embedding_forward_kernel": [in_vectors("loads and stores 16 bytes at a time", "LDG", "STG")],
-    "attention_forward_kernel": [PAIRS],
+    "attention_forward_kernel": [PAIRS, PLACED],
     "attention_backward_keys_kernel": [PAIRS],
-    "attention_backward_queries_kernel": [PAIRS],
+    "attention_backward_queries_kernel": [PAIRS, PLACED],
     "attention_decode_kernel": [PAIRS],
-    "attention_forward_sm90_kernel": [HOPPER],
-    "attention_keys_sm90_kernel": [HOPPER],
-    "attention_queries_sm90_kernel": [HOPPER],
+    "attention_forward_sm90_kernel": [HOPPER, PLACED, overlaps(lambda case: 64)],
+    "attention_keys_sm90_kernel": [HOPPER, PLACED, overlaps(lambda case: 32)],
+    "attention_queries_sm90_kernel": [HOPPER, PLACED, overlaps(lambda case: 64 if case.endswith(" 64>") else 32)],
 }
 
 
@@ -170,14 +202,17 @@ def plain_name(demangled: str) -> str:
     return demangled
 
 
-def compile_file(nvcc: str, source: Path, arch: int, sass: Path | None) -> list[tuple[str, int, int, Any]]:
-    """The kernels of a file for an architecture: name, registers, bytes of local memory, instructions."""
+def compile_file(
+    nvcc: str, source: Path, arch: int, sass: Path | None
+) -> list[tuple[str, int, int, list[str], int | None]]:
+    """The kernels of a file for an architecture: name, registers, bytes of local memory, instructions, barriers."""
     target = f"{arch}a" if arch == 90 else str(arch)
     with tempfile.TemporaryDirectory() as folder:
         binary = Path(folder, "kernels.cubin")
         command = [nvcc, "-O3", "-std=c++17", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
         command += ["-DTINYLLM_SM90A"] if arch == 90 else []
-        command += [f"-gencode=arch=compute_{target},code=sm_{target}", "-cubin", "-o", str(binary), str(source)]
+        command += [f"-gencode=arch=compute_{target},code=sm_{target}", "-cubin", "-Xptxas=-v"]
+        command += ["-o", str(binary), str(source)]
         command += [f"-I{path}" for path in cpp_extension.include_paths()]
         done = subprocess.run(command, capture_output=True, text=True)
         said = done.stdout + done.stderr
@@ -186,19 +221,23 @@ def compile_file(nvcc: str, source: Path, arch: int, sass: Path | None) -> list[
             raise RuntimeError(said.strip())
         if not binary.exists() or binary.stat().st_size == 0:
             return []
-        return list(read(binary, sass and sass / f"{source.stem} sm_{target}.sass"))
+        barriers = dict(re.findall(r"entry function '(\S+)'(?:.*\n)+?.*Used \d+ registers, used (\d+) barriers", said))
+        found = read(binary, sass and sass / f"{source.stem} sm_{target}.sass")
+        return [(name, *rest, int(barriers[name]) if name in barriers else None) for name, *rest in found]
 
 
 def kernels_of(
-    arch: int, compiled: list[tuple[str, int, int, Any]], launched: dict[int, dict[str, Launch]]
+    arch: int,
+    compiled: list[tuple[str, int, int, list[str], int | None]],
+    launched: dict[int, dict[str, Launch]],
 ) -> Iterator[tuple[Kernel, list[str]]]:
     """Each kernel and what is wrong with its launch."""
     names = subprocess.run(
         ["c++filt"], input="\n".join(name for name, *_ in compiled), capture_output=True, text=True, check=True
     ).stdout.splitlines()
-    for demangled, (_, registers, stack, opcodes) in zip(names, compiled, strict=True):
+    for demangled, (_, registers, stack, code, barriers) in zip(names, compiled, strict=True):
         name = plain_name(demangled)
-        if sum(opcodes.values()) - opcodes["NOP"] - opcodes["BRA"] < 8:
+        if sum(instruction.split()[0] not in ("NOP", "BRA") for instruction in code) < 8:
             continue  # a kernel of other architectures: an empty shell here
         # One that this architecture has better kernels for is launched as elsewhere, where those do not take a call.
         launch = launched[arch].get(name) or next((of[name] for of in launched.values() if name in of), Launch(0, 0))
@@ -207,7 +246,7 @@ def kernels_of(
             wrong.append(f"does not start: {launch.threads} threads of {registers} registers")
         base, _, arguments = name.partition("<")
         case = f"<{arguments}" if arguments else ""
-        yield Kernel(base, case, arch, launch.threads // 32, registers, launch.shared, stack, opcodes), wrong
+        yield Kernel(base, case, arch, launch.threads // 32, registers, launch.shared, stack, code, barriers), wrong
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -224,13 +263,13 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     start = time.perf_counter()
     arches = ARCHITECTURES if options.arch is None else (options.arch,)
-    launched = launches(ARCHITECTURES)
     jobs = [(source, arch) for source in sorted(SOURCES.glob("*.cu")) for arch in arches if options.only in source.stem]
     failed: list[str] = []
     count = 0
     print(HEADER)
     with ThreadPoolExecutor(WORKERS) as pool:
         running = [(*job, pool.submit(compile_file, nvcc, *job, options.sass)) for job in jobs]
+        launched = launches(ARCHITECTURES)  # meanwhile
         for source, arch, result in running:
             try:
                 compiled = result.result()

@@ -229,8 +229,8 @@ def compile_case(file: str, index: int, arch: int, every_tile: bool, sass: Path 
 
 def _read(name: str, case: str, arch: int, kernel: Any, sass: Path | None) -> Kernel:
     file = sass and sass / f"{name} {case} sm_{arch}.sass".replace(" ", "_")
-    _, registers, stack, opcodes = read_bytes(kernel.asm["cubin"], file)
-    return Kernel(name, case, arch, kernel.metadata.num_warps, registers, kernel.metadata.shared, stack, opcodes)
+    _, registers, stack, code = read_bytes(kernel.asm["cubin"], file)
+    return Kernel(name, case, arch, kernel.metadata.num_warps, registers, kernel.metadata.shared, stack, code)
 
 
 # ---- The table

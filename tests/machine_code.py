@@ -3,6 +3,7 @@ instructions there are."""
 
 from __future__ import annotations
 
+import functools
 import re
 import subprocess
 import tempfile
@@ -28,7 +29,8 @@ class Kernel:
         name: file and function, "layer_norm.forward_kernel".
         case: which of its instances, or for which call.
         shared, stack: bytes a block, and bytes a thread.
-        opcodes: instruction, with its modifiers -> how often it is in the code.
+        code: the instructions with their modifiers and operands, in their order.
+        barriers: how many of a block's 16 hardware barriers ptxas reserved; None where it was not asked.
     """
 
     name: str
@@ -38,7 +40,13 @@ class Kernel:
     registers: int
     shared: int
     stack: int
-    opcodes: Counter[str] = field(repr=False)
+    code: Sequence[str] = field(repr=False)
+    barriers: int | None = None
+
+    @functools.cached_property
+    def opcodes(self) -> Counter[str]:
+        """Instruction, with its modifiers -> how often it is in the code."""
+        return Counter(instruction.split()[0] for instruction in self.code)
 
     def count(self, *parts: str) -> int:
         """Instructions whose first part is parts[0], and that have the others among their modifiers."""
@@ -103,8 +111,9 @@ def complaints(kernel: Kernel, claims: Mapping[str, Sequence[Claim]]) -> list[st
     return found
 
 
-def read(binary: Path, sass: Path | None = None) -> Iterator[tuple[str, int, int, Counter[str]]]:
-    """Of each kernel in a file of machine code: its name there, registers, bytes of local memory, and instructions.
+def read(binary: Path, sass: Path | None = None) -> Iterator[tuple[str, int, int, list[str]]]:
+    """Of each kernel in a file of machine code: its name there, registers, bytes of local memory, and instructions in
+    their order.
 
     sass: a file for the disassembled code.
     """
@@ -117,12 +126,13 @@ def read(binary: Path, sass: Path | None = None) -> Iterator[tuple[str, int, int
     for name, numbers in re.findall(r"Function (\S+):\n\s*(.*)", usage):
         found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", numbers))
         # The address, perhaps a predicate, the instruction.
-        opcodes = Counter(re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", sections.get(name, "")))
-        assert opcodes, f"nothing was read of {name}:\n{code[:500]}"
-        yield name, int(found["REG"]), int(found["STACK"]) + int(found["LOCAL"]), opcodes
+        line = r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][^;{}]*?)\s*[;}]"
+        instructions = re.findall(line, sections.get(name, ""))
+        assert instructions, f"nothing was read of {name}:\n{code[:500]}"
+        yield name, int(found["REG"]), int(found["STACK"]) + int(found["LOCAL"]), instructions
 
 
-def read_bytes(binary: bytes, sass: Path | None = None) -> tuple[str, int, int, Counter[str]]:
+def read_bytes(binary: bytes, sass: Path | None = None) -> tuple[str, int, int, list[str]]:
     """The same of the only kernel of a file's content."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernel.cubin")

@@ -46,12 +46,17 @@ def _load_cuda() -> str | None:
         return f"the CUDA library was not built: {record.get('cuda_reason', 'tinyllm was installed before it had one')}"
     if torch.version.cuda is None:
         return "the CUDA library does not load: this build of torch has no CUDA"
-    folder = Path(__file__).parent
-    path = next(filter(Path.is_file, (folder / f"_C_cuda{suffix}" for suffix in EXTENSION_SUFFIXES)), None)
+    path = cuda_path()
     if path is None:
-        return f"the CUDA library does not load: there is no _C_cuda{EXTENSION_SUFFIXES[0]} in {folder}"
+        return f"the CUDA library does not load: there is no _C_cuda{EXTENSION_SUFFIXES[0]} in {Path(__file__).parent}"
     failure = load_operators(path)
     return failure and f"the CUDA library does not load: {failure}"
+
+
+def cuda_path() -> Path | None:
+    """The CUDA library's file, or None where there is none."""
+    folder = Path(__file__).parent
+    return next(filter(Path.is_file, (folder / f"_C_cuda{suffix}" for suffix in EXTENSION_SUFFIXES)), None)
 
 
 def load_operators(path: str | Path) -> str | None:

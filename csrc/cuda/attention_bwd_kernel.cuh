@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(KeysTile<D>::kThreads, KeysTile<D>::kBlocks)
   const Place place = place_of((call.keys + kKeys - 1) / kKeys, kv_heads, call.batch * kv_heads, heads_at_once, false);
   const int first = place.block * kKeys, warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, thread = threadIdx.x;
   const int row = first + 16 * warp;  // the warp's first key
-  const int length = visible_keys(call.key_lengths, call.long_lengths, place.batch, call.keys);
+  const int length = visible_keys(call, place.batch);
   // Queries before the first key do not see it.
   const int first_query = call.causal ? first : 0;
   const int last_head = first < length && first_query < call.queries ? (place.head + 1) * call.group : 0;
@@ -221,7 +221,7 @@ __global__ void __launch_bounds__(QueriesTile<D>::kThreads, QueriesTile<D>::kBlo
   const Place place = place_of(blocks, call.heads, call.batch * call.heads, heads_at_once, call.causal);
   const int first = place.block * Tile::kRows, warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int thread = threadIdx.x, row = first + 16 * warp;  // the warp's first query
-  const int length = visible_keys(call.key_lengths, call.long_lengths, place.batch, call.keys);
+  const int length = visible_keys(call, place.batch);
   const int seen_by_block = call.causal ? min(length, first + Tile::kRows) : length;
   const int seen_by_warp = row >= call.queries ? 0 : call.causal ? min(length, row + 16) : length;
   const int seen_by_all = call.causal ? min(length, row + 1) : length;
@@ -282,7 +282,6 @@ __global__ void __launch_bounds__(QueriesTile<D>::kThreads, QueriesTile<D>::kBlo
     float scores[1][kKeys / 8][4] = {}, grad_scores[1][kKeys / 8][4] = {};
     multiply_rows<T, D, kKeys, 1>(scores, query, keys);
     multiply_rows<T, D, kKeys, 1>(grad_scores, grad, keys + kKeys * D);
-    if ((tile + 1) * kKeys > seen_by_all) hide<kKeys>(scores[0], row, tile * kKeys, length, call.causal);
 #pragma unroll
     for (int j = 0; j < kKeys / 8; ++j)
 #pragma unroll
@@ -290,17 +289,25 @@ __global__ void __launch_bounds__(QueriesTile<D>::kThreads, QueriesTile<D>::kBlo
         const float weight = fast_exp2(fmaf(scores[0][j][i], scale, -row_lse[i / 2]));
         grad_scores[0][j][i] = weight * (grad_scores[0][j][i] - row_delta[i / 2]);
       }
+    // Not the weights: a value that is not seen may hold anything, and what comes of it here too.
+    if ((tile + 1) * kKeys > seen_by_all) hide<kKeys>(grad_scores[0], row, tile * kKeys, length, call.causal, 0.0f);
     uint32_t factor[1][kKeys / 16][4];
     as_factors<T, kKeys>(grad_scores[0], factor[0]);
-    multiply_weights<T, D, kKeys, 1>(sum, factor, keys);
+    // One path for all tiles: with another for those off the diagonal there would be too few registers.
+    multiply_seen_weights<T, D, kKeys>(
+        sum[0], factor[0], call.causal ? row - tile * kKeys : kKeys,
+        [&](uint32_t (&b)[4], int first_key, int n) { load_second<D>(b, keys, first_key, n); });
   }
 #pragma unroll
   for (int j = 0; j < D / 8; ++j)
 #pragma unroll
     for (int i = 0; i < 4; ++i) sum[0][j][i] *= call.scale;
   sync_block();  // others may still read the last tile
-  store_rows<T, D>(head_of<T>(call.grad_query, place.batch, place.head), call.grad_query.row, row, call.queries, sum[0],
-                   stages + 16 * warp * D);
+  // Found again: at head_dim 64 there is no register to keep it in.
+  const Place to = place_of((recomputed(call.queries) + Tile::kRows - 1) / Tile::kRows, call.heads,
+                            call.batch * call.heads, heads_at_once, call.causal);
+  store_rows<T, D>(head_of<T>(call.grad_query, to.batch, to.head), call.grad_query.row, row, call.queries, sum[0],
+                   stages + 16 * (recomputed(threadIdx.x) / kWarp) * D);
 }
 
 }  // namespace tinyllm::cuda

@@ -5,17 +5,20 @@ namespace tinyllm::cuda {
 namespace {
 
 // How many blocks share a head's keys: the fewest that keep the multiprocessors, of two blocks each, busy for 9 tenths
-// of the time, or the best number where none does; none with less to do than two tiles a warp. By sizes alone: the same
-// number for whatever lengths.
+// of the time, or the best number where none does; none with less to do than two tiles a warp. A block has whole steps:
+// of numbers that give the longest one the same, the smallest, with which no block is left without any. By sizes alone:
+// the same number for whatever lengths.
 template <int D>
 int splits_of(int64_t heads, int keys, int multiprocessors) {
   const int64_t at_once = 2 * int64_t{multiprocessors};
   const int64_t most = std::clamp<int64_t>(keys / (2 * DecodeTile<D>::kStep), 1, at_once);
+  const int64_t steps = std::max<int64_t>(1, (int64_t{keys} + DecodeTile<D>::kStep - 1) / DecodeTile<D>::kStep);
   double best = 0.0;
   int64_t chosen = 1;
   for (int64_t splits = 1; splits <= most && best < 0.9; ++splits) {
-    const int64_t blocks = heads * splits, rounds = (blocks + at_once - 1) / at_once;
-    const double busy = static_cast<double>(blocks) / static_cast<double>(rounds * at_once);
+    const int64_t steps_of_one = (steps + splits - 1) / splits, rounds = (heads * splits + at_once - 1) / at_once;
+    if ((steps + steps_of_one - 1) / steps_of_one != splits) continue;
+    const double busy = static_cast<double>(heads * steps) / static_cast<double>(rounds * at_once * steps_of_one);
     if (busy > best) {
       best = busy;
       chosen = splits;

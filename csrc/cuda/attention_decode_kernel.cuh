@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(DecodeTile<D>::kThreads)
   const int kv_heads = call.heads / call.group, rows = call.group * call.queries;
   const int split = blockIdx.y, kv_head = blockIdx.z, batch = blockIdx.x;
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  const int length = visible_keys(call.key_lengths, call.long_lengths, batch, call.keys);
+  const int length = visible_keys(call, batch);
   const int part = (length + splits - 1) / splits, step_part = (part + Tile::kStep - 1) / Tile::kStep * Tile::kStep;
   const int64_t begin = static_cast<int64_t>(split) * step_part,
                 end = begin + step_part < length ? begin + step_part : length;

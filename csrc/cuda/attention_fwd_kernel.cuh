@@ -44,7 +44,7 @@ __global__ void __launch_bounds__(ForwardTile<D>::kThreads, 2)
   const int first = place.block * Tile::kRows, warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int row = first + warp * Tile::kWarpRows;  // the warp's first
   T* const warp_tile = query_tile + warp * Tile::kWarpRows * D;
-  const int length = visible_keys(call.key_lengths, call.long_lengths, place.batch, call.keys);
+  const int length = visible_keys(call, place.batch);
   // How many keys the block's last query sees, the warp's last, and the warp's first.
   const int seen_by_block = call.causal ? min(length, first + Tile::kRows) : length;
   const int seen_by_warp = row >= call.queries ? 0 : call.causal ? min(length, row + Tile::kWarpRows) : length;
@@ -116,7 +116,15 @@ __global__ void __launch_bounds__(ForwardTile<D>::kThreads, 2)
       }
     }
     const T* const values = advance(false, tile);
-    if (takes_part) multiply_weights<T, D, kKeys, kTiles>(sum, weights, values);
+    if (takes_part && call.causal && (tile + 1) * kKeys > row + 1) {
+#pragma unroll
+      for (int m = 0; m < kTiles; ++m)
+        multiply_seen_weights<T, D, kKeys>(
+            sum[m], weights[m], row + 16 * m - tile * kKeys,
+            [&](uint32_t (&b)[4], int first_key, int n) { load_second<D>(b, values, first_key, n); });
+    } else if (takes_part) {
+      multiply_weights<T, D, kKeys, kTiles>(sum, weights, values);
+    }
   }
 
   T* const out = head_of<T>(call.out, place.batch, place.head);

@@ -41,6 +41,9 @@ unsigned blocks_for(int rows, int heads, int batch) {
          static_cast<unsigned>(batch);
 }
 
+// Keys and values that a head of queries goes through; a head of them serves all the heads of its group.
+int64_t bytes_of_keys(const Attention& a) { return int64_t{4} * a.keys * a.head_dim / a.group; }
+
 template <class T, int D>
 bool forward(const Device& device, const Attention& a, bool is_bf16) {
   using Shared = ForwardShared<D>;
@@ -52,7 +55,7 @@ bool forward(const Device& device, const Attention& a, bool is_bf16) {
     return false;
   device.launch("attention", attention_forward_sm90_kernel<T, D>,
                 {dim3(blocks_for(a.queries, a.heads, a.batch)), dim3(kHopperThreads), Shared::kBytes}, query, key,
-                value, a);
+                value, a, heads_that_fit(bytes_of_keys(a), int64_t{a.batch} * a.heads));
   return true;
 }
 
@@ -72,10 +75,12 @@ bool backward(const Device& device, const Attention& a, bool is_bf16) {
   if (!maps(Keys::kRows, kBlockRows, by_keys) || !maps(kBlockRows, Queries::kColumns, by_queries)) return false;
   device.launch("attention_bwd", attention_keys_sm90_kernel<T, D>,
                 {dim3(blocks_for(a.keys, kv_heads, a.batch)), dim3(kHopperThreads), Keys::Shared::kBytes}, by_keys[0],
-                by_keys[1], by_keys[2], by_keys[3], a);
+                by_keys[1], by_keys[2], by_keys[3], a,
+                heads_that_fit(int64_t{4} * a.queries * D * a.group, int64_t{a.batch} * kv_heads));
   device.launch("attention_bwd", attention_queries_sm90_kernel<T, D>,
                 {dim3(blocks_for(a.queries, a.heads, a.batch)), dim3(kHopperThreads), Queries::Shared::kBytes},
-                by_queries[0], by_queries[1], by_queries[2], by_queries[3], a);
+                by_queries[0], by_queries[1], by_queries[2], by_queries[3], a,
+                heads_that_fit(bytes_of_keys(a), int64_t{a.batch} * a.heads));
   return true;
 }
 

@@ -141,6 +141,27 @@ TINYLLM_DEVICE void store_rows(const float (&d)[D / 8][4], const float (&by)[2],
   }
 }
 
+// Makes a causal tile's product right, where its keys or values hold NaN or infinity, which poison the queries that do
+// not see them too: sum (0 before it) = weights times the rows again, as multiply_seen_weights does. With such a number
+// no row of the product is finite, so one of the lane's two tells. After the product, before the tile is released.
+template <class T, int D, int N>
+TINYLLM_DEVICE void mend_product(float (&sum)[D / 8][4], const uint32_t (&weights)[N / 16][4], int ahead,
+                                 const Tile<N, D>& rows) {
+  float zeros[2] = {0.0f, 0.0f};
+#pragma unroll
+  for (int j = 0; j < D / 8; ++j)
+#pragma unroll
+    for (int i = 0; i < 2; ++i) zeros[i] = fmaf(sum[j][i], 0.0f, zeros[i]);
+  if (!any_lane(zeros[0] + zeros[1] != 0.0f)) return;
+  clear(sum);
+  // A panel is a tile of kBoxColumns columns as attention_tile.cuh has them.
+  multiply_seen_weights<T, D, N>(sum, weights, ahead, [&](uint32_t (&b)[4], int row, int n) {
+    constexpr int kSteps = kBoxColumns / 16;
+    const unsigned char* const panel = rows.at + n / kSteps * static_cast<int>(Tile<N, D>::kPanelBytes);
+    load_second<kBoxColumns>(b, reinterpret_cast<const T*>(panel), row, n % kSteps);
+  });
+}
+
 // ---- On the host
 
 // Whether the copy engine can read it, and how; rows of a box.

@@ -64,16 +64,16 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
                                const __grid_constant__ TensorMap key_map,    // (B, H / group, keys, D)
                                const __grid_constant__ TensorMap value_map,  // likewise
                                const __grid_constant__ TensorMap grad_map,   // (B, H, queries, D), of grad_out
-                               const __grid_constant__ Attention a) {
+                               const __grid_constant__ Attention a, int heads_at_once) {
   using Tiles = KeysTiles<D>;
   constexpr int kRows = Tiles::kRows, kStages = Tiles::kStages;
   const typename Tiles::Shared shared{shared_memory()};
   const int warp = warp_number(), consumer = warp / 4 - 1;  // -1: the producer
 
   const int blocks = (a.keys + kBlockRows - 1) / kBlockRows, kv_heads = a.heads / a.group;
-  const int first_key = static_cast<int>(blockIdx.x % blocks) * kBlockRows;
-  const int kv_head = blockIdx.x / blocks % kv_heads, batch = blockIdx.x / blocks / kv_heads;
-  const int visible = visible_keys(a.key_lengths, a.long_lengths, batch, a.keys);
+  const Place place = place_of(blocks, kv_heads, a.batch * kv_heads, heads_at_once, false);
+  const int first_key = place.block * kBlockRows, kv_head = place.head, batch = place.batch;
+  const int visible = visible_keys(a, batch);
   // With causal, earlier queries see none of these keys.
   const int first_tile = a.causal ? first_key / kRows : 0;
   const int end_tile = first_key < visible ? (a.queries + kRows - 1) / kRows : 0;
@@ -119,11 +119,7 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
     float grad_key[D / 8][4], grad_value[D / 8][4];
     clear(grad_key);
     clear(grad_value);
-    if (first_tile < end_tile) {
-      barrier_wait(shared.own_full(), 0);
-      if (visible < a.keys && first_key + kBlockRows > visible)
-        for (int i = 0; i < 2; ++i) clear_rows<D>(shared.own(i), visible - first_key, kBothBarrier);
-    }
+    if (first_tile < end_tile) barrier_wait(shared.own_full(), 0);
     Turn<kStages> turn;
     for (int member = 0; member < a.group; ++member)
       for (int tile = first_tile; tile < end_tile; ++tile, turn.next()) {
@@ -173,6 +169,17 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
         release(shared.empty(turn.stage));
       }
 
+    // A key beyond the visible ones may have gathered anything, but has no part in anything.
+    if (warp_key + 15 >= visible) {
+#pragma unroll
+      for (int j = 0; j < D / 8; ++j)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const bool seen = warp_key + static_cast<int>(threadIdx.x) % kWarp / 4 + i / 2 * 8 < visible;
+          grad_key[j][i] = seen ? grad_key[j][i] : 0.0f;
+          grad_value[j][i] = seen ? grad_value[j][i] : 0.0f;
+        }
+    }
     // Where this warpgroup's keys and values were, which it alone has read.
     const int first_row = first_key + group_row;
     const float by[2] = {a.scale, a.scale}, one[2] = {1.0f, 1.0f};
@@ -199,16 +206,16 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
                                   const __grid_constant__ TensorMap key_map,    // (B, H / group, keys, D)
                                   const __grid_constant__ TensorMap value_map,  // likewise
                                   const __grid_constant__ TensorMap grad_map,   // (B, H, queries, D), of grad_out
-                                  const __grid_constant__ Attention a) {
+                                  const __grid_constant__ Attention a, int heads_at_once) {
   using Tiles = QueriesTiles<D>;
   constexpr int kColumns = Tiles::kColumns, kStages = Tiles::kStages;
   const typename Tiles::Shared shared{shared_memory()};
   const int warp = warp_number(), consumer = warp / 4 - 1;  // -1: the producer
 
   const int blocks = (a.queries + kBlockRows - 1) / kBlockRows;
-  const int block = blocks - 1 - static_cast<int>(blockIdx.x % blocks), first_query = block * kBlockRows;
-  const int head = blockIdx.x / blocks % a.heads, batch = blockIdx.x / blocks / a.heads;
-  const int visible = visible_keys(a.key_lengths, a.long_lengths, batch, a.keys);
+  const Place place = place_of(blocks, a.heads, a.batch * a.heads, heads_at_once, a.causal);
+  const int first_query = place.block * kBlockRows, head = place.head, batch = place.batch;
+  const int visible = visible_keys(a, batch);
   const int end = a.causal ? min(visible, first_query + kBlockRows) : visible;
   const int tiles = (end + kColumns - 1) / kColumns;
 
@@ -224,7 +231,7 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
       shared.own(0).load(query_map, shared.own_full(), first_query, head, batch);
       shared.own(1).load(grad_map, shared.own_full(), first_query, head, batch);
       Turn<kStages> turn;
-      for (int tile = 0; tile < tiles; ++tile, turn.next()) {
+      for (int tile = tiles - 1; tile >= 0; --tile, turn.next()) {
         barrier_wait(shared.empty(turn.stage), turn.parity ^ 1);
         barrier_arrive_expecting(shared.full(turn.stage), Tiles::Shared::kStageBytes);
         shared.other(turn.stage, 0).load(key_map, shared.full(turn.stage), tile * kColumns, kv_head, batch);
@@ -246,12 +253,13 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
     clear(grad_query);
     if (tiles > 0) barrier_wait(shared.own_full(), 0);
     Turn<kStages> turn;
-    for (int tile = 0; tile < tiles; ++tile, turn.next()) {
+    // From the last: nothing has been summed when a tile on the diagonal comes.
+    for (int tile = tiles - 1; tile >= 0; --tile, turn.next()) {
       float weights[kColumns / 8][4], slopes[kColumns / 8][4];  // P, dP
       uint32_t slope_factors[kColumns / 16][4];
       barrier_wait(shared.full(turn.stage), turn.parity);
       if (visible < a.keys && (tile + 1) * kColumns > visible)
-        for (int i = 0; i < 2; ++i) clear_rows<D>(shared.other(turn.stage, i), visible - tile * kColumns, kBothBarrier);
+        clear_rows<D>(shared.other(turn.stage, 0), visible - tile * kColumns, kBothBarrier);
       products_begin();
       multiply_rows<T, D>(weights, shared.own(0), group_row, shared.other(turn.stage, 0));
       products_commit();
@@ -259,19 +267,21 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
       products_commit();
       products_wait<1>();
       settle(weights);
-      const int first_key = tile * kColumns;
-      if (first_key + kColumns > visible || (a.causal && first_key + kColumns - 1 > warp_query))
-        hide<kColumns>(weights, warp_query, first_key, visible, a.causal);
 #pragma unroll
       for (int j = 0; j < kColumns / 8; ++j)
 #pragma unroll
         for (int i = 0; i < 4; ++i) weights[j][i] = fast_exp2(fmaf(weights[j][i], scale, -shift[i / 2]));
-      products_wait<0>();
+      products_wait_here<0>();
       settle(slopes);
 #pragma unroll
       for (int j = 0; j < kColumns / 8; ++j)
 #pragma unroll
         for (int i = 0; i < 4; ++i) slopes[j][i] = weights[j][i] * (slopes[j][i] - delta[i / 2]);
+      // Not the weights: a value that is not seen may hold anything, and what comes of it here too.
+      const int first_key = tile * kColumns;
+      const bool diagonal = a.causal && first_key + kColumns - 1 > warp_query;
+      if (first_key + kColumns > visible || diagonal)
+        hide<kColumns>(slopes, warp_query, first_key, visible, a.causal, 0.0f);
       as_factors<T, kColumns>(slopes, slope_factors);
       products_begin();
       multiply_add<T, D>(grad_query, slope_factors, shared.other(turn.stage, 0));
@@ -279,6 +289,8 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
       products_wait<0>();
       settle(grad_query);
       settle(slope_factors);
+      if (diagonal)
+        mend_product<T, D, kColumns>(grad_query, slope_factors, warp_query - first_key, shared.other(turn.stage, 0));
       release(shared.empty(turn.stage));
     }
 

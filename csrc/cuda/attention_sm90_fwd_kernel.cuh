@@ -36,17 +36,16 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
     attention_forward_sm90_kernel(const __grid_constant__ TensorMap query_map,  // (B, H, queries, D)
                                   const __grid_constant__ TensorMap key_map,    // (B, H / group, keys, D)
                                   const __grid_constant__ TensorMap value_map,  // likewise
-                                  const __grid_constant__ Attention a) {
+                                  const __grid_constant__ Attention a, int heads_at_once) {
   using Shared = ForwardShared<D>;
   constexpr int kColumns = Shared::kColumns, kStages = Shared::kStages;
   const Shared shared{shared_memory()};
   const int warp = warp_number(), consumer = warp / 4 - 1;  // -1: the producer
 
-  // A head's blocks one after the other, whose keys the second-level cache then has; the longest of them first.
   const int blocks = (a.queries + kBlockRows - 1) / kBlockRows;
-  const int block = blocks - 1 - static_cast<int>(blockIdx.x % blocks), first_query = block * kBlockRows;
-  const int head = blockIdx.x / blocks % a.heads, batch = blockIdx.x / blocks / a.heads;
-  const int visible = visible_keys(a.key_lengths, a.long_lengths, batch, a.keys);
+  const Place place = place_of(blocks, a.heads, a.batch * a.heads, heads_at_once, a.causal);
+  const int first_query = place.block * kBlockRows, head = place.head, batch = place.batch;
+  const int visible = visible_keys(a, batch);
   const int end = a.causal ? min(visible, first_query + kBlockRows) : visible;
   const int tiles = (end + kColumns - 1) / kColumns;
 
@@ -95,6 +94,11 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
         if (first_key + kColumns > visible || (a.causal && first_key + kColumns - 1 > warp_query))
           hide<kColumns>(scores, warp_query, first_key, visible, a.causal);
       };
+      // The first tile is the only one on the diagonal, and nothing has been summed before it.
+      const auto mend_tile = [&](int tile, int stage) {
+        if (a.causal && (tile + 1) * kColumns - 1 > warp_query)
+          mend_product<T, D, kColumns>(out, weights, warp_query - tile * kColumns, shared.values(stage));
+      };
       if (consumer == 1 && tiles > 1) named_arrive(kTurnBarrier, kConsumers * kGroupThreads);
 
       barrier_wait(shared.queries_full(), 0);
@@ -131,9 +135,10 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
         release(shared.keys_empty(turn.stage));
         hide_tile(tile);
         update<kColumns>(scores, rows, scale, rescale);
-        products_wait<0>();
+        products_wait_here<0>();
         settle(out);
         settle(weights);
+        mend_tile(tile + 1, values_turn.stage);
         release(shared.values_empty(values_turn.stage));
 #pragma unroll
         for (int j = 0; j < D / 8; ++j)
@@ -147,6 +152,8 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
       products_commit();
       products_wait<0>();
       settle(out);
+      settle(weights);
+      mend_tile(0, values_turn.stage);
     }
 
     float lse[2], factor[2];

@@ -10,18 +10,20 @@ namespace tinyllm::cuda {
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kInfinity = __builtin_huge_valf();
 
-// How many of a sequence's keys take part.
-TINYLLM_DEVICE int visible_keys(const void* key_lengths, bool long_lengths, int batch, int keys) {
-  if (key_lengths == nullptr) return keys;
-  const int64_t length =
-      long_lengths ? static_cast<const int64_t*>(key_lengths)[batch] : static_cast<const int32_t*>(key_lengths)[batch];
+// How many of a sequence's keys any query sees: no more than its length and, with causal, than there are queries.
+TINYLLM_DEVICE int visible_keys(const Attention& call, int batch) {
+  const int keys = call.causal ? min(call.keys, call.queries) : call.keys;
+  if (call.key_lengths == nullptr) return keys;
+  const int64_t length = call.long_lengths ? static_cast<const int64_t*>(call.key_lengths)[batch]
+                                           : static_cast<const int32_t*>(call.key_lengths)[batch];
   return static_cast<int>(length < 0 ? 0 : length > keys ? keys : length);
 }
 
-// -inf where a key is beyond the visible ones or, with causal, later than its query. row, column: which query and key
-// the tile begins with; of transposed scores, whose rows are keys, which key and query.
+// Sets what belongs to a key beyond the visible ones or, with causal, later than its query: scores to -inf. row,
+// column: which query and key the tile begins with; of transposed scores, whose rows are keys, which key and query.
 template <int N, bool kTransposed = false>
-TINYLLM_DEVICE void hide(float (&scores)[N / 8][4], int row, int column, int visible, bool causal) {
+TINYLLM_DEVICE void hide(float (&scores)[N / 8][4], int row, int column, int visible, bool causal,
+                         float to = -kInfinity) {
   const int lane = threadIdx.x % kWarp, first_row = row + lane / 4, first_column = column + lane % 4 * 2;
 #pragma unroll
   for (int j = 0; j < N / 8; ++j)
@@ -29,7 +31,7 @@ TINYLLM_DEVICE void hide(float (&scores)[N / 8][4], int row, int column, int vis
     for (int i = 0; i < 4; ++i) {
       const int across = first_row + i / 2 * 8, along = first_column + 8 * j + i % 2;
       const int key = kTransposed ? across : along, query = kTransposed ? along : across;
-      if (key >= visible || (causal && key > query)) scores[j][i] = -kInfinity;
+      if (key >= visible || (causal && key > query)) scores[j][i] = to;
     }
 }
 
@@ -210,6 +212,67 @@ TINYLLM_DEVICE void multiply_weights(float (&sum)[M][D / 8][4], const uint32_t (
         multiply<T>(sum[m][2 * n + 1], weights[m][k], b[2], b[3]);
       }
     }
+}
+
+// ---- Causal tiles on the diagonal. A key or value that a query does not see may hold anything, and 0 times NaN is
+// NaN: products must not have both. Of 16 queries by 16 keys only those on the diagonal are seen in part.
+
+// Whether one of two numbers is infinite or NaN.
+template <class T>
+TINYLLM_DEVICE bool not_finite(uint32_t pair) {
+  constexpr uint32_t kExponent = std::is_same_v<T, bf16> ? 0x7f80 : 0x7c00;
+  return (pair & kExponent) == kExponent || (pair >> 16 & kExponent) == kExponent;
+}
+
+// sum (16 x 8) += weights (16 x 16) rows (16 x 8), where query i sees keys 0 ... i: key by key, each only for the
+// queries that see it. b0, b1: the rows as multiply's second factor.
+template <class T>
+TINYLLM_DEVICE void multiply_triangle(float (&sum)[4], const uint32_t (&weights)[4], uint32_t b0, uint32_t b1) {
+#pragma unroll 1
+  for (int key = 0; key < 16; ++key) {
+    const int lane = recomputed(threadIdx.x % kWarp);
+    const uint32_t own = lane % 4 != key % 8 / 2 ? 0 : key % 2 == 0 ? 0xffffu : 0xffff0000u;
+    float more[4] = {sum[0], sum[1], sum[2], sum[3]};
+    multiply<T>(more, weights, b0 & (key < 8 ? own : 0), b1 & (key < 8 ? 0 : own));
+#pragma unroll
+    for (int i = 0; i < 4; ++i) sum[i] = lane / 4 + i / 2 * 8 >= key ? more[i] : sum[i];
+  }
+}
+
+// multiply_weights of 16 queries that see the keys up to their own number, the first of them `ahead` (a multiple of 16)
+// of the tile's first key. load(b, row, n) loads the second factor of rows row ... row + 15, columns 16 n ... 16 n
+// + 15.
+template <class T, int D, int N, class Load>
+TINYLLM_DEVICE void multiply_seen_weights(float (&sum)[D / 8][4], const uint32_t (&weights)[N / 16][4], int ahead,
+                                          const Load& load) {
+  uint32_t diagonal[4] = {weights[0][0], weights[0][1], weights[0][2], weights[0][3]};
+#pragma unroll
+  for (int k = 0; k < N / 16; ++k) {
+    if (16 * k < ahead) {
+#pragma unroll
+      for (int n = 0; n < D / 16; ++n) {
+        uint32_t b[4];
+        load(b, 16 * k, n);
+        multiply<T>(sum[2 * n], weights[k], b[0], b[1]);
+        multiply<T>(sum[2 * n + 1], weights[k], b[2], b[3]);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) diagonal[i] = 16 * k == ahead ? weights[k][i] : diagonal[i];
+  }
+  if (ahead < 0 || ahead >= N) return;
+#pragma unroll
+  for (int n = 0; n < D / 16; ++n) {
+    uint32_t b[4];
+    load(b, ahead, n);
+    if (any_lane(not_finite<T>(b[0]) || not_finite<T>(b[1]) || not_finite<T>(b[2]) || not_finite<T>(b[3]))) {
+      multiply_triangle<T>(sum[2 * n], diagonal, b[0], b[1]);
+      multiply_triangle<T>(sum[2 * n + 1], diagonal, b[2], b[3]);
+    } else {
+      multiply<T>(sum[2 * n], diagonal, b[0], b[1]);
+      multiply<T>(sum[2 * n + 1], diagonal, b[2], b[3]);
+    }
+  }
 }
 
 // A warp's 16 rows of sums, in 16 bits, to rows first ... first + 15 of a head below row `end`, through 16 rows of

@@ -14,7 +14,7 @@ using Shape = std::vector<int64_t>;
 
 constexpr int64_t kBlockColumns = static_cast<int64_t>(kNormThreads) * kNormElements;
 constexpr int64_t kClusterBlocks = 8;
-constexpr int kClusterCapability = 90;
+constexpr int kClusterCapability = 90;    // for which the code must be compiled that has clusters
 constexpr int64_t kForwardThreads = 128;  // of a block, where a row needs no more than a warp
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -98,8 +98,14 @@ bool vectors_fit(const Tensor& input, const NormRows& rows, std::initializer_lis
   return fit;
 }
 
+// Return how many columns a row may have on the current device: one block's, where its code has no clusters.
+int64_t most_columns() {
+  const bool clusters = compiled_for(&norm_forward_kernel<float, 1, kManyVectors<1>, true>) >= kClusterCapability;
+  return clusters ? kBlockColumns * kClusterBlocks : kBlockColumns;
+}
+
 // spread: give a row more threads than it needs, because there are few rows.
-Plan plan(const char* op, const Device& device, const Tensor& input, const NormRows& rows, bool vectors, bool spread) {
+Plan plan(const char* op, const Tensor& input, const NormRows& rows, bool vectors, bool spread) {
   const int64_t most = kBlockColumns * kClusterBlocks;
   if (rows.size > most) fail(op, ": normalized_shape has ", rows.size, " elements; the kernel takes at most ", most);
   const int64_t width = vectors ? 16 / static_cast<int64_t>(input.element_size()) : 1;
@@ -107,9 +113,9 @@ Plan plan(const char* op, const Device& device, const Tensor& input, const NormR
   const int64_t count = rows.size / width;
   Plan p{vectors, false, 0, 1, 0};
   while (rows.size > p.blocks * kBlockColumns) p.blocks *= 2;
-  if (p.blocks > 1 && device.capability() < kClusterCapability)
+  if (p.blocks > 1 && most_columns() < most)
     fail(op, ": normalized_shape has ", rows.size, " elements; the kernel takes at most ", kBlockColumns,
-         " below compute capability 9.0");
+         " where its code is not compiled for compute capability 9.0 or later");
   const int64_t share = ceil_div(count, p.blocks);
   if (p.blocks == 1 && count <= few * kWarp) {
     p.few = true;
@@ -193,7 +199,7 @@ Normed forward(const char* op, const Tensor& input, const OptionalTensor& residu
                          static_cast<int>(std::min(rows.size, kBlockColumns * kClusterBlocks)),
                          static_cast<float>(eps)};
   const bool vectors = vectors_fit(input, rows, {&x, r ? &*r : nullptr}, {w.data, b.data, args.normed, args.sum});
-  const Plan p = plan(op, device, input, rows, vectors, rows.count <= device.multiprocessors());
+  const Plan p = plan(op, input, rows, vectors, rows.count <= device.multiprocessors());
   launch_forward(op, device, input, p, args);
   return {normed, sum, mean, rstd};
 }
@@ -284,10 +290,10 @@ Grads backward(const char* op, const Tensor& grad_normed, const OptionalTensor& 
                     0,
                     0};
   const bool vectors = vectors_fit(input, rows, {&x, &dy, ds ? &*ds : nullptr}, {w.data, args.grad_input});
-  Plan p = plan(op, device, input, rows, vectors, false);
+  Plan p = plan(op, input, rows, vectors, false);
   std::optional<BackwardShape> s = backward_shape(device, p, rows, ds ? 3 : 2);
   if (!s) {
-    p = plan(op, device, input, rows, false, false);
+    p = plan(op, input, rows, false, false);
     s = backward_shape(device, p, rows, 0);
   }
   args.vectors = static_cast<int>(p.held);
@@ -332,6 +338,19 @@ std::tuple<Tensor, Tensor> rms_norm_bwd(Tensor grad, Tensor input, Shape normali
 }
 
 }  // namespace
+
+// Asked by tinyllm/ops/_cuda.py, which calls it without the dispatcher: at trace time tensors are not real. Where a
+// device cannot be asked, its rows have the lower limit.
+extern "C" __attribute__((visibility("default"))) int64_t tinyllm_norm_columns([[maybe_unused]] int32_t device) {
+  try {
+#if defined(__CUDACC__)
+    const torch::stable::accelerator::DeviceGuard guard(device);
+#endif
+    return most_columns();
+  } catch (const std::exception&) {
+    return kBlockColumns;
+  }
+}
 
 TINYLLM_CUDA_OPERATORS(m) {
   m.impl("layer_norm_fwd", TORCH_BOX(&layer_norm_fwd));

@@ -90,8 +90,10 @@ struct NormSums {
 constexpr size_t kNormSumBytes = 1024;
 static_assert(2 * sizeof(NormSums) <= kNormSumBytes);
 
-// The sums of S numbers a thread over the row, the same bits in each of its threads.
-template <bool kCluster, int S>
+// The sums of S numbers a thread over the row, the same bits in each of its threads. kSeveral: a block may have several
+// rows of several warps each. Their barriers' numbers are not known to the compiler, which then reserves all 16 that a
+// block can have, and four such blocks have all of a multiprocessor's: not for kernels of which more would fit.
+template <bool kCluster, bool kSeveral, int S>
 TINYLLM_DEVICE void row_sum(float (&x)[S], NormSums& shared) {
   const int threads = blockDim.x;
   if (threads < kWarp) {
@@ -109,7 +111,7 @@ TINYLLM_DEVICE void row_sum(float (&x)[S], NormSums& shared) {
 #pragma unroll
       for (int i = 0; i < S; ++i) shared.warps[i][first + threadIdx.x / kWarp] = x[i];
     }
-    if (blockDim.y == 1)
+    if (!kSeveral || blockDim.y == 1)
       sync_block();
     else
       named_sync(1 + threadIdx.y, threads);
@@ -167,7 +169,11 @@ TINYLLM_DEVICE void load_parameter(float (&x)[W], const NormParameter& p, int ve
 
 template <class T, int W, int N, bool kCluster>
 __global__ void __launch_bounds__(kNormThreads, N < 32 ? 2 : 1) norm_forward_kernel(const NormForward a) {
-  if constexpr (!kCluster || kClusters) {
+  if constexpr (kCluster && !kClusters) {
+    trap();  // it is compiled for chips without clusters: the host does not launch it, on whatever chip it runs
+  } else {
+    // A row has one warp, or a block has one row; yet with clusters, two blocks of which are a multiprocessor's most by
+    // their registers, ptxas spills where row_sum leaves no choice.
     using V = Packed<T, W>;
     constexpr int kTogether = W == 1 ? 4 : 1;  // vectors whose parameters are loaded together
     NormSums* const sums = reinterpret_cast<NormSums*>(shared_memory());
@@ -220,7 +226,7 @@ __global__ void __launch_bounds__(kNormThreads, N < 32 ? 2 : 1) norm_forward_ker
 #pragma unroll
         for (int i = 0; i < W; ++i) total[0] += values[i];
       }
-      row_sum<kCluster>(total, sums[0]);
+      row_sum<kCluster, kCluster>(total, sums[0]);
       mean = total[0] / static_cast<float>(a.columns);
     }
     step = recomputed(step);
@@ -234,7 +240,7 @@ __global__ void __launch_bounds__(kNormThreads, N < 32 ? 2 : 1) norm_forward_ker
         for (int i = 0; i < W; ++i) squares[0] += (values[i] - mean) * (values[i] - mean);
       }
     }
-    row_sum<kCluster>(squares, sums[1]);
+    row_sum<kCluster, kCluster>(squares, sums[1]);
     const float rstd = 1.0f / sqrtf(squares[0] / static_cast<float>(a.columns) + a.eps);
     if (first == 0 && row < a.rows) {
       if (a.mean != nullptr) a.mean[row] = mean;
@@ -306,7 +312,9 @@ TINYLLM_DEVICE void write_part(const float (&sum)[N][W], float* part, float* sha
 template <class T, int W, int N, bool kCluster>
 __global__ void __launch_bounds__(backward_threads(N* W < kNormElements), backward_blocks(N* W < kNormElements))
     norm_backward_kernel(const NormBackward a) {
-  if constexpr (!kCluster || kClusters) {
+  if constexpr (kCluster && !kClusters) {
+    trap();  // it is compiled for chips without clusters: the host does not launch it, on whatever chip it runs
+  } else {
     using V = Packed<T, W>;
     constexpr bool kStaged = W > 1;  // in shared memory; asynchronous copies have 16 bytes
     constexpr int kTogether = W > 1 ? 1 : kCluster ? 2 : 4;
@@ -422,7 +430,7 @@ __global__ void __launch_bounds__(backward_threads(N* W < kNormElements), backwa
           }
         }
       }
-      row_sum<kCluster>(along, sums[turn]);
+      row_sum<kCluster, true>(along, sums[turn]);
       step = recomputed(step);
       const float along_one = a.mean != nullptr ? along[0] / static_cast<float>(a.columns) * rstd : 0.0f;
       const float along_n = along[1] / static_cast<float>(a.columns) * rstd;

@@ -83,6 +83,11 @@ template <class T>
 TINYLLM_DEVICE T shuffle(T x, int lane) {
   return __shfl_sync(0xffffffffu, x, lane);
 }
+// Whether a condition holds in any lane.
+TINYLLM_DEVICE bool any_lane(bool x) { return __any_sync(0xffffffffu, x); }
+
+// Ends the launch with an error.
+TINYLLM_DEVICE void trap() { __trap(); }
 
 // ---- Global memory
 
@@ -226,6 +231,14 @@ inline int multiprocessors(int device) { return device_attribute(cudaDevAttrMult
 inline int capability(int device) {
   return 10 * device_attribute(cudaDevAttrComputeCapabilityMajor, device) +
          device_attribute(cudaDevAttrComputeCapabilityMinor, device);
+}
+// Return the compute capability for which the current device's code of a kernel was compiled. A later GPU may run what
+// was compiled for an earlier one, without what __CUDA_ARCH__ has left out of it.
+template <class... Parameters>
+int compiled_for(void (*kernel)(Parameters...)) {
+  cudaFuncAttributes attributes{};
+  check(cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)), "cudaFuncGetAttributes");
+  return attributes.ptxVersion;
 }
 
 }  // namespace tinyllm::cuda

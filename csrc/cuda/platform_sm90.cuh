@@ -126,6 +126,17 @@ template <int N>
 TINYLLM_DEVICE void products_wait() {
   TINYLLM_SM90("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
 }
+// The same where ordinary code before it is to overlap with what is waited for: the compiler sees no dependence between
+// the two, and would move the wait up. It does not move it out of a loop, although of one round; the empty assembly
+// hides how many there are.
+template <int N>
+TINYLLM_DEVICE void products_wait_here() {
+  int rounds = 1;
+  asm volatile("" : "+r"(rounds));
+#pragma unroll 1
+  do products_wait<N>();
+  while (--rounds);
+}
 // Behind a thread's own stores to shared memory, and before a barrier: products see them then.
 TINYLLM_DEVICE void stores_for_products() { TINYLLM_SM90("fence.proxy.async.shared::cta;" :: : "memory"); }
 // Registers that a product under way writes or reads: whatever uses them stays behind the wait that this follows.

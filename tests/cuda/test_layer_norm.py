@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from tests.cuda.device import DEVICE, DTYPES, ON_GPU, draw, raw
 from tests.ops.parity import check_parity
 from tinyllm import ops, reference
+from tinyllm.ops import _cuda
 
 # Rows and columns: parts of a warp, a warp, several, a cluster of two and of four; elements one by one where the width
 # is odd. More rows than run at a time, of the first widths, so that loops wrap.
@@ -17,6 +18,10 @@ WIDE = [(1, 16_384), (2, 12_001), (1, 16_403), (1, 20_000), (1, 33_024)]
 def make(rows, columns, dtype):
     weights = draw(columns, dtype=dtype, seed=3), draw(columns, dtype=dtype, seed=4)
     return draw(rows, columns, dtype=dtype, seed=1), draw(rows, columns, dtype=dtype, seed=2), *weights
+
+
+def has_clusters():
+    return _cuda.most_columns(torch.empty(0, device=DEVICE)) > 16_384
 
 
 def check_layer_norm(x, weight, bias):
@@ -75,14 +80,14 @@ def test_rms_norm_parity(rows, columns, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("rows", "columns"), WIDE, ids=str)
 def test_wide_rows(rows, columns, dtype):
-    if columns > 16_384 and ON_GPU and torch.cuda.get_device_capability() < (9, 0):
-        pytest.skip("this GPU has no clusters")
+    if columns > 16_384 and not has_clusters():
+        pytest.skip("this GPU's code has no clusters")
     check_add_layer_norm(*make(rows, columns, dtype))
 
 
 def test_the_widest_rows():
-    if ON_GPU and torch.cuda.get_device_capability() < (9, 0):
-        pytest.skip("this GPU has no clusters")
+    if not has_clusters():
+        pytest.skip("this GPU's code has no clusters")
     x = draw(1, 131_072, dtype=torch.bfloat16)
     torch.testing.assert_close(
         ops.rms_norm(x, 131_072), F.rms_norm(x.float(), (131_072,), eps=2**-7).bfloat16(), rtol=0.01, atol=0.01
@@ -91,6 +96,20 @@ def test_the_widest_rows():
         ops.layer_norm(draw(1, 131_073), 131_073)
     with pytest.raises(ValueError, match="at most 131072"):
         raw().layer_norm_fwd(draw(1, 131_073), [131_073], None, None, 1e-5)
+
+
+@pytest.mark.skipif(ON_GPU, reason="a GPU has the code that it has")
+def test_a_later_gpu_that_runs_code_for_an_earlier_one_refuses_rows_that_it_would_not_compute(monkeypatch):
+    monkeypatch.setenv("TINYLLM_EMULATED_CAPABILITY", "120")
+    for code, columns in (("80", 16_384), ("90", 131_072)):
+        monkeypatch.setenv("TINYLLM_EMULATED_CODE", code)
+        _cuda._norm_columns.cache_clear()
+        assert _cuda.most_columns(draw(1)) == columns
+        with pytest.raises(RuntimeError, match=f"at most {columns}"):
+            ops.layer_norm(draw(1, columns + 1), columns + 1)
+        with pytest.raises(ValueError, match=f"at most {columns}"):
+            raw().layer_norm_fwd(draw(1, columns + 1), [columns + 1], None, None, 1e-5)
+    _cuda._norm_columns.cache_clear()
 
 
 @pytest.mark.parametrize("columns", [33, 2048], ids=str)

@@ -112,13 +112,14 @@ void read_schedule() {
 }
 
 // A line for each launch to the file TINYLLM_EMULATED_LOG: where in the library the kernel is, its blocks' threads,
-// bytes of shared memory and blocks of a cluster.
-void log_launch(const void* kernel, unsigned threads, size_t shared, unsigned cluster) {
+// bytes of shared memory, blocks of a cluster, and blocks along x, y and z.
+void log_launch(const void* kernel, unsigned threads, size_t shared, unsigned cluster, dim3 grid) {
   const char* const path = std::getenv("TINYLLM_EMULATED_LOG");
   Dl_info info;
   if (path == nullptr || dladdr(kernel, &info) == 0) return;
   std::ofstream(path, std::ios::app) << static_cast<const char*>(kernel) - static_cast<const char*>(info.dli_fbase)
-                                     << " " << threads << " " << shared << " " << cluster << "\n";
+                                     << " " << threads << " " << shared << " " << cluster << " " << grid.x << " "
+                                     << grid.y << " " << grid.z << "\n";
 }
 
 // Warp by warp, each as far as it comes, until all have ended.
@@ -177,7 +178,7 @@ void run_grid(const char* name, const void* function, dim3 grid, dim3 block, siz
   if (threads == 0 || threads > 1024 || grid.y > 65535 || grid.z > 65535 || shared > 227 * 1024 || cluster > 8 ||
       grid.x % cluster != 0)
     throw std::invalid_argument(std::string(name) + ": no GPU takes such a launch");
-  log_launch(function, threads, shared, cluster);
+  log_launch(function, threads, shared, cluster, grid);
   while (fibers.size() < static_cast<size_t>(threads) * cluster) fibers.push_back(std::make_unique<Fiber>());
   block_dim = block;
   grid_dim = grid;
@@ -278,6 +279,10 @@ void load_matrices_of(Matrices** items, bool transposed) {
 int capability(int) {
   const char* const set = std::getenv("TINYLLM_EMULATED_CAPABILITY");
   return set ? std::atoi(set) : 90;
+}
+int emulated_code() {
+  const char* const set = std::getenv("TINYLLM_EMULATED_CODE");
+  return set ? std::atoi(set) : capability(0);
 }
 
 }  // namespace tinyllm::cuda

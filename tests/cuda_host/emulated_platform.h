@@ -240,6 +240,13 @@ template <class T>
 inline T shuffle(T x, int lane) {
   return shuffle_from(x, static_cast<unsigned>(lane));
 }
+inline bool any_lane(bool x) {
+  int any = x;
+  for (int lanes = 16; lanes > 0; lanes /= 2) any |= shuffle_xor(any, lanes);
+  return any != 0;
+}
+
+inline void trap() { throw std::runtime_error("a kernel traps"); }
 
 // ---- Global memory
 
@@ -337,5 +344,11 @@ inline void launch(const char* name, void (*kernel)(Parameters...), const Launch
 inline int multiprocessors(int) { return 4; }
 // TINYLLM_EMULATED_CAPABILITY, 90 if it is not set.
 int capability(int);
+// TINYLLM_EMULATED_CODE, or the device's own capability.
+int emulated_code();
+template <class... Parameters>
+inline int compiled_for(void (*)(Parameters...)) {
+  return emulated_code();
+}
 
 }  // namespace tinyllm::cuda

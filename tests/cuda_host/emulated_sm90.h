@@ -157,6 +157,10 @@ inline void products_wait() {
       });
 }
 template <int N>
+inline void products_wait_here() {
+  products_wait<N>();
+}
+template <int N>
 inline void settle(float (&)[N][4]) {}
 template <int N>
 inline void settle(uint32_t (&)[N][4]) {}

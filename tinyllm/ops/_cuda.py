@@ -7,6 +7,7 @@ same sources for the host (tests/cuda_host), whose operators are `torch.ops.tiny
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import os
 from typing import Any
@@ -20,9 +21,6 @@ from tinyllm.ops._compiler import constant_for_compiler
 EMULATED_NAMESPACE = "tinyllm_host"
 # Older ones lack bfloat16 and asynchronous copies. Triton's kernels need the same.
 _MINIMUM_CAPABILITY = (8, 0)
-# From here on a block's neighbours can hold parts of a row.
-_CLUSTERS_CAPABILITY = (9, 0)
-_COLUMNS, _COLUMNS_OF_A_CLUSTER = 16_384, 131_072
 
 
 def _load() -> tuple[bool, str | None]:
@@ -68,11 +66,19 @@ def too_old(index: int) -> str | None:
     return f"it needs compute capability 8.0 or later; cuda:{index} has {'.'.join(map(str, found))}"
 
 
+@functools.cache
+def _norm_columns(index: int) -> int:
+    """What the library says of a GPU: it depends on the code that was compiled for it, not on the GPU alone."""
+    ask = ctypes.CDLL(os.environ["TINYLLM_EMULATED_CUDA"] if emulated else str(_extension.cuda_path()))
+    ask.tinyllm_norm_columns.restype = ctypes.c_int64
+    return int(ask.tinyllm_norm_columns(ctypes.c_int32(index)))
+
+
 @constant_for_compiler
 def _most_columns(index: int) -> int:
-    return _COLUMNS_OF_A_CLUSTER if _capability(index) >= _CLUSTERS_CAPABILITY else _COLUMNS
+    return _norm_columns(index)
 
 
 def most_columns(tensor: Tensor) -> int:
-    """How wide the rows may be that the norms' kernels hold in registers."""
-    return _COLUMNS_OF_A_CLUSTER if emulated else _most_columns(tensor.get_device())
+    """Return how wide the rows may be that the norms' kernels hold in registers on a tensor's GPU."""
+    return _most_columns(0 if emulated else tensor.get_device())
