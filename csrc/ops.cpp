@@ -29,4 +29,5 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "cpu_isa", [] { return std::string(tinyllm::cpu::kernels().name); },
       "The one in use (TINYLLM_CPU_ISA overrides; RuntimeError when that cannot be).");
+  m.def("cpu_family", &tinyllm::cpu::cpu_family, "Who made the processor, and how it multiplies 16-bit numbers.");
 }

@@ -1,6 +1,6 @@
 """The run folder: what a training leaves behind, and what `load_run` needs to bring it back.
 
-    config.json        model (SimpleLLMConfig), training (TrainConfig), data, versions
+    config.json        model (SimpleLLMConfig), training (TrainConfig), data, versions, products (who multiplies)
     tokenizer.json     see tinyllm.tokenizer
     model.safetensors  the weights of the last checkpoint; tied ones are stored once
     checkpoints/       what a training needs to go on, see tinyllm.state

@@ -11,7 +11,7 @@ import torch
 
 from tinyllm import _extension, hardware
 from tinyllm.allocator import allocator_state
-from tinyllm.ops import _cuda, _triton, dispatch
+from tinyllm.ops import _cuda, _products, _triton, dispatch
 
 
 def info() -> dict[str, Any]:
@@ -39,6 +39,7 @@ def info() -> dict[str, Any]:
             "chosen_isa": library.cpu_isa() if library else None,
             "TINYLLM_CPU_ISA": os.environ.get("TINYLLM_CPU_ISA"),
             "threads": torch.get_num_threads(),
+            "products": {**_products.noted(), "source": _products.source()},
             "allocator": allocator_state(),
         },
         "gpu": _gpu(record),
@@ -92,6 +93,7 @@ def format_info() -> str:
             f"instruction sets     built: {', '.join(cpu['built_isas'])}; this processor runs: "
             f"{', '.join(cpu['usable_isas'])}; chosen: {cpu['chosen_isa']}"
         )
+        lines += _products_lines(cpu["products"])
         if cpu["TINYLLM_CPU_ISA"]:
             lines.append(f"                     TINYLLM_CPU_ISA={cpu['TINYLLM_CPU_ISA']}")
     else:
@@ -117,6 +119,19 @@ def format_info() -> str:
         if any(devices[device]["backend"] == "cuda" for devices in facts["operators"].values()):
             lines.append("cuda is CUDA C++; the line below it says what serves what it does not take")
     return "\n".join(lines)
+
+
+def _products_lines(products: dict[str, Any]) -> list[str]:
+    """Which products PyTorch serves, by the table or by what was measured here."""
+    rows = {
+        dtype: [f"{rows} rows" for rows, who in choices.items() if who == "torch"]
+        for dtype, choices in products["choices"].items()
+    }
+    served = "; ".join(f"{dtype}: {', '.join(classes)}" for dtype, classes in rows.items() if classes)
+    return [
+        f"matrix products      PyTorch's for {served or 'no dtype'}; else ours, for {products['machine']}",
+        f"                     from {products['source']}",
+    ]
 
 
 def _built(library: dict[str, Any]) -> str:

@@ -19,6 +19,7 @@ from tinyllm.data import TRAIN_FILE, VAL_FILE, find_files, standard_library, tok
 from tinyllm.engine import launch, on_rank_zero
 from tinyllm.loop import Fitted, fit
 from tinyllm.model import SimpleLLM, choose_device, init_gpt2_weights
+from tinyllm.ops import _products
 from tinyllm.optim import adamw, learning_rate
 from tinyllm.presets import PRESETS, RESUMABLE, Preset, TrainConfig
 from tinyllm.shards import is_prepared, open_shards
@@ -168,9 +169,10 @@ def _run(fabric: Fabric, config: TrainConfig, out: Path, progress: bool, say: Sa
             where = f"{device}" if fabric.world_size == 1 else f"{fabric.world_size} processes, {device.type}"
             say(f"Model: {config.preset}, {model.num_parameters():,} weights, on {where}")
         title = f"{config.preset} on {saved['data']['name']}"
-        fitted: Fitted = fit(
-            fabric, model, tokenizer, train_set, val_set, config, out, title=title, progress_bar=progress
-        )
+        with _products.kept(saved.get("products")):
+            fitted: Fitted = fit(
+                fabric, model, tokenizer, train_set, val_set, config, out, title=title, progress_bar=progress
+            )
         fabric.barrier()  # whoever goes on reads what the first process has written
         if not (out / checkpoint.MODEL_FILE).exists():
             raise OSError(f"no checkpoint could be written to {out}; the training is lost")
@@ -188,7 +190,7 @@ def _begin(config: TrainConfig, out: Path, data: Sequence[str | PathLike[str]] |
         model = SimpleLLM.from_config(config.model_config(tokenizer.vocab_size))
     tokenizer.save(out / checkpoint.TOKENIZER_FILE)
     content = {"model": model.config.to_dict(), "training": asdict(config), "data": description}
-    checkpoint.save_config({**content, "versions": _versions()}, out)
+    checkpoint.save_config({**content, "versions": _versions(), "products": _products.noted()}, out)
 
 
 def _begin_with_text(

@@ -187,12 +187,14 @@ void cross_entropy_fwd(const CrossEntropy& a, int64_t begin, int64_t end) {
     statistics[2 * r + 1] = sum;
     if (a.grad_input != nullptr) write_gradient<T>(a, r, max, sum);
   }
+  if (a.stream) end_of_stream();
 }
 
 template <class T>
 void cross_entropy_bwd(const CrossEntropy& a, int64_t begin, int64_t end) {
   const compute_t<T>* statistics = static_cast<const compute_t<T>*>(a.max_and_sum);
   for (int64_t r = begin; r < end; ++r) write_gradient<T>(a, r, statistics[2 * r], statistics[2 * r + 1]);
+  if (a.stream) end_of_stream();
 }
 
 }  // namespace tinyllm::TINYLLM_ISA

@@ -1,6 +1,9 @@
 #include "dispatch.h"
 
 #include <unistd.h>
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 
 #include <algorithm>
 #include <cstdlib>
@@ -54,7 +57,7 @@ const Kernels& choose() {
 #if defined(TINYLLM_SANITIZED)
 constexpr size_t kKeptBytes = 0;  // each lease is memory of its own, exact to the byte
 #else
-constexpr size_t kKeptBytes = size_t{8} << 20;
+constexpr size_t kKeptBytes = size_t{16} << 20;  // of a thread, in all
 #endif
 constexpr int kKeptBlocks = 4;
 
@@ -92,6 +95,23 @@ std::vector<std::string> usable_isas() {
   return names;
 }
 
+std::string cpu_family() {
+#if defined(__x86_64__)
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  std::string family = "other";
+  if (__get_cpuid(0, &a, &b, &c, &d)) {
+    if (b == signature_AMD_ebx && c == signature_AMD_ecx) family = "amd";
+    if (b == signature_INTEL_ebx && c == signature_INTEL_ecx) family = "intel";
+  }
+  constexpr unsigned kAmxBf16 = 1u << 22, kAvx512Bf16 = 1u << 5;
+  if (__get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kAmxBf16) != 0) return family + "-amx";
+  if (__get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & kAvx512Bf16) != 0) return family + "-bf16";
+  return family;
+#else
+  return "other";
+#endif
+}
+
 int64_t last_level_cache() {
 #if defined(TINYLLM_SANITIZED)
   return int64_t{32} << 10;  // small tensors are written past the caches, too
@@ -108,20 +128,24 @@ int64_t last_level_cache() {
   return bytes;
 }
 
-Scratch::Scratch(size_t bytes) : owned_(bytes > kKeptBytes || kept.leases >= kKeptBlocks) {
-  const int level = kept.leases++;
+Scratch::Scratch(size_t bytes) {
+  const int level = kept.leases;
+  size_t others = 0;
+  for (int i = 0; i < kKeptBlocks; ++i) others += i == level ? 0 : kept.bytes[i];
+  owned_ = level >= kKeptBlocks || others + bytes > kKeptBytes;
   if (owned_) {
     data_ = allocate(bytes);
-    return;
+  } else {
+    if (kept.bytes[level] < bytes) {
+      release(kept.data[level]);
+      kept.data[level] = nullptr;
+      kept.bytes[level] = 0;
+      kept.data[level] = allocate(bytes);
+      kept.bytes[level] = bytes;
+    }
+    data_ = kept.data[level];
   }
-  if (kept.bytes[level] < bytes) {
-    release(kept.data[level]);
-    kept.data[level] = nullptr;
-    kept.bytes[level] = 0;
-    kept.data[level] = allocate(bytes);
-    kept.bytes[level] = bytes;
-  }
-  data_ = kept.data[level];
+  ++kept.leases;  // last: an allocation that throws leaves no lease behind
 }
 
 Scratch::~Scratch() {

@@ -237,6 +237,10 @@ const Kernels& kernels();
 std::vector<std::string> built_isas();
 std::vector<std::string> usable_isas();
 
+// Who made the processor, and by which instructions it multiplies 16-bit numbers that our kernels widen first: "amd",
+// "intel" or "other", then "-bf16" or "-amx" where it has them.
+std::string cpu_family();
+
 // Bytes of the last-level cache that a process can count on; at most 32 MiB, and that where the system does not say.
 int64_t last_level_cache();
 

@@ -116,6 +116,7 @@ inline void stream_zeros(char* data, int64_t bytes) {
   const int64_t head = std::min(bytes, to_aligned), whole = (bytes - head) / kBytes * kBytes;
   std::memset(data, 0, static_cast<size_t>(head));
   for (int64_t i = 0; i < whole; i += kBytes) V::zero().stream(reinterpret_cast<float*>(data + head + i));
+  end_of_stream();
   std::memset(data + head + whole, 0, static_cast<size_t>(bytes - head - whole));
 }
 

@@ -110,6 +110,7 @@ void norm_fwd(const cpu::LayerNormFwd& a, int64_t begin, int64_t end) {
       write<T>(y, normed + i, n, stream);
     });
   }
+  if (stream) end_of_stream();
 }
 
 // R rows from r0; those up to `end` follow. `grads`: weight's, then bias'; the bias has none if not kCentered.
@@ -182,6 +183,7 @@ void norm_bwd(const cpu::LayerNormBwd& a, int64_t begin, int64_t end, void* grad
     for (; r + 4 <= end; r += 4) norm_bwd_block<T, kCentered, 4>(a, r, end, sums, stream);
   for (; r + 2 <= end; r += 2) norm_bwd_block<T, kCentered, 2>(a, r, end, sums, stream);
   for (; r < end; ++r) norm_bwd_block<T, kCentered, 1>(a, r, end, sums, stream);
+  if (stream) end_of_stream();
 }
 
 template <class T>

@@ -2,6 +2,7 @@
 // arithmetic is in linear_cross_entropy_kernel.h.
 #include <torch/csrc/stable/library.h>
 
+#include <cstring>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -105,6 +106,10 @@ Outputs run(const char* op, const OptionalTensor& grad, const Tensor& input, con
   args.grad_input = wanted.input ? data_of(out.grad_input) : nullptr;
   args.grad_weight = wanted.weight ? data_of(out.grad_weight) : nullptr;
   args.grad_bias = wanted.bias ? data_of(out.grad_bias) : nullptr;
+
+  if (rows == 0)
+    for (const Tensor* grad : {&out.grad_input, &out.grad_weight, &out.grad_bias})
+      std::memset(data_of(*grad), 0, static_cast<size_t>(grad->numel() * grad->element_size()));
 
   // The first block's logits need no memory of their own: they lie where the weight's gradient will be, a class' logits
   // in that class' row.

@@ -307,6 +307,13 @@ struct Vec {
 
 #endif
 
+// Makes what was streamed visible before anything that this thread writes later.
+inline void end_of_stream() {
+#if defined(TINYLLM_AVX512) || defined(TINYLLM_AVX2)
+  _mm_sfence();
+#endif
+}
+
 template <class S>
 inline Vec<S> fma(Vec<S> a, Vec<S> b, Vec<S> c) {
   return Vec<S>::fma(a, b, c);

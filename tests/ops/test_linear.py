@@ -1,4 +1,3 @@
-import importlib
 import itertools
 
 import pytest
@@ -9,8 +8,6 @@ from tests.ops.parity import DTYPES, check_parity, run
 from tinyllm import ops, reference
 from tinyllm.ops import dispatch
 from tinyllm.reference import ACTIVATIONS
-
-linear_module = importlib.import_module("tinyllm.ops.linear")  # tinyllm.ops.linear is the function
 
 # The input's rows, in_features, out_features.
 SHAPES = [
@@ -415,21 +412,3 @@ def test_the_setting_chooses(unforced, monkeypatch):
     monkeypatch.setenv("TINYLLM_LINEAR", "fast")
     with pytest.raises(ValueError, match="TINYLLM_LINEAR is 'fast'; auto, cpp or torch is needed"):
         ops.linear(x, weight)
-
-
-@pytest.mark.parametrize("setting", ["auto", None])
-def test_a_measurement_chooses_by_the_rows(setting, unforced, monkeypatch):
-    monkeypatch.setenv("TINYLLM_LINEAR", "auto") if setting else monkeypatch.delenv("TINYLLM_LINEAR")
-    monkeypatch.setattr(linear_module, "torchs_advantage", lambda dtype, sizes: 3.0 if sizes[0] > 100 else 1.1)
-    for rows, taken in (((4,), "cpp"), ((32,), "cpp"), ((2, 100), "reference"), ((), "cpp")):
-        ops.linear(torch.ones(*rows, 8), torch.ones(5, 8))
-        assert ops.last_backend() == taken
-    with ops.backend("cpp"):  # forced: whatever is faster
-        ops.linear(torch.ones(200, 8), torch.ones(5, 8))
-        assert ops.last_backend() == "cpp"
-
-
-def test_the_measurement():
-    for dtype in (torch.float32, torch.bfloat16):
-        assert 0 < linear_module.torchs_advantage(dtype, (4, 64, 64)) < float("inf")
-    assert linear_module.torchs_advantage(torch.int64, (4, 64, 64)) == 1.0

@@ -117,10 +117,22 @@ def estimate(
 
 
 @app.command()
-def info() -> None:
+def info(
+    tune: Annotated[
+        bool,
+        typer.Option(
+            "--tune", help="First measure for some seconds whose matrix products are faster here, and write that down."
+        ),
+    ] = False,
+) -> None:
     """Show versions, what is built, and which backend serves each operator, and why."""
     with one_line_errors():
         prepare_process()
         from tinyllm.info import print_info
 
+        if tune:
+            from tinyllm.ops import _products
+
+            _products.tune()
+            typer.echo(f"Wrote {_products.tuned_file()}\n")
         print_info()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tinyllm import reference
-from tinyllm.ops import _cuda
+from tinyllm.ops import _cuda, _plain
 from tinyllm.ops._autograd import autocast_dtype, differs_from_kernels, grads_by_reference, needs_grad
 from tinyllm.ops._fake import register_fake
 from tinyllm.ops._random import draw_rng, dropout_factors
@@ -41,7 +41,8 @@ def scaled_dot_product_attention(
 
     What a query may not see cannot touch it: keys and values behind `key_lengths`, above the diagonal or hidden by a
     bool mask may hold NaN and infinities, which PyTorch would multiply by 0. Outputs and gradients are of the visible
-    ones; the gradients of keys and values that no query sees are exactly 0.
+    ones; the gradients of keys and values that no query sees are exactly 0. Where PyTorch serves a causal call because
+    there is no kernel (`tinyllm.info()`), that ends at the diagonal, and double backward where PyTorch's does.
 
     Args:
         query: (*, H, T, D), or (*, T, D), any strides.
@@ -82,7 +83,7 @@ def scaled_dot_product_attention(
     if name == "reference":
         if key_lengths is not None:
             attn_mask = _mask_of_lengths(key_lengths, attn_mask, key.size(-2))
-        return reference.scaled_dot_product_attention(
+        return _plain.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
         )
     rng = draw_rng(query.device) if dropout_p > 0.0 else None

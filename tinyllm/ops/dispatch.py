@@ -6,7 +6,7 @@ cuda        CUDA tensors    csrc/cuda, CUDA C++ compiled into tinyllm._C_cuda; e
                             tests) CPU tensors instead, where it is forced
 triton      CUDA tensors    kernels/, compiled by Triton at the first call; in its interpreter (TRITON_INTERPRET=1) also
                             CPU tensors, where it is forced
-reference   any tensor      tinyllm.reference, plain PyTorch
+reference   any tensor      plain PyTorch: its own operators where they mean the same, else tinyllm.reference
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 
 from tinyllm import _extension
 from tinyllm.ops import _cuda, _triton
+from tinyllm.ops._compiler import constant_for_compiler
 from tinyllm.ops._transforms import active_transform
 
 # Best first.
@@ -70,6 +71,11 @@ _forced_operators: tuple[str, ...] = ()  # none: all
 _last: str | None = None
 
 
+@constant_for_compiler
+def _only_scalar() -> bool:
+    return _extension.library is not None and _extension.library.cpu_isa() == "scalar"
+
+
 class CannotServeError(RuntimeError):
     """The forced backend cannot serve a call."""
 
@@ -103,6 +109,8 @@ def unavailable(
             return f"it serves CPU tensors, not {device_type} ones"
         if here and _extension.why_not is not None:
             return _extension.why_not
+        if here and _only_scalar() and forced_backend(operator) != "cpp":
+            return "there are only the scalar kernels for this processor; PyTorch is faster"
         dtypes = _CPP.get(operator, _FLOATS)
     elif backend_name == "cuda":
         if device_type == "cpu" and _cuda.emulated:

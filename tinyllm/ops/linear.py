@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 import os
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from tinyllm import _extension, reference
+from tinyllm.ops import _products
 from tinyllm.ops._autograd import autocast_dtype, differs_from_kernels, grads_by_reference, needs_grad
-from tinyllm.ops._compiler import constant_for_compiler
 from tinyllm.ops.dispatch import choose, forced_backend
 from tinyllm.reference import ACTIVATIONS
 
@@ -37,7 +34,9 @@ def linear(
         residual: of the result's shape, added last; or None.
 
     Returns:
-        (*, out_features) of input's dtype, or autocast's. Sums are accumulated in float32 (float64 for float64).
+        (*, out_features) of input's dtype, or autocast's. Sums are accumulated in float32 (float64 for float64). On a
+        CPU a row of the result does not depend on the others, but on whether there are more than 4: so few are
+        multiplied as dot products, which sum in another order.
 
     Raises:
         TypeError: dtypes that are not floating or differ.
@@ -135,11 +134,6 @@ def _check_tensor(input: Tensor, name: str, tensor: Tensor | None, shape: Sequen
 
 # ---- PyTorch's products or ours: the one place where that is decided
 
-# PyTorch's own library must be this much faster to be taken, so that near a tie the choice does not vary between runs.
-_MARGIN = 1.15
-# Rows, in_features and out_features that stand for all products of so few, or of more, rows.
-_SAMPLES = ((4, (1, 1024, 1024)), (32, (16, 512, 512)), (None, (256, 512, 512)))
-
 
 def limits(operator: str, input: Tensor) -> dict[str, str] | None:
     """Why the compiled products do not serve this input, for `choose`."""
@@ -154,41 +148,8 @@ def limits(operator: str, input: Tensor) -> dict[str, str] | None:
         raise ValueError(f"TINYLLM_LINEAR is {setting!r}; auto, cpp or torch is needed")
     if forced_backend(operator) == "cpp":
         return None
-    rows = input.numel() // max(1, input.size(-1))
-    sample = next(sample for most, sample in _SAMPLES if most is None or rows <= most)
-    faster = torchs_advantage(input.dtype, sample)
-    return None if faster < _MARGIN else {"cpp": f"PyTorch's product is {faster:.1f}x as fast for so many rows"}
-
-
-@constant_for_compiler
-def torchs_advantage(dtype: torch.dtype, sizes: tuple[int, int, int]) -> float:
-    """How many times as fast as ours PyTorch's product of (rows, in_features, out_features) is on this machine.
-
-    Measured at the first call, in a few milliseconds; the result is kept.
-    """
-    return _measured_advantage(dtype, sizes)
-
-
-@functools.cache  # not the function above itself: the compiler would look through the cache and trace the timing
-def _measured_advantage(dtype: torch.dtype, sizes: tuple[int, int, int]) -> float:
-    rows, in_features, out_features = sizes
-    if dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
-        return 1.0
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        x = torch.rand(rows, in_features, generator=generator).to(dtype)
-        weight = torch.rand(out_features, in_features, generator=generator).to(dtype)
-        calls: tuple[Callable[[], object], ...] = (
-            lambda: torch.ops.tinyllm.linear_fwd(x, weight, None, None, "none", False),
-            lambda: F.linear(x, weight),
-        )
-        best = [float("inf"), float("inf")]
-        for _ in range(8):
-            for i, call in enumerate(calls):
-                start = time.perf_counter()
-                call()
-                best[i] = min(best[i], time.perf_counter() - start)
-    return best[0] / best[1]
+    reason = _products.by_torch(input.dtype, input.numel() // max(1, input.size(-1)))
+    return None if reason is None else {"cpp": reason}
 
 
 # ---- Autograd

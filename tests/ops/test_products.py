@@ -1,0 +1,215 @@
+"""Who multiplies on a CPU is read from a table: the same for every run, and nothing that a call leaves behind."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tests.ops.parity import DTYPES
+from tinyllm import _extension, ops
+from tinyllm.ops import _products
+
+CPP = {dtype: dict.fromkeys(_products.CLASSES, "cpp") for dtype in _products.DTYPES}
+
+
+@pytest.fixture(autouse=True)
+def undecided(monkeypatch, tmp_path):
+    """No setting, and no file of this machine's user."""
+    monkeypatch.delenv("TINYLLM_LINEAR", raising=False)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    _products._measured.cache_clear()
+    yield
+    _products._measured.cache_clear()
+
+
+@pytest.fixture
+def on(monkeypatch):
+    """Has the table believe that this is another machine."""
+
+    def on(isa, family):
+        class Library:
+            cpu_isa = staticmethod(lambda: isa)
+            cpu_family = staticmethod(lambda: family)
+
+        monkeypatch.setattr(_products._extension, "library", Library)
+
+    return on
+
+
+def served_by(rows, dtype):
+    ops.linear(torch.ones(rows, 8, dtype=dtype), torch.ones(5, 8, dtype=dtype))
+    return ops.last_backend()
+
+
+@pytest.mark.parametrize(
+    ("isa", "family", "dtype", "expected"),
+    [
+        ("avx512", "amd-bf16", torch.bfloat16, ["cpp", "reference", "reference"]),
+        ("avx512", "amd-bf16", torch.float32, ["cpp", "cpp", "cpp"]),
+        ("avx512", "intel-bf16", torch.bfloat16, ["cpp", "cpp", "cpp"]),
+        ("avx512", "intel-bf16", torch.float32, ["cpp", "reference", "cpp"]),
+        ("avx512", "intel-amx", torch.bfloat16, ["cpp", "reference", "reference"]),
+        ("avx2", "amd", torch.bfloat16, ["cpp", "cpp", "cpp"]),
+        ("avx512", "other", torch.float16, ["cpp", "cpp", "cpp"]),
+    ],
+)
+def test_the_table_chooses_by_machine_dtype_and_rows(isa, family, dtype, expected, on):
+    on(isa, family)
+    assert [served_by(rows, dtype) for rows in (4, 32, 33)] == expected
+
+
+def test_no_clock_decides(monkeypatch):
+    """Twice the same call is served alike, and measures nothing."""
+    monkeypatch.setattr(_products.time, "perf_counter", lambda: pytest.fail("a call measured time"))
+    for dtype in DTYPES:
+        assert served_by(16, dtype) == served_by(16, dtype)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_export_holds_our_operators_and_changes_nothing_for_later_calls(strict, on):
+    on("avx512", "amd-bf16")
+
+    class Network(torch.nn.Module):
+        def forward(self, x, weight):
+            return ops.linear(ops.feed_forward(x, weight, None, weight.mT, None), weight)
+
+    x, weight = torch.randn(200, 10), torch.randn(12, 10)
+    expected = Network()(x, weight)
+    before = _products.current()
+    program = torch.export.export(Network(), (x, weight), strict=strict)
+    targets = {str(node.target) for node in program.graph.nodes}
+    assert {"tinyllm.linear_fwd.default", "tinyllm.feed_forward_fwd.default"} <= targets
+    assert not any("grad" in target for target in targets)
+    assert torch.equal(program.module()(x, weight), expected)
+    assert _products.current() == before
+    assert torch.equal(Network()(x, weight), expected)
+    assert ops.last_backend() == "cpp"
+
+
+def test_a_forced_backend_is_above_the_table(on):
+    on("avx512", "amd-bf16")
+    with ops.backend("cpp"):
+        assert served_by(100, torch.bfloat16) == "cpp"
+
+
+def test_blocks_and_models_obey_the_table(on):
+    on("avx512", "intel-bf16")
+    weights = [torch.randn(256, 256) for _ in range(4)] + [torch.randn(1024, 256), torch.randn(256, 1024)]
+    parameters = [*weights, torch.ones(256), torch.ones(256)]
+    with torch.no_grad():
+        for tokens, served in ((64, True), (20, False)):  # many rows, and some
+            assert ops.serves_block(torch.randn(1, tokens, 256), parameters, 4) is served
+
+
+def test_tune_writes_a_file_that_replaces_the_tables_rows(monkeypatch):
+    path = _products.tuned_file()
+    assert not path.exists()
+    served_by(16, torch.float32)
+    assert not path.exists(), "written unasked"
+    path.parent.mkdir(parents=True)
+    path.write_text('{"another machine": {"choices": null}}')
+    monkeypatch.setattr(_products, "ratio", lambda dtype, sizes: 1.5 if sizes[0] > 32 else 1.05)
+    _products.tune()
+    assert json.loads(path.read_text())["another machine"] == {"choices": None}
+    assert [served_by(rows, torch.float32) for rows in (1, 32, 64)] == ["cpp", "cpp", "reference"]
+    assert _products.source() == str(path)
+
+
+def test_what_tune_measures():
+    for dtype in (torch.float32, torch.bfloat16):
+        assert 0 < _products.ratio(dtype, (4, 64, 64), seconds=0.0) < float("inf")
+
+
+@pytest.mark.parametrize("text", ["{", '{"%s": {"choices": {"float32": {"few": "mkl"}}}}'])
+def test_a_file_that_tune_did_not_write_is_named(text):
+    path = _products.tuned_file()
+    path.parent.mkdir(parents=True)
+    path.write_text(text.replace("%s", _products.machine()))
+    with pytest.raises(ValueError, match=r"products\.json"):
+        served_by(16, torch.float32)
+
+
+def test_a_training_keeps_its_choices_on_its_machine():
+    note = {"machine": _products.machine(), "choices": {**CPP, "float32": dict.fromkeys(_products.CLASSES, "torch")}}
+    with _products.kept(note):
+        assert served_by(16, torch.float32) == "reference"
+        assert _products.noted() == note
+    with _products.kept({**note, "machine": "avx9 other"}):
+        assert served_by(4, torch.float32) == "cpp"
+    with _products.kept(None):  # a run of an older version
+        assert served_by(4, torch.float32) == "cpp"
+    with (
+        pytest.raises(ValueError, match="the products that the training noted"),
+        _products.kept({**note, "choices": 3}),
+    ):
+        pass
+
+
+SCALAR = """
+import torch, tinyllm
+from tinyllm import ops
+x = torch.randn(1, 2, 8, 16, requires_grad=True)
+w = torch.ones(16)
+calls = {
+    "attention": lambda: ops.scaled_dot_product_attention(x, x, x, is_causal=True),
+    "layer_norm": lambda: ops.layer_norm(x, (16,), w, w),
+    "add_layer_norm": lambda: ops.add_layer_norm(x, x, (16,), w, w)[0],
+    "cross_entropy": lambda: ops.cross_entropy(x[0, 0], torch.zeros(8, dtype=torch.int64)),
+    "linear": lambda: ops.linear(x, torch.ones(4, 16)),
+}
+for name, call in calls.items():
+    call().sum().backward()
+    print(name, ops.last_backend())
+    with ops.backend("cpp"):
+        call()
+    print(name, ops.last_backend())
+print(tinyllm.info()["operators"]["attention"]["cpu"]["not"]["cpp"])
+expected = torch.nn.functional.scaled_dot_product_attention(x, x, x, is_causal=True)
+torch.testing.assert_close(calls["attention"](), expected)
+"""
+
+
+def test_where_only_the_scalar_kernels_run_pytorch_serves():
+    """They are several times slower than PyTorch's; a forced backend still forces."""
+    result = subprocess.run(
+        [sys.executable, "-c", SCALAR],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "TINYLLM_CPU_ISA": "scalar"},
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    *served, reason = result.stdout.splitlines()
+    assert [line.split()[1] for line in served] == ["reference", "cpp"] * 5
+    assert "only the scalar kernels" in reason
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_does_not_depend_on_the_others(dtype):
+    """Of attention, norms and losses never; of linear within the products of up to 4 rows, and of more."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(70, 96, generator=generator).to(dtype)
+    weight, target = torch.randn(50, 96, generator=generator).to(dtype), torch.arange(70) % 50
+    heads = torch.randn(6, 2, 33, 16, generator=generator).to(dtype)
+    with ops.backend("cpp"):
+        for rows in (1, 3, 5, 8, 33):
+            one_norm = ops.layer_norm(x[:rows], (96,))
+            assert torch.equal(one_norm, ops.layer_norm(x, (96,))[:rows])
+            for loss, arguments in ((ops.cross_entropy, ()), (ops.linear_cross_entropy, (weight,))):
+                whole = loss(x, *arguments, target, reduction="none")
+                assert torch.equal(loss(x[:rows], *arguments, target[:rows], reduction="none"), whole[:rows])
+        for rows in (5, 8, 33):
+            assert torch.equal(ops.linear(x[:rows], weight), ops.linear(x, weight)[:rows])
+        assert torch.equal(ops.linear(x[:1], weight), ops.linear(x[:4], weight)[:1])
+        attended = ops.scaled_dot_product_attention(heads, heads, heads, is_causal=True)
+        for batch in (1, 4):
+            part = heads[:batch]
+            assert torch.equal(ops.scaled_dot_product_attention(part, part, part, is_causal=True), attended[:batch])
+
+
+def test_the_machine_has_a_name():
+    assert _products.machine() == f"{_extension.library.cpu_isa()} {_extension.library.cpu_family()}"
+    assert _extension.library.cpu_family().split("-")[0] in ("amd", "intel", "other")

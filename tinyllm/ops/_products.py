@@ -1,0 +1,209 @@
+"""Who multiplies matrices on a CPU: our kernels, which fuse what surrounds the product, or PyTorch's libraries.
+
+The choice is a function of the instruction set, the processor's family, the dtype and the number of rows, read from a
+table. It never comes from a clock inside a call: two runs of one program give the same bits, and tracing one changes
+nothing for later calls.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import statistics
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from tinyllm import _extension
+from tinyllm.ops._compiler import constant_for_compiler
+
+# Classes of products by the rows of the input: a token or few, a small batch, and all others.
+_FEW, _SOME = 4, 32
+CLASSES = ("few", "some", "many")
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+DTYPES = tuple(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
+WHO = ("cpp", "torch")
+
+Choices = dict[str, dict[str, str]]  # dtype -> class -> who
+
+# (instruction set, family as the extension names it) -> dtype -> who serves few, some and many rows. Dtypes and
+# processors that are not here are served by our kernels. Where PyTorch is faster by less than a tenth they serve too,
+# because a product in PyTorch leaves the bias, the activation and the residual to further passes over memory.
+_TABLE: Mapping[tuple[str, str], Mapping[str, tuple[str, str, str]]] = {
+    # AMD EPYC, Zen 4, 2 cores, torch 2.13, 2026-11-28: bfloat16 2 to 5 times as fast by AVX512-BF16 in oneDNN.
+    ("avx512", "amd-bf16"): {"bfloat16": ("cpp", "torch", "torch")},
+    # Intel Xeon, Emerald Rapids without AMX, 2 cores, torch 2.13, 2026-11: float32 of 16 rows 1.17 to 1.23 times as
+    # fast in MKL, of 256 rows 1.05 to 1.13; bfloat16 0.6 times, as its instruction has half of float32's rate there.
+    ("avx512", "intel-bf16"): {"float32": ("cpp", "torch", "cpp")},
+    # Not measured: by arithmetic, a tile instruction multiplies 16 times as many bfloat16 as our float32 kernels.
+    ("avx512", "intel-amx"): {"float32": ("cpp", "torch", "cpp"), "bfloat16": ("cpp", "torch", "torch")},
+}
+
+_training: Choices | None = None
+
+
+def machine() -> str:
+    """Return the name of this processor's row: its instruction set and family."""
+    library = _extension.library
+    return f"{library.cpu_isa()} {library.cpu_family()}" if library else "no kernels"
+
+
+def tuned_file() -> Path:
+    """Return where `tinyllm info --tune` writes, in the user's configuration folder."""
+    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "tinyllm" / "products.json"
+
+
+def table_choices(name: str) -> Choices:
+    """Return the shipped table's choices for a machine as `machine` names it."""
+    isa, _, family = name.partition(" ")
+    row = _TABLE.get((isa, family), {})
+    return {dtype: dict(zip(CLASSES, row.get(dtype, ("cpp",) * 3), strict=True)) for dtype in DTYPES}
+
+
+@functools.cache
+def _measured(path: Path, name: str) -> Choices | None:
+    """The choices that were measured on this machine, if any were."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read: {error}; `tinyllm info --tune` writes it anew") from error
+    choices = found.get(name, {}).get("choices") if isinstance(found, dict) else None
+    return None if choices is None else _checked(choices, str(path))
+
+
+def _checked(choices: Any, source: str) -> Choices:
+    good = isinstance(choices, dict) and all(
+        isinstance(choices.get(dtype), dict) and all(choices[dtype].get(rows) in WHO for rows in CLASSES)
+        for dtype in DTYPES
+    )
+    if not good:
+        raise ValueError(f"{source}: for each of {', '.join(DTYPES)} it must say cpp or torch for {', '.join(CLASSES)}")
+    return {dtype: dict(choices[dtype]) for dtype in DTYPES}
+
+
+def current() -> Choices:
+    """Return the choices in force: a training's own, else what was measured here, else the table's."""
+    if _training is not None:
+        return _training
+    return _measured(tuned_file(), machine()) or table_choices(machine())
+
+
+def source() -> str:
+    """Return where the choices in force come from."""
+    path = tuned_file()
+    if _training is not None:
+        return "the training"
+    measured = _measured(path, machine()) is not None
+    return str(path) if measured else "the table that is shipped; `tinyllm info --tune` measures this machine instead"
+
+
+def noted() -> dict[str, Any]:
+    """Return what a training notes of the choices, for `kept`."""
+    return {"machine": machine(), "choices": current()}
+
+
+@contextmanager
+def kept(note: Mapping[str, Any] | None) -> Iterator[None]:
+    """Keep the choices that a training noted, so that it goes on bit for bit although the table has changed; those of
+    another machine say nothing about this one."""
+    global _training
+    before = _training
+    if note is not None and note.get("machine") == machine():
+        _training = _checked(note.get("choices"), "the products that the training noted")
+    try:
+        yield
+    finally:
+        _training = before
+
+
+@constant_for_compiler
+def by_torch(dtype: torch.dtype, rows: int) -> str | None:
+    """Return why PyTorch multiplies an input of so many rows; None where our kernels do."""
+    row = current().get(str(dtype).removeprefix("torch."))
+    rows_class = CLASSES[0 if rows <= _FEW else 1 if rows <= _SOME else 2]
+    if row is None or row[rows_class] == "cpp":
+        return None
+    return f"PyTorch's product is faster for {rows_class} rows of this dtype on this processor ({machine()})"
+
+
+# ---- Measuring, where somebody asks for it
+
+_SIZES = {
+    "few": ((1, 768, 768), (1, 1024, 4096), (4, 768, 3072)),
+    "some": ((8, 768, 3072), (16, 512, 512), (32, 768, 768)),
+    "many": ((64, 128, 512), (256, 512, 512), (256, 768, 3072)),
+}
+# PyTorch must be this much faster: less than that is gained back by what our kernels fuse.
+_MARGIN = 1.1
+
+
+def ratio(dtype: torch.dtype, sizes: tuple[int, int, int], seconds: float = 0.15) -> float:
+    """Return the time of our kernel over PyTorch's for (rows, in_features, out_features), timed in turns."""
+    rows, in_features, out_features = sizes
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(rows, in_features, generator=generator).to(dtype)
+    weight = torch.rand(out_features, in_features, generator=generator).to(dtype)
+    times: tuple[list[float], list[float]] = ([], [])
+    with torch.no_grad():
+        end = time.perf_counter() + seconds
+        while time.perf_counter() < end or len(times[1]) < 5:
+            for mine, call in zip(
+                times,
+                (
+                    lambda: torch.ops.tinyllm.linear_fwd(x, weight, None, None, "none", False),
+                    lambda: F.linear(x, weight),
+                ),
+                strict=True,
+            ):
+                start = time.perf_counter()
+                call()
+                mine.append(time.perf_counter() - start)
+    return statistics.median(times[0]) / statistics.median(times[1])
+
+
+def tune() -> dict[str, Any]:
+    """Measure this machine for some seconds, and write its choices to `tuned_file`; return what was written of it.
+
+    Raises:
+        RuntimeError: there are no compiled kernels to compare with.
+        OSError: the file cannot be written.
+    """
+    if not _extension.loaded:
+        raise RuntimeError(f"there are no compiled kernels to compare PyTorch with: {_extension.why_not}")
+    found: dict[str, dict[str, float]] = {}
+    for dtype, name in zip(_DTYPES, DTYPES, strict=True):
+        found[name] = {
+            rows: round(statistics.median(ratio(dtype, sizes) for sizes in _SIZES[rows]), 2) for rows in CLASSES
+        }
+    choices = {
+        name: {rows: "torch" if value > _MARGIN else "cpp" for rows, value in row.items()}
+        for name, row in found.items()
+    }
+    written = {
+        "choices": choices,
+        "torch_is_faster_by": found,
+        "date": date.today().isoformat(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+    }
+    path = tuned_file()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    others: Any = {}
+    with suppress(FileNotFoundError, ValueError):  # there is none, or nothing that could be used
+        others = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(others, dict):
+        others = {}
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps({**others, machine(): written}, indent=1) + "\n", encoding="utf-8")
+    temporary.replace(path)
+    _measured.cache_clear()
+    return written
