@@ -1,7 +1,8 @@
 """Builds tinyllm._C and tinyllm._C_cuda where it can; everything declarative is in pyproject.toml.
 
-TINYLLM_EXT=auto      build the C++ extension if a compiler and torch are there, else install without it and say why
-(default) TINYLLM_EXT=0   do not build it
+TINYLLM_EXT=auto      build the C++ extension; install without it and say why if there is no compiler or no torch. A
+(default)             compiler that is there and fails is an error.
+TINYLLM_EXT=0         do not build it
 TINYLLM_EXT=1         build it; whatever is missing is an error
 TINYLLM_CUDA          the same for the CUDA library: auto (default) builds it if torch is a CUDA build and there is an
                       nvcc of the same CUDA major version. A GPU is not asked for: a builder has none.
@@ -16,7 +17,12 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +62,13 @@ class Library:
             raise SystemExit(f"tinyllm: {self.variable}=1, but {reason}")
         self.note("skipped", reason)
         say(f"skipping {self.title}: {reason}. {self.without}")
+
+    def fail(self, failure: str, torch_version: str) -> None:
+        """End the installation: one without kernels that nobody asked for would go unnoticed."""
+        raise SystemExit(
+            f"tinyllm: {self.title} does not compile against torch {torch_version}: {failure}\n"
+            f"tinyllm: {self.variable}=0 installs without {'kernels' if self is CPP else 'it'}"
+        )
 
     def built(self, **facts: str) -> None:
         self.note("built", "")
@@ -133,6 +146,55 @@ def cpp_module(torch: Any, pybind11: Any, cpp_extension: Any) -> Extension:
     )
 
 
+def missing_compiler() -> str | None:
+    """Return why there is no C++ compiler to call, or None if there is one."""
+    # The one that torch's BuildExtension calls.
+    command = os.environ.get("CXX") or ("cl" if os.name == "nt" else "c++")
+    program = shlex.split(command)[0]
+    if shutil.which(program) is None:
+        return f"there is no C++ compiler: {program} is not on PATH"
+    # macOS has a c++ that only offers to install one.
+    if os.name != "nt" and subprocess.run([program, "--version"], capture_output=True).returncode != 0:
+        return f"there is no C++ compiler: {program} --version fails"
+    return None
+
+
+@contextmanager
+def copied_output() -> Iterator[list[str]]:
+    """Collect the lines that this process and its children print, which still go where they went before."""
+    lines: list[str] = []
+    source, sink = os.pipe()
+    before = [os.dup(descriptor) for descriptor in (1, 2)]
+
+    def copy() -> None:
+        with open(source, "rb") as stream:
+            for line in stream:
+                os.write(before[0], line)
+                lines.append(line.decode(errors="replace").strip())
+
+    copier = threading.Thread(target=copy, daemon=True)
+    copier.start()
+    try:
+        for descriptor in (1, 2):
+            os.dup2(sink, descriptor)
+        os.close(sink)
+        yield lines
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for descriptor, original in zip((1, 2), before, strict=True):
+            os.dup2(original, descriptor)
+        # A compiler's cache may have left a server behind that holds the pipe; it must not hold the installation.
+        copier.join(timeout=10)
+
+
+def first_error(lines: list[str], error: Exception) -> str:
+    """Return the first line in which a compiler or a linker complains, or what the build itself says."""
+    pattern = re.compile(r"\berror\b.*: |\bfatal\b.*:|: error|undefined reference|cannot find ")
+    text = next(filter(pattern.search, lines), str(error).strip()) or repr(error)
+    return text.splitlines()[0]
+
+
 def find_nvcc(torch: Any, cpp_extension: Any) -> tuple[Path, str] | str:
     """The nvcc that torch's BuildExtension will call and its version, or why the CUDA library cannot be built."""
     if torch.version.cuda is None:
@@ -157,7 +219,12 @@ def find_nvcc(torch: Any, cpp_extension: Any) -> tuple[Path, str] | str:
 def cuda_module(torch: Any, cpp_extension: Any, nvcc: Path, sources: list[str]) -> Extension:
     arches = os.environ["TORCH_CUDA_ARCH_LIST"]
     say(f"building the CUDA library for {arches}, {len(sources)} files")
-    hopper = "9.0a" in arches
+    names = re.split(r"[;,\s]+", arches)
+    hopper = "9.0a" in names
+    plain = [name for name in names if name in ("9.0", "9.0+PTX", "Hopper")]
+    if hopper and plain:
+        # A GPU of 9.0 runs either's code, and only that of 9.0a holds Hopper's own instructions.
+        raise SystemExit(f"tinyllm: TORCH_CUDA_ARCH_LIST is {arches!r}: {plain[0]} and 9.0a exclude each other")
     if not hopper:
         say("without Hopper's own attention kernels: TORCH_CUDA_ARCH_LIST does not name 9.0a")
     # Where nvcc itself would link the runtime from: neither a distribution's nor pip's toolkit need have a lib64.
@@ -195,6 +262,11 @@ def libraries() -> tuple[list[Extension], dict[str, Any]]:
         CPP.skip(f"{error.name} is not installed in the build environment")
         CUDA.skip(NO_SCHEMAS)
         return [], {}
+    absent = missing_compiler()
+    if absent is not None:
+        CPP.skip(absent)
+        CUDA.skip(NO_SCHEMAS)
+        return [], {}
     modules = [(CPP, cpp_module(torch, pybind11, cpp_extension))]
     sources = files("csrc/cuda/**/*.cu")
     found = find_nvcc(torch, cpp_extension)
@@ -207,34 +279,30 @@ def libraries() -> tuple[list[Extension], dict[str, Any]]:
         modules.append((CUDA, cuda_module(torch, cpp_extension, found[0], sources)))
 
     class BuildExt(cpp_extension.BuildExtension):
-        """Builds one library after the other, so that a failure of the second leaves the first."""
+        """Build one library after the other, so that a failure names its own."""
 
         inplace: bool
         compiler: Any
 
         def run(self) -> None:
             inplace, compiler, jobs = self.inplace, self.compiler, os.environ.get("MAX_JOBS")
-            built: list[Extension] = []
             for library, module in modules:
-                if library is CUDA and not built:
-                    CUDA.skip(NO_SCHEMAS)
-                    break
                 self.extensions, self.inplace, self.compiler = [module], inplace, compiler
                 os.environ["MAX_JOBS"] = jobs or library.jobs()
-                try:
-                    super().run()
-                except Exception as error:
-                    # Whatever a toolchain does when it fails: the package must install all the same.
-                    text = str(error).strip()
-                    library.skip(f"it did not compile: {text.splitlines()[0] if text else repr(error)}")
-                    continue
-                built.append(module)
+                with copied_output() as lines:
+                    try:
+                        super().run()
+                        failure = None
+                    except Exception as error:
+                        failure = error
+                if failure is not None:
+                    library.fail(first_error(lines, failure), torch.__version__)
                 if library is CPP:
                     name = (getattr(self.compiler, "compiler_cxx", None) or ["c++"])[0]
                     CPP.built(compiler=version_of(name), torch=torch.__version__)
                 else:
                     CUDA.built(nvcc=found[1], cuda_arch_list=os.environ["TORCH_CUDA_ARCH_LIST"])
-            self.extensions, self.inplace = built, inplace
+            self.extensions, self.inplace = [module for _, module in modules], inplace
             write_record(ROOT if inplace else Path(self.build_lib))
 
     return [module for _, module in modules], {"build_ext": BuildExt}

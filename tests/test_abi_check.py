@@ -53,9 +53,7 @@ def test_a_macro_that_a_versions_headers_lack_is_found(torch_of_c17, tmp_path):
 
 def test_undefined_symbols_of_torchs_unstable_namespaces_are_found(tmp_path):
     source, library = tmp_path / "library.cpp", tmp_path / "library.so"
-    source.write_text(
-        "namespace at { void relu(int); } namespace hat { void on(); }\nvoid f() { at::relu(1); hat::on(); }"
-    )
+    source.write_text("namespace at { void on(); } namespace hat { void on(); }\nvoid f() { at::on(); hat::on(); }")
     subprocess.run(["c++", "-shared", "-fPIC", "-o", library, source], check=True)
     assert abi_check.forbidden_symbols(library) == ["at::on()"]
 

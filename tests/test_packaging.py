@@ -39,6 +39,16 @@ def build(checkout, kind, out, **environment):
     return result, result.stdout + result.stderr
 
 
+def run(site, code, folder):
+    """Return what a program prints whose tinyllm is the one unpacked in `site`."""
+    # The editable installation under test would lend its compiled library to the wheel's modules.
+    start = f"SITE = {str(site)!r}; import sys; sys.path.insert(0, SITE)\n"
+    start += "sys.meta_path = [finder for finder in sys.meta_path if 'editable' not in repr(finder).lower()]\n"
+    done = subprocess.run([sys.executable, "-c", start + code], cwd=folder, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 def test_the_sdist_holds_what_the_build_needs(checkout, tmp_path):
     result, output = build(checkout, "sdist", tmp_path)
     assert result.returncode == 0, output
@@ -61,39 +71,59 @@ def test_a_wheel_without_the_extension_works_and_says_why(checkout, tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         assert {"tinyllm/kernels/__init__.py", "tinyllm/benchmarks/run.py"} <= set(archive.namelist())
         archive.extractall(site)
+    # It is larger than PyTorch for CPUs, whose users have no use for it; PyTorch for GPUs brings it.
+    needed = Path(next(site.glob("*.dist-info")), "METADATA").read_text().splitlines()
+    triton = [line for line in needed if line.startswith("Requires-Dist: triton")]
+    assert triton
+    assert all("extra == " in line for line in triton)
     code = """
+import warnings
+warnings.simplefilter("error")
 import torch, tinyllm, tinyllm.kernels
 assert tinyllm.__file__.startswith(SITE), tinyllm.__file__
 tinyllm.SimpleLLM(6, 16, 32, 2)(torch.zeros(1, 3, dtype=torch.long))
-print(tinyllm.ops.last_backend(), "|", tinyllm.info()["extension"]["why_not"])
+facts = tinyllm.info()["extension"]
+print(tinyllm.ops.last_backend(), facts["why_not"], facts["repair"], sep=" | ")
 """
-    # The editable installation under test would lend its compiled library to the wheel's modules.
-    start = f"SITE = {str(site)!r}; import sys; sys.path.insert(0, SITE)\n"
-    start += "sys.meta_path = [finder for finder in sys.meta_path if 'editable' not in repr(finder).lower()]\n"
-    run = subprocess.run(
-        [sys.executable, "-c", start + code],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.strip() == "reference | the C++ extension was not built: TINYLLM_EXT=0"
+    # It was left out deliberately: nothing warns, and nothing is to be mended.
+    said = run(site, code, tmp_path).strip()
+    assert said == "reference | the C++ extension was not built: TINYLLM_EXT=0 | None"
 
 
-def test_without_a_compiler_the_package_still_builds(checkout, tmp_path):
-    result, output = build(checkout, "wheel", tmp_path, CXX="no-such-compiler", CC="no-such-compiler")
+@pytest.fixture(scope="module")
+def site_without_a_compiler(checkout, tmp_path_factory):
+    """The unpacked wheel of a machine that has no compiler."""
+    folder = tmp_path_factory.mktemp("no_compiler")
+    result, output = build(checkout, "wheel", folder, CXX="no-such-compiler", CC="no-such-compiler")
     assert result.returncode == 0, output
-    assert "skipping the C++ extension: it did not compile" in output
-    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as archive:
+    assert "skipping the C++ extension: there is no C++ compiler: no-such-compiler is not on PATH" in output
+    with zipfile.ZipFile(next(folder.glob("*.whl"))) as archive:
         assert not [name for name in archive.namelist() if name.endswith(".so")]
-        assert "it did not compile" in archive.read("tinyllm/_build.json").decode()
+        archive.extractall(folder / "site")
+    return folder / "site"
 
 
-def test_demanding_the_extension_without_a_compiler_is_an_error(checkout, tmp_path):
-    result, output = build(checkout, "wheel", tmp_path, TINYLLM_EXT="1", CXX="no-such-compiler", CC="no-such-compiler")
-    assert result.returncode != 0
-    assert "TINYLLM_EXT=1, but it did not compile" in output
+def test_without_a_compiler_the_first_call_warns_once_and_info_says_what_mends_it(site_without_a_compiler, tmp_path):
+    code = """
+import warnings, torch, tinyllm
+from tinyllm.info import format_info
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    for _ in range(2):
+        tinyllm.SimpleLLM(6, 16, 32, 2)(torch.zeros(1, 3, dtype=torch.long))
+ours = [warning for warning in caught if "tinyllm" in str(warning.message)]
+assert [warning.category for warning in ours] == [RuntimeWarning], ours
+print(ours[0].message)
+print(format_info())
+"""
+    warning, *rest = run(site_without_a_compiler, code, tmp_path).splitlines()
+    reason = "the C++ extension was not built: there is no C++ compiler: no-such-compiler is not on PATH"
+    command = "pip install --no-cache-dir --force-reinstall --no-deps "
+    assert warning.startswith(
+        f"tinyllm runs on plain PyTorch, without its compiled kernels: {reason}. To install them: {command}"
+    )
+    at = rest.index(f"compiled extension   not loaded: {reason}")
+    assert rest[at + 1].strip().startswith(f"to install it: {command}")
 
 
 def test_an_unknown_choice_is_refused(checkout, tmp_path):

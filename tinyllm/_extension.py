@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import json
+import warnings
+from importlib import metadata
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from types import ModuleType
@@ -73,3 +75,40 @@ def load_operators(path: str | Path) -> str | None:
 library, why_not = _load()
 loaded = library is not None
 cuda_why_not = _load_cuda()
+_warned = False
+
+
+def deliberately_absent() -> bool:
+    """Return whether the installation was asked to leave the compiled kernels out (TINYLLM_EXT=0)."""
+    return build_record().get("reason") == "TINYLLM_EXT=0"
+
+
+def repair() -> str | None:
+    """Return the command that installs the missing compiled kernels, or None where nothing is amiss."""
+    if why_not is None or deliberately_absent():
+        return None
+    origin = "tinyllm"
+    try:
+        # Where pip had it from, if not from an index (PEP 610).
+        direct = json.loads(metadata.distribution("tinyllm").read_text("direct_url.json") or "{}")
+    except metadata.PackageNotFoundError:
+        direct = {}
+    if "url" in direct:
+        vcs = direct.get("vcs_info", {}).get("vcs")
+        origin = f"{vcs}+{direct['url']}" if vcs else direct["url"].removeprefix("file://")
+        if direct.get("dir_info", {}).get("editable"):
+            origin = f"-e {origin}"
+    # pip would install the wheel in its cache, which has no kernels either, again.
+    return f"pip install --no-cache-dir --force-reinstall --no-deps {origin}"
+
+
+def warn_if_absent() -> None:
+    """Warn once in a process that compiled kernels are missing though nobody left them out."""
+    global _warned
+    if why_not is None or _warned:
+        return
+    _warned = True
+    command = repair()
+    if command is not None:
+        text = f"tinyllm runs on plain PyTorch, without its compiled kernels: {why_not}. To install them: {command}"
+        warnings.warn(text, RuntimeWarning, stacklevel=4)

@@ -31,6 +31,7 @@ def info() -> dict[str, Any]:
         "extension": {
             "loaded": _extension.loaded,
             "why_not": _extension.why_not,
+            "repair": _extension.repair(),
             "built_with": {key: record[key] for key in ("compiler", "torch") if key in record},
         },
         "cpu": {
@@ -98,6 +99,8 @@ def format_info() -> str:
             lines.append(f"                     TINYLLM_CPU_ISA={cpu['TINYLLM_CPU_ISA']}")
     else:
         lines.append(f"compiled extension   not loaded: {extension['why_not']}")
+        if extension["repair"]:
+            lines.append(f"                     to install it: {extension['repair']}")
     lines.append(f"CPU threads          {cpu['threads']} (torch.set_num_threads or OMP_NUM_THREADS)")
     lines.append(f"allocator            {cpu['allocator']}")
     lines += [f"GPU                  {device}" for device in gpu["devices"]]

@@ -53,7 +53,7 @@ def _register() -> tuple[bool, str | None]:
     """Defines the operators; whether Triton interprets, and why they are not there."""
     global library
     if importlib.util.find_spec("triton") is None:
-        return False, "triton is not installed"
+        return False, "triton is not installed (the extra tinyllm[gpu] brings it)"
     import os
 
     interpreted = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")

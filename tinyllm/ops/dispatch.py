@@ -181,6 +181,7 @@ def choose(operator: str, tensor: torch.Tensor, limits: Mapping[str, str] | None
     name = _choose(operator, tensor, limits or {})
     if not torch.compiler.is_compiling():
         _last = name
+        _extension.warn_if_absent()
     return name
 
 
