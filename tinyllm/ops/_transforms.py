@@ -7,6 +7,10 @@ from torch.autograd import forward_ad
 
 from tinyllm.ops._compiler import constant_for_compiler
 
+# Looked up once: these are asked at every call of an operator.
+_functorch_is_active = torch._C._are_functorch_transforms_active
+_is_tracing = torch._C._is_tracing
+
 
 @constant_for_compiler  # which watches these states itself, and compiles again where they are others
 def active_transform() -> str | None:
@@ -17,10 +21,10 @@ def active_transform() -> str | None:
     its calls slower. torch.func.grad also wants a backward that can be differentiated again, which is the reference's
     in any case. A trace is for programs without this package, and may be trained.
     """
-    if torch._C._are_functorch_transforms_active():
+    if _functorch_is_active():
         return "a transform of torch.func is active"
     if forward_ad._current_level >= 0:
         return "forward-mode automatic differentiation is active"
-    if torch._C._is_tracing():
+    if _is_tracing():
         return "torch.jit.trace is recording"
     return None
