@@ -131,7 +131,8 @@ def scaled_dot_product_attention(
         finite_keys, finite_values = key.isfinite(), value.isfinite()
         bad = ~(finite_keys.all(-1, keepdim=True) & finite_values.all(-1, keepdim=True))
         key, value = key.masked_fill(~finite_keys, 0.0), value.masked_fill(~finite_values, 0.0)
-        poison = torch.matmul(visible.to(compute), bad.to(compute)) > 0
+        sizes = torch.broadcast_shapes(visible.shape, (query.size(-2), key.size(-2)))
+        poison = torch.matmul(visible.expand(sizes).to(compute), bad.to(compute)) > 0
     scores = query.to(compute) @ key.transpose(-2, -1) * scale
     if attn_mask is not None and attn_mask.dtype != torch.bool:
         scores = scores + attn_mask.to(compute)
