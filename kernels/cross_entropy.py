@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import compute_dtype, launch_options, triton_compute_dtype, warps_for
+from .launch import compute_dtype, launch_options, next_power_of_2, triton_compute_dtype, warps_for
 from .losses import MEAN, NONE, reduced, totals_of
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -420,7 +420,7 @@ def _layout(x: Tensor, grad_x: Tensor | None, label_smoothing: float) -> dict[st
     held = PER_THREAD_SMOOTHING if label_smoothing > 0.0 else PER_THREAD
     elements = held // compute_dtype(x.dtype).itemsize
     most = 16 if columns * x.element_size() >= LONG_ROW else 8
-    warps = warps_for(triton.next_power_of_2(max(1, columns)), elements, most)
+    warps = warps_for(next_power_of_2(columns), elements, most)
     k = elements // widest
     return {
         "VECTOR": vector,

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import compute_dtype, launch_options, triton_compute_dtype, warps_for
+from .launch import cdiv, compute_dtype, launch_options, next_power_of_2, triton_compute_dtype, warps_for
 from .random import drop_threshold, kept_elements, kept_scale
 
 RUN_TOKENS = tl.constexpr(32)
@@ -222,7 +222,7 @@ def embedding_fwd(
     table, p = _as_rows(weight), None if positions is None else _as_rows(positions)
     block = _block(columns, 256)
     rows = FORWARD_TILE // block
-    forward_kernel[(triton.cdiv(tokens, rows), triton.cdiv(columns, block))](
+    forward_kernel[(cdiv(tokens, rows), cdiv(columns, block))](
         input.contiguous(), table, p, _state(dropout_p, rng), out, table.stride(0), 0 if p is None else p.stride(0),
         tokens, table.size(0), 1 if p is None else p.size(0), columns, drop_threshold(dropout_p), kept_scale(dropout_p),
         ROWS=rows, BLOCK=block, COMPUTE=triton_compute_dtype(weight.dtype),
@@ -252,10 +252,10 @@ def embedding_bwd(
     state, compute = _state(dropout_p, rng), triton_compute_dtype(grad.dtype)
     # One warp, of which each thread has 16 bytes of a row.
     block = _block(columns, 32 * 16 // grad.element_size())
-    column_blocks = triton.cdiv(columns, block)
+    column_blocks = cdiv(columns, block)
     if weight_grad:
         ids, order = torch.sort(_sortable(input.reshape(-1), num_embeddings), stable=True)
-        blocks = triton.cdiv(tokens, RUN_TOKENS.value)
+        blocks = cdiv(tokens, RUN_TOKENS.value)
         heads = torch.empty((blocks, columns), dtype=compute_dtype(grad.dtype), device=grad.device)
         tails = torch.empty_like(heads)
         ignored = -1 if padding_idx is None else padding_idx
@@ -291,7 +291,7 @@ def _as_rows(x: Tensor) -> Tensor:
 
 def _block(columns: int, most: int) -> int:
     """Columns of a program: at least what shares a counter of random bits."""
-    return max(4, min(most, triton.next_power_of_2(columns)))
+    return max(4, min(most, next_power_of_2(columns)))
 
 
 def _state(dropout_p: float, rng: Tensor | None) -> Tensor | None:

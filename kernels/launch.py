@@ -51,6 +51,17 @@ def _capability(index: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)
 
 
+# Triton's functions of these names take some microseconds each time.
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The least power of two that is not below n."""
+    return 1 << max(0, n - 1).bit_length()
+
+
 def warps_for(elements: int, per_thread: int, most: int = 16) -> int:
     """Warps for a tile of so many elements, a power of two, when each thread should hold `per_thread` of them."""
     return max(1, min(most, elements // (32 * per_thread)))

@@ -24,7 +24,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import compute_dtype, launch_options, multiprocessors, triton_compute_dtype, warps_for
+from .launch import (
+    cdiv,
+    compute_dtype,
+    launch_options,
+    multiprocessors,
+    next_power_of_2,
+    triton_compute_dtype,
+    warps_for,
+)
 
 # Elements that a program, and a thread, hold of each tensor; in float64 a quarter as many.
 FORWARD_TILE, BACKWARD_TILE = 4096, 4096
@@ -401,7 +409,7 @@ def _held(elements: int, compute: torch.dtype) -> int:
 
 def _tile(columns: int, elements: int, compute: torch.dtype) -> tuple[int, int, int]:
     """Rows and columns of a tile, powers of two, and its warps."""
-    block = triton.next_power_of_2(columns)
+    block = next_power_of_2(columns)
     rows = max(1, min(64, _held(elements, compute) // block))
     return rows, block, warps_for(rows * block, _held(PER_THREAD, compute))
 
@@ -432,7 +440,7 @@ def _forward(
         forward_wide_kernel[(rows,)](*common, columns, eps, BLOCK=WIDE_BLOCK, **launch_options(8), **constants)
     else:
         tile_rows, block, warps = _tile(columns, FORWARD_TILE, compute)
-        forward_kernel[(triton.cdiv(rows, tile_rows),)](
+        forward_kernel[(cdiv(rows, tile_rows),)](
             *common, rows, columns, eps, ROWS=tile_rows, BLOCK=block, **launch_options(warps), **constants
         )
     return normed, total, mean, rstd
@@ -463,7 +471,7 @@ def _backward(
     wide = columns > _held(BACKWARD_ROW, compute)
     # As many as run at a time: a thread needs up to 128 registers.
     programs = multiprocessors(input) * (1 if warps > 8 and not wide else 2)
-    programs = min(programs, rows if wide else triton.cdiv(rows, tile_rows))
+    programs = min(programs, rows if wide else cdiv(rows, tile_rows))
     weight_parts = bias_parts = None
     if parameter_grads:
         weight_parts = torch.empty((programs, columns), dtype=compute, device=input.device)
@@ -473,7 +481,7 @@ def _backward(
     if wide:
         backward_wide_kernel[(rows,)](*common, *strides, columns, BLOCK=WIDE_BLOCK, **launch_options(8), **constants)
         if weight_parts is not None:
-            parameter_parts_wide_kernel[(triton.cdiv(columns, 1024), programs)](
+            parameter_parts_wide_kernel[(cdiv(columns, 1024), programs)](
                 g, x, mean, rstd, weight_parts, bias_parts, strides[0], strides[2], rows, columns, BLOCK=1024,
                 **launch_options(4), **constants,
             )  # fmt: skip
@@ -484,7 +492,7 @@ def _backward(
             STAGES=3 if 2 * tile_bytes <= AHEAD_BYTES else 2, **launch_options(warps), **constants,
         )  # fmt: skip
     if weight_parts is not None:
-        sum_parts_kernel[(triton.cdiv(columns, SUM_COLUMNS), 1 + centered)](
+        sum_parts_kernel[(cdiv(columns, SUM_COLUMNS), 1 + centered)](
             weight_parts, bias_parts, grad_weight, grad_bias, programs, columns, ROWS=SUM_ROWS, BLOCK=SUM_COLUMNS,
             COMPUTE=constants["COMPUTE"], **launch_options(4),
         )  # fmt: skip

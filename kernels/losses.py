@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import compute_dtype, launch_options, multiprocessors
+from .launch import cdiv, compute_dtype, launch_options, multiprocessors
 
 NONE, MEAN = 0, 1  # PyTorch's numbers for reductions; the third is the sum
 # Elements at a time of the kernels of one program, and of a program that scales.
@@ -116,6 +116,6 @@ def reduced(losses: Tensor, totals: Tensor, reduction: int) -> Tensor:
 def scale_unless_one_(x: Tensor, factor: Tensor) -> Tensor:
     """x *= factor, a scalar at which only the device looks: where it is 1, x is not touched. x is contiguous."""
     if x.numel() > 0:
-        programs = min(multiprocessors(x) * 8, triton.cdiv(x.numel(), SCALE_BLOCK))
+        programs = min(multiprocessors(x) * 8, cdiv(x.numel(), SCALE_BLOCK))
         scale_kernel[(programs,)](x, factor, x.numel(), BLOCK=SCALE_BLOCK, **launch_options(8))
     return x

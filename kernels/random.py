@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import launch_options
+from .launch import cdiv, launch_options
 
 ROUNDS = tl.constexpr(10)
 
@@ -74,7 +74,7 @@ def dropout_factors(rng: Tensor, rows: int, columns: int, p: float) -> Tensor:
     """What dropout with this state, (seed, offset), multiplies a (rows, columns) matrix by. float32."""
     out = torch.empty((rows, columns), dtype=torch.float32, device=rng.device)
     if out.numel() > 0:
-        grid = (triton.cdiv(rows, 16), triton.cdiv(columns, 64))
+        grid = (cdiv(rows, 16), cdiv(columns, 64))
         factors_kernel[grid](
             rng, out, rows, columns, drop_threshold(p), kept_scale(p), ROWS=16, BLOCK=64, **launch_options(4)
         )

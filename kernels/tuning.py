@@ -6,6 +6,7 @@ the fastest in a file beside Triton's cache, from which later processes take it,
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -51,13 +52,19 @@ def choose_tile(
         return tiles[0]
     if _chosen is None:
         _chosen = _read()
-    name = " ".join(map(str, (kernel, *key, torch.cuda.get_device_name(like.device), triton.__version__)))
+    name = _name(kernel, tuple(key), like.device)
     tile = _chosen.get(name)
     if tile is None and os.environ.get("TINYLLM_AUTOTUNE") == "1" and not torch.cuda.is_current_stream_capturing():
         times = {tile: triton.testing.do_bench(lambda tile=tile: run(tile), warmup=10, rep=40) for tile in tiles}
         tile = _chosen[name] = min(times, key=times.__getitem__)
         _write(_chosen)
     return tile if tile is not None and tile in tiles else tiles[0]
+
+
+@functools.lru_cache(4096)
+def _name(kernel: str, key: tuple[Any, ...], device: torch.device) -> str:
+    """The line of a choice in the file."""
+    return " ".join(map(str, (kernel, *key, torch.cuda.get_device_name(device), triton.__version__)))
 
 
 def _read() -> dict[str, Tile]:

@@ -8,10 +8,10 @@ FlexAttention found for the same chips.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
-import triton
-
+from ..launch import cdiv, next_power_of_2
 from ..tuning import Tile
 
 FORWARD, BACKWARD_KEYS, BACKWARD_QUERIES = "attention_fwd", "attention_bwd_keys", "attention_bwd_queries"
@@ -142,12 +142,13 @@ class Widths(NamedTuple):
     dv: int
 
 
+@functools.lru_cache
 def widths(kernel: str, head_dim: int, value_dim: int, element_size: int) -> Widths:
     """How a kernel divides heads of these sizes."""
     widest, chunk = _WIDEST[kernel, element_size]
     if max(head_dim, value_dim) > widest:
-        return Widths(triton.cdiv(max(head_dim, value_dim), chunk), chunk, chunk)
-    return Widths(1, *(max(16, triton.next_power_of_2(n)) for n in (head_dim, value_dim)))
+        return Widths(cdiv(max(head_dim, value_dim), chunk), chunk, chunk)
+    return Widths(1, *(max(16, next_power_of_2(n)) for n in (head_dim, value_dim)))
 
 
 def tiles(
@@ -166,6 +167,21 @@ def tiles(
         busy: there is a mask or dropout.
         capability: of the chip, whose shared memory they fit in.
     """
+    return _tiles_of(
+        kernel, width, element_size, descriptors, busy, max(16, next_power_of_2(queries)), capability
+    )  # fmt: skip
+
+
+@functools.lru_cache(4096)
+def _tiles_of(
+    kernel: str,
+    width: Widths,
+    element_size: int,
+    descriptors: bool,
+    busy: bool,
+    rows: int,
+    capability: tuple[int, int],
+) -> list[Tile]:
     wide = max(width.d, width.dv)
     columns = next(size for size in (64, 128, 256) if wide <= size)
     if width.chunks > 1 and element_size == 2:
@@ -175,11 +191,15 @@ def tiles(
         chips = BLACKWELL
     candidates = TILES[kernel, element_size, columns, chips][busy]
     if kernel == FORWARD:  # no more rows than there are queries
-        rows = max(16, triton.next_power_of_2(queries))
         candidates = [tile if tile.rows <= rows else tile._replace(rows=rows, warps=4) for tile in candidates]
-    most = _SHARED_MEMORY.get(capability, _LEAST_SHARED_MEMORY)
-    fitting = [tile for tile in candidates if _shared_memory(kernel, width, element_size, tile, busy) <= most]
+    fitting = [tile for tile in candidates if fits(kernel, width, element_size, tile, busy, capability)]
     return list(dict.fromkeys(fitting or candidates[-1:]))
+
+
+def fits(kernel: str, width: Widths, element_size: int, tile: Tile, busy: bool, capability: tuple[int, int]) -> bool:
+    """Whether a chip has the shared memory for a tile."""
+    most = _SHARED_MEMORY.get(capability, _LEAST_SHARED_MEMORY)
+    return _shared_memory(kernel, width, element_size, tile, busy) <= most
 
 
 def _shared_memory(kernel: str, width: Widths, element_size: int, tile: Tile, busy: bool) -> int:

@@ -72,6 +72,17 @@ def test_nothing_is_timed_while_a_graph_is_captured(gpu, monkeypatch):
     assert not timed
 
 
+def test_the_device_is_asked_for_its_name_once(gpu, monkeypatch):
+    # Each launch looks its tile up.
+    tensor, _ = gpu
+    tuning._name.cache_clear()
+    asked = []
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: asked.append(device) or "a GPU")
+    for _ in range(3):
+        assert choose(tensor, key=(torch.bfloat16, 64)) == TILES[0]
+    assert asked == ["cuda:0"]
+
+
 @pytest.mark.parametrize("text", ["", "[]", '{"kernel": 3}'])
 def test_a_spoilt_file_is_no_error(gpu, text):
     tensor, _ = gpu
