@@ -4,8 +4,8 @@
 
 The launchers of `kernels/` run as they are, on CPU tensors, but for a driver that names a GPU which is not there and
 launches that end once their kernel is compiled. So what is compiled is what a GPU of that kind would run, with the
-tiles, warps and specialisations that the launcher chooses. Fails where a kernel spills registers to local memory, or
-where its machine code lacks what `CLAIMS` says of it.
+tiles, warps and specialisations that the launcher chooses. Fails where a kernel spills registers to local memory (those
+of `SPILLING_APART` where they do in a loop over tiles), or where its machine code lacks what `CLAIMS` says of it.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,18 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from kernels import attention, cross_entropy, embedding, launch, layer_norm, losses, random, tuning
-from tests.machine_code import ARCHITECTURES, HEADER, SHARED_LIMIT, WIDE, Claim, Kernel, complaints, read_bytes, row
+from tests.machine_code import (
+    ARCHITECTURES,
+    HEADER,
+    SHARED_LIMIT,
+    WIDE,
+    Claim,
+    Kernel,
+    complaints,
+    read_bytes,
+    row,
+    spills_apart,
+)  # fmt: skip
 
 EVERY_TILE = (90,)  # for these every tile that a launcher could choose is compiled, for others its default
 MULTIPROCESSORS = 132  # an H200's
@@ -171,6 +183,14 @@ CLAIMS: dict[str, list[Claim]] = {
     "attention.backward_keys.keys_kernel": [MATRIX_UNITS],
 }
 
+# They may keep in local memory what no loop over tiles needs, as that with which a second attempt begins (tiles.py):
+# some instructions of a program, and none of a tile.
+SPILLING_APART = (
+    "attention.forward.forward_kernel",
+    "attention.backward.queries_kernel",
+    "attention.backward_keys.keys_kernel",
+)
+
 # ---- Compiling
 
 
@@ -230,7 +250,10 @@ def compile_case(file: str, index: int, arch: int, every_tile: bool, sass: Path 
 def _read(name: str, case: str, arch: int, kernel: Any, sass: Path | None) -> Kernel:
     file = sass and sass / f"{name} {case} sm_{arch}.sass".replace(" ", "_")
     _, registers, stack, code = read_bytes(kernel.asm["cubin"], file)
-    return Kernel(name, case, arch, kernel.metadata.num_warps, registers, kernel.metadata.shared, stack, code)
+    found = Kernel(name, case, arch, kernel.metadata.num_warps, registers, kernel.metadata.shared, stack, code)
+    if found.spills and name in SPILLING_APART:
+        found = replace(found, spills_apart=spills_apart(kernel.asm["cubin"]))
+    return found
 
 
 # ---- The table

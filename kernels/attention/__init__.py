@@ -1,5 +1,5 @@
-"""scaled_dot_product_attention on NVIDIA GPUs: the launchers. The kernels are in forward.py, backward.py and
-backward_keys.py.
+"""scaled_dot_product_attention on NVIDIA GPUs: the launchers. The kernels are in forward.py, decode.py,
+backward.py and backward_keys.py.
 
 bfloat16 and float16 multiply as they are and add in float32. float32 multiplies as torch.set_float32_matmul_precision
 says: "highest", PyTorch's default, as three tf32 products, which keep about 22 bits; otherwise as one, which keeps 11.
@@ -11,18 +11,18 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .. import tuning
-from ..launch import capability, interpreted, launch_options, multiprocessors
+from ..launch import capability, cdiv, interpreted, launch_options, multiprocessors, next_power_of_2
 from ..random import drop_threshold, kept_scale
 from ..tuning import Tile
 from . import configs
 from .backward import delta_kernel, queries_kernel
 from .backward_keys import keys_kernel
-from .forward import decode_kernel, forward_kernel, join_kernel
+from .decode import decode_kernel, join_kernel
+from .forward import forward_kernel
 
 _LOG2_E = 1.4426950408889634
 _DELTA_ROWS, _JOINED_AT_ONCE = 32, 16
@@ -53,10 +53,11 @@ def attention_fwd(
 
     def run(tile: Tile) -> None:
         sources = call.sources(tile, (query, width.d), (key, width.d), (value, width.dv))
-        grid = (triton.cdiv(call.queries, tile.rows) * width.chunks * call.batch * call.heads,)
+        grid = (cdiv(call.queries, tile.rows) * width.chunks * call.batch * call.heads,)
         forward_kernel[grid](
-            *sources, attn_mask, call.key_lengths, rng, out, lse, *call.strides(query, key, value), *out.stride()[:3],
-            *call.sizes(), *call.numbers(), CHUNKS=width.chunks, SCALE_FIRST=scale <= 0, **call.constants(tile, width),
+            *sources, query, key, value, attn_mask, call.key_lengths, rng, out, lse, *call.strides(query, key, value),
+            *out.stride()[:3], *call.sizes(), *call.numbers(), CHUNKS=width.chunks, SCALE_FIRST=scale <= 0,
+            **call.constants(tile, width),
         )  # fmt: skip
 
     run(call.choose(configs.FORWARD, width, run))
@@ -83,9 +84,9 @@ def attention_bwd(
     if lse.numel() == 0 or key.size(1) * call.keys == 0:
         return grad_query.zero_(), grad_key.zero_(), grad_value.zero_()
     delta = torch.empty_like(lse)
-    delta_kernel[(triton.cdiv(call.queries, _DELTA_ROWS) * call.batch * call.heads,)](
+    delta_kernel[(cdiv(call.queries, _DELTA_ROWS) * call.batch * call.heads,)](
         grad, out, delta, *grad.stride(), *out.stride(), call.heads, call.queries, call.value_dim, ROWS=_DELTA_ROWS,
-        DV=min(triton.next_power_of_2(max(1, call.value_dim)), 256), **launch_options(4),
+        DV=min(next_power_of_2(call.value_dim), 256), **launch_options(4),
     )  # fmt: skip
     strides = call.strides(query, key, value, grad)
     numbers = (call.scale, scale, *call.numbers()[1:])
@@ -95,7 +96,7 @@ def attention_bwd(
     def run_keys(tile: Tile) -> None:
         chunks, d, dv = keys_width
         sources = call.sources(tile, (query, d), (key, d), (value, dv), (grad, dv))
-        grid = (triton.cdiv(call.keys, tile.columns) * chunks * call.batch * call.heads // call.group,)
+        grid = (cdiv(call.keys, tile.columns) * chunks * call.batch * call.heads // call.group,)
         keys_kernel[grid](
             *sources, attn_mask, call.key_lengths, rng, lse, delta, grad_key, grad_value, *strides,
             *grad_key.stride()[:3], *grad_value.stride()[:3], *call.sizes(), *numbers, CHUNKS=chunks,
@@ -105,10 +106,10 @@ def attention_bwd(
     def run_queries(tile: Tile) -> None:
         chunks, d, dv = queries_width
         sources = call.sources(tile, (query, d), (key, d), (value, dv), (grad, dv))
-        grid = (triton.cdiv(call.queries, tile.rows) * chunks * call.batch * call.heads,)
+        grid = (cdiv(call.queries, tile.rows) * chunks * call.batch * call.heads,)
         queries_kernel[grid](
-            *sources, attn_mask, call.key_lengths, rng, lse, delta, grad_query, *strides, *grad_query.stride()[:3],
-            *call.sizes(), *numbers, CHUNKS=chunks, **call.constants(tile, queries_width),
+            *sources, query, key, value, grad, attn_mask, call.key_lengths, rng, lse, delta, grad_query, *strides,
+            *grad_query.stride()[:3], *call.sizes(), *numbers, CHUNKS=chunks, **call.constants(tile, queries_width),
         )  # fmt: skip
 
     run_keys(call.choose(configs.BACKWARD_KEYS, keys_width, run_keys))
@@ -121,10 +122,10 @@ def _decode(call: _Call, width: configs.Widths, out: Tensor, lse: Tensor) -> Non
     query, key, value = call.query, call.key, call.value
     tile = configs.decode_tile(width, query.element_size())
     groups = call.batch * call.heads // call.group
-    most = triton.cdiv(call.keys, 2 * tile.columns)
-    splits = max(1, min(triton.cdiv(2 * multiprocessors(query), groups), most))
-    split = triton.cdiv(triton.cdiv(call.keys, splits), tile.columns) * tile.columns
-    splits = triton.cdiv(call.keys, split)
+    most = cdiv(call.keys, 2 * tile.columns)
+    splits = max(1, min(cdiv(2 * multiprocessors(query), groups), most))
+    split = cdiv(cdiv(call.keys, splits), tile.columns) * tile.columns
+    splits = cdiv(call.keys, split)
     parts = torch.empty((splits, *lse.shape, call.value_dim), dtype=torch.float32, device=query.device)
     parts_lse = torch.empty((splits, *lse.shape), dtype=torch.float32, device=query.device)
     _, k, v = call.sources(tile, (query, width.d), (key, width.d), (value, width.dv))
@@ -184,7 +185,7 @@ class _Call:
             kernel, width, self.query.element_size(), self.descriptors, busy, self.queries, capability(self.query)
         )
         key = (self.query.dtype, *width, self.descriptors, self.causal, self.mask_kind, dropout)
-        lengths = (triton.next_power_of_2(n) for n in (self.queries, self.keys))
+        lengths = (next_power_of_2(n) for n in (self.queries, self.keys))
         return tuning.choose_tile(kernel, self.query, (*key, *lengths), candidates, run)
 
     def sources(self, tile: Tile, *tensors: tuple[Tensor, int]) -> list[Tensor | TensorDescriptor]:

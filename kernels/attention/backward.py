@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from ..random import kept_elements
-from .tiles import NO_MASK, hide, load_rows, product
+from .tiles import BOOLEAN, COLUMNS_AGAIN, NO_MASK, ROWS_AGAIN, any_nan, clear_rows, finite, hide, load_rows, product
 
 
 @triton.jit
@@ -107,9 +107,15 @@ def queries_pass(
     DROPOUT: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     PRECISION: tl.constexpr,
+    LENGTHS: tl.constexpr,
+    AGAIN: tl.constexpr = False,
 ):
-    """Goes through the keys [begin, end)."""
-    for first in range(begin, end, COLUMNS):
+    """Goes through the keys [begin, end).
+
+    LENGTHS: whether some of all_keys may not be visible.
+    AGAIN: whether keys that are NaN or infinite count as 0 in the last product, and hidden values not at all.
+    """
+    for first in tl.range(begin, end, COLUMNS, num_stages=1 if AGAIN else None):
         column = first + tl.arange(0, COLUMNS)
         k = load_rows(
             key, batch, kv_head, first, chunk * D, all_keys, head_dim, k_row, k_column, COLUMNS, D, CHECK_D, DESCRIPTORS
@@ -130,6 +136,7 @@ def queries_pass(
                 scores = product(qc, tl.trans(kc), scores, PRECISION)
         scores *= scale
         scores = hide(scores, mask_rows, mask_column, row, row_inside, column, keys, CAUSAL, EDGE, MASK)
+        hidden = scores == float("-inf")
         weights = tl.exp2(scores - row_lse[:, None])
         if CHUNKS == 1:
             v = load_rows(
@@ -153,8 +160,118 @@ def queries_pass(
             kept = kept_elements(rng, dropout_row, first, all_keys, threshold, COLUMNS)
             grad_weights = tl.where(kept, grad_weights * kept_scale, 0.0)
         grad_scores = weights * (grad_weights - row_delta[:, None])
+        if AGAIN or (EDGE and LENGTHS):
+            grad_scores = tl.where(hidden, 0.0, grad_scores)
+        if AGAIN:
+            k = finite(k)
+        elif EDGE and LENGTHS:
+            k = clear_rows(k, column, keys)
         grad_q = product(grad_scores.to(k.dtype), k, grad_q, PRECISION)
     return grad_q
+
+
+@triton.jit
+def queries_rows(
+    query,
+    key,
+    value,
+    grad,
+    mask,
+    rng,
+    lse,
+    delta,
+    grad_query,
+    batch,
+    head,
+    kv_head,
+    first,
+    chunk,
+    q_row,
+    q_column,
+    k_row,
+    k_column,
+    v_row,
+    v_column,
+    g_row,
+    g_column,
+    mask_row,
+    mask_column,
+    dq_row,
+    first_statistic,
+    queries,
+    visible,
+    keys,
+    head_dim,
+    value_dim,
+    scale,
+    plain_scale,
+    threshold,
+    kept_scale,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    CHECK_D: tl.constexpr,
+    CHECK_DV: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    MASK: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    LENGTHS: tl.constexpr,
+    AGAIN: tl.constexpr,
+):
+    """Makes the gradients of the queries [first, first + ROWS) of a head, whose first row mask and grad_query point to.
+
+    Returns whether they have to be made AGAIN, because of what hidden keys and values may have been: then none is
+    stored.
+    """
+    row = first + tl.arange(0, ROWS)
+    wide_row = row.to(tl.int64)
+    row_inside = row < queries
+    end = visible
+    full = visible
+    if CAUSAL:
+        end = tl.minimum(visible, first + ROWS)
+        full = tl.minimum(visible, first + 1)
+    full = full // COLUMNS * COLUMNS
+    mask_rows = row
+    if MASK != NO_MASK:
+        mask_rows = mask + wide_row * mask_row
+    statistic = first_statistic + row
+    q = load_rows(query, batch, head, first, 0, queries, head_dim, q_row, q_column, ROWS, D, CHECK_D, DESCRIPTORS)
+    g = load_rows(grad, batch, head, first, 0, queries, value_dim, g_row, g_column, ROWS, DV, CHECK_DV, DESCRIPTORS)
+    # A query that sees no key has no gradient: exp2(... - inf) is 0.
+    row_lse = tl.load(lse + statistic, row_inside, other=float("inf"))
+    row_lse = tl.where(row_lse == float("-inf"), float("inf"), row_lse)
+    row_delta = tl.load(delta + statistic, row_inside, other=0.0)
+    grad_q = tl.zeros([ROWS, D], tl.float32)
+    if AGAIN:
+        full = 0
+    else:
+        grad_q = queries_pass(
+            grad_q, q, g, row_lse, row_delta, query, key, value, grad, rng, batch, head, kv_head, first, chunk, 0, full,
+            row, row_inside, mask_rows, mask_column, statistic, q_row, q_column, k_row, k_column, v_row, v_column,
+            g_row, g_column, queries, visible, keys, head_dim, value_dim, scale, threshold, kept_scale, ROWS, COLUMNS,
+            D, DV, CHUNKS, CHECK_D, CHECK_DV, CAUSAL, False, MASK, DROPOUT, DESCRIPTORS, PRECISION, LENGTHS, False,
+        )  # fmt: skip
+    grad_q = queries_pass(
+        grad_q, q, g, row_lse, row_delta, query, key, value, grad, rng, batch, head, kv_head, first, chunk, full, end,
+        row, row_inside, mask_rows, mask_column, statistic, q_row, q_column, k_row, k_column, v_row, v_column, g_row,
+        g_column, queries, visible, keys, head_dim, value_dim, scale, threshold, kept_scale, ROWS, COLUMNS, D, DV,
+        CHUNKS, CHECK_D, CHECK_DV, CAUSAL, True, MASK, DROPOUT, DESCRIPTORS, PRECISION, LENGTHS, AGAIN,
+    )  # fmt: skip
+    again = False
+    stored = row_inside
+    if (CAUSAL or MASK == BOOLEAN) and not AGAIN:
+        again = any_nan(grad_q, row_inside)
+        stored = row < tl.where(again, first, queries)
+    column = chunk * D + tl.arange(0, D)
+    at = grad_query + wide_row[:, None] * dq_row + column[None, :]
+    grad_q = (grad_q * plain_scale).to(grad_query.dtype.element_ty)
+    tl.store(at, grad_q, stored[:, None] & (column < head_dim)[None, :])
+    return again
 
 
 @triton.jit
@@ -163,6 +280,10 @@ def queries_kernel(
     key,  # descriptor, or pointer to (B, H / group, keys, head_dim)
     value,  # descriptor, or pointer to (B, H / group, keys, value_dim)
     grad,  # descriptor, or pointer to (B, H, queries, value_dim)
+    plain_query,  # pointer in either case
+    plain_key,  # likewise
+    plain_value,  # likewise
+    plain_grad,  # likewise
     mask,  # (B, H, queries, keys), bool or floating, or None
     key_lengths,  # (B), or None
     rng,  # (2), or None
@@ -224,48 +345,37 @@ def queries_kernel(
     head, batch = rest % heads, rest // heads
     kv_head = head // group
     wide_batch, wide_head, wide_kv_head = batch.to(tl.int64), head.to(tl.int64), kv_head.to(tl.int64)
-    first = block * ROWS
-    row = first + tl.arange(0, ROWS)
-    row_inside = row < queries
     if not DESCRIPTORS:
         query += wide_batch * q_batch + wide_head * q_head
         key += wide_batch * k_batch + wide_kv_head * k_head
         value += wide_batch * v_batch + wide_kv_head * v_head
         grad += wide_batch * g_batch + wide_head * g_head
     visible = keys
-    if key_lengths is not None:
+    LENGTHS: tl.constexpr = key_lengths is not None
+    if LENGTHS:
         visible = tl.maximum(tl.minimum(tl.load(key_lengths + batch), keys), 0).to(tl.int32)
-    end = visible
-    full = visible
-    if CAUSAL:
-        end = tl.minimum(visible, first + ROWS)
-        full = tl.minimum(visible, first + 1)
-    full = full // COLUMNS * COLUMNS
-    mask_rows = row
     if MASK != NO_MASK:
-        mask_rows = mask + wide_batch * mask_batch + wide_head * mask_head + row.to(tl.int64) * mask_row
-    statistic = (wide_batch * heads + head) * queries + row
-    q = load_rows(query, batch, head, first, 0, queries, head_dim, q_row, q_column, ROWS, D, CHECK_D, DESCRIPTORS)
-    g = load_rows(grad, batch, head, first, 0, queries, value_dim, g_row, g_column, ROWS, DV, CHECK_DV, DESCRIPTORS)
-    # A query that sees no key has no gradient: exp2(... - inf) is 0.
-    row_lse = tl.load(lse + statistic, row_inside, other=float("inf"))
-    row_lse = tl.where(row_lse == float("-inf"), float("inf"), row_lse)
-    row_delta = tl.load(delta + statistic, row_inside, other=0.0)
-    grad_q = tl.zeros([ROWS, D], tl.float32)
-    grad_q = queries_pass(
-        grad_q, q, g, row_lse, row_delta, query, key, value, grad, rng, batch, head, kv_head, first, chunk, 0, full,
-        row,
-        row_inside, mask_rows, mask_column, statistic, q_row, q_column, k_row, k_column, v_row, v_column, g_row,
-        g_column, queries, visible, keys, head_dim, value_dim, scale, threshold, kept_scale, ROWS, COLUMNS, D, DV,
-        CHUNKS, CHECK_D, CHECK_DV, CAUSAL, False, MASK, DROPOUT, DESCRIPTORS, PRECISION,
+        mask += wide_batch * mask_batch + wide_head * mask_head
+    grad_query += wide_batch * dq_batch + wide_head * dq_head
+    statistic = (wide_batch * heads + head) * queries
+    first = block * ROWS
+    again = queries_rows(
+        query, key, value, grad, mask, rng, lse, delta, grad_query, batch, head, kv_head, first, chunk, q_row, q_column,
+        k_row, k_column, v_row, v_column, g_row, g_column, mask_row, mask_column, dq_row, statistic, queries, visible,
+        keys, head_dim, value_dim, scale, plain_scale, threshold, kept_scale, ROWS, COLUMNS, D, DV, CHUNKS, CHECK_D,
+        CHECK_DV, CAUSAL, MASK, DROPOUT, DESCRIPTORS, PRECISION, LENGTHS, False,
     )  # fmt: skip
-    grad_q = queries_pass(
-        grad_q, q, g, row_lse, row_delta, query, key, value, grad, rng, batch, head, kv_head, first, chunk, full, end,
-        row, row_inside, mask_rows, mask_column, statistic, q_row, q_column, k_row, k_column, v_row, v_column, g_row,
-        g_column, queries, visible, keys, head_dim, value_dim, scale, threshold, kept_scale, ROWS, COLUMNS, D, DV,
-        CHUNKS, CHECK_D, CHECK_DV, CAUSAL, True, MASK, DROPOUT, DESCRIPTORS, PRECISION,
-    )  # fmt: skip
-    column = chunk * D + tl.arange(0, D)
-    at = wide_batch * dq_batch + wide_head * dq_head + row.to(tl.int64)[:, None] * dq_row + column[None, :]
-    grad_q = (grad_q * plain_scale).to(grad_query.dtype.element_ty)
-    tl.store(grad_query + at, grad_q, row_inside[:, None] & (column < head_dim)[None, :])
+    if CAUSAL or MASK == BOOLEAN:  # noqa: SIM102 - known when it is compiled
+        if again:  # in tiles so small that the registers are those of the first time
+            plain_query += wide_batch * q_batch + wide_head * q_head
+            plain_key += wide_batch * k_batch + wide_kv_head * k_head
+            plain_value += wide_batch * v_batch + wide_kv_head * v_head
+            plain_grad += wide_batch * g_batch + wide_head * g_head
+            for few in range(first, tl.minimum(first + ROWS, queries), ROWS_AGAIN):
+                queries_rows(
+                    plain_query, plain_key, plain_value, plain_grad, mask, rng, lse, delta, grad_query, batch, head,
+                    kv_head, few, chunk, q_row, q_column, k_row, k_column, v_row, v_column, g_row, g_column, mask_row,
+                    mask_column, dq_row, statistic, queries, visible, keys, head_dim, value_dim, scale, plain_scale,
+                    threshold, kept_scale, ROWS_AGAIN, COLUMNS_AGAIN, D, DV, CHUNKS, CHECK_D, CHECK_DV, CAUSAL, MASK,
+                    DROPOUT, False, PRECISION, LENGTHS, True,
+                )  # fmt: skip

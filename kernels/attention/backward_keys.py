@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from ..random import kept_elements
-from .tiles import NO_MASK, hide, load_rows, product
+from .tiles import ADDITIVE, BOOLEAN, NO_MASK, hide, load_rows, product
 
 
 @triton.jit
@@ -88,17 +88,27 @@ def keys_pass(
                 )
                 scores = product(kc, tl.trans(qc), scores, PRECISION)
         scores *= scale
-        if EDGE or MASK != NO_MASK:
-            mask_rows = row
-            if MASK != NO_MASK:
-                mask_rows = mask_head_rows + row.to(tl.int64) * mask_row
+        mask_rows = row
+        if MASK != NO_MASK:
+            mask_rows = mask_head_rows + row.to(tl.int64) * mask_row
+        if MASK == ADDITIVE:
             scores = tl.trans(
-                hide(tl.trans(scores), mask_rows, mask_column, row, row_inside, column, keys, CAUSAL, EDGE, MASK)
+                hide(tl.trans(scores), mask_rows, mask_column, row, row_inside, column, keys, False, False, ADDITIVE)
             )
         # Where there is no query, or one that sees no key, nothing may come of it: exp2(... - inf) is 0.
         row_lse = tl.load(lse + statistic + row, row_inside, other=float("inf"))
         row_lse = tl.where(row_lse == float("-inf"), float("inf"), row_lse)
-        weights = tl.exp2(scores - row_lse[None, :])
+        scores -= row_lse[None, :]
+        # Only now, since a query that sees a NaN has a log-sum-exp of NaN, which must not reach the keys that it does
+        # not see.
+        if EDGE or MASK == BOOLEAN:
+            scores = tl.trans(
+                hide(
+                    tl.trans(scores), mask_rows, mask_column, row, row_inside, column, keys,
+                    CAUSAL, EDGE, NO_MASK if MASK == ADDITIVE else MASK,
+                )
+            )  # fmt: skip
+        weights = tl.exp2(scores)
         if CHUNKS == 1:
             grad_weights = product(v, tl.trans(g), None, PRECISION)
         else:
@@ -121,6 +131,8 @@ def keys_pass(
         grad_v = product(dropped.to(g.dtype), g, grad_v, PRECISION)
         row_delta = tl.load(delta + statistic + row, row_inside, other=0.0)
         grad_scores = weights * (grad_weights - row_delta[None, :])
+        if EDGE or MASK != NO_MASK:  # nor may the scores of a hidden key get what its value is
+            grad_scores = tl.where(weights == 0.0, 0.0, grad_scores)
         grad_k = product(grad_scores.to(q.dtype), q, grad_k, PRECISION)
     return grad_k, grad_v
 
@@ -202,6 +214,8 @@ def keys_kernel(
     visible = keys
     if key_lengths is not None:
         visible = tl.maximum(tl.minimum(tl.load(key_lengths + batch), keys), 0).to(tl.int32)
+    if CAUSAL:
+        visible = tl.minimum(visible, queries)
     k = load_rows(key, batch, kv_head, first_key, 0, keys, head_dim, k_row, k_column, COLUMNS, D, CHECK_D, DESCRIPTORS)
     v = load_rows(
         value, batch, kv_head, first_key, 0, keys, value_dim, v_row, v_column, COLUMNS, DV, CHECK_DV, DESCRIPTORS
@@ -244,7 +258,7 @@ def keys_kernel(
             PRECISION,
         )  # fmt: skip
     row = first_key + tl.arange(0, COLUMNS)
-    # A key beyond its sequence's length took part in no score, but in this tile's sums.
+    # A key that no query sees took part in no score, but in this tile's sums.
     seen = (row < visible)[:, None]
     wide_row = row.to(tl.int64)[:, None]
     column = chunk * D + tl.arange(0, D)

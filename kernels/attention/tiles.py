@@ -1,4 +1,14 @@
-"""What the attention kernels share: tiles of rows, scores, and what hides keys."""
+"""What the attention kernels share: tiles of rows, scores, and what hides keys.
+
+A hidden key or value may be NaN or infinite, and 0 times that is NaN, in a product of tiles as anywhere. So:
+
+- Rows behind key_lengths are cleared in the one tile of a sequence that has both kinds.
+- Keys that the diagonal or a bool mask hides from some rows of a tile are visible to others. The kernels multiply as if
+  everything were finite, which costs nothing, and look at their sums once, at the end: a NaN there may have come from a
+  hidden key. Then they begin again with zeros in place of what is not finite. Forward adds that to the sums of those
+  queries that see it; in backward they have a NaN already, from their log-sum-exp or grad V^T.
+- In the kernel of keys' gradients each key is a row by itself, so that nothing of it gets into another's sums.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +19,8 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 # Kinds of masks.
 NO_MASK, BOOLEAN, ADDITIVE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+# The tile of results that are made a second time; no other has fewer rows.
+ROWS_AGAIN, COLUMNS_AGAIN = tl.constexpr(16), tl.constexpr(32)
 
 
 @triton.jit
@@ -53,6 +65,44 @@ def product(a, b, accumulated, PRECISION: tl.constexpr):
     else:
         result = tl.dot(a, b, accumulated, input_precision=PRECISION)
     return result
+
+
+@triton.jit
+def clear_rows(tile, row, rows):
+    """The tile with 0 in the rows from `rows` on."""
+    return tl.where((row < rows)[:, None], tile, 0.0).to(tile.dtype)
+
+
+@triton.jit
+def any_nan(
+    sums,  # (ROWS, N)
+    row_inside,  # (ROWS)
+):
+    """Whether a row that there is has a NaN."""
+    return tl.max(((sums != sums) & row_inside[:, None]).to(tl.int32)) > 0
+
+
+@triton.jit
+def finite(tile):
+    """The tile with 0 where it is NaN or infinite."""
+    return tl.where(tl.abs(tile.to(tl.float32)) < float("inf"), tile, 0.0).to(tile.dtype)
+
+
+@triton.jit
+def add_infinities(
+    sums,  # (ROWS, N)
+    visible,  # (ROWS, COLUMNS)
+    tile,  # (COLUMNS, N)
+    PRECISION: tl.constexpr,
+):
+    """The sums, each with the infinite ones of the entries that its row sees added; NaN counts as both infinities."""
+    for sign in range(0, 2):
+        infinity = tl.where(sign == 0, float("inf"), float("-inf"))
+        wide = tile.to(tl.float32)
+        those = tl.where((wide == infinity) | (wide != wide), 1.0, 0.0).to(tile.dtype)
+        seen = product(tl.where(visible, 1.0, 0.0).to(tile.dtype), those, None, PRECISION)
+        sums = tl.where(seen > 0.0, sums + infinity, sums)
+    return sums
 
 
 @triton.jit
