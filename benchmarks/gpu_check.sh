@@ -1,17 +1,24 @@
 #!/usr/bin/env bash
-# Builds, tests and benchmarks on a machine with an NVIDIA GPU:
+# Builds, tests and benchmarks on a machine with an NVIDIA GPU, in two calls of at most nine minutes each:
 #
-#     benchmarks/gpu_check.sh [OUT] [--quick] [--only-bench] [--site=DIR]
+#     benchmarks/gpu_check.sh [OUT] --site=DIR                  builds, installs into DIR, and tests
+#     benchmarks/gpu_check.sh [OUT] --site=DIR --only-bench     measures what the first call left in DIR
+#
+# or, to see whether all is well, in one call of three minutes:
+#
+#     benchmarks/gpu_check.sh [OUT] --quick
 #
 # Needed: Linux, Python 3.10 or later with torch for CUDA, triton and pytest (PYTHON names another than python3). No
 # network. With an nvcc of torch's CUDA the CUDA C++ kernels are built, for this GPU alone. Nothing of the machine is
 # changed: the package is installed into a temporary folder, its source copied there.
 #
-#   OUT            where at most five files go: machine.json tests.txt bench.json and pictures (default: gpu-results)
-#   --quick        three minutes instead of nine, without compute-sanitizer and, where there is no nvcc, without
-#                  compiling anything
-#   --only-bench   neither installs nor tests: from the source tree, without what would have to be compiled
-#   --site=DIR     installs into DIR and leaves it there; with --only-bench measures what an earlier call left there
+#   OUT            where the files go (default: gpu-results): machine.json, tests.txt, and of measuring bench.json,
+#                  pictures and, from a call of its own, bench.txt
+#   --quick        tests and measures some, without compute-sanitizer and, where there is no nvcc, without compiling
+#                  anything
+#   --only-bench   neither installs nor tests; where DIR is empty, from the source tree, without what would have to be
+#                  compiled
+#   --site=DIR     installs into DIR and leaves it there (default: a folder that is removed at the end)
 #
 # A stage that fails is noted, the next ones follow; the exit status is 1 then. Without a GPU the tables say so.
 set -uo pipefail
@@ -31,7 +38,7 @@ done
 if [ -n "$quick" ]; then
     total=175 install_s=90 info_s=15 triton_s=40 cuda_s=40 probe_s=0 sanitizer_s=0
 else
-    total=520 install_s=190 info_s=20 triton_s=150 cuda_s=50 probe_s=25 sanitizer_s=40
+    total=520 install_s=190 info_s=20 triton_s=295 cuda_s=110 probe_s=25 sanitizer_s=80
 fi
 
 root=$(cd "$(dirname "$0")/.." && pwd)
@@ -123,6 +130,9 @@ if _extension.build_record().get("cuda") == "built" and _cuda.why_not is not Non
     sys.exit(f"CUDA C++ was built, but: {_cuda.why_not}")' "$work/no_cuda"
 no_cuda=$(cat "$work/no_cuda" 2>/dev/null || echo "tinyllm does not load")
 
+# Each of the many test processes compiles one kernel at a time, instead of starting a process for each core.
+export TORCHINDUCTOR_COMPILE_THREADS=1
+
 # tests NAME LIMIT FOLDER OPTIONS...: with those options whose plugin is there, named before them.
 tests() {
     local name=$1 limit=$2 folder=$3 options=()
@@ -168,27 +178,33 @@ if [ -n "$only_bench" ]; then
 elif [ -z "$gpu" ]; then
     note tests "not run: no GPU"
 else
-    tests tests-triton "$triton_s" tests/gpu xdist "-n 8" &
+    tests tests-triton "$triton_s" tests/gpu xdist "-n 12" &
     if [ -n "$no_cuda" ]; then
         note tests-cuda "not run: $no_cuda"
     else
-        # Nothing compiles here: a test that takes long waits for a kernel that does not end.
+        # Only torch.compile compiles here, and its tests have longer (tests/conftest.py): another that takes long waits
+        # for a kernel that does not end.
         tests tests-cuda "$cuda_s" tests/cuda xdist "-n 4" pytest_timeout "--timeout=20 --timeout-method=thread"
         sanitize
     fi
     wait
 fi
 
-seconds=$((total - SECONDS - 15))
-[ $seconds -ge 15 ] || seconds=15
-stage bench $((seconds + 15)) "$python" -m tinyllm.benchmarks.gpu --out "$out" --seconds "$seconds" $quick
+if [ -z "$quick$only_bench" ]; then
+    note bench "not run: the next call measures, with --only-bench and this call's --site"
+else
+    unset TORCHINDUCTOR_COMPILE_THREADS
+    seconds=$((total - SECONDS - 15))
+    [ $seconds -ge 15 ] || seconds=15
+    stage bench $((seconds + 15)) "$python" -m tinyllm.benchmarks.gpu --out "$out" --seconds "$seconds" $quick
+fi
 
 {
     cat "$work/stages"
     for name in install info tests-triton tests-cuda memcheck racecheck bench; do
         [ -f "$work/$name.txt" ] && printf '\n== %s\n' "$name" && tail -n 400 "$work/$name.txt"
     done
-} >"$out/tests.txt"
+} >"$out/$([ -n "$only_bench" ] && echo bench || echo tests).txt"
 
 mapfile -t stages <"$work/stages"
 "$python" - "$out/machine.json" "$sanitizer" "${stages[@]}" <<'EOF'
@@ -207,9 +223,18 @@ def version(name):
         return None
 
 query = "name,driver_version,memory.total,clocks.sm,clocks.mem,clocks.max.sm,power.limit"
+commit, stages = os.environ.get("TINYLLM_COMMIT") or None, sys.argv[3:]
+try:  # of an earlier call's stages, those that this one has not run
+    with open(sys.argv[1], encoding="utf-8") as file:
+        before = json.load(file)
+    names = {stage.split(":")[0] for stage in stages} | {"tests"}
+    if before["commit"] == commit:
+        stages = [stage for stage in before["stages"] if stage.split(":")[0] not in names] + stages
+except (OSError, ValueError, KeyError):
+    pass
 facts = {
-    "commit": os.environ.get("TINYLLM_COMMIT") or None,
-    "stages": sys.argv[3:],
+    "commit": commit,
+    "stages": stages,
     "gpu": said("nvidia-smi", f"--query-gpu={query}", "--format=csv"),
     "nvidia_smi": said("nvidia-smi"),
     "nvcc": said("nvcc", "--version"),
@@ -225,12 +250,14 @@ EOF
 [ $? -eq 0 ] || touch "$work/failed"
 
 echo
-"$python" - "$out/bench.json" <<'EOF' || touch "$work/failed"
+if [ -n "$quick$only_bench" ]; then
+    "$python" - "$out/bench.json" <<'EOF' || touch "$work/failed"
 import pathlib, sys
 from tinyllm.benchmarks import gpu_report
 print(gpu_report.render_table(gpu_report.load(pathlib.Path(sys.argv[1])), headline=True))
 EOF
-echo
+    echo
+fi
 cat "$work/stages"
 echo "$(ls "$out" | wc -l) files in $out, $SECONDS s"
 [ ! -e "$work/failed" ]

@@ -32,13 +32,16 @@ def use_emulated_cuda():
     os.environ["TINYLLM_EMULATED_CUDA"] = str(build())
 
 
-def pytest_collection_modifyitems(items):
-    """Everything below tests/ops tests the compiled kernels, except what is marked `any_build`."""
+def pytest_collection_modifyitems(config, items):
+    """Everything below tests/ops tests the compiled kernels, except what is marked `any_build`. Where pytest-timeout
+    limits every test, those that have torch.compile compile are given two minutes."""
     from tests.needs import needs_extension
 
     for item in items:
         if "/ops/" in str(item.path) and item.get_closest_marker("any_build") is None:
             item.add_marker(needs_extension)
+        if config.pluginmanager.hasplugin("timeout") and any(word in item.name for word in ("compile", "opcheck")):
+            item.add_marker(pytest.mark.timeout(120))
 
 
 @pytest.fixture(scope="module")  # trainings that a module's tests compare are the same only on as many threads

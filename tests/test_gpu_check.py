@@ -46,7 +46,7 @@ def stages_of(out: Path) -> dict[str, str]:
 def test_every_row_says_that_there_is_no_gpu(tmp_path: Path) -> None:
     done = run(tmp_path / "out", sys.executable, "--quick", "--only-bench")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"bench.json", "machine.json", "tests.txt"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"bench.json", "bench.txt", "machine.json"}
     results = json.loads((tmp_path / "out" / "bench.json").read_text(encoding="utf-8"))
     assert results["gpu"] is None
     assert results["rows"]
@@ -57,7 +57,7 @@ def test_every_row_says_that_there_is_no_gpu(tmp_path: Path) -> None:
     assert machine["versions"]["torch"]
     assert done.stdout.count("not measured: no GPU") == sum(row["headline"] for row in results["rows"])
     assert stages_of(tmp_path / "out").keys() == {"install", "info", "tests", "bench"}
-    assert "\noperator             backend" in (tmp_path / "out" / "tests.txt").read_text(encoding="utf-8")
+    assert "\noperator             backend" in (tmp_path / "out" / "bench.txt").read_text(encoding="utf-8")
 
 
 def test_a_stage_that_fails_is_noted(tmp_path: Path) -> None:
@@ -67,9 +67,9 @@ def test_a_stage_that_fails_is_noted(tmp_path: Path) -> None:
     )
     done = run(tmp_path / "out", python, "--quick", "--only-bench")
     assert done.returncode == 1
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"machine.json", "tests.txt"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"machine.json", "bench.txt"}
     assert stages_of(tmp_path / "out")["bench"] == "failed with status 3"
-    assert "a reason" in (tmp_path / "out" / "tests.txt").read_text(encoding="utf-8")
+    assert "a reason" in (tmp_path / "out" / "bench.txt").read_text(encoding="utf-8")
 
 
 # ---- With a GPU
@@ -95,10 +95,10 @@ case "$*" in
 *print_info*) printf '%s' "{why_no_cuda}" >"$last" && echo what serves what ;;
 *"import xdist") exit 1 ;;
 *"import pytest_timeout") ;;
-"-m pytest"*) echo "tested $*" ;;
+"-m pytest"*) echo "tested $* with $TORCHINDUCTOR_COMPILE_THREADS compiling" ;;
 *gpu_sanitize) echo "cache off: $PYTORCH_NO_CUDA_MEMORY_CACHING"; exit ${{SANITIZE_STATUS:-0}} ;;
 *torch.ones*) ;;
-"-m tinyllm.benchmarks.gpu "*) echo "benched $*" ;;
+"-m tinyllm.benchmarks.gpu "*) echo "benched $* with ${{TORCHINDUCTOR_COMPILE_THREADS:-all}} compiling" ;;
 *bench.json) cat >/dev/null; echo a table ;;
 *) exec {sys.executable} "$@" ;;
 esac
@@ -110,30 +110,33 @@ esac
         out = self.folder / "out"
         unset = dict.fromkeys(("TORCH_CUDA_ARCH_LIST", "MAX_JOBS"), "")
         done = run(out, self.python, *options, env={**unset, **env})
-        return done.returncode, stages_of(out), (out / "tests.txt").read_text(encoding="utf-8")
+        said = out / ("bench.txt" if "--only-bench" in options else "tests.txt")
+        return done.returncode, stages_of(out), said.read_text(encoding="utf-8")
 
 
 def test_where_there_is_a_gpu_and_nvcc_both_backends_are_built_tested_and_watched(tmp_path: Path) -> None:
     status, stages, said = Machine(tmp_path).check()
     assert status == 0, said
-    names = {"install", "info", "tests-triton", "tests-cuda", "memcheck", "racecheck", "bench"}
-    assert stages == dict.fromkeys(names, "ok")
+    names = {"install", "info", "tests-triton", "tests-cuda", "memcheck", "racecheck"}
+    assert {name: stages[name] for name in names} == dict.fromkeys(names, "ok")
+    assert stages["bench"].startswith("not run: the next call measures")
     assert re.search(r"MAX_JOBS=\d+\nTINYLLM_CUDA=1\nTINYLLM_EXT=1\nTORCH_CUDA_ARCH_LIST=9\.0a\n", said)
     for text in (
         "what serves what",
-        "no:cacheprovider tests/gpu",
-        "--timeout=20 --timeout-method=thread tests/cuda",
+        "no:cacheprovider tests/gpu with 1 compiling",
+        "--timeout=20 --timeout-method=thread tests/cuda with 1 compiling",
         "watched by memcheck\ncache off: 1",
     ):
         assert text in said
-    assert said.index("== memcheck") < said.index("watched by racecheck") < said.index("== bench")
+    assert said.index("== memcheck") < said.index("watched by racecheck")
+    assert "benched" not in said
 
 
 def test_what_a_sanitizer_finds_is_a_failure(tmp_path: Path) -> None:
     status, stages, _ = Machine(tmp_path).check(SANITIZE_STATUS="9")
     assert status == 1
     assert stages["memcheck"] == stages["racecheck"] == "failed with status 9"
-    assert stages["bench"] == "ok"
+    assert stages["tests-triton"] == "ok"
 
 
 @pytest.mark.parametrize(
@@ -154,7 +157,7 @@ def test_without_nvcc_there_is_triton(tmp_path: Path) -> None:
     assert status == 0
     assert "TINYLLM_CUDA=auto\nTINYLLM_EXT=auto\n" in said
     assert stages["tests-cuda"] == "not run: it was not built"
-    assert stages["tests-triton"] == stages["bench"] == "ok"
+    assert stages["tests-triton"] == "ok"
     assert "memcheck" not in stages
 
 
@@ -175,3 +178,55 @@ def test_a_site_stays_for_another_benchmark(tmp_path: Path) -> None:
     assert stages["install"] == "as an earlier call left it"
     assert stages["tests"] == "not run"
     assert (site / "tinyllm" / "left.py").exists()
+
+
+def test_tests_and_benchmarks_are_two_calls_of_nine_minutes(tmp_path: Path) -> None:
+    machine, site = Machine(tmp_path), f"--site={tmp_path / 'site'}"
+    _, _, said = machine.check(site)
+    assert "benched" not in said
+    (tmp_path / "site" / "tinyllm").mkdir()
+    (tmp_path / "site" / "tinyllm" / "__init__.py").touch()
+    status, stages, said = machine.check(site, "--only-bench")
+    assert status == 0
+    (line,) = (line for line in said.splitlines() if line.startswith("benched"))
+    assert line.endswith("with all compiling")
+    assert 480 < int(line.split("--seconds ")[1].split()[0]) < 525
+    # What the first call has found stays: its stages, and what its tests said.
+    assert stages["memcheck"] == stages["tests-cuda"] == stages["bench"] == "ok"
+    assert stages["install"] == "as an earlier call left it"
+    assert "watched by memcheck" in (tmp_path / "out" / "tests.txt").read_text(encoding="utf-8")
+    _, stages, _ = machine.check(site, "--only-bench", TINYLLM_COMMIT="facade")
+    assert stages.keys() == {"install", "info", "tests", "bench"}
+
+
+def test_the_stages_of_a_call_fit_in_its_time() -> None:
+    budgets = [line for line in SCRIPT.read_text(encoding="utf-8").splitlines() if " install_s=" in line]
+    assert len(budgets) == 2
+    for line in budgets:
+        at = {name: int(number) for name, number in re.findall(r"(\w+)=(\d+)", line)}
+        beside = max(at["triton_s"], at["cuda_s"] + at["probe_s"] + 2 * at["sanitizer_s"])
+        assert at["install_s"] + at["info_s"] + beside + 15 <= at["total"] < 540
+
+
+def test_what_compiles_has_longer_and_tiles_for_tuning_come_last(tmp_path: Path) -> None:
+    # A plugin that stands for pytest-timeout, which is on GPU machines alone.
+    (tmp_path / "standin.py").write_text(
+        "def pytest_configure(config):\n"
+        "    config.pluginmanager.register(object(), 'timeout')\n"
+        "    config.addinivalue_line('markers', 'timeout: seconds')\n"
+        "def pytest_collection_finish(session):\n"
+        "    for item in session.items:\n"
+        "        mark = item.get_closest_marker('timeout')\n"
+        "        print('limit', item.name, mark and mark.args[0])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "--collect-only", "-p", "standin", "tests/gpu"],
+        cwd=SCRIPT.parents[1], capture_output=True, encoding="utf-8", check=True,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+    )  # fmt: skip
+    limits = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("limit ")]
+    assert {name for name, *limit in limits if limit == ["120"]} >= {"test_compile_fullgraph", "test_opcheck"}
+    assert {name: limit[-1] for name, *limit in limits}["test_autocast"] == "None"
+    tiles = [name.startswith("test_every_tile") for name, *_ in limits]
+    assert any(tiles)
+    assert tiles == sorted(tiles)
