@@ -27,7 +27,7 @@ struct BackwardBuffers {
   // One block of queries against one of keys: P and dS.
   S *probs, *grad_scores, *factors;
   int64_t row, value_row, score_row;
-  bool finite;  // the keys are
+  bool finite;  // keys and values are
 
   size_t carve(char* base, const Attention& a, int64_t block) {
     cpu::Arena arena(base);
@@ -72,43 +72,40 @@ inline void row_dots(const Attention& a, int64_t b, int64_t h, int64_t first, in
   }
 }
 
-// Scores less the log-sum-exp, by which P is their exponential; a hidden score stays -inf, for rows that NaN has
-// reached.
-template <class V>
-inline V less_lse(V score, V lse) {
-  return V::where_finite(score, score - lse, score);
-}
-
 // A row of P and of dP becomes P and dS = P (dP - delta), zeros beyond the `seen` keys up to `end`. delta: where all of
 // the row's keys are here, nothing; rowsum(dO O) = rowsum(P dP) / rowsum(P) is then taken in the second form, which has
-// the rounding errors of this very P and dP, so that the rows of dS sum to almost exactly 0.
-template <class S>
+// the rounding errors of this very P and dP, so that the rows of dS sum to almost exactly 0. kExact: also where
+// something is not finite, which only visible keys may then be touched by.
+template <bool kExact, class S>
 inline void backward_row(S* probs, S* grad_scores, int64_t seen, int64_t end, S lse, const S* delta) {
   using V = Vec<S>;
   constexpr S inf = std::numeric_limits<S>::infinity();
   const int64_t whole = hide_rest(probs, seen);
   const V vlse = V::set1(lse == -inf ? inf : lse);  // a query that sees nothing has P = 0
+  const auto probability = [&](int64_t j) {
+    const V score = V::load(probs + j);
+    // A hidden score stays -inf where the log-sum-exp is NaN.
+    const V p = exp2(kExact ? V::where_finite(score, score - vlse, score) : score - vlse);
+    p.store(probs + j);
+    return p;
+  };
+  const auto grad_score = [&](V p, int64_t j, V vdelta) {
+    const V grad = p * (V::load(grad_scores + j) - vdelta);
+    (kExact ? grad.where_positive(p) : grad).store(grad_scores + j);
+  };
   if (delta != nullptr) {
     const V vdelta = V::set1(*delta);
-    for (int64_t j = 0; j < whole; j += V::size) {
-      const V p = exp2(less_lse(V::load(probs + j), vlse));
-      p.store(probs + j);
-      (p * (V::load(grad_scores + j) - vdelta)).where_positive(p).store(grad_scores + j);
-    }
+    for (int64_t j = 0; j < whole; j += V::size) grad_score(probability(j), j, vdelta);
   } else {
     V vsum = V::zero(), vdot = V::zero();
     for (int64_t j = 0; j < whole; j += V::size) {
-      const V p = exp2(less_lse(V::load(probs + j), vlse));
-      p.store(probs + j);
+      const V p = probability(j), grad = V::load(grad_scores + j);
       vsum = vsum + p;
-      vdot = fma(p, V::load(grad_scores + j).where_positive(p), vdot);
+      vdot = fma(p, kExact ? grad.where_positive(p) : grad, vdot);
     }
     const S row_sum = vsum.sum();
     const V vdelta = V::set1(row_sum == S(0) ? S(0) : vdot.sum() / row_sum);
-    for (int64_t j = 0; j < whole; j += V::size) {
-      const V p = V::load(probs + j);
-      (p * (V::load(grad_scores + j) - vdelta)).where_positive(p).store(grad_scores + j);
-    }
+    for (int64_t j = 0; j < whole; j += V::size) grad_score(V::load(probs + j), j, vdelta);
   }
   for (int64_t j = whole; j < end; j += V::size) {
     V::zero().store(probs + j);
@@ -153,8 +150,13 @@ inline void backward_block(const Attention& a, const BackwardBuffers<T>& buf, in
       const S* factors = drops ? row_factors(a, b, h, row, first, whole, buf.factors) : nullptr;
       if (drops) multiply(row_grads, factors, whole);
       // The products below go by kRows keys and take a row from the first of these that it sees.
-      backward_row(row_probs, row_grads, seen, std::min(padded, round_up_to_vector<S>(seen + kRows)), lse[row],
-                   delta ? delta + row : nullptr);
+      const int64_t row_end = std::min(padded, round_up_to_vector<S>(seen + kRows));
+      const S* row_delta = delta == nullptr ? nullptr : delta + row;
+      const bool exact = !buf.finite || std::isnan(lse[row]) || (row_delta != nullptr && !std::isfinite(*row_delta));
+      if (exact)
+        backward_row<true>(row_probs, row_grads, seen, row_end, lse[row], row_delta);
+      else
+        backward_row<false>(row_probs, row_grads, seen, row_end, lse[row], row_delta);
       if (drops) multiply(row_probs, factors, whole);
     }
     const S* packed = buf.keys + keys.begin * buf.row;
@@ -218,9 +220,10 @@ void attention_bwd(const Attention& a, int64_t b, int64_t kv_head, int64_t part)
     const int64_t block_keys = std::clamp<int64_t>(end - k0, 0, block);
     const T* key = row_of<T>(a.key, b, kv_head, k0);
     pack_rows(key, a.key.row, a.key.column, block_keys, a.head_dim, S(1), buf.keys, buf.row);
-    buf.finite = all_finite(buf.keys, block_keys * buf.row);
     pack_panels(key, a.key.row, a.key.column, block_keys, a.head_dim, buf.keys_t);
     pack_panels(row_of<T>(a.value, b, kv_head, k0), a.value.row, a.value.column, block_keys, a.value_dim, buf.values_t);
+    const int64_t panels_of_keys = (block_keys + kPanel<S> - 1) / kPanel<S> * kPanel<S>;
+    buf.finite = all_finite(buf.keys, block_keys * buf.row) && all_finite(buf.values_t, panels_of_keys * a.value_dim);
     std::fill(buf.grad_key, buf.grad_key + block_keys * buf.row, S(0));
     std::fill(buf.grad_value, buf.grad_value + block_keys * buf.value_row, S(0));
     for (int64_t i = query_blocks - 1; i >= (a.causal ? k0 / kQueryBlock : 0); --i)

@@ -143,16 +143,24 @@ inline int64_t hide_rest(S* scores, int64_t n) {
 template <class T>
 inline bool all_finite(const T* x, int64_t n) {
   using V = Vec<compute_t<T>>;
-  V sum = V::zero();  // NaN from the first element on that is not
-  for_each_vector<V>(n, [&](int64_t i, int64_t count) { sum = fma(load_n<V>(x + i, count), V::zero(), sum); });
-  return sum.sum() == 0;
+  constexpr int64_t kStep = 4 * V::size;                    // sums that do not wait for each other
+  V sum[4] = {V::zero(), V::zero(), V::zero(), V::zero()};  // NaN from the first element on that is not
+  int64_t i = 0;
+  for (; i + kStep <= n; i += kStep)
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) sum[j] = fma(V::load(x + i + j * V::size), V::zero(), sum[j]);
+  for_each_vector<V>(n - i,
+                     [&](int64_t k, int64_t count) { sum[0] = fma(load_n<V>(x + i + k, count), V::zero(), sum[0]); });
+  return ((sum[0] + sum[1]) + (sum[2] + sum[3])).sum() == 0;
 }
 
 // out (+)= W X as gemm's, W (m, n) and X (n, columns), where X holds infinities or NaN: rows of X whose weight is 0,
-// since hidden, add nothing, where 0 times them would be NaN. `out` has room for whole vectors.
+// since hidden, add nothing, where 0 times them would be NaN. Out of line, so that the usual path compiles as if it
+// were not there. `out` has room for whole vectors.
 template <class T>
-inline void weigh_rows(int64_t m, int64_t n, int64_t columns, const compute_t<T>* weights, int64_t weights_row,
-                       const T* x, int64_t x_row, compute_t<T>* out, int64_t out_row, bool accumulate) {
+__attribute__((noinline, cold)) void weigh_rows(int64_t m, int64_t n, int64_t columns, const compute_t<T>* weights,
+                                                int64_t weights_row, const T* x, int64_t x_row, compute_t<T>* out,
+                                                int64_t out_row, bool accumulate) {
   using S = compute_t<T>;
   using V = Vec<S>;
   for (int64_t r = 0; r < m; ++r, weights += weights_row, out += out_row) {

@@ -1,5 +1,5 @@
-"""What a query may not see cannot touch it: keys and values behind key_lengths, above the causal diagonal or hidden by
-a bool mask may hold NaN and infinities."""
+"""Test that keys and values behind key_lengths, above the causal diagonal or hidden by a bool mask touch no query, even
+where they are NaN or infinite."""
 
 import math
 

@@ -20,9 +20,10 @@ def undecided(monkeypatch, tmp_path):
     """No setting, and no file of this machine's user."""
     monkeypatch.delenv("TINYLLM_LINEAR", raising=False)
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
-    _products._measured.cache_clear()
+    _products.forget()
     yield
-    _products._measured.cache_clear()
+    monkeypatch.undo()
+    _products.forget()
 
 
 @pytest.fixture
@@ -35,6 +36,7 @@ def on(monkeypatch):
             cpu_family = staticmethod(lambda: family)
 
         monkeypatch.setattr(_products._extension, "library", Library)
+        _products.forget()
 
     return on
 
@@ -49,6 +51,7 @@ def served_by(rows, dtype):
     [
         ("avx512", "amd-bf16", torch.bfloat16, ["cpp", "reference", "reference"]),
         ("avx512", "amd-bf16", torch.float32, ["cpp", "cpp", "cpp"]),
+        ("avx512", "amd-bf16", torch.float64, ["cpp", "reference", "cpp"]),
         ("avx512", "intel-bf16", torch.bfloat16, ["cpp", "cpp", "cpp"]),
         ("avx512", "intel-bf16", torch.float32, ["cpp", "reference", "cpp"]),
         ("avx512", "intel-amx", torch.bfloat16, ["cpp", "reference", "reference"]),
@@ -87,6 +90,13 @@ def test_export_holds_our_operators_and_changes_nothing_for_later_calls(strict, 
     assert _products.current() == before
     assert torch.equal(Network()(x, weight), expected)
     assert ops.last_backend() == "cpp"
+
+
+def test_a_call_looks_nothing_up_again(monkeypatch):
+    """A small product takes about as long as reading the table would."""
+    first = served_by(16, torch.float32)
+    monkeypatch.setattr(_products, "current", lambda: pytest.fail("the table was read again"))
+    assert served_by(17, torch.float32) == first
 
 
 def test_a_forced_backend_is_above_the_table(on):
@@ -189,7 +199,7 @@ def test_where_only_the_scalar_kernels_run_pytorch_serves():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_row_does_not_depend_on_the_others(dtype):
-    """Of attention, norms and losses never; of linear within the products of up to 4 rows, and of more."""
+    """Attention, norms and losses never depend; linear does not among up to 4 rows, nor among more than 4."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(70, 96, generator=generator).to(dtype)
     weight, target = torch.randn(50, 96, generator=generator).to(dtype), torch.arange(70) % 50

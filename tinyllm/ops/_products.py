@@ -37,8 +37,9 @@ Choices = dict[str, dict[str, str]]  # dtype -> class -> who
 # processors that are not here are served by our kernels. Where PyTorch is faster by less than a tenth they serve too,
 # because a product in PyTorch leaves the bias, the activation and the residual to further passes over memory.
 _TABLE: Mapping[tuple[str, str], Mapping[str, tuple[str, str, str]]] = {
-    # AMD EPYC, Zen 4, 2 cores, torch 2.13, 2026-11-28: bfloat16 2 to 5 times as fast by AVX512-BF16 in oneDNN.
-    ("avx512", "amd-bf16"): {"bfloat16": ("cpp", "torch", "torch")},
+    # AMD EPYC, Zen 4, 2 cores, torch 2.13, 2026-11-28: of 8 to 32 rows bfloat16 1.3 to 2.0 times as fast in oneDNN by
+    # AVX512-BF16, float64 1.1 to 1.25 in MKL, float32 0.8 to 1.2; of more rows bfloat16 1.2 to 2.2.
+    ("avx512", "amd-bf16"): {"float64": ("cpp", "torch", "cpp"), "bfloat16": ("cpp", "torch", "torch")},
     # Intel Xeon, Emerald Rapids without AMX, 2 cores, torch 2.13, 2026-11: float32 of 16 rows 1.17 to 1.23 times as
     # fast in MKL, of 256 rows 1.05 to 1.13; bfloat16 0.6 times, as its instruction has half of float32's rate there.
     ("avx512", "intel-bf16"): {"float32": ("cpp", "torch", "cpp")},
@@ -119,20 +120,37 @@ def kept(note: Mapping[str, Any] | None) -> Iterator[None]:
     before = _training
     if note is not None and note.get("machine") == machine():
         _training = _checked(note.get("choices"), "the products that the training noted")
+    forget()
     try:
         yield
     finally:
         _training = before
+        forget()
+
+
+_decided: dict[tuple[torch.dtype, int], str | None] = {}
+
+
+def forget() -> None:
+    """Have the next calls look their choices up again, because what they follow from has changed."""
+    _decided.clear()
+    _measured.cache_clear()
 
 
 @constant_for_compiler
 def by_torch(dtype: torch.dtype, rows: int) -> str | None:
     """Return why PyTorch multiplies an input of so many rows; None where our kernels do."""
+    key = dtype, 0 if rows <= _FEW else 1 if rows <= _SOME else 2
+    if key not in _decided:  # a small product takes no longer than what decides about it
+        _decided[key] = _why_torch(*key)
+    return _decided[key]
+
+
+def _why_torch(dtype: torch.dtype, rows: int) -> str | None:
     row = current().get(str(dtype).removeprefix("torch."))
-    rows_class = CLASSES[0 if rows <= _FEW else 1 if rows <= _SOME else 2]
-    if row is None or row[rows_class] == "cpp":
+    if row is None or row[CLASSES[rows]] == "cpp":
         return None
-    return f"PyTorch's product is faster for {rows_class} rows of this dtype on this processor ({machine()})"
+    return f"PyTorch's product is faster for {CLASSES[rows]} rows of this dtype on this processor ({machine()})"
 
 
 # ---- Measuring, where somebody asks for it
@@ -205,5 +223,5 @@ def tune() -> dict[str, Any]:
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps({**others, machine(): written}, indent=1) + "\n", encoding="utf-8")
     temporary.replace(path)
-    _measured.cache_clear()
+    forget()
     return written

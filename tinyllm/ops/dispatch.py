@@ -11,6 +11,7 @@ reference   any tensor      plain PyTorch: its own operators where they mean the
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -73,7 +74,12 @@ _last: str | None = None
 
 @constant_for_compiler
 def _only_scalar() -> bool:
-    return _extension.library is not None and _extension.library.cpu_isa() == "scalar"
+    return _chosen_isa() == "scalar"
+
+
+@functools.cache  # not the function above itself: the compiler would look through the cache
+def _chosen_isa() -> str | None:
+    return None if _extension.library is None else _extension.library.cpu_isa()
 
 
 class CannotServeError(RuntimeError):
@@ -181,7 +187,8 @@ def choose(operator: str, tensor: torch.Tensor, limits: Mapping[str, str] | None
     name = _choose(operator, tensor, limits or {})
     if not torch.compiler.is_compiling():
         _last = name
-        _extension.warn_if_absent()
+        if _extension.why_not is not None:
+            _extension.warn_if_absent()
     return name
 
 
