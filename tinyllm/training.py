@@ -148,7 +148,8 @@ def resume(
                 "overwrite them: train with --out of another name"
             )
         checkpoint.remove_unfinished(out)
-        checkpoint.save_config(saved | {"training": asdict(config)}, out)
+        noted = {"training": asdict(config), "products": _products.noted(saved.get("products"))}
+        checkpoint.save_config(saved | noted, out)
         say(f"Resuming {out} " + (f"after step {max(there):,}" if there else "from the start, as it has no checkpoint"))
         return out
 

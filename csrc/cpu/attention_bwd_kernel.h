@@ -6,8 +6,8 @@
 // begin with the last queries, which causal ranges all see, so that none has to wait long. The ranges and the order
 // follow from the shape alone, so the bits do not depend on the threads.
 //
-// What a query may not see cannot touch it, nor be touched by it: where P is 0, dS is 0 whatever dP is, and keys that
-// are not finite leave the matrix product dS K to weigh_rows.
+// Keys and values that a query may not see cannot touch it, and are not touched by a finite query: where P is 0, dS is
+// 0 whatever dP is, and keys that are not finite leave the matrix product dS K to weigh_rows.
 #pragma once
 #include <atomic>
 #include <thread>

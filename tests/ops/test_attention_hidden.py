@@ -27,7 +27,7 @@ def results(backend, inputs, grad, **arguments):
 
 
 def assert_untouched(backend, inputs, hidden, garbage, **arguments):
-    """Garbage in the hidden (batch, keys) changes no bit of what zeros there give, and gets gradients of exactly 0.
+    """Garbage in the hidden (batch, keys) changes what zeros there give by roundings only, and its gradients are 0.
 
     hidden: (batch, keys), from every query.
     """

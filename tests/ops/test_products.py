@@ -99,6 +99,66 @@ def test_a_call_looks_nothing_up_again(monkeypatch):
     assert served_by(17, torch.float32) == first
 
 
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_compiled_for_any_number_of_rows(dynamic, on):
+    """The compiler may know the rows as a symbol: the choice must follow from its class alone."""
+    on("avx512", "amd-bf16")
+    weight = torch.randn(12, 10)
+    compiled = torch.compile(lambda x: ops.linear(x, weight), fullgraph=True, dynamic=dynamic, backend="eager")
+    for rows in (40, 41, 57, 3):
+        x = torch.randn(rows, 10)
+        assert torch.equal(compiled(x), ops.linear(x, weight))
+
+
+def test_what_is_compiled_follows_a_training(on):
+    """Choices are constants of a graph, and dynamo keeps graphs by their code."""
+    on("avx512", "other")
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append({str(node.target) for node in graph.graph.nodes})
+        return graph
+
+    def run():
+        torch.compile(lambda x: ops.linear(x, x), fullgraph=True, backend=keep)(torch.ones(40, 40))
+
+    run()
+    torchs = {dtype: dict.fromkeys(_products.CLASSES, "torch") for dtype in _products.DTYPES}
+    with _products.kept({"machine": _products.machine(), "choices": torchs}):
+        run()
+    run()
+    ours = [any("tinyllm" in target for target in graph) for graph in graphs]
+    assert ours == [True, False, True]
+
+
+HOMELESS = """
+import os, pathlib, sys
+if sys.argv[1] == "unknown":
+    def nowhere(): raise RuntimeError("Could not determine home directory.")
+    pathlib.Path.home = nowhere
+import torch, tinyllm
+from tinyllm import ops
+ops.linear(torch.ones(8, 8), torch.ones(8, 8))
+print(tinyllm.info()["cpu"]["products"]["source"])
+"""
+
+
+@pytest.mark.parametrize("home", ["unknown", os.devnull])
+def test_without_a_home_folder_the_table_serves(home):
+    environment = {name: value for name, value in os.environ.items() if name != "XDG_CONFIG_HOME"} | {"HOME": home}
+    command = [sys.executable, "-c", HOMELESS, home]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "the table that is shipped" in result.stdout
+
+
+def test_a_resumed_training_keeps_what_it_noted_and_notes_what_it_had_not():
+    there = {"machine": _products.machine(), "choices": {**CPP, "float32": dict.fromkeys(_products.CLASSES, "torch")}}
+    assert _products.noted(there) == there
+    for before in (None, {**there, "machine": "avx9 other"}):
+        assert _products.noted(before) == {"machine": _products.machine(), "choices": _products.current()}
+
+
 def test_a_forced_backend_is_above_the_table(on):
     on("avx512", "amd-bf16")
     with ops.backend("cpp"):
@@ -179,6 +239,8 @@ for name, call in calls.items():
 print(tinyllm.info()["operators"]["attention"]["cpu"]["not"]["cpp"])
 expected = torch.nn.functional.scaled_dot_product_attention(x, x, x, is_causal=True)
 torch.testing.assert_close(calls["attention"](), expected)
+for scale in (-0.5, 0.0):  # of which PyTorch's kernel makes NaN
+    assert ops.scaled_dot_product_attention(x, x, x, is_causal=True, scale=scale).isfinite().all()
 """
 
 
@@ -198,26 +260,26 @@ def test_where_only_the_scalar_kernels_run_pytorch_serves():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_row_does_not_depend_on_the_others(dtype):
+def test_a_row_does_not_depend_on_the_others(dtype, monkeypatch):
     """Attention, norms and losses never depend; linear does not among up to 4 rows, nor among more than 4."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(70, 96, generator=generator).to(dtype)
     weight, target = torch.randn(50, 96, generator=generator).to(dtype), torch.arange(70) % 50
     heads = torch.randn(6, 2, 33, 16, generator=generator).to(dtype)
-    with ops.backend("cpp"):
-        for rows in (1, 3, 5, 8, 33):
-            one_norm = ops.layer_norm(x[:rows], (96,))
-            assert torch.equal(one_norm, ops.layer_norm(x, (96,))[:rows])
-            for loss, arguments in ((ops.cross_entropy, ()), (ops.linear_cross_entropy, (weight,))):
-                whole = loss(x, *arguments, target, reduction="none")
-                assert torch.equal(loss(x[:rows], *arguments, target[:rows], reduction="none"), whole[:rows])
-        for rows in (5, 8, 33):
-            assert torch.equal(ops.linear(x[:rows], weight), ops.linear(x, weight)[:rows])
-        assert torch.equal(ops.linear(x[:1], weight), ops.linear(x[:4], weight)[:1])
-        attended = ops.scaled_dot_product_attention(heads, heads, heads, is_causal=True)
-        for batch in (1, 4):
-            part = heads[:batch]
-            assert torch.equal(ops.scaled_dot_product_attention(part, part, part, is_causal=True), attended[:batch])
+    monkeypatch.setenv("TINYLLM_LINEAR", "cpp")
+    for rows in (1, 3, 5, 8, 33):
+        one_norm = ops.layer_norm(x[:rows], (96,))
+        assert torch.equal(one_norm, ops.layer_norm(x, (96,))[:rows])
+        for loss, arguments in ((ops.cross_entropy, ()), (ops.linear_cross_entropy, (weight,))):
+            whole = loss(x, *arguments, target, reduction="none")
+            assert torch.equal(loss(x[:rows], *arguments, target[:rows], reduction="none"), whole[:rows])
+    for rows in (5, 8, 33):
+        assert torch.equal(ops.linear(x[:rows], weight), ops.linear(x, weight)[:rows])
+    assert torch.equal(ops.linear(x[:1], weight), ops.linear(x[:4], weight)[:1])
+    attended = ops.scaled_dot_product_attention(heads, heads, heads, is_causal=True)
+    for batch in (1, 4):
+        part = heads[:batch]
+        assert torch.equal(ops.scaled_dot_product_attention(part, part, part, is_causal=True), attended[:batch])
 
 
 def test_the_machine_has_a_name():

@@ -52,7 +52,8 @@ def scaled_dot_product_attention(
 ) -> Tensor:
     """`reference.scaled_dot_product_attention`. With a mask it is that: what a mask hides may hold NaN."""
     whole = query.numel() > 0 and key.numel() > 0 and query.dim() == 4
-    if attn_mask is None and whole and _left_to_pytorch("attention", query):
+    flash = scale > 0.0 or not is_causal  # else PyTorch's kernel on CPUs gives NaN
+    if attn_mask is None and whole and flash and _left_to_pytorch("attention", query):
         out: Tensor = F.scaled_dot_product_attention(
             query, key, value, None, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )

@@ -11,6 +11,7 @@ import functools
 import json
 import os
 import statistics
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -73,12 +74,20 @@ def _measured(path: Path, name: str) -> Choices | None:
     """The choices that were measured on this machine, if any were."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except OSError:  # there is none, or a home folder that is not this user's or none at all
         return None
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         raise ValueError(f"{path} cannot be read: {error}; `tinyllm info --tune` writes it anew") from error
     choices = found.get(name, {}).get("choices") if isinstance(found, dict) else None
     return None if choices is None else _checked(choices, str(path))
+
+
+def _measured_here() -> Choices | None:
+    try:
+        path = tuned_file()
+    except RuntimeError:  # a user whom the system does not know, as in containers, has no home folder
+        return None
+    return _measured(path, machine())
 
 
 def _checked(choices: Any, source: str) -> Choices:
@@ -95,20 +104,24 @@ def current() -> Choices:
     """Return the choices in force: a training's own, else what was measured here, else the table's."""
     if _training is not None:
         return _training
-    return _measured(tuned_file(), machine()) or table_choices(machine())
+    return _measured_here() or table_choices(machine())
 
 
 def source() -> str:
     """Return where the choices in force come from."""
-    path = tuned_file()
     if _training is not None:
         return "the training"
-    measured = _measured(path, machine()) is not None
-    return str(path) if measured else "the table that is shipped; `tinyllm info --tune` measures this machine instead"
+    return (
+        str(tuned_file())
+        if _measured_here() is not None
+        else "the table that is shipped; `tinyllm info --tune` measures this machine instead"
+    )
 
 
-def noted() -> dict[str, Any]:
-    """Return what a training notes of the choices, for `kept`."""
+def noted(before: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Return what a training notes of the choices, for `kept`: what it noted `before`, if that was on this machine."""
+    if before is not None and before.get("machine") == machine():
+        return dict(before)
     return {"machine": machine(), "choices": current()}
 
 
@@ -117,15 +130,19 @@ def kept(note: Mapping[str, Any] | None) -> Iterator[None]:
     """Keep the choices that a training noted, so that it goes on bit for bit although the table has changed; those of
     another machine say nothing about this one."""
     global _training
-    before = _training
+    before, found = _training, None
     if note is not None and note.get("machine") == machine():
-        _training = _checked(note.get("choices"), "the products that the training noted")
-    forget()
+        found = _checked(note.get("choices"), "the products that the training noted")
+    changes = found is not None and found != current()
+    if changes:
+        _training = found
+        forget()
     try:
         yield
     finally:
-        _training = before
-        forget()
+        if changes:
+            _training = before
+            forget()
 
 
 _decided: dict[tuple[torch.dtype, int], str | None] = {}
@@ -133,17 +150,25 @@ _decided: dict[tuple[torch.dtype, int], str | None] = {}
 
 def forget() -> None:
     """Have the next calls look their choices up again, because what they follow from has changed."""
-    _decided.clear()
+    global _decided
+    _decided = {}  # another one: a call of another thread may be about to write to the old one
     _measured.cache_clear()
+    if "torch._dynamo" in sys.modules:  # choices are constants of what is compiled
+        torch._dynamo.reset()
+
+
+def rows_class(rows: int) -> int:
+    """Return the index in `CLASSES` of products of so many rows, which the compiler may know as a symbol only."""
+    return 0 if rows <= _FEW else 1 if rows <= _SOME else 2
 
 
 @constant_for_compiler
 def by_torch(dtype: torch.dtype, rows: int) -> str | None:
-    """Return why PyTorch multiplies an input of so many rows; None where our kernels do."""
-    key = dtype, 0 if rows <= _FEW else 1 if rows <= _SOME else 2
-    if key not in _decided:  # a small product takes no longer than what decides about it
-        _decided[key] = _why_torch(*key)
-    return _decided[key]
+    """Return why PyTorch multiplies products of a dtype and a class of `CLASSES`; None where our kernels do."""
+    decided, key = _decided, (dtype, rows)
+    if key not in decided:  # a small product takes no longer than what decides about it
+        decided[key] = _why_torch(dtype, rows)
+    return decided[key]
 
 
 def _why_torch(dtype: torch.dtype, rows: int) -> str | None:

@@ -41,8 +41,9 @@ def scaled_dot_product_attention(
 
     What a query may not see cannot touch it: keys and values behind `key_lengths`, above the diagonal or hidden by a
     bool mask may hold NaN and infinities, which PyTorch would multiply by 0. Outputs and gradients are of the visible
-    ones; the gradients of keys and values that no query sees are exactly 0. Where PyTorch serves a causal call because
-    there is no kernel (`tinyllm.info()`), that ends at the diagonal, and double backward where PyTorch's does.
+    ones; the gradients of keys and values that no query sees are exactly 0. That is so while queries and output
+    gradients are finite. Where PyTorch serves a causal call because there is no kernel (`tinyllm.info()`), it ends at
+    the diagonal, and double backward where PyTorch's does.
 
     Args:
         query: (*, H, T, D), or (*, T, D), any strides.

@@ -34,9 +34,9 @@ def linear(
         residual: of the result's shape, added last; or None.
 
     Returns:
-        (*, out_features) of input's dtype, or autocast's. Sums are accumulated in float32 (float64 for float64). On a
-        CPU a row of the result does not depend on the others, but on whether there are more than 4: so few are
-        multiplied as dot products, which sum in another order.
+        (*, out_features) of input's dtype, or autocast's. Sums are accumulated in float32 (float64 for float64). Where
+        our kernels serve, a row of the result does not depend on the others, but on whether there are more than 4: so
+        few are multiplied as dot products, which sum in another order. PyTorch's libraries promise nothing of the kind.
 
     Raises:
         TypeError: dtypes that are not floating or differ.
@@ -148,7 +148,8 @@ def limits(operator: str, input: Tensor) -> dict[str, str] | None:
         raise ValueError(f"TINYLLM_LINEAR is {setting!r}; auto, cpp or torch is needed")
     if forced_backend(operator) == "cpp":
         return None
-    reason = _products.by_torch(input.dtype, input.numel() // max(1, input.size(-1)))
+    rows = _products.rows_class(input.numel() // max(1, input.size(-1)))
+    reason = _products.by_torch(input.dtype, rows)
     return None if reason is None else {"cpp": reason}
 
 

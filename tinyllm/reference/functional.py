@@ -107,7 +107,8 @@ def scaled_dot_product_attention(
     """softmax(query key^T * scale + mask) value, with the whole (queries x keys) matrix in memory.
 
     What a query may not see (above the causal diagonal, hidden by a bool mask, or by -inf in an additive one) may hold
-    infinities and NaN. A query that sees one of those while others are hidden from it gives NaN.
+    infinities and NaN. A query that sees one of those while others are hidden from it gives NaN, and
+    passes no gradient on.
 
     weight_factors: what the softmax is multiplied by, such as a dropout mask that is known already.
     """
