@@ -28,9 +28,12 @@ struct Outputs {
   Tensor loss, grad_input, grad_weight, grad_bias;
 };
 
-// Rows whose logits are held at once, a sixteenth of all: with the packed input and the statistics less than a tenth of
-// the logits. Without gradients only ranges of classes exist at all.
-int64_t block_rows(int64_t rows, bool gradients) { return gradients ? std::max<int64_t>(32, rows / 16) : 512; }
+// Rows whose logits are held at once, in the compute dtype, which takes the memory of a sixteenth of all logits in the
+// input's: with the packed input and the statistics less than a tenth. Without gradients only ranges of classes exist at
+// all.
+int64_t block_rows(int64_t rows, bool gradients, bool widened) {
+  return gradients ? std::max<int64_t>(32, rows / (widened ? 32 : 16)) : 512;
+}
 
 // f(range) for all ranges of classes; a thread gets neighbours, for whose memory it has asked beforehand.
 template <class F>
@@ -114,7 +117,7 @@ Outputs run(const char* op, const OptionalTensor& grad, const Tensor& input, con
   // The first block's logits need no memory of their own: they lie where the weight's gradient will be, a class' logits
   // in that class' row.
   const int64_t in_place = wanted.weight ? std::min(rows, features) / kVector * kVector : 0;
-  const int64_t limit = block_rows(rows, wanted.any());
+  const int64_t limit = block_rows(rows, wanted.any(), compute != input.scalar_type());
   const int64_t blocks = (rows - in_place + limit - 1) / limit;
   const int64_t block = blocks == 0 ? 0 : round_up((rows - in_place + blocks - 1) / blocks, kVector);
   const int64_t most = std::max(in_place, block);

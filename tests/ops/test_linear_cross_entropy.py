@@ -14,10 +14,12 @@ from tinyllm import ops, reference
 SHAPES = [(1, 1, 1), (3, 2, 5), (33, 20, 300), (17, 64, 257), (130, 40, 513), (300, 7, 60), (64, 1024, 33)]
 
 
-@pytest.fixture(autouse=True)
-def _on_the_kernel():
+@pytest.fixture(autouse=True, params=["cpp", "torch"])
+def raw(request, monkeypatch):
+    """The raw operators, with our own products and with PyTorch's."""
+    monkeypatch.setenv("TINYLLM_LINEAR", request.param)
     with ops.backend("cpp"):
-        yield
+        yield torch.ops.tinyllm if request.param == "cpp" else torch.ops.tinyllm_products
 
 
 def make(shape, dtype=torch.float64, ignored=()):
@@ -178,7 +180,7 @@ def test_backward_twice_with_different_gradients(reduction, dtype):
     leaves = [t.requires_grad_() for t in (x, w, b)]
     loss = ops.linear_cross_entropy(*leaves[:2], target, linear_bias=b, reduction=reduction)
     exact = values(torchs, [t.double() for t in (x, w, b)], target, reduction=reduction)[1:]
-    tolerance = dict.fromkeys(("rtol", "atol"), (64 if dtype == torch.float64 else 8) * torch.finfo(dtype).eps)
+    tolerance = dict.fromkeys(("rtol", "atol"), (64 if dtype == torch.float64 else 16) * torch.finfo(dtype).eps)
     for factor in (1.0, 1.0, -2.5):
         grads = torch.autograd.grad(loss * factor, leaves, retain_graph=True)
         for grad, right in zip(grads, exact, strict=True):
@@ -205,20 +207,27 @@ def test_bits_do_not_depend_on_threads(shape, reduction):
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
-@pytest.mark.parametrize(("needed", "share"), [((True, True), 0.1), ((True, False), 0.1), ((False, False), 0.03)])
-def test_memory_is_a_tenth_of_the_logits(needed, share):
-    rows, features, classes = 1024, 64, 20_000
-    x, w, _, target, _ = make((rows, features, classes), torch.float32)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("needed", "rows"), [((True, True), 1024), ((True, False), 1024), ((False, False), 1024), ((True, True), 3000)]
+)
+def test_memory_is_a_tenth_of_the_logits(needed, rows, dtype):
+    features, classes = 256, 20_000
+    x, w, _, target, _ = make((rows, features, classes), dtype)
     x.requires_grad_(needed[0])
     w.requires_grad_(needed[1])
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         loss = ops.linear_cross_entropy(x, w, target)
-        if any(needed):
-            loss.backward()
-    outputs = sum(t.numel() * 4 for t, need in zip((x, w), needed, strict=True) if need)
-    allocated = sum(max(0, event.self_cpu_memory_usage) for event in profiler.key_averages())
-    assert allocated - outputs < share * rows * classes * 4
-    assert allocated >= outputs
+    assert loss.requires_grad == any(needed)
+    # Forward has computed the gradients, which have float32 until backward hands them out.
+    gradients = sum(t.numel() * 4 for t, need in zip((x, w), needed, strict=True) if need)
+    held = peak = 0
+    changes = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    for change in sorted(changes, key=lambda e: e.start_ns()):
+        held += change.nbytes()
+        peak = max(peak, held)
+    assert gradients < peak
+    assert (peak - gradients) / (rows * classes * x.element_size()) < 0.1
 
 
 def test_gradcheck():
@@ -240,9 +249,8 @@ def test_double_backward_goes_through_the_reference():
     )
 
 
-def test_opcheck():
+def test_opcheck(raw):
     x, w, b, target, weight = make((40, 10, 30), torch.float32)
-    raw = torch.ops.tinyllm
     for reduction in (0, 1, 2):
         arguments = (x, w, target, b, weight, reduction, -100, 0.1)
         torch.library.opcheck(raw.linear_cross_entropy_fwd, (*arguments, True, True, True))
@@ -322,7 +330,7 @@ def test_bad_input(change, says):
         ops.linear_cross_entropy(**arguments)
 
 
-def test_a_raw_call_with_bad_shapes_is_refused():
+def test_a_raw_call_with_bad_shapes_is_refused(raw):
     x, w, t, raw = torch.ones(4, 8), torch.ones(5, 8), torch.zeros(4).long(), torch.ops.tinyllm
     rest = (None, None, 1, -100, 0.0, True, True, True)
     with pytest.raises((ValueError, RuntimeError), match="target has shape"):

@@ -10,8 +10,10 @@ import torch
 from tinyllm.ops import _cuda, _triton
 
 
-def register_fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Gives an operator its shapes, in each namespace that has it."""
+def register_fake(
+    name: str, library: torch.library.Library | None = None
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Gives an operator its shapes, in each backend's namespace that has it, and in this library."""
     from tinyllm import _extension
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -19,6 +21,8 @@ def register_fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any
             torch.library.register_fake(f"tinyllm::{name}")(function)
         if _triton.has(name):
             torch.library.register_fake(f"{_triton.NAMESPACE}::{name}", lib=_triton.library)(function)
+        if library is not None:
+            torch.library.register_fake(f"{library.ns}::{name}", lib=library)(function)
         if _cuda.emulated and _cuda.has(name):
             torch.library.register_fake(f"{_cuda.EMULATED_NAMESPACE}::{name}")(function)
         return function

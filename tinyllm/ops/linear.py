@@ -149,6 +149,8 @@ def limits(operator: str, input: Tensor) -> dict[str, str] | None:
     if forced_backend(operator) == "cpp":
         return None
     rows = _products.rows_class(input.numel() // max(1, input.size(-1)))
+    if operator == "linear_cross_entropy" and _products.CLASSES[rows] != "many":
+        return None  # it writes the large gradient of its weight in one pass, which takes longer than so few products
     reason = _products.by_torch(input.dtype, rows)
     return None if reason is None else {"cpp": reason}
 

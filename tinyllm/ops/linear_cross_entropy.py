@@ -8,10 +8,16 @@ import torch
 from torch import Tensor
 
 from tinyllm import reference
+from tinyllm.ops import _chunked_loss
 from tinyllm.ops._autograd import autocast_dtype, differs_from_kernels, grads_by_reference, needs_grad
 from tinyllm.ops._fake import register_fake
 from tinyllm.ops.cross_entropy import REDUCTIONS, option_limits, target_limits
 from tinyllm.ops.dispatch import choose, kernels, no_kernel
+from tinyllm.ops.linear import limits as products_limits
+
+# The backend whose products are PyTorch's and whose losses are the compiled kernels'.
+_PRODUCTS = "products"
+_products_library = _chunked_loss.register()
 
 
 def linear_cross_entropy(
@@ -71,10 +77,12 @@ def linear_cross_entropy(
         ).to(dtype)
     arguments = (input.reshape(-1, input.size(-1)), linear_weight, target.long().reshape(-1), linear_bias, weight)
     numbers = (REDUCTIONS.index(reduction), -100 if ignore_index is None else ignore_index, label_smoothing)
+    if name == "cpp" and products_limits("linear_cross_entropy", input) is not None:
+        name = _PRODUCTS
     if needs_grad(input, linear_weight, linear_bias):
         loss = _LinearCrossEntropy.apply(*arguments, numbers, dtype, name)
     else:
-        loss = kernels(name).linear_cross_entropy_fwd(*arguments, *numbers, False, False, False)[0].to(dtype)
+        loss = _raw(name).linear_cross_entropy_fwd(*arguments, *numbers, False, False, False)[0].to(dtype)
     return loss.reshape(target.shape) if reduction == "none" else loss
 
 
@@ -110,6 +118,10 @@ def _limits(
     )
 
 
+def _raw(name: str) -> Any:
+    return getattr(torch.ops, _chunked_loss.NAMESPACE) if name == _PRODUCTS else kernels(name)
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -130,7 +142,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             early and x is not None and needed
             for x, needed in zip((input, linear_weight, linear_bias), _needs(ctx), strict=True)
         ]
-        loss, *grads = kernels(name).linear_cross_entropy_fwd(*arguments, *numbers, *wanted)
+        loss, *grads = _raw(name).linear_cross_entropy_fwd(*arguments, *numbers, *wanted)
         # A compiled graph saves the gradients: it cannot hand something out once.
         compiling = torch.compiler.is_compiling()
         ctx.save_for_backward(*arguments, *(grads if early and compiling else ()))
@@ -169,7 +181,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         elif early is None:
             upstream = grad.to(torch.promote_types(input.dtype, torch.float32))
             wanted = [x is not None and need for x, need in zip(inputs, needed, strict=True)]
-            early = kernels(ctx.name).linear_cross_entropy_bwd(
+            early = _raw(ctx.name).linear_cross_entropy_bwd(
                 upstream, input, linear_weight, target, linear_bias, weight, *ctx.numbers, *wanted
             )
         elif ctx.name == "triton":  # which does not wait for the device to say what grad is
@@ -195,13 +207,13 @@ def _grads(input, linear_weight, need_input, need_weight, need_bias):  # type: i
     return tuple(input.new_empty(shape if needed else (0,), dtype=compute) for shape, needed in shapes)
 
 
-@register_fake("linear_cross_entropy_fwd")
+@register_fake("linear_cross_entropy_fwd", _products_library)
 def _(input, linear_weight, target, linear_bias, weight, reduction, ignore_index, label_smoothing, *needs):  # type: ignore[no-untyped-def]
     compute = torch.promote_types(input.dtype, torch.float32)
     loss = input.new_empty(input.shape[:1] if reduction == 0 else (), dtype=compute)
     return loss, *_grads(input, linear_weight, *needs)
 
 
-@register_fake("linear_cross_entropy_bwd")
+@register_fake("linear_cross_entropy_bwd", _products_library)
 def _(grad, input, linear_weight, target, linear_bias, weight, reduction, ignore_index, label_smoothing, *needs):  # type: ignore[no-untyped-def]
     return _grads(input, linear_weight, *needs)

@@ -1,0 +1,198 @@
+"""linear_cross_entropy on CPUs whose products PyTorch's library multiplies faster than our kernels do (`_products`).
+
+Block of rows by block of rows: PyTorch makes the logits, our cross_entropy writes the losses and the logits' gradient,
+and PyTorch multiplies it: three products in all, none computed twice. As operators of a namespace of their own, with
+the names and arguments of the compiled ones, so that the compiler sees one operator instead of all blocks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from tinyllm import _extension
+from tinyllm.ops.cross_entropy import REDUCTIONS
+
+NAMESPACE = "tinyllm_products"
+
+# Held besides the gradients, together less than a tenth of the logits: those of two 36ths of the rows, and the gradient
+# of one 36th until it is written over them.
+_STEPS, _LEAST_ROWS = 36, 32
+# Ranges of classes, whose part of the weight's gradient stays in the caches.
+_CLASSES = 512
+
+_MEAN = REDUCTIONS.index("mean")
+_NONE = REDUCTIONS.index("none")
+
+
+def linear_cross_entropy_fwd(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    linear_bias: Tensor | None,
+    weight: Tensor | None,
+    reduction: int,
+    ignore_index: int,
+    label_smoothing: float,
+    need_input: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _run(
+        None, input, linear_weight, target, linear_bias, weight, reduction, ignore_index, label_smoothing,
+        (need_input, need_weight, need_bias),
+    )  # fmt: skip
+
+
+def linear_cross_entropy_bwd(
+    grad: Tensor,
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    linear_bias: Tensor | None,
+    weight: Tensor | None,
+    reduction: int,
+    ignore_index: int,
+    label_smoothing: float,
+    need_input: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    _, *grads = _run(
+        grad.contiguous() if reduction == _NONE else None, input, linear_weight, target, linear_bias, weight, reduction,
+        ignore_index, label_smoothing, (need_input, need_weight, need_bias),
+    )  # fmt: skip
+    grad_input, grad_weight, grad_bias = grads if reduction == _NONE else [g.mul_(grad) for g in grads]
+    return grad_input, grad_weight, grad_bias
+
+
+def register() -> torch.library.Library | None:
+    """Define the operators, where the compiled one that they call is there."""
+    if not _extension.loaded:
+        return None
+    library = torch.library.Library(NAMESPACE, "DEF")
+    for launcher in (linear_cross_entropy_fwd, linear_cross_entropy_bwd):
+        schema = torch.library.infer_schema(launcher, mutates_args=())
+        library.define(f"{launcher.__name__}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
+        library.impl(launcher.__name__, launcher, "CPU")
+    return library
+
+
+@torch.no_grad()
+@torch.autocast("cpu", enabled=False)  # which has chosen the dtypes before
+def _run(
+    upstream: Tensor | None,
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    linear_bias: Tensor | None,
+    weight: Tensor | None,
+    reduction: int,
+    ignore_index: int,
+    label_smoothing: float,
+    wanted: tuple[bool, bool, bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The loss, and the gradients for these upstream gradients of the rows' losses, or for 1."""
+    rows, classes = input.size(0), linear_weight.size(0)
+    dtype, compute = input.dtype, torch.promote_types(input.dtype, torch.float32)
+    need_input, need_weight, need_bias = wanted
+    losses = input.new_empty(rows, dtype=compute)
+    grad_input = input.new_empty(input.shape if need_input else (0,), dtype=compute)
+    grad_weight = input.new_empty(linear_weight.shape if need_weight else (0,), dtype=compute)
+    grad_bias = input.new_zeros((classes,) if need_bias else (0,), dtype=compute)
+    bias = None if linear_bias is None else linear_bias.to(dtype)
+    divisor = _weight_of_targets(target, weight, ignore_index) if reduction == _MEAN else 1.0
+    # Logits' gradients are divided after the products: float16 would lose them before. By 0 they are divided before,
+    # which leaves those of ignored rows at 0.
+    scale = 1.0 if divisor == 0 else 1 / divisor
+    if divisor == 0:
+        upstream = losses.new_full((rows,), math.inf)
+    # Undivided sums over rows may be too large for float16.
+    summed = torch.float32 if dtype == torch.float16 else dtype
+
+    # The first rows' logits need no memory of their own: a class' logits lie where its row of the weight's gradient
+    # will be.
+    in_place = grad_weight.view(dtype).t()[:rows] if need_weight else None
+    step = max(_LEAST_ROWS, -(-rows // _STEPS))
+    begin = 0
+    while begin < rows:
+        first = begin == 0
+        end = min(rows, begin + (in_place.size(0) if first and in_place is not None else 2 * step))
+        x = input[begin:end]
+        logits = _logits(x, linear_weight, bias, in_place if first else None)
+        for some in _ranges(begin, end, step):
+            losses[some] = _losses_and_gradient_(
+                logits[some.start - begin : some.stop - begin],
+                target[some],
+                weight,
+                None if upstream is None else upstream[some],
+                (_NONE, ignore_index, label_smoothing),
+                any(wanted),
+            )
+        if need_input:
+            grad_input[begin:end] = torch.mm(logits, linear_weight)
+        if need_bias:
+            grad_bias.add_(logits.sum(0, dtype=compute), alpha=scale)
+        if need_weight:
+            _add_to_weights_gradient_(grad_weight, logits, x.to(summed), scale, first)
+        del logits  # before the next are made
+        begin = end
+    grad_input *= scale
+    return losses if reduction == _NONE else losses.sum() / divisor, grad_input, grad_weight, grad_bias
+
+
+def _ranges(begin: int, end: int, step: int) -> Iterator[slice]:
+    return (slice(first, min(end, first + step)) for first in range(begin, end, step))
+
+
+def _logits(x: Tensor, linear_weight: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
+    """Return x linear_weight^T + bias, (rows, classes), in `out` if that is given, whose columns are contiguous."""
+    if out is None:
+        return F.linear(x, linear_weight, bias)
+    for part in _ranges(0, linear_weight.size(0), _CLASSES):
+        columns = out.t()[part]
+        if bias is None:
+            torch.mm(linear_weight[part], x.t(), out=columns)
+        else:
+            torch.addmm(bias[part].unsqueeze(1), linear_weight[part], x.t(), out=columns)
+    return out
+
+
+def _losses_and_gradient_(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    upstream: Tensor | None,
+    options: tuple[int, int, float],
+    with_grad: bool,
+) -> Tensor:
+    """Return the rows' losses, and write the logits' gradient over them, for these upstream gradients or for 1."""
+    raw = torch.ops.tinyllm
+    # Columns that are contiguous become rows that are: in one step, PyTorch would go through them against their order.
+    held = logits if logits.is_contiguous() else logits.t().contiguous().t().contiguous()
+    losses, max_and_sum, grad = raw.cross_entropy_fwd(held, target, weight, *options, with_grad and upstream is None)
+    if with_grad:
+        if upstream is not None:
+            grad = raw.cross_entropy_bwd(upstream, held, target, weight, max_and_sum, *options)
+        logits.copy_(grad)
+    return losses
+
+
+def _add_to_weights_gradient_(grad_weight: Tensor, logits: Tensor, x: Tensor, scale: float, first: bool) -> None:
+    """Add scale logits^T x to grad_weight, which holds nothing before the first rows, or their logits themselves."""
+    for part in _ranges(0, grad_weight.size(0), _CLASSES):
+        product = torch.mm(logits[:, part].t().to(x.dtype), x)
+        if first:
+            grad_weight[part] = product.to(grad_weight.dtype).mul_(scale)
+        else:
+            grad_weight[part].add_(product, alpha=scale)
+
+
+def _weight_of_targets(target: Tensor, weight: Tensor | None, ignore_index: int) -> float:
+    """Return what a mean divides by: the weights of all targets that are not ignored."""
+    counted = target != ignore_index
+    return float(counted.sum() if weight is None else weight[target[counted]].sum(dtype=torch.float64))
