@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tests.ops.operations import Operations
 from tests.ops.parity import DTYPES, check_parity, run
 from tinyllm import ops, reference
 from tinyllm.ops import dispatch
@@ -338,6 +339,18 @@ def test_autocast(dtype):
     torch.testing.assert_close(one, torchs)
     (grad,) = torch.autograd.grad(one.sum() + two.sum(), x)
     assert grad.dtype == dtype
+
+
+def test_autocast_casts_a_weight_once_where_pytorch_serves(monkeypatch, unforced):
+    monkeypatch.setenv("TINYLLM_LINEAR", "torch")
+    x, w1, b1, w2, b2, _ = make_network((4, 3), 16, 12, 7, torch.float32)
+    w1.requires_grad_()
+    with Operations() as operations, torch.autocast("cpu", torch.bfloat16):
+        first = [ops.linear(x, w1, b1), ops.feed_forward(x, w1, b1, w2, b2)]
+        second = [ops.linear(x, w1, b1), ops.feed_forward(x, w1, b1, w2, b2)]
+    cast = [args[0] for function, args in operations.calls if function is torch.ops.aten._to_copy.default]
+    assert sum(x is w1 for x in cast) == 1
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
 
 
 # ---- Errors

@@ -7,8 +7,8 @@ import sys
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.ops.operations import Operations
 from tests.ops.parity import DTYPES
 from tinyllm import _extension, ops
 from tinyllm.ops import _products
@@ -175,30 +175,19 @@ def test_blocks_and_models_obey_the_table(on):
             assert ops.serves_block(torch.randn(1, tokens, 256), parameters, 4) is served
 
 
-class Called(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.names.append(str(function))
-        return function(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("grad", [True, False])
 @pytest.mark.parametrize(("rows", "namespace"), [(33, "tinyllm_products"), (32, "tinyllm")])
 def test_linear_cross_entropy_obeys_the_table(rows, namespace, grad, on):
     on("avx512", "amd-bf16")
     x, w = torch.ones(rows, 8, dtype=torch.bfloat16, requires_grad=grad), torch.ones(5, 8, dtype=torch.bfloat16)
     target = torch.zeros(rows, dtype=torch.long)
-    with Called() as called:
+    with Operations() as operations:
         loss = ops.linear_cross_entropy(x, w, target, reduction="none")
         if grad:
             loss.sum().backward()
-    name = f"{namespace}.linear_cross_entropy"
-    assert [n for n in called.names if "linear_cross" in n] == [f"{name}_fwd.default", f"{name}_bwd.default"][
-        : 1 + grad
-    ]
+    called = [str(function) for function, _ in operations.calls if "linear_cross_entropy" in str(function)]
+    names = [f"{namespace}.linear_cross_entropy_{way}.default" for way in ("fwd", "bwd")]
+    assert called == names[: 1 + grad]
     assert ops.last_backend() == "cpp"
 
 

@@ -42,12 +42,15 @@ def linear(
         TypeError: dtypes that are not floating or differ.
         ValueError: shapes that do not fit, tensors on different devices, an unknown activation.
     """
-    input, weight, bias, residual = _autocast(input, weight, bias, residual)
+    low = autocast_dtype(input.device.type)
+    input, residual = _cast(low, input, residual)
     _check_input(input, activation)
-    _check_layer(input, input.size(-1), "weight", weight, "bias", bias)
-    _check_tensor(input, "residual", residual, (*input.shape[:-1], weight.size(0)))
+    _check_layer(input, input.size(-1), "weight", weight, "bias", bias, low)
+    _check_tensor(input, "residual", residual, (*input.shape[:-1], weight.size(0)), low)
     if choose("linear", input, limits("linear", input)) == "reference":
+        # With the weights as they are: PyTorch's autocast keeps what it has cast, for all calls within it.
         return reference.linear(input, weight, bias, activation=activation, residual=residual)
+    weight, bias = _cast(low, weight, bias)
     if needs_grad(input, weight, bias, residual):
         return _Linear.apply(input, weight, bias, residual, activation)
     return torch.ops.tinyllm.linear_fwd(input, weight, bias, residual, activation, False)[0]
@@ -80,27 +83,30 @@ def feed_forward(
     Raises:
         TypeError, ValueError: as `linear`.
     """
-    input, weight1, bias1, weight2, bias2, residual = _autocast(input, weight1, bias1, weight2, bias2, residual)
+    low = autocast_dtype(input.device.type)
+    input, residual = _cast(low, input, residual)
     _check_input(input, activation)
-    _check_layer(input, input.size(-1), "weight1", weight1, "bias1", bias1)
-    _check_layer(input, weight1.size(0), "weight2", weight2, "bias2", bias2)
-    _check_tensor(input, "residual", residual, (*input.shape[:-1], weight2.size(0)))
-    if choose("feed_forward", input, limits("feed_forward", input)) == "reference":
+    _check_layer(input, input.size(-1), "weight1", weight1, "bias1", bias1, low)
+    _check_layer(input, weight1.size(0), "weight2", weight2, "bias2", bias2, low)
+    _check_tensor(input, "residual", residual, (*input.shape[:-1], weight2.size(0)), low)
+    if choose("feed_forward", input, limits("feed_forward", input)) == "reference":  # as in `linear`
         return reference.feed_forward(input, weight1, bias1, weight2, bias2, activation=activation, residual=residual)
+    weight1, bias1, weight2, bias2 = _cast(low, weight1, bias1, weight2, bias2)
     if needs_grad(input, weight1, bias1, weight2, bias2, residual):
         return _FeedForward.apply(input, weight1, bias1, weight2, bias2, residual, activation)
     return torch.ops.tinyllm.feed_forward_fwd(input, weight1, bias1, weight2, bias2, residual, activation, False)[0]
 
 
-def _autocast(input: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
-    """The tensors as an enclosing torch.autocast wants them for a product; it leaves float64 alone."""
-    dtype = autocast_dtype(input.device.type)
-    if dtype is None:
-        return input, *others
-    return tuple(
-        x if x is None or not x.is_floating_point() or x.dtype == torch.float64 else x.to(dtype)
-        for x in (input, *others)
-    )
+def _cast(low: torch.dtype | None, *tensors: Tensor | None) -> tuple[Any, ...]:
+    """Return the tensors as an enclosing torch.autocast to `low` wants them for a product."""
+    if low is None:
+        return tensors
+    return tuple(x if x is None else x.to(_dtype_under(low, x.dtype)) for x in tensors)
+
+
+def _dtype_under(low: torch.dtype | None, dtype: torch.dtype) -> torch.dtype:
+    """Return what an enclosing torch.autocast to `low` makes of a dtype; it leaves float64 alone."""
+    return dtype if low is None or not dtype.is_floating_point or dtype == torch.float64 else low
 
 
 def _check_input(input: Tensor, activation: str) -> None:
@@ -113,20 +119,28 @@ def _check_input(input: Tensor, activation: str) -> None:
 
 
 def _check_layer(
-    input: Tensor, in_features: int, weight_name: str, weight: Tensor, bias_name: str, bias: Tensor | None
+    input: Tensor,
+    in_features: int,
+    weight_name: str,
+    weight: Tensor,
+    bias_name: str,
+    bias: Tensor | None,
+    low: torch.dtype | None,
 ) -> None:
     if weight.dim() != 2 or weight.size(1) != in_features:
         raise ValueError(f"{weight_name} has shape {list(weight.shape)}; (out_features, {in_features}) is needed")
-    _check_tensor(input, weight_name, weight, weight.shape)
-    _check_tensor(input, bias_name, bias, weight.shape[:1])
+    _check_tensor(input, weight_name, weight, weight.shape, low)
+    _check_tensor(input, bias_name, bias, weight.shape[:1], low)
 
 
-def _check_tensor(input: Tensor, name: str, tensor: Tensor | None, shape: Sequence[int]) -> None:
+def _check_tensor(
+    input: Tensor, name: str, tensor: Tensor | None, shape: Sequence[int], low: torch.dtype | None
+) -> None:
     if tensor is None:
         return
     if tensor.shape != torch.Size(shape):
         raise ValueError(f"{name} has shape {list(tensor.shape)}; {list(shape)} is needed")
-    if tensor.dtype != input.dtype:
+    if _dtype_under(low, tensor.dtype) != input.dtype:
         raise TypeError(f"{name} has dtype {tensor.dtype}; it must have input's, {input.dtype}")
     if tensor.device != input.device:
         raise ValueError(f"{name} is on {tensor.device}; it must be on input's device, {input.device}")
