@@ -94,10 +94,9 @@ def _norm_cases() -> Iterator[tuple[str, Call]]:
 def _attention_cases() -> Iterator[tuple[str, Call]]:
     def both(q: Tensor, mask: Tensor | None = None, dropout: bool = False, causal: bool = True) -> Call:
         arguments = (causal, 0.1, 0.1 if dropout else 0.0, torch.zeros(2, dtype=torch.int64) if dropout else None)
-        lse = tensor(*q.shape[:3], dtype=torch.float32)
 
         def call() -> None:
-            attention.attention_fwd(q, q, q, mask, *arguments)
+            _, lse = attention.attention_fwd(q, q, q, mask, *arguments)
             attention.attention_bwd(q, q, q, q, mask, q, lse, *arguments)
 
         return call

@@ -90,16 +90,24 @@ std::vector<int64_t> lengths_of(const char* op, const OptionalTensor& key_length
   return lengths;  // moved: the same memory
 }
 
+// With an additive mask lse_rest follows.
+void set_lse(Attention& a, const Tensor& lse) {
+  a.lse = data_of(lse);
+  const int64_t bytes = a.batch * a.heads * a.queries * static_cast<int64_t>(lse.element_size());
+  a.lse_rest = a.mask_kind == MaskKind::additive ? static_cast<char*>(a.lse) + bytes : nullptr;
+}
+
 std::tuple<Tensor, Tensor> attention_fwd(Tensor query, Tensor key, Tensor value, OptionalTensor attn_mask,
                                          bool is_causal, double scale, double dropout_p, OptionalTensor rng,
                                          OptionalTensor key_lengths) {
   Attention a = arguments("attention", query, key, value, attn_mask, is_causal, scale, dropout_p, rng);
   const std::vector<int64_t> lengths = lengths_of("attention", key_lengths, query, a);
   const Tensor out = new_heads_inside(query, a.batch, a.heads, a.queries, a.value_dim);
-  const std::vector<int64_t> lse_shape{a.batch, a.heads, a.queries};
+  std::vector<int64_t> lse_shape{a.batch, a.heads, a.queries};
+  if (a.mask_kind == MaskKind::additive) lse_shape.insert(lse_shape.begin(), 2);
   const Tensor lse = empty(lse_shape, compute_dtype(query.scalar_type()));
   a.out = strided(out);
-  a.lse = data_of(lse);
+  set_lse(a, lse);
   attention_forward(dtype_index("attention", query), a);
   return {out, lse};
 }
@@ -118,13 +126,16 @@ std::tuple<Tensor, Tensor, Tensor> attention_bwd(Tensor grad, Tensor query, Tens
   }
   check_device(op, "lse", lse, query);
   check_dtype(op, "lse", lse, compute_dtype(query.scalar_type()));
-  check_shape(op, "lse", lse, {a.batch, a.heads, a.queries});
+  if (a.mask_kind == MaskKind::additive)
+    check_shape(op, "lse", lse, {2, a.batch, a.heads, a.queries});
+  else
+    check_shape(op, "lse", lse, {a.batch, a.heads, a.queries});
   if (!lse.is_contiguous()) fail(op, ": lse must be contiguous");
   const Tensor grad_query = new_heads_inside(query, a.batch, a.heads, a.queries, a.head_dim);
   const Tensor grad_key = new_heads_inside(query, a.batch, a.kv_heads, a.keys, a.head_dim);
   const Tensor grad_value = new_heads_inside(query, a.batch, a.kv_heads, a.keys, a.value_dim);
   a.out = strided(out);
-  a.lse = data_of(lse);
+  set_lse(a, lse);
   a.grad_out = strided(grad);
   a.grad_query = strided(grad_query);
   a.grad_key = strided(grad_key);

@@ -77,15 +77,17 @@ inline void row_dots(const Attention& a, int64_t b, int64_t h, int64_t first, in
 // the rounding errors of this very P and dP, so that the rows of dS sum to almost exactly 0. kExact: also where
 // something is not finite, which only visible keys may then be touched by.
 template <bool kExact, class S>
-inline void backward_row(S* probs, S* grad_scores, int64_t seen, int64_t end, S lse, const S* delta) {
+inline void backward_row(S* probs, S* grad_scores, int64_t seen, int64_t end, S lse, S lse_rest,
+                         const S* delta) {
   using V = Vec<S>;
   constexpr S inf = std::numeric_limits<S>::infinity();
   const int64_t whole = hide_rest(probs, seen);
-  const V vlse = V::set1(lse == -inf ? inf : lse);  // a query that sees nothing has P = 0
+  const V vlse = V::set1(lse == -inf ? inf : lse), vrest = V::set1(lse_rest);  // a query that sees nothing has P = 0
   const auto probability = [&](int64_t j) {
     const V score = V::load(probs + j);
     // A hidden score stays -inf where the log-sum-exp is NaN.
-    const V p = exp2(kExact ? V::where_finite(score, score - vlse, score) : score - vlse);
+    const V difference = score - vlse - vrest;
+    const V p = exp2(kExact ? V::where_finite(score, difference, score) : difference);
     p.store(probs + j);
     return p;
   };
@@ -122,7 +124,9 @@ inline void backward_block(const Attention& a, const BackwardBuffers<T>& buf, in
   const int64_t first = k0 + keys.begin, count = keys.end - keys.begin;
   if (count <= 0) return;
   const int64_t padded = round_up_to_vector<S>(count);
-  const S* lse = static_cast<const S*>(a.lse) + (b * a.heads + h) * a.queries;
+  const int64_t statistics = (b * a.heads + h) * a.queries;
+  const S* lse = static_cast<const S*>(a.lse) + statistics;
+  const S* rest = a.lse_rest == nullptr ? nullptr : static_cast<const S*>(a.lse_rest) + statistics;
   pack_rows(row_of<T>(a.query, b, h, q0), a.query.row, a.query.column, rows, a.head_dim,
             static_cast<S>(a.scale * kLog2e), buf.scaled_queries, buf.row);
   pack_rows(row_of<T>(a.query, b, h, q0), a.query.row, a.query.column, rows, a.head_dim, S(1), buf.queries, buf.row);
@@ -153,10 +157,11 @@ inline void backward_block(const Attention& a, const BackwardBuffers<T>& buf, in
       const int64_t row_end = std::min(padded, round_up_to_vector<S>(seen + kRows));
       const S* row_delta = delta == nullptr ? nullptr : delta + row;
       const bool exact = !buf.finite || std::isnan(lse[row]) || (row_delta != nullptr && !std::isfinite(*row_delta));
+      const S row_rest = rest == nullptr ? S(0) : rest[row];
       if (exact)
-        backward_row<true>(row_probs, row_grads, seen, row_end, lse[row], row_delta);
+        backward_row<true>(row_probs, row_grads, seen, row_end, lse[row], row_rest, row_delta);
       else
-        backward_row<false>(row_probs, row_grads, seen, row_end, lse[row], row_delta);
+        backward_row<false>(row_probs, row_grads, seen, row_end, lse[row], row_rest, row_delta);
       if (drops) multiply(row_probs, factors, whole);
     }
     const S* packed = buf.keys + keys.begin * buf.row;

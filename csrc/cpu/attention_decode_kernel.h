@@ -187,7 +187,7 @@ void attention_decode_sum(const Attention& a, int64_t b, int64_t kv_head) {
     }
     unpack_row(out, row_sum == S(0) ? S(0) : S(1) / row_sum, a.value_dim, const_cast<T*>(row_of<T>(a.out, b, h, row)),
                a.out.column);
-    static_cast<S*>(a.lse)[(b * a.heads + h) * a.queries + row] = row_sum == S(0) ? -inf : row_max + log2(row_sum);
+    store_log_sum(a, b, h, row, row_max, row_sum);
   }
 }
 

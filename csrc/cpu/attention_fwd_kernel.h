@@ -156,14 +156,13 @@ void attention_fwd(const Attention& a, int64_t b, int64_t h, int64_t begin, int6
         started[g / kRows] = forward_group<T>(a, buf, b, h, q0, g, std::min<int64_t>(kRows, rows - g), k0,
                                               std::min(block, keys_used - k0), started[g / kRows]);
       }
-    S* lse = static_cast<S*>(a.lse) + (b * a.heads + h) * a.queries + q0;
     for (int64_t r = 0; r < rows; ++r) {
       const S sum = buf.sum[r];
       S* out = buf.out + r * buf.out_row;
       if (!started[r / kRows]) std::fill(out, out + buf.out_row, S(0));
       unpack_row(out, sum == S(0) ? S(0) : S(1) / sum, a.value_dim, const_cast<T*>(row_of<T>(a.out, b, h, q0 + r)),
                  a.out.column);
-      lse[r] = sum == S(0) ? -inf : buf.max[r] + log2(sum);
+      store_log_sum(a, b, h, q0 + r, buf.max[r], sum);
     }
   }
 }

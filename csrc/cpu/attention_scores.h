@@ -173,6 +173,15 @@ __attribute__((noinline, cold)) void weigh_rows(int64_t m, int64_t n, int64_t co
   }
 }
 
+// Saves for backward what a row's softmax is divided by, as max + log2(sum).
+template <class S>
+inline void store_log_sum(const Attention& a, int64_t b, int64_t h, int64_t row, S max, S sum) {
+  const int64_t index = (b * a.heads + h) * a.queries + row;
+  const S log_sum = log2(sum), lse = sum == S(0) ? -std::numeric_limits<S>::infinity() : max + log_sum;
+  static_cast<S*>(a.lse)[index] = lse;
+  if (a.lse_rest != nullptr) static_cast<S*>(a.lse_rest)[index] = sum == S(0) ? S(0) : max - lse + log_sum;
+}
+
 // Room for the dropout factors of a row of n scores.
 inline int64_t factors_size(const Attention& a, int64_t n) { return a.dropout.p > 0 ? n + 2 * kRandomBlock : 0; }
 

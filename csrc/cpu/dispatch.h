@@ -68,8 +68,11 @@ struct Attention {
   MaskKind mask_kind;
   Dropout dropout;  // of the weights: element (b, h, t, s) of (batch, heads, queries, keys rounded up to 64)
   Strided out;
-  void*
-      lse;  // (batch, heads, queries), compute type; log2(sum(2^(scores * log2(e)))): backward repeats the very scores
+  // (batch, heads, queries), compute type: log2(sum(2^(scores * log2(e)))), for backward, which repeats the very scores.
+  void* lse;
+  // What rounding took from lse, beside it; null without an additive mask. A mask's most negative number swallows the
+  // logarithm of the sum, so that each of n keys that have it would count as 1 instead of 1 / n.
+  void* lse_rest;
   // backward
   Strided grad_out, grad_query, grad_key, grad_value;
   Strided query_sums;  // where dQ is summed, compute type, whole vectors; may be grad_query

@@ -41,27 +41,29 @@ def attention_fwd(
 ) -> tuple[Tensor, Tensor]:
     call = _Call(query, key, value, attn_mask, is_causal, scale, dropout_p, rng, key_lengths)
     out = _heads_inside(query, value.size(-1))
-    lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
-    if lse.numel() == 0:
-        return out, lse
+    shape = (2, *query.shape[:3]) if call.additive else query.shape[:3]
+    saved = torch.empty(shape, dtype=torch.float32, device=query.device)
+    if saved.numel() == 0:
+        return out, saved
     if call.keys == 0:
-        return out.zero_(), lse.fill_(float("-inf"))
+        return out.zero_(), saved.fill_(float("-inf"))
+    lse = call.lse(saved)
     width = call.widths(configs.FORWARD)
     if call.group * call.queries <= configs.DECODE_ROWS and width.chunks == 1:
         _decode(call, width, out, lse)
-        return out, lse
+        return out, saved
 
     def run(tile: Tile) -> None:
         sources = call.sources(tile, (query, width.d), (key, width.d), (value, width.dv))
         grid = (cdiv(call.queries, tile.rows) * width.chunks * call.batch * call.heads,)
         forward_kernel[grid](
-            *sources, query, key, value, attn_mask, call.key_lengths, rng, out, lse, *call.strides(query, key, value),
+            *sources, query, key, value, attn_mask, call.key_lengths, rng, out, *lse, *call.strides(query, key, value),
             *out.stride()[:3], *call.sizes(), *call.numbers(), CHUNKS=width.chunks, SCALE_FIRST=scale <= 0,
             **call.constants(tile, width),
         )  # fmt: skip
 
     run(call.choose(configs.FORWARD, width, run))
-    return out, lse
+    return out, saved
 
 
 def attention_bwd(
@@ -83,7 +85,8 @@ def attention_bwd(
     grad_key, grad_value = _heads_inside(key, key.size(-1)), _heads_inside(value, value.size(-1))
     if lse.numel() == 0 or key.size(1) * call.keys == 0:
         return grad_query.zero_(), grad_key.zero_(), grad_value.zero_()
-    delta = torch.empty_like(lse)
+    statistics = call.lse(lse)
+    delta = torch.empty_like(statistics[0])
     delta_kernel[(cdiv(call.queries, _DELTA_ROWS) * call.batch * call.heads,)](
         grad, out, delta, *grad.stride(), *out.stride(), call.heads, call.queries, call.value_dim, ROWS=_DELTA_ROWS,
         DV=min(next_power_of_2(call.value_dim), 256), **launch_options(4),
@@ -98,7 +101,7 @@ def attention_bwd(
         sources = call.sources(tile, (query, d), (key, d), (value, dv), (grad, dv))
         grid = (cdiv(call.keys, tile.columns) * chunks * call.batch * call.heads // call.group,)
         keys_kernel[grid](
-            *sources, attn_mask, call.key_lengths, rng, lse, delta, grad_key, grad_value, *strides,
+            *sources, attn_mask, call.key_lengths, rng, *statistics, delta, grad_key, grad_value, *strides,
             *grad_key.stride()[:3], *grad_value.stride()[:3], *call.sizes(), *numbers, CHUNKS=chunks,
             **call.constants(tile, keys_width),
         )  # fmt: skip
@@ -108,8 +111,9 @@ def attention_bwd(
         sources = call.sources(tile, (query, d), (key, d), (value, dv), (grad, dv))
         grid = (cdiv(call.queries, tile.rows) * chunks * call.batch * call.heads,)
         queries_kernel[grid](
-            *sources, query, key, value, grad, attn_mask, call.key_lengths, rng, lse, delta, grad_query, *strides,
-            *grad_query.stride()[:3], *call.sizes(), *numbers, CHUNKS=chunks, **call.constants(tile, queries_width),
+            *sources, query, key, value, grad, attn_mask, call.key_lengths, rng, *statistics, delta, grad_query,
+            *strides, *grad_query.stride()[:3], *call.sizes(), *numbers, CHUNKS=chunks, **call.constants(tile,
+            queries_width),
         )  # fmt: skip
 
     run_keys(call.choose(configs.BACKWARD_KEYS, keys_width, run_keys))
@@ -117,7 +121,7 @@ def attention_bwd(
     return grad_query, grad_key, grad_value
 
 
-def _decode(call: _Call, width: configs.Widths, out: Tensor, lse: Tensor) -> None:
+def _decode(call: _Call, width: configs.Widths, out: Tensor, lse: tuple[Tensor, Tensor | None]) -> None:
     """Few queries: the keys are split over so many programs that every multiprocessor has some."""
     query, key, value = call.query, call.key, call.value
     tile = configs.decode_tile(width, query.element_size())
@@ -126,16 +130,16 @@ def _decode(call: _Call, width: configs.Widths, out: Tensor, lse: Tensor) -> Non
     splits = max(1, min(cdiv(2 * multiprocessors(query), groups), most))
     split = cdiv(cdiv(call.keys, splits), tile.columns) * tile.columns
     splits = cdiv(call.keys, split)
-    parts = torch.empty((splits, *lse.shape, call.value_dim), dtype=torch.float32, device=query.device)
-    parts_lse = torch.empty((splits, *lse.shape), dtype=torch.float32, device=query.device)
+    parts = torch.empty((splits, *lse[0].shape, call.value_dim), dtype=torch.float32, device=query.device)
+    statistics = torch.empty((2, splits, *lse[0].shape), dtype=torch.float32, device=query.device)
     _, k, v = call.sources(tile, (query, width.d), (key, width.d), (value, width.dv))
     decode_kernel[(splits, groups)](
-        query, k, v, call.mask, call.key_lengths, call.rng, parts, parts_lse, *call.strides(query, key, value),
+        query, k, v, call.mask, call.key_lengths, call.rng, parts, statistics, *call.strides(query, key, value),
         call.batch, *call.sizes(), *call.numbers(), split, SCALE_FIRST=call.scale <= 0, **call.constants(tile, width),
     )  # fmt: skip
-    join_kernel[(lse.numel(),)](
-        parts, parts_lse, out, lse, *out.stride()[:3], lse.numel(), call.heads, call.queries, call.value_dim, splits,
-        SPLITS=_JOINED_AT_ONCE, DV=width.dv, **launch_options(4),
+    join_kernel[(lse[0].numel(),)](
+        parts, statistics, out, *lse, *out.stride()[:3], lse[0].numel(), call.heads, call.queries, call.value_dim,
+        splits, SPLITS=_JOINED_AT_ONCE, DV=width.dv, MASK=call.mask_kind, **launch_options(4),
     )  # fmt: skip
 
 
@@ -164,6 +168,7 @@ class _Call:
         self.scale = scale * _LOG2_E
         self.causal, self.dropout_p = is_causal, dropout_p
         self.mask_kind = 0 if attn_mask is None else 1 if attn_mask.dtype == torch.bool else 2
+        self.additive = self.mask_kind == 2
         # Descriptors if the chip has them and can describe every tensor. float32 does without: on its way from shared
         # memory into three products, each tile would take more registers than there are.
         self.descriptors = (
@@ -174,6 +179,10 @@ class _Call:
         self.precision = "widened" if interpreted() and query.dtype == torch.bfloat16 else "ieee"
         if query.dtype == torch.float32:
             self.precision = "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+    def lse(self, saved: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The log-sum-exp of the rows, and what rounding took from it; that only with an additive mask."""
+        return (saved[0], saved[1]) if self.additive else (saved, None)
 
     def widths(self, kernel: str) -> configs.Widths:
         return configs.widths(kernel, self.head_dim, self.value_dim, self.query.element_size())

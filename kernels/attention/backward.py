@@ -16,7 +16,19 @@ import triton
 import triton.language as tl
 
 from ..random import kept_elements
-from .tiles import BOOLEAN, COLUMNS_AGAIN, NO_MASK, ROWS_AGAIN, any_nan, clear_rows, finite, hide, load_rows, product
+from .tiles import (
+    ADDITIVE,
+    BOOLEAN,
+    COLUMNS_AGAIN,
+    NO_MASK,
+    ROWS_AGAIN,
+    any_nan,
+    clear_rows,
+    finite,
+    hide,
+    load_rows,
+    product,
+)
 
 
 @triton.jit
@@ -179,6 +191,7 @@ def queries_rows(
     mask,
     rng,
     lse,
+    lse_rest,
     delta,
     grad_query,
     batch,
@@ -251,16 +264,17 @@ def queries_rows(
         full = 0
     else:
         grad_q = queries_pass(
-            grad_q, q, g, row_lse, row_delta, query, key, value, grad, rng, batch, head, kv_head, first, chunk, 0, full,
-            row, row_inside, mask_rows, mask_column, statistic, q_row, q_column, k_row, k_column, v_row, v_column,
-            g_row, g_column, queries, visible, keys, head_dim, value_dim, scale, threshold, kept_scale, ROWS, COLUMNS,
-            D, DV, CHUNKS, CHECK_D, CHECK_DV, CAUSAL, False, MASK, DROPOUT, DESCRIPTORS, PRECISION, LENGTHS, False,
+            grad_q, q, g, row_lse, row_delta, query, key, value, grad, rng, batch, head, kv_head, first,
+            chunk, 0, full, row, row_inside, mask_rows, mask_column, statistic, q_row, q_column, k_row, k_column, v_row,
+            v_column, g_row, g_column, queries, visible, keys, head_dim, value_dim, scale, threshold, kept_scale, ROWS,
+            COLUMNS, D, DV, CHUNKS, CHECK_D, CHECK_DV, CAUSAL, False, MASK, DROPOUT, DESCRIPTORS, PRECISION, LENGTHS,
+            False,
         )  # fmt: skip
     grad_q = queries_pass(
-        grad_q, q, g, row_lse, row_delta, query, key, value, grad, rng, batch, head, kv_head, first, chunk, full, end,
-        row, row_inside, mask_rows, mask_column, statistic, q_row, q_column, k_row, k_column, v_row, v_column, g_row,
-        g_column, queries, visible, keys, head_dim, value_dim, scale, threshold, kept_scale, ROWS, COLUMNS, D, DV,
-        CHUNKS, CHECK_D, CHECK_DV, CAUSAL, True, MASK, DROPOUT, DESCRIPTORS, PRECISION, LENGTHS, AGAIN,
+        grad_q, q, g, row_lse, row_delta, query, key, value, grad, rng, batch, head, kv_head, first, chunk,
+        full, end, row, row_inside, mask_rows, mask_column, statistic, q_row, q_column, k_row, k_column, v_row,
+        v_column, g_row, g_column, queries, visible, keys, head_dim, value_dim, scale, threshold, kept_scale, ROWS,
+        COLUMNS, D, DV, CHUNKS, CHECK_D, CHECK_DV, CAUSAL, True, MASK, DROPOUT, DESCRIPTORS, PRECISION, LENGTHS, AGAIN,
     )  # fmt: skip
     again = False
     stored = row_inside
@@ -269,6 +283,8 @@ def queries_rows(
         stored = row < tl.where(again, first, queries)
     column = chunk * D + tl.arange(0, D)
     at = grad_query + wide_row[:, None] * dq_row + column[None, :]
+    if MASK == ADDITIVE:  # each weight of a row was too large by the same factor
+        grad_q *= tl.exp2(-tl.load(lse_rest + statistic, row_inside, other=0.0))[:, None]
     grad_q = (grad_q * plain_scale).to(grad_query.dtype.element_ty)
     tl.store(at, grad_q, stored[:, None] & (column < head_dim)[None, :])
     return again
@@ -288,6 +304,7 @@ def queries_kernel(
     key_lengths,  # (B), or None
     rng,  # (2), or None
     lse,  # (B, H, queries)
+    lse_rest,  # (B, H, queries), or None
     delta,  # (B, H, queries)
     grad_query,  # like query, columns next to each other
     q_batch,
@@ -360,10 +377,10 @@ def queries_kernel(
     statistic = (wide_batch * heads + head) * queries
     first = block * ROWS
     again = queries_rows(
-        query, key, value, grad, mask, rng, lse, delta, grad_query, batch, head, kv_head, first, chunk, q_row, q_column,
-        k_row, k_column, v_row, v_column, g_row, g_column, mask_row, mask_column, dq_row, statistic, queries, visible,
-        keys, head_dim, value_dim, scale, plain_scale, threshold, kept_scale, ROWS, COLUMNS, D, DV, CHUNKS, CHECK_D,
-        CHECK_DV, CAUSAL, MASK, DROPOUT, DESCRIPTORS, PRECISION, LENGTHS, False,
+        query, key, value, grad, mask, rng, lse, lse_rest, delta, grad_query, batch, head, kv_head, first, chunk, q_row,
+        q_column, k_row, k_column, v_row, v_column, g_row, g_column, mask_row, mask_column, dq_row, statistic, queries,
+        visible, keys, head_dim, value_dim, scale, plain_scale, threshold, kept_scale, ROWS, COLUMNS, D, DV, CHUNKS,
+        CHECK_D, CHECK_DV, CAUSAL, MASK, DROPOUT, DESCRIPTORS, PRECISION, LENGTHS, False,
     )  # fmt: skip
     if CAUSAL or MASK == BOOLEAN:  # noqa: SIM102 - known when it is compiled
         if again:  # in tiles so small that the registers are those of the first time
@@ -373,9 +390,9 @@ def queries_kernel(
             plain_grad += wide_batch * g_batch + wide_head * g_head
             for few in range(first, tl.minimum(first + ROWS, queries), ROWS_AGAIN):
                 queries_rows(
-                    plain_query, plain_key, plain_value, plain_grad, mask, rng, lse, delta, grad_query, batch, head,
-                    kv_head, few, chunk, q_row, q_column, k_row, k_column, v_row, v_column, g_row, g_column, mask_row,
-                    mask_column, dq_row, statistic, queries, visible, keys, head_dim, value_dim, scale, plain_scale,
-                    threshold, kept_scale, ROWS_AGAIN, COLUMNS_AGAIN, D, DV, CHUNKS, CHECK_D, CHECK_DV, CAUSAL, MASK,
-                    DROPOUT, False, PRECISION, LENGTHS, True,
+                    plain_query, plain_key, plain_value, plain_grad, mask, rng, lse, lse_rest, delta, grad_query, batch,
+                    head, kv_head, few, chunk, q_row, q_column, k_row, k_column, v_row, v_column, g_row, g_column,
+                    mask_row, mask_column, dq_row, statistic, queries, visible, keys, head_dim, value_dim, scale,
+                    plain_scale, threshold, kept_scale, ROWS_AGAIN, COLUMNS_AGAIN, D, DV, CHUNKS, CHECK_D, CHECK_DV,
+                    CAUSAL, MASK, DROPOUT, False, PRECISION, LENGTHS, True,
                 )  # fmt: skip

@@ -21,6 +21,7 @@ def keys_pass(
     grad,
     rng,
     lse,
+    lse_rest,
     delta,
     batch,
     head,
@@ -99,6 +100,8 @@ def keys_pass(
         row_lse = tl.load(lse + statistic + row, row_inside, other=float("inf"))
         row_lse = tl.where(row_lse == float("-inf"), float("inf"), row_lse)
         scores -= row_lse[None, :]
+        if MASK == ADDITIVE:
+            scores -= tl.load(lse_rest + statistic + row, row_inside, other=0.0)[None, :]
         # Only now, since a query that sees a NaN has a log-sum-exp of NaN, which must not reach the keys that it does
         # not see.
         if EDGE or MASK == BOOLEAN:
@@ -147,6 +150,7 @@ def keys_kernel(
     key_lengths,  # (B), or None
     rng,  # (2), or None
     lse,  # (B, H, queries)
+    lse_rest,  # (B, H, queries), or None
     delta,  # (B, H, queries)
     grad_key,  # like key, columns next to each other
     grad_value,  # like value, columns next to each other
@@ -244,17 +248,17 @@ def keys_kernel(
             mask_head_rows += wide_batch * mask_batch + wide_head * mask_head
         if CAUSAL:
             grad_k, grad_v = keys_pass(
-                grad_k, grad_v, k, v, head_query, key, value, head_grad, rng, lse, delta, batch, head, kv_head,
-                first_key, chunk, begin, edge, mask_head_rows, mask_row, mask_column, statistic, q_row, q_column, k_row,
-                k_column, v_row, v_column, g_row, g_column, queries, visible, keys, head_dim, value_dim, scale,
-                threshold, kept_scale, ROWS, COLUMNS, D, DV, CHUNKS, CHECK_D, CHECK_DV, CAUSAL, True, MASK,
-                DROPOUT, DESCRIPTORS, PRECISION,
+                grad_k, grad_v, k, v, head_query, key, value, head_grad, rng, lse, lse_rest, delta, batch, head,
+                kv_head, first_key, chunk, begin, edge, mask_head_rows, mask_row, mask_column, statistic, q_row,
+                q_column, k_row, k_column, v_row, v_column, g_row, g_column, queries, visible, keys, head_dim,
+                value_dim, scale, threshold, kept_scale, ROWS, COLUMNS, D, DV, CHUNKS, CHECK_D, CHECK_DV, CAUSAL, True,
+                MASK, DROPOUT, DESCRIPTORS, PRECISION,
             )  # fmt: skip
         grad_k, grad_v = keys_pass(
-            grad_k, grad_v, k, v, head_query, key, value, head_grad, rng, lse, delta, batch, head, kv_head, first_key,
-            chunk, edge, end, mask_head_rows, mask_row, mask_column, statistic, q_row, q_column, k_row, k_column, v_row,
-            v_column, g_row, g_column, queries, visible, keys, head_dim, value_dim, scale, threshold, kept_scale, ROWS,
-            COLUMNS, D, DV, CHUNKS, CHECK_D, CHECK_DV, CAUSAL, False, MASK, DROPOUT, DESCRIPTORS,
+            grad_k, grad_v, k, v, head_query, key, value, head_grad, rng, lse, lse_rest, delta, batch, head, kv_head,
+            first_key, chunk, edge, end, mask_head_rows, mask_row, mask_column, statistic, q_row, q_column, k_row,
+            k_column, v_row, v_column, g_row, g_column, queries, visible, keys, head_dim, value_dim, scale, threshold,
+            kept_scale, ROWS, COLUMNS, D, DV, CHUNKS, CHECK_D, CHECK_DV, CAUSAL, False, MASK, DROPOUT, DESCRIPTORS,
             PRECISION,
         )  # fmt: skip
     row = first_key + tl.arange(0, COLUMNS)

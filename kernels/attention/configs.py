@@ -46,6 +46,10 @@ TILES: dict[tuple[str, int, int, int], tuple[list[Tile], list[Tile]]] = {
         _tiles((128, 64, 4, 3), (128, 128, 8, 2), (128, 64, 8, 3), (64, 64, 4, 3), (64, 32, 4, 2)),
         _tiles((128, 64, 8, 3), (64, 64, 4, 3), (64, 32, 4, 2)),
     ),
+    (FORWARD, 2, 64, BLACKWELL): (
+        _tiles((128, 64, 4, 3), (128, 128, 8, 2), (128, 64, 8, 3), (64, 64, 4, 3), (64, 32, 4, 2)),
+        _tiles((128, 32, 8, 3), (64, 64, 4, 3), (64, 32, 4, 2)),
+    ),
     (FORWARD, 2, 64, POINTERS): (
         _tiles((128, 64, 8, 3), (64, 64, 4, 3), (64, 32, 4, 2)),
         _tiles((128, 64, 8, 3), (64, 64, 4, 3), (64, 32, 4, 2)),
@@ -111,6 +115,10 @@ TILES: dict[tuple[str, int, int, int], tuple[list[Tile], list[Tile]]] = {
     (BACKWARD_QUERIES, 2, 128, HOPPER): (
         _tiles((128, 64, 8, 2), (64, 64, 4, 2), (64, 32, 4, 2)),
         _tiles((128, 64, 8, 2), (64, 64, 8, 2), (64, 32, 4, 2)),
+    ),
+    (BACKWARD_QUERIES, 2, 128, BLACKWELL): (
+        _tiles((128, 64, 8, 2), (64, 64, 4, 2), (64, 32, 4, 2)),
+        _tiles((64, 64, 8, 2), (64, 32, 4, 2)),
     ),
     (BACKWARD_QUERIES, 2, 128, POINTERS): (_tiles((64, 64, 8, 2), (64, 32, 8, 1)), _tiles((64, 32, 8, 1))),
     (BACKWARD_QUERIES, 2, 256, HOPPER): (

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .forward import attend
-from .tiles import BOOLEAN, NO_MASK, any_nan
+from .tiles import BOOLEAN, NO_MASK, any_nan, store_log_total
 
 
 @triton.jit
@@ -21,7 +21,7 @@ def decode_kernel(
     key_lengths,  # (B), or None
     rng,  # (2), or None
     parts,  # (splits, B, H, queries, value_dim), float32
-    parts_lse,  # (splits, B, H, queries)
+    statistics,  # (2, splits, B, H, queries): maximum of the scores, sum of exp2 of what they are below it
     q_batch,
     q_head,
     q_row,
@@ -119,24 +119,23 @@ def decode_kernel(
                 head_dim, value_dim, scale, threshold, ROWS, COLUMNS, D, DV, 1, CHECK_D, CHECK_DV, CAUSAL, True,
                 MASK, DROPOUT, SCALE_FIRST, DESCRIPTORS, PRECISION, LENGTHS, True,
             )  # fmt: skip
-    blind = total == 0.0
-    factor = 1.0 / tl.where(blind, 1.0, total)
     if DROPOUT:
-        factor *= kept_scale
-    accumulated = accumulated * factor[:, None]
+        accumulated = accumulated * kept_scale
     place = part.to(tl.int64) * batches * heads * queries + statistic
     column = tl.arange(0, DV)
     at = place[:, None] * value_dim + column[None, :]
     tl.store(parts + at, accumulated, row_inside[:, None] & (column < value_dim)[None, :])
-    tl.store(parts_lse + place, tl.where(blind, float("-inf"), maximum + tl.log2(total)), row_inside)
+    tl.store(statistics + place, maximum, row_inside)
+    tl.store(statistics + tl.num_programs(0).to(tl.int64) * batches * heads * queries + place, total, row_inside)
 
 
 @triton.jit
 def join_kernel(
     parts,  # (splits, B, H, queries, value_dim), float32
-    parts_lse,  # (splits, B, H, queries)
+    statistics,  # (2, splits, B, H, queries)
     out,  # (B, H, queries, value_dim), columns next to each other
     lse,  # (B, H, queries)
+    lse_rest,  # (B, H, queries), or None
     out_batch,
     out_head,
     out_row,
@@ -147,6 +146,7 @@ def join_kernel(
     splits,
     SPLITS: tl.constexpr,  # at once
     DV: tl.constexpr,
+    MASK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, DV)
@@ -156,19 +156,19 @@ def join_kernel(
     for first in range(0, splits, SPLITS):
         split = first + tl.arange(0, SPLITS)
         place = split.to(tl.int64) * rows + row
-        part_lse = tl.load(parts_lse + place, split < splits, other=float("-inf"))
-        new_maximum = tl.maximum(maximum, tl.max(part_lse, 0))
+        part_maximum = tl.load(statistics + place, split < splits, other=float("-inf"))
+        part_total = tl.load(statistics + splits * rows.to(tl.int64) + place, split < splits, other=0.0)
+        new_maximum = tl.maximum(maximum, tl.max(part_maximum, 0))
         shift = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
-        weights = tl.exp2(part_lse - shift)
+        weights = tl.exp2(part_maximum - shift)
         rescale = tl.exp2(maximum - shift)
         inside = (split < splits)[:, None] & (column < value_dim)[None, :]
         part = tl.load(parts + place[:, None] * value_dim + column[None, :], inside, other=0.0)
         accumulated = accumulated * rescale + tl.sum(part * weights[:, None], 0)
-        total = total * rescale + tl.sum(weights, 0)
+        total = total * rescale + tl.sum(part_total * weights, 0)
         maximum = new_maximum
-    blind = total == 0.0
-    result = accumulated / tl.where(blind, 1.0, total)
+    result = accumulated / tl.where(total == 0.0, 1.0, total)
     head_row = row // queries
     at = head_row // heads * out_batch + head_row % heads * out_head + row % queries * out_row + column
     tl.store(out + at, result.to(out.dtype.element_ty), column < value_dim)
-    tl.store(lse + row, tl.where(blind, float("-inf"), maximum + tl.log2(total)))
+    store_log_total(lse, lse_rest, row, maximum, total, None, MASK)

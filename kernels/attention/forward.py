@@ -27,6 +27,7 @@ from .tiles import (
     hide,
     load_rows,
     product,
+    store_log_total,
 )
 
 
@@ -164,6 +165,7 @@ def forward_rows(
     rng,
     out,
     lse,
+    lse_rest,
     batch,
     head,
     kv_head,
@@ -203,7 +205,7 @@ def forward_rows(
     LENGTHS: tl.constexpr,
     AGAIN: tl.constexpr,
 ):
-    """Makes the results of the queries [first, first + ROWS) of a head, to whose first row mask, out and lse point.
+    """Makes the results of the queries [first, first + ROWS) of a head, to whose first row mask and results point.
 
     Returns whether they have to be made AGAIN, because of what hidden values may have been: then none is stored.
     """
@@ -254,7 +256,7 @@ def forward_rows(
     at = out + wide_row[:, None] * out_row + column[None, :]
     tl.store(at, accumulated.to(out.dtype.element_ty), stored[:, None] & (column < value_dim)[None, :])
     if chunk == 0:
-        tl.store(lse + row, tl.where(blind, float("-inf"), maximum + tl.log2(total)), stored)
+        store_log_total(lse, lse_rest, row, maximum, total, stored, MASK)
     return again
 
 
@@ -271,6 +273,7 @@ def forward_kernel(
     rng,  # (2), or None
     out,  # (B, H, queries, value_dim), columns next to each other
     lse,  # (B, H, queries): log2 of the sum of exp2 of the scores
+    lse_rest,  # (B, H, queries): what rounding took from lse; None without an additive mask
     q_batch,
     q_head,
     q_row,
@@ -335,12 +338,14 @@ def forward_kernel(
         mask += wide_batch * mask_batch + wide_head * mask_head
     out += wide_batch * out_batch + wide_head * out_head
     lse += (wide_batch * heads + head) * queries
+    if MASK == ADDITIVE:
+        lse_rest += (wide_batch * heads + head) * queries
     first = block * ROWS
     again = forward_rows(
-        query, key, value, mask, rng, out, lse, batch, head, kv_head, first, chunk, q_row, q_column, k_row, k_column,
-        v_row, v_column, mask_row, mask_column, out_row, heads, queries, visible, keys, head_dim, value_dim, scale,
-        threshold, kept_scale, ROWS, COLUMNS, D, DV, CHUNKS, CHECK_D, CHECK_DV, CAUSAL, MASK, DROPOUT, SCALE_FIRST,
-        DESCRIPTORS, PRECISION, LENGTHS, False,
+        query, key, value, mask, rng, out, lse, lse_rest, batch, head, kv_head, first, chunk, q_row, q_column, k_row,
+        k_column, v_row, v_column, mask_row, mask_column, out_row, heads, queries, visible, keys, head_dim, value_dim,
+        scale, threshold, kept_scale, ROWS, COLUMNS, D, DV, CHUNKS, CHECK_D, CHECK_DV, CAUSAL, MASK, DROPOUT,
+        SCALE_FIRST, DESCRIPTORS, PRECISION, LENGTHS, False,
     )  # fmt: skip
     if CAUSAL or MASK == BOOLEAN:  # noqa: SIM102 - known when it is compiled
         if again:  # in tiles so small that the registers are those of the first time
@@ -349,8 +354,9 @@ def forward_kernel(
             plain_value += wide_batch * v_batch + wide_kv_head * v_head
             for few in range(first, tl.minimum(first + ROWS, queries), ROWS_AGAIN):
                 forward_rows(
-                    plain_query, plain_key, plain_value, mask, rng, out, lse, batch, head, kv_head, few, chunk, q_row,
-                    q_column, k_row, k_column, v_row, v_column, mask_row, mask_column, out_row, heads, queries, visible,
-                    keys, head_dim, value_dim, scale, threshold, kept_scale, ROWS_AGAIN, COLUMNS_AGAIN, D, DV, CHUNKS,
-                    CHECK_D, CHECK_DV, CAUSAL, MASK, DROPOUT, SCALE_FIRST, False, PRECISION, LENGTHS, True,
+                    plain_query, plain_key, plain_value, mask, rng, out, lse, lse_rest, batch, head, kv_head, few,
+                    chunk, q_row, q_column, k_row, k_column, v_row, v_column, mask_row, mask_column, out_row, heads,
+                    queries, visible, keys, head_dim, value_dim, scale, threshold, kept_scale, ROWS_AGAIN,
+                    COLUMNS_AGAIN, D, DV, CHUNKS, CHECK_D, CHECK_DV, CAUSAL, MASK, DROPOUT, SCALE_FIRST, False,
+                    PRECISION, LENGTHS, True,
                 )  # fmt: skip

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+MOST = tl.constexpr(3.3e38)  # of what a mask adds, so that with a score it stays finite
 
 # Kinds of masks.
 NO_MASK, BOOLEAN, ADDITIVE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
@@ -128,10 +129,27 @@ def hide(
         if MASK == BOOLEAN:
             scores = tl.where(tl.load(at, inside, other=0), scores, float("-inf"))
         else:
-            scores += tl.load(at, inside, other=float("-inf")).to(tl.float32) * LOG2_E
+            mask = tl.load(at, inside, other=float("-inf")).to(tl.float32)
+            bounded = tl.clamp(mask * LOG2_E, -MOST, MOST, tl.PropagateNan.ALL)  # no finite number hides a key for good
+            scores += tl.where(mask == float("-inf"), mask, bounded)
     if EDGE:
         visible = (column < keys)[None, :]
         if CAUSAL:
             visible = visible & (column[None, :] <= row[:, None])
         scores = tl.where(visible, scores, float("-inf"))
     return scores
+
+
+@triton.jit
+def store_log_total(lse, lse_rest, row, maximum, total, stored, MASK: tl.constexpr):
+    """Stores the rows' log2 of the sum of exp2, for backward; with an additive mask also what rounding takes from it.
+
+    A mask's most negative number swallows the logarithm: each of n keys that have it would count as 1, not as 1 / n.
+    """
+    blind = total == 0.0
+    log_total = tl.log2(tl.where(blind, 1.0, total))
+    maximum = tl.where(blind, 0.0, maximum)
+    log_sum = maximum + log_total
+    tl.store(lse + row, tl.where(blind, float("-inf"), log_sum), stored)
+    if MASK == ADDITIVE:
+        tl.store(lse_rest + row, maximum - log_sum + log_total, stored)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from tests.gpu.device import DEVICE, draw
-from tinyllm import ops
+from tinyllm import ops, reference
 
 # numpy tells of every 0 times infinity.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -143,3 +143,20 @@ def test_each_query_has_the_infinities_that_it_sees(queries, dtype, size, kind):
         assert grad_q[:, :, row].isfinite().all() == v[:, :, seen].isfinite().all()
     assert out.isinf().any()
     assert out.isnan().any()
+
+
+@pytest.mark.parametrize(("dtype", "size"), [*KINDS, *CHUNKED], ids=str)
+@pytest.mark.parametrize("queries", [1, 20])
+def test_rows_hidden_by_the_most_negative_number(queries, dtype, size):
+    """It swallows the logarithm of how many keys have it, which the gradients and the parts of a split row need."""
+    inputs = make(2, queries, 150, size, dtype)
+    mask = torch.zeros(2, 1, queries, 150, dtype=dtype, device=DEVICE)
+    mask[0] = torch.finfo(dtype).min
+    mask[1, ..., 30:] = torch.finfo(dtype).min
+    leaves = [x.double().requires_grad_() for x in inputs]
+    # The mask as it is: only float16's leaves the scores some digits, and there few.
+    out = reference.scaled_dot_product_attention(*leaves, mask.double(), enable_gqa=True)
+    grads = torch.autograd.grad(out, leaves, draw(*out.shape, dtype=dtype, seed=6).double())
+    tolerance = 1e-5 if dtype == torch.float32 else 5e-2
+    for a, b in zip(call(*inputs, mask), [out, *grads], strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=tolerance, atol=tolerance)

@@ -122,31 +122,35 @@ def test_what_is_seen_still_counts(queries):
         assert out.isfinite().all()
 
 
-def expected_attention(query, key, value, mask):
-    return torch.nn.functional.scaled_dot_product_attention(query, key, value, mask)
-
-
 @pytest.mark.parametrize("queries", [1, 19])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("lowest", ["finfo.min", "finfo.min / 2", "finfo.max"])
 def test_rows_of_the_largest_finite_numbers(lowest, dtype, queries):
-    """As Hugging Face hides keys. A row that is hidden whole gives what PyTorch gives: a mean of the values."""
+    """As Hugging Face hides keys. A row that is hidden whole gives what PyTorch gives, a mean of the values; and its
+    gradients, for which such a number has swallowed the logarithm of how many keys there are."""
     inputs = tensors(2, 2, 2, queries, 70, 16, dtype)
     numbers = torch.finfo(dtype)
     number = {"finfo.min": numbers.min, "finfo.min / 2": numbers.min / 2, "finfo.max": numbers.max}[lowest]
     mask = torch.zeros(2, 1, queries, 70, dtype=dtype)
     mask[0] = number
     mask[1, ..., 30:] = number
+    grad = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+    def with_gradients(function, *tensors):
+        leaves = [x.detach().requires_grad_() for x in tensors[:3]]
+        out = function(*leaves, tensors[3])
+        return [out, *torch.autograd.grad(out, leaves, grad.to(out.dtype))]
+
     with ops.backend("cpp"):
-        out = ops.scaled_dot_product_attention(*inputs, mask)
-    exact = expected_attention(*(x.double() for x in inputs), mask.double())
-    if dtype in (
-        torch.float16,
-        torch.float64,
-    ):  # whose largest numbers leave the scores some digits, or are exact's own
-        exact = expected_attention(*inputs, mask).double()
+        found = with_gradients(ops.scaled_dot_product_attention, *inputs, mask)
+    # The largest numbers of float16 leave the scores some digits, those of float64 are exact's own.
+    wide = dtype in (torch.float16, torch.float64)
+    exact = with_gradients(
+        reference.scaled_dot_product_attention, *(x if wide else x.double() for x in (*inputs, mask))
+    )
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-5}.get(dtype, 2e-2)
-    torch.testing.assert_close(out.double(), exact, rtol=tolerance, atol=tolerance)
+    for a, b in zip(found, exact, strict=True):
+        torch.testing.assert_close(a.double(), b.double(), rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -6,6 +6,7 @@ element; what lies between its elements is NaN. A call follows from its dtype an
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -168,24 +169,47 @@ def _attention(draw: Draw) -> Case:
             if draw.chance(0.4):
                 shape[i] = 1
         numbers = torch.randn(shape, generator=draw.numbers, dtype=torch.float64)
-        mask = draw.laid_out(numbers > draw.one_of(-1.0, 0.0, 1.5) if kind == "bool" else numbers.to(draw.dtype))
-    text = (
-        f"B {batch}, H {heads}, Hkv {kv_heads}, T {queries}, S {keys}, D {head_dim}, Dv {value_dim}, mask {kind}, "
-        f"causal {causal}, dropout {dropout_p}, key_lengths {lengths is not None}"
-    )
+        if kind == "bool":
+            mask = draw.laid_out(numbers > draw.one_of(-1.0, 0.0, 1.5))
+        else:
+            if draw.chance(0.3):  # as Hugging Face hides keys; some rows see none
+                hidden = torch.rand(shape, generator=draw.numbers) < draw.one_of(0.1, 0.9)
+                numbers.masked_fill_(hidden, torch.finfo(draw.dtype).min)
+            mask = draw.laid_out(numbers.to(draw.dtype))
     inputs = [
         draw.floats(batch, heads, queries, head_dim),
         draw.floats(batch, kv_heads, keys, head_dim),
         draw.floats(batch, kv_heads, keys, value_dim),
     ]
+    # Keys and values that no query may see hold anything at all.
+    visible = torch.ones(batch, heads, queries, keys, dtype=torch.bool, device=draw.device)
+    if causal:
+        visible = visible.tril()
+    if lengths is not None:
+        visible &= (torch.arange(keys, device=draw.device) < lengths[:, None])[:, None, None]
+    if mask is not None and kind == "bool":
+        visible &= mask
+    unseen = ~visible.any((1, 2))[:, None, :, None]
+    garbage = draw.one_of(0.0, 1.0, math.nan, math.inf, -math.inf)
+    for x in inputs[1:]:
+        x.masked_fill_(unseen, garbage)
+    text = (
+        f"B {batch}, H {heads}, Hkv {kv_heads}, T {queries}, S {keys}, D {head_dim}, Dv {value_dim}, mask {kind}, "
+        f"causal {causal}, dropout {dropout_p}, key_lengths {lengths is not None}, unseen {garbage}"
+    )
+    given = mask
+    if mask is not None and kind == "bool":  # any byte but 0 is true
+        given = mask.clone(memory_format=torch.preserve_format)
+        given.view(torch.uint8).mul_(draw.one_of(1, 2, 255))
 
     def ours(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         torch.manual_seed(draw.seed)
         return ops.scaled_dot_product_attention(
-            query, key, value, mask, dropout_p, causal, enable_gqa=group > 1, key_lengths=lengths
+            query, key, value, given, dropout_p, causal, enable_gqa=group > 1, key_lengths=lengths
         )
 
     def theirs(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        key, value = key.masked_fill(unseen, 0.0), value.masked_fill(unseen, 0.0)
         factors, seen = None, mask
         if dropout_p > 0:
             rows = batch * heads * queries

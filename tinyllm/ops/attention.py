@@ -325,7 +325,9 @@ def _heads_inside(x: Tensor, columns: int) -> Tensor:
 
 @register_fake("attention_fwd")
 def _(query, key, value, attn_mask, is_causal, scale, dropout_p=0.0, rng=None, key_lengths=None):  # type: ignore[no-untyped-def]
-    lse = query.new_empty(query.shape[:3], dtype=torch.promote_types(query.dtype, torch.float32))
+    additive = attn_mask is not None and attn_mask.dtype != torch.bool
+    lse_shape = (2, *query.shape[:3]) if additive else query.shape[:3]  # with what rounding took from it
+    lse = query.new_empty(lse_shape, dtype=torch.promote_types(query.dtype, torch.float32))
     return _heads_inside(query, value.size(-1)), lse
 
 
