@@ -33,8 +33,9 @@ demo: .venv/installed
 	$(BIN)/tinyllm generate --run runs/demo --prompt "def" --max-new-tokens 120 --seed 1
 	$(BIN)/python -m benchmarks.model_speed --run runs/demo
 
+# Two processes, since most of the tests' time is Python's; a file's tests stay in one, for what they share.
 test: .venv/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(or $(WORKERS),2) --dist loadfile
 
 bench: .venv/installed
 	$(BIN)/tinyllm bench

@@ -442,11 +442,9 @@ def test_one_row_from_end_to_end(tmp_path: Path) -> None:
 
 @needs_extension
 def test_only_the_short_tables_rows_on_one_thread() -> None:
-    found = run.measure("add_layer_norm", quick=True, headline=True, threads=1)
+    found = run.measure(f"add_layer_norm {FORWARD}", quick=True, headline=True, threads=1)
     assert found is not None
-    assert {row["extra_info"]["benchmark"] for row in found} == {
-        f"add_layer_norm {direction} 8192x1024" for direction in (FORWARD, BACKWARD)
-    }
+    assert {row["extra_info"]["benchmark"] for row in found} == {f"add_layer_norm {FORWARD} 8192x1024"}
     assert {row["extra_info"]["threads"] for row in found} == {1}
 
 

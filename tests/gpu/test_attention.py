@@ -256,6 +256,7 @@ def test_masks_that_hide_whole_blocks(pattern, is_causal):
     assert_close_to_reference(make(1, 2, queries, keys, 16), mask, is_causal=is_causal)
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of 0 times infinity
 @pytest.mark.parametrize("queries", [1, 20])
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
 def test_infinite_and_nan_inputs(queries, value):

@@ -11,6 +11,12 @@ SHAPES = [
     ((5, 1), 1), ((3, 7), 1), ((1, 1, 31), 1), ((129, 64), 1), ((2, 5, 3, 8), 2), ((17, 1000), 1), ((2, 8200), 1),
     ((2, 16_401), 1),
 ]  # fmt: skip
+# The widest takes seconds in the interpreter, and every dtype its same way.
+CASES = [
+    (shape, dims, dtype)
+    for shape, dims in SHAPES
+    for dtype in (DTYPES if shape[-1] < 10_000 else (torch.float32, torch.bfloat16))
+]
 
 
 def make(shape, dims, dtype, affine=True):
@@ -19,8 +25,7 @@ def make(shape, dims, dtype, affine=True):
     return draw(*shape, dtype=dtype, seed=1), draw(*shape, dtype=dtype, seed=2), *parameters, list(tail)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("shape", "dims"), SHAPES, ids=str)
+@pytest.mark.parametrize(("shape", "dims", "dtype"), CASES, ids=str)
 def test_layer_norm_parity(shape, dims, dtype):
     x, _, weight, bias, tail = make(shape, dims, dtype)
     check_parity(
@@ -32,8 +37,7 @@ def test_layer_norm_parity(shape, dims, dtype):
     assert ops.last_backend() == "triton"
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("shape", "dims"), SHAPES, ids=str)
+@pytest.mark.parametrize(("shape", "dims", "dtype"), CASES, ids=str)
 def test_add_layer_norm_parity(shape, dims, dtype):
     x, residual, weight, bias, tail = make(shape, dims, dtype)
     check_parity(
@@ -45,8 +49,8 @@ def test_add_layer_norm_parity(shape, dims, dtype):
     assert ops.last_backend() == "triton"
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("shape", "dims"), SHAPES[1:], ids=str)  # of one column the gradient is rounding alone
+# Of one column the gradient is rounding alone.
+@pytest.mark.parametrize(("shape", "dims", "dtype"), [case for case in CASES if case[0] != (5, 1)], ids=str)
 def test_rms_norm_parity(shape, dims, dtype):
     x, _, weight, _, tail = make(shape, dims, dtype)
     check_parity(
@@ -136,6 +140,7 @@ def test_large_offsets_do_not_cancel():
     assert (ours - exact).abs().max() <= 2 * (torchs - exact).abs().max() + 1e-6
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of infinity minus infinity
 def test_nan_and_infinity_stay_in_their_row():
     x = draw(4, 33)
     x[1, 5], x[2, 7] = float("nan"), float("inf")
