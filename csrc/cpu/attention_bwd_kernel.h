@@ -77,8 +77,7 @@ inline void row_dots(const Attention& a, int64_t b, int64_t h, int64_t first, in
 // the rounding errors of this very P and dP, so that the rows of dS sum to almost exactly 0. kExact: also where
 // something is not finite, which only visible keys may then be touched by.
 template <bool kExact, class S>
-inline void backward_row(S* probs, S* grad_scores, int64_t seen, int64_t end, S lse, S lse_rest,
-                         const S* delta) {
+inline void backward_row(S* probs, S* grad_scores, int64_t seen, int64_t end, S lse, S lse_rest, const S* delta) {
   using V = Vec<S>;
   constexpr S inf = std::numeric_limits<S>::infinity();
   const int64_t whole = hide_rest(probs, seen);

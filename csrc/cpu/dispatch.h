@@ -68,7 +68,8 @@ struct Attention {
   MaskKind mask_kind;
   Dropout dropout;  // of the weights: element (b, h, t, s) of (batch, heads, queries, keys rounded up to 64)
   Strided out;
-  // (batch, heads, queries), compute type: log2(sum(2^(scores * log2(e)))), for backward, which repeats the very scores.
+  // (batch, heads, queries), compute type: log2(sum(2^(scores * log2(e)))), for backward, which repeats the very
+  // scores.
   void* lse;
   // What rounding took from lse, beside it; null without an additive mask. A mask's most negative number swallows the
   // logarithm of the sum, so that each of n keys that have it would count as 1 instead of 1 / n.

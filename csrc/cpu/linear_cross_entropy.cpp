@@ -29,8 +29,8 @@ struct Outputs {
 };
 
 // Rows whose logits are held at once, in the compute dtype, which takes the memory of a sixteenth of all logits in the
-// input's: with the packed input and the statistics less than a tenth. Without gradients only ranges of classes exist at
-// all.
+// input's: with the packed input and the statistics less than a tenth. Without gradients only ranges of classes exist
+// at all.
 int64_t block_rows(int64_t rows, bool gradients, bool widened) {
   return gradients ? std::max<int64_t>(32, rows / (widened ? 32 : 16)) : 512;
 }
