@@ -133,7 +133,7 @@ def _decode(call: _Call, width: configs.Widths, out: Tensor, lse: tuple[Tensor, 
     parts = torch.empty((splits, *lse[0].shape, call.value_dim), dtype=torch.float32, device=query.device)
     statistics = torch.empty((2, splits, *lse[0].shape), dtype=torch.float32, device=query.device)
     _, k, v = call.sources(tile, (query, width.d), (key, width.d), (value, width.dv))
-    decode_kernel[(splits, groups)](
+    decode_kernel[(groups, splits)](  # a grid has room for 65,535 along its second dimension
         query, k, v, call.mask, call.key_lengths, call.rng, parts, statistics, *call.strides(query, key, value),
         call.batch, *call.sizes(), *call.numbers(), split, SCALE_FIRST=call.scale <= 0, **call.constants(tile, width),
     )  # fmt: skip

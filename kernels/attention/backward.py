@@ -59,9 +59,10 @@ def delta_kernel(
     for first in range(0, value_dim, DV):
         column = first + tl.arange(0, DV)
         inside = (row < queries)[:, None] & (column < value_dim)[None, :]
-        at = batch * grad_batch + head * grad_head + wide_row[:, None] * grad_row + column[None, :] * grad_column
+        wide_column = column.to(tl.int64)[None, :]
+        at = batch * grad_batch + head * grad_head + wide_row[:, None] * grad_row + wide_column * grad_column
         g = tl.load(grad + at, inside, other=0.0).to(tl.float32)
-        at = batch * out_batch + head * out_head + wide_row[:, None] * out_row + column[None, :] * out_column
+        at = batch * out_batch + head * out_head + wide_row[:, None] * out_row + wide_column * out_column
         sums += tl.sum(g * tl.load(out + at, inside, other=0.0).to(tl.float32), 1)
     tl.store(delta + (batch * heads + head) * queries + row, sums, row < queries)
 

@@ -62,9 +62,9 @@ def decode_kernel(
     DESCRIPTORS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    part = tl.program_id(0)
+    part = tl.program_id(1)
     kv_heads = heads // group
-    kv_head, batch = tl.program_id(1) % kv_heads, tl.program_id(1) // kv_heads
+    kv_head, batch = tl.program_id(0) % kv_heads, tl.program_id(0) // kv_heads
     wide_batch, wide_kv_head = batch.to(tl.int64), kv_head.to(tl.int64)
     if not DESCRIPTORS:
         key += wide_batch * k_batch + wide_kv_head * k_head
@@ -75,8 +75,9 @@ def decode_kernel(
     row = packed % queries
     head = wide_kv_head * group + packed // queries
     d = tl.arange(0, D)
+    q_rows = query + wide_batch * q_batch + head * q_head + row.to(tl.int64) * q_row
     q = tl.load(
-        query + wide_batch * q_batch + (head * q_head + row.to(tl.int64) * q_row)[:, None] + d[None, :] * q_column,
+        q_rows[:, None] + d.to(tl.int64)[None, :] * q_column,
         row_inside[:, None] & (d < head_dim)[None, :],
         other=0.0,
     )
@@ -126,7 +127,7 @@ def decode_kernel(
     at = place[:, None] * value_dim + column[None, :]
     tl.store(parts + at, accumulated, row_inside[:, None] & (column < value_dim)[None, :])
     tl.store(statistics + place, maximum, row_inside)
-    tl.store(statistics + tl.num_programs(0).to(tl.int64) * batches * heads * queries + place, total, row_inside)
+    tl.store(statistics + tl.num_programs(1).to(tl.int64) * batches * heads * queries + place, total, row_inside)
 
 
 @triton.jit

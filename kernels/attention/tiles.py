@@ -46,7 +46,7 @@ def load_rows(
     else:
         row = first + tl.arange(0, ROWS).to(tl.int64)
         column = first_column + tl.arange(0, COLUMNS)
-        at = source + row[:, None] * row_stride + column[None, :] * column_stride
+        at = source + row[:, None] * row_stride + column.to(tl.int64)[None, :] * column_stride
         inside = (row < rows)[:, None]
         if CHECK_COLUMNS:
             inside = inside & (column < columns)[None, :]
