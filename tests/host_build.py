@@ -1,4 +1,4 @@
-"""Compiles csrc for tests on this machine's processor, with or without the sanitizers."""
+"""Compilation of csrc for tests on this machine's processor, with or without the sanitizers."""
 
 from __future__ import annotations
 
@@ -70,8 +70,10 @@ def build_library(
 
 
 def sanitizer_environment() -> dict[str, str]:
-    """What a Python process needs to load a sanitized library. Python itself is not built with the sanitizers, so their
-    libraries come first by force, and its own leaks are left alone."""
+    """Return the environment variables with which a Python process loads a sanitized library.
+
+    Python itself is not built with the sanitizers, so their libraries are preloaded, and its own leaks are ignored.
+    """
     compiler = os.environ.get("CXX", "c++")
     libraries = [_run(compiler, f"-print-file-name={name}").strip() for name in ("libasan.so", "libubsan.so")]
     return {"LD_PRELOAD": " ".join(libraries), "ASAN_OPTIONS": "detect_leaks=0"}

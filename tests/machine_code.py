@@ -1,5 +1,5 @@
-"""What a GPU kernel's machine code says, for the checks that compile without a GPU: registers, local memory, and which
-instructions there are."""
+"""Reading a GPU kernel's machine code, for the checks that compile without a GPU: registers, local memory, and
+instructions."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 @dataclass(frozen=True)
 class Kernel:
-    """What a kernel compiled to.
+    """A compiled kernel.
 
     Attributes:
         name: file and function, "layer_norm.forward_kernel".
@@ -47,11 +47,11 @@ class Kernel:
 
     @functools.cached_property
     def opcodes(self) -> Counter[str]:
-        """Instruction, with its modifiers -> how often it is in the code."""
+        """Instruction with its modifiers -> number of times it is in the code."""
         return Counter(instruction.split()[0] for instruction in self.code)
 
     def count(self, *parts: str) -> int:
-        """Instructions whose first part is parts[0], and that have the others among their modifiers."""
+        """Count the instructions whose first part is parts[0], and that have the others among their modifiers."""
         return sum(
             number
             for opcode, number in self.opcodes.items()
@@ -59,18 +59,18 @@ class Kernel:
         )
 
     def wide(self, opcode: str) -> int:
-        """Those that move at least 16 bytes a thread."""
+        """Count those that move at least 16 bytes a thread."""
         return self.count(opcode, "128") + self.count(opcode, "256")
 
     @property
     def spills(self) -> int:
-        """Instructions that read or write local memory."""
+        """Number of instructions that read or write local memory."""
         return self.count("LDL") + self.count("STL")
 
 
 @dataclass(frozen=True)
 class Claim:
-    """What must hold of a kernel's machine code, on some architectures and in some cases."""
+    """A requirement on a kernel's machine code, on some architectures and in some cases."""
 
     says: str
     holds: Callable[[Kernel], bool]
@@ -101,7 +101,12 @@ NOTED: dict[str, Callable[[Kernel], int]] = {
 
 
 def complaints(kernel: Kernel, claims: Mapping[str, Sequence[Claim]]) -> list[str]:
-    """What is wrong with it; empty if nothing is. claims: kernel's name -> what must hold wherever it is compiled."""
+    """Return what is wrong with a kernel, nothing if all is well.
+
+    Args:
+        kernel: the compiled kernel.
+        claims: kernel's name -> requirements that hold wherever it is compiled.
+    """
     found = []
     if (kernel.spills or kernel.stack) and not kernel.spills_apart:
         found.append(f"spills to local memory ({kernel.stack} bytes, {kernel.spills} instructions)")
@@ -114,10 +119,11 @@ def complaints(kernel: Kernel, claims: Mapping[str, Sequence[Claim]]) -> list[st
 
 
 def read(binary: Path, sass: Path | None = None) -> Iterator[tuple[str, int, int, list[str]]]:
-    """Of each kernel in a file of machine code: its name there, registers, bytes of local memory, and instructions in
-    their order.
+    """Yield the name, registers, bytes of local memory and instructions of each kernel in a file of machine code.
 
-    sass: a file for the disassembled code.
+    Args:
+        binary: the file.
+        sass: a file for the disassembled code.
     """
     usage = output(TOOLS / "cuobjdump", "-res-usage", binary)
     code = output(TOOLS / "nvdisasm", "-c", binary)
@@ -135,7 +141,7 @@ def read(binary: Path, sass: Path | None = None) -> Iterator[tuple[str, int, int
 
 
 def read_bytes(binary: bytes, sass: Path | None = None) -> tuple[str, int, int, list[str]]:
-    """The same of the only kernel of a file's content."""
+    """Return the same of the only kernel in a file's content."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernel.cubin")
         path.write_bytes(binary)
@@ -144,12 +150,12 @@ def read_bytes(binary: bytes, sass: Path | None = None) -> tuple[str, int, int, 
 
 
 def output(*command: str | Path) -> str:
-    """What a command prints."""
+    """Return the output of a command."""
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def spills_apart(binary: bytes) -> bool:
-    """Whether no innermost loop that multiplies matrices, each of which is one over tiles, reads or writes local
+    """Return whether no innermost loop that multiplies matrices, each of which is one over tiles, reads or writes local
     memory: then spilling costs some instructions of a program, and not of every tile."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernel.cubin")
@@ -182,7 +188,7 @@ HEADER = f"{'kernel':<40} {'case':<32} {'arch':>6} {'warps':>5} {'regs':>4} {'sh
 
 
 def row(kernel: Kernel) -> str:
-    """A row below HEADER."""
+    """Return a kernel's row of the table below HEADER."""
     noted = ", ".join(f"{number} {name}" for name, count in NOTED.items() if (number := count(kernel)))
     return (
         f"{kernel.name:<40} {kernel.case:<32} {f'sm_{kernel.arch}':>6} {kernel.warps:>5} {kernel.registers:>4} "

@@ -1,4 +1,4 @@
-"""What `make abi-check` finds, tried on small sources and libraries."""
+"""Tests of `make abi-check` on small sources and libraries."""
 
 import subprocess
 

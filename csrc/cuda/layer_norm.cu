@@ -1,10 +1,10 @@
 // layer_norm, add_layer_norm and rms_norm on NVIDIA GPUs: check, allocate, choose the launch. The arithmetic is in
-// layer_norm_kernel.cuh.
+// layer_norm_kernel.cuh and layer_norm_bwd_kernel.cuh.
 #include <tuple>
 
 #include "../norms.h"
 #include "dtypes.cuh"
-#include "layer_norm_kernel.cuh"
+#include "layer_norm_bwd_kernel.cuh"
 #include "torch_side.cuh"
 
 namespace tinyllm::cuda {

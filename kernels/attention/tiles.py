@@ -1,4 +1,4 @@
-"""What the attention kernels share: tiles of rows, scores, and what hides keys.
+"""Functions that the attention kernels share: loading tiles, masking scores, and keeping out what is hidden.
 
 A hidden key or value may be NaN or infinite, and 0 times that is NaN, in a product of tiles as anywhere. So:
 
@@ -40,7 +40,7 @@ def load_rows(
     CHECK_COLUMNS: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
 ):
-    """Rows [first, first + ROWS) and columns [first_column, first_column + COLUMNS); 0 where there are none."""
+    """Load rows [first, first + ROWS) and columns [first_column, first_column + COLUMNS), 0 where there are none."""
     if DESCRIPTORS:
         tile = tl.reshape(source.load([batch, head, first, first_column]), [ROWS, COLUMNS])
     else:
@@ -60,7 +60,7 @@ WIDENED = tl.constexpr("widened")
 
 @triton.jit
 def product(a, b, accumulated, PRECISION: tl.constexpr):
-    """a b + accumulated (or None), in float32."""
+    """Compute a b + accumulated (or None), in float32."""
     if PRECISION == WIDENED:
         result = tl.dot(a.to(tl.float32), b.to(tl.float32), accumulated)
     else:
@@ -70,7 +70,7 @@ def product(a, b, accumulated, PRECISION: tl.constexpr):
 
 @triton.jit
 def clear_rows(tile, row, rows):
-    """The tile with 0 in the rows from `rows` on."""
+    """Return the tile with 0 in the rows from `rows` on."""
     return tl.where((row < rows)[:, None], tile, 0.0).to(tile.dtype)
 
 
@@ -79,13 +79,13 @@ def any_nan(
     sums,  # (ROWS, N)
     row_inside,  # (ROWS)
 ):
-    """Whether a row that there is has a NaN."""
+    """Return whether any row that is inside has a NaN."""
     return tl.max(((sums != sums) & row_inside[:, None]).to(tl.int32)) > 0
 
 
 @triton.jit
 def finite(tile):
-    """The tile with 0 where it is NaN or infinite."""
+    """Return the tile with 0 where it is NaN or infinite."""
     return tl.where(tl.abs(tile.to(tl.float32)) < float("inf"), tile, 0.0).to(tile.dtype)
 
 
@@ -96,7 +96,7 @@ def add_infinities(
     tile,  # (COLUMNS, N)
     PRECISION: tl.constexpr,
 ):
-    """The sums, each with the infinite ones of the entries that its row sees added; NaN counts as both infinities."""
+    """Return the sums plus the infinite elements that each row sees; a NaN counts as both infinities."""
     for sign in range(0, 2):
         infinity = tl.where(sign == 0, float("inf"), float("-inf"))
         wide = tile.to(tl.float32)
@@ -119,7 +119,7 @@ def hide(
     EDGE: tl.constexpr,
     MASK: tl.constexpr,
 ):
-    """The scores with -inf where a key is hidden, and with an additive mask added.
+    """Return the scores with -inf where a key is hidden, and with an additive mask added.
 
     EDGE: whether the tile may reach beyond the last key, or across the diagonal.
     """

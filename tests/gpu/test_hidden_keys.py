@@ -1,4 +1,4 @@
-"""What a query may not see cannot touch it: hidden keys and values are NaN or infinite here."""
+"""Tests that hidden keys and values, NaN or infinite here, do not change outputs or gradients."""
 
 import math
 
@@ -108,7 +108,7 @@ def test_above_the_diagonal_under_an_additive_mask():
 
 @pytest.mark.parametrize(("dtype", "size"), KINDS, ids=str)
 def test_documents_do_not_touch_each_other(dtype, size):
-    """What the second one sees is NaN, in tiles that the first and third have a part in."""
+    """The second document's keys or values are NaN, in tiles that the first and third share with it."""
     q, k, v = make(1, 70, 70, size, dtype)
     document = torch.bucketize(torch.arange(70, device=DEVICE), torch.tensor([25, 45], device=DEVICE), right=True)
     mask = document[:, None] == document
