@@ -101,6 +101,15 @@ def _attention_cases() -> Iterator[tuple[str, Call]]:
 
         return call
 
+    def with_lengths(q: Tensor, causal: bool) -> Call:
+        lengths = torch.zeros(q.size(0), dtype=torch.int64)
+
+        def call() -> None:
+            out, lse = attention.attention_fwd(q, q, q, None, causal, 0.1, key_lengths=lengths)
+            attention.attention_bwd(q, q, q, q, None, out, lse, causal, 0.1, key_lengths=lengths)
+
+        return call
+
     rows, heads = 1024, 8
     # Of 63 and 127 columns no descriptor can be made. 512 goes in chunks.
     for size in (64, 128, 256, 512, 63, 127):
@@ -114,6 +123,9 @@ def _attention_cases() -> Iterator[tuple[str, Call]]:
         yield f"additive mask bfloat16 D{size}", both(q, tensor(2, heads, rows, rows), causal=False)
     for size in (64, 128):
         yield f"causal float32 D{size}", both(tensor(2, heads, rows, size, dtype=torch.float32))
+    for size, causal in ((64, False), (128, True)):
+        case = f"{'causal ' if causal else ''}key lengths bfloat16 D{size}"
+        yield case, with_lengths(tensor(2, heads, rows, size), causal)
     for dtype in (torch.bfloat16, torch.float32):
         few, keys = tensor(2, 32, 1, 64, dtype=dtype), tensor(2, 8, 4096, 64, dtype=dtype)
         arguments = (few, keys, keys, None, False, 0.1)
