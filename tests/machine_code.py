@@ -155,8 +155,11 @@ def output(*command: str | Path) -> str:
 
 
 def spills_apart(binary: bytes) -> bool:
-    """Return whether no innermost loop that multiplies matrices, each of which is one over tiles, reads or writes local
-    memory: then spilling costs some instructions of a program, and not of every tile."""
+    """Return whether no loop over tiles of attention scores reads or writes local memory: then spilling costs some
+    instructions of a program, and not of every tile.
+
+    Such a loop multiplies matrices and takes exponentials; a loop over chunks of a head, in it, only multiplies.
+    """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernel.cubin")
         path.write_bytes(binary)
@@ -167,21 +170,23 @@ def spills_apart(binary: bytes) -> bool:
     for line in code.splitlines():
         if label := re.match(r"(\.L_\w+):", line):
             labels[label[1]] = len(opcodes)
-        elif found := re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z]\w*)", line):
+        elif found := re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", line):
             opcodes.append(found[1])
             target = re.search(r"`\((\.L_\w+)\)", line)
-            if found[1] == "BRA" and target and target[1] in labels:
+            if found[1].split(".")[0] == "BRA" and target and target[1] in labels:
                 loops.append((labels[target[1]], len(opcodes)))
-    multiplying = [
-        (begin, end) for begin, end in loops if any(re.match("HMMA|HGMMA|UTC.MMA", o) for o in opcodes[begin:end])
+    over_tiles = [
+        (begin, end)
+        for begin, end in loops
+        if all(any(re.match(used, o) for o in opcodes[begin:end]) for used in ("HMMA|HGMMA|UTC.MMA", r"MUFU\.EX2"))
     ]
     innermost = [
         opcodes[begin:end]
-        for begin, end in multiplying
-        if not any((b, e) != (begin, end) and begin <= b and e <= end for b, e in multiplying)
+        for begin, end in over_tiles
+        if not any((b, e) != (begin, end) and begin <= b and e <= end for b, e in over_tiles)
     ]
-    assert innermost, "no loop multiplies"
-    return not any(opcode in ("LDL", "STL") for loop in innermost for opcode in loop)
+    assert innermost, "no loop multiplies and takes exponentials"
+    return not any(opcode.split(".")[0] in ("LDL", "STL") for loop in innermost for opcode in loop)
 
 
 HEADER = f"{'kernel':<40} {'case':<32} {'arch':>6} {'warps':>5} {'regs':>4} {'shared':>7} {'local':>5}  instructions"
