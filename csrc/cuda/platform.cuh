@@ -195,7 +195,9 @@ struct LaunchShape {
 };
 
 inline void check(cudaError_t status, const char* what) {
-  if (status != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
+  if (status == cudaSuccess) return;
+  cudaGetLastError();  // or PyTorch finds it behind its next launch, and blames that
+  throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
 }
 
 template <class... Parameters, class... Arguments>
