@@ -199,7 +199,7 @@ def positions_kernel(
     sums = tl.zeros([ROWS, BLOCK], COMPUTE)
     for begin in range(0, batch, ROWS):
         sequence = begin + tl.arange(0, ROWS)
-        token = sequence * seq_len + position
+        token = sequence.to(tl.int64) * seq_len + position
         inside = (sequence < batch)[:, None] & (column < columns)[None, :]
         value = tl.load(grad + token[:, None] * grad_row + column[None, :], inside, other=0.0).to(COMPUTE)
         if rng is not None:

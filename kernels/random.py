@@ -62,8 +62,9 @@ def factors_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    first = tl.program_id(1) * BLOCK
+    across = tl.cdiv(columns, BLOCK)  # not the grid's second dimension, which ends at 65,535
+    row = (tl.program_id(0) // across).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    first = tl.program_id(0) % across * BLOCK
     column = first + tl.arange(0, BLOCK)
     factors = tl.where(kept_elements(rng, row, first, columns, threshold, BLOCK), scale, 0.0)
     inside = (row < rows)[:, None] & (column < columns)[None, :]
@@ -74,7 +75,7 @@ def dropout_factors(rng: Tensor, rows: int, columns: int, p: float) -> Tensor:
     """What dropout with this state, (seed, offset), multiplies a (rows, columns) matrix by. float32."""
     out = torch.empty((rows, columns), dtype=torch.float32, device=rng.device)
     if out.numel() > 0:
-        grid = (cdiv(rows, 16), cdiv(columns, 64))
+        grid = (cdiv(rows, 16) * cdiv(columns, 64),)
         factors_kernel[grid](
             rng, out, rows, columns, drop_threshold(p), kept_scale(p), ROWS=16, BLOCK=64, **launch_options(4)
         )
