@@ -72,8 +72,8 @@ def test_another_allocator_is_left_alone(tmp_path):
     source = tmp_path / "other.c"
     source.write_text("""
         #include <stddef.h>
-        extern void *__libc_malloc(size_t);
-        void *malloc(size_t size) { return __libc_malloc(size); }
+        extern void *__libc_memalign(size_t, size_t);
+        int posix_memalign(void **p, size_t to, size_t size) { return (*p = __libc_memalign(to, size)) ? 0 : 12; }
     """)
     library = tmp_path / "other.so"
     try:

@@ -72,5 +72,8 @@ def _why_not() -> str | None:
 
 
 def _address(library: ctypes.CDLL) -> int | None:
-    """Where the malloc is that a library's users get."""
-    return ctypes.cast(library.malloc, ctypes.c_void_p).value
+    """Where the function is that PyTorch's tensors have their memory from, for a library's users.
+
+    Not malloc's address: an executable that is linked to a fixed place, as Debian's Python, has one of its own for it.
+    """
+    return ctypes.cast(library.posix_memalign, ctypes.c_void_p).value
