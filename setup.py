@@ -21,6 +21,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -61,7 +62,11 @@ class Library:
         if self.mode == "1":
             raise SystemExit(f"tinyllm: {self.variable}=1, but {reason}")
         self.note("skipped", reason)
-        say(f"skipping {self.title}: {reason}. {self.without}")
+        text = f"skipping {self.title}: {reason}. {self.without}"
+        say(text)
+        # Newer versions of pip show nothing else of a build that succeeds; this runs also for the metadata, before.
+        if self is CPP and self.mode == "auto" and not {"egg_info", "dist_info"} & set(sys.argv):
+            warnings.warn(text, stacklevel=2)
 
     def fail(self, failure: str, torch_version: str) -> None:
         """End the installation: one without kernels that nobody asked for would go unnoticed."""
