@@ -6,8 +6,8 @@ The headers come from pip into build/torch-headers, once for each version; no to
 wheel for macOS, the smallest: all platforms' wheels hold the same torch/headeronly, torch/csrc/stable and C shim, and
 other headers of torch are left out, since the stable ABI promises nothing of them. The C++ standard and nvcc's options
 are those that the version's own cpp_extension gives. Nothing is linked or run. Fails where a source does not compile,
-and where a built library needs a symbol of at:: or c10::, which no later torch promises to have. CUDA sources need nvcc
-on PATH.
+where a built library needs a symbol of at:: or c10::, which no later torch promises to have, and where a private Python
+name that tinyllm uses is not there. CUDA sources need nvcc on PATH.
 """
 
 from __future__ import annotations
@@ -34,6 +34,13 @@ VERSIONS = ("2.10.0", "2.11.0")
 WORKERS = 2
 STABLE = tuple(f"torch/include/torch/{name}/" for name in ("headeronly", "csrc/stable", "csrc/inductor/aoti_torch"))
 CPP_EXTENSION = "torch/utils/cpp_extension.py"
+# What tinyllm uses of torch's Python side that torch does not promise to keep: in which file, and how it stands there.
+PRIVATE = {
+    "torch/_C/__init__.pyi": ("def _are_functorch_transforms_active(", "def _is_tracing("),
+    "torch/_C/_functorch.pyi": ("def is_legacy_batchedtensor(",),
+    "torch/autograd/forward_ad.py": ("_current_level = ",),
+    "torch/_dynamo/decorators.py": ("._dynamo_marked_constant = True",),
+}
 # All versions of macOS up to this one.
 WHEEL = ("--only-binary=:all:", "--platform=macosx_99_0_arm64", "--python-version=3.12", "--implementation=cp")
 
@@ -50,17 +57,20 @@ def pip(*arguments: str) -> str:
 
 
 def headers(version: str) -> Path:
-    """Return the folder of a torch version's headers, downloaded at the first call."""
+    """Return the folder of a torch version's headers, and some more of its files, downloaded at the first call."""
     folder = CACHE / version
-    if folder.is_dir():
+    if all((folder / name).is_file() for name in PRIVATE):
         return folder
+    shutil.rmtree(folder, ignore_errors=True)  # of a time when less was wanted
     CACHE.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=CACHE) as temporary:
         pip("download", "--quiet", "--no-deps", *WHEEL, f"--dest={temporary}", f"torch=={version}")
         (wheel,) = Path(temporary).glob("*.whl")
         unpacked = Path(temporary, "unpacked")
         with zipfile.ZipFile(wheel) as archive:
-            wanted = [name for name in archive.namelist() if name.startswith(STABLE) or name == CPP_EXTENSION]
+            wanted = [
+                name for name in archive.namelist() if name.startswith(STABLE) or name in (CPP_EXTENSION, *PRIVATE)
+            ]
             archive.extractall(unpacked, wanted)
         unpacked.rename(folder)  # whole, or not at all
     return folder
@@ -107,6 +117,12 @@ def complaint(source: Path, folder: Path) -> str | None:
     return next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip() or "it fails")
 
 
+def missing(folder: Path) -> list[str]:
+    """Return what tinyllm uses of a version's private Python names that is not there."""
+    texts = {name: (folder / name).read_text(encoding="utf-8") for name in PRIVATE}
+    return [f"  {name}: no {text!r}" for name, found in PRIVATE.items() for text in found if text not in texts[name]]
+
+
 def forbidden_symbols(library: Path) -> list[str]:
     """Return the symbols of at:: and c10:: that a library expects of the process."""
     done = subprocess.run(["nm", "-D", "-C", "--undefined-only", library], capture_output=True, text=True, check=True)
@@ -133,7 +149,9 @@ def main() -> int:
         wrong = [f"  {text}" for text in found if text is not None]
         failed |= bool(wrong)
         print(f"torch {version}: {len(sources) - len(wrong)} of {len(sources)} sources compile ({options(folder)[0]})")
-        print("\n".join(wrong), end="\n" * bool(wrong), flush=True)
+        gone = missing(folder)
+        failed |= bool(gone)
+        print("\n".join(wrong + gone), end="\n" * bool(wrong + gone), flush=True)
     libraries = sorted((ROOT / "tinyllm").glob("_C*.so"))
     if not libraries:
         print("No library is built: whether it needs symbols of at:: or c10:: cannot be told")

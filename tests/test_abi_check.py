@@ -75,3 +75,12 @@ def test_without_an_index_the_newest_headers_here_stand_for_the_newest(tmp_path,
         (tmp_path / version).mkdir()
     assert abi_check.newest() == "2.10.0"
     assert "The newest torch cannot be had (pip index: no network); torch 2.10.0" in capsys.readouterr().out
+
+
+def test_a_private_name_that_a_version_lacks_is_found(tmp_path):
+    for name, found in abi_check.PRIVATE.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("\n".join(found))
+    assert abi_check.missing(tmp_path) == []
+    (tmp_path / "torch/autograd/forward_ad.py").write_text("current_level = -1")
+    assert abi_check.missing(tmp_path) == ["  torch/autograd/forward_ad.py: no '_current_level = '"]

@@ -482,29 +482,3 @@ def test_a_raw_call_with_bad_shapes_is_refused():
     out, lse = torch.ops.tinyllm.attention_fwd(q, k, v, None, False, 1.0)
     with pytest.raises((ValueError, RuntimeError), match="lse has shape"):
         torch.ops.tinyllm.attention_bwd(out, q, k, v, None, out, lse[:, :, :2], False, 1.0)
-
-
-@pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
-@pytest.mark.parametrize("kind", ["none", "bool", "additive"])
-@pytest.mark.parametrize("name", ["cpp", "reference"])
-def test_key_lengths_hide_the_padding(name, kind, is_causal):
-    inputs = make(4, 2, 20, 90, 16)
-    lengths = torch.tensor([90, 1, 0, 200], dtype=torch.int32)
-    numbers = draw(20, 90, seed=4)
-    mask = {"none": None, "bool": numbers > -1, "additive": numbers}[kind]
-    visible = (torch.arange(90) < lengths[:, None])[:, None, None]
-    together = visible.expand(4, 1, 20, 90)
-    if mask is not None:
-        together = mask & visible if kind == "bool" else mask.masked_fill(~visible, -math.inf)
-    results = []
-    for backend, arguments in (
-        (name, {"attn_mask": mask, "key_lengths": lengths}),
-        ("reference", {"attn_mask": together}),
-    ):
-        leaves = [x.clone().requires_grad_() for x in inputs]
-        with ops.backend(backend):
-            out = ops.scaled_dot_product_attention(*leaves, is_causal=is_causal, **arguments)
-            results.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
-    for ours, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(ours, theirs)
-    assert torch.equal(results[0][0][2], torch.zeros_like(results[0][0][2]))

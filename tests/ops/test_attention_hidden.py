@@ -186,3 +186,29 @@ def test_key_lengths_stay_with_the_kernel():
     mask = torch.arange(64) < lengths[:, None, None, None]
     exact = reference.scaled_dot_product_attention(*(x.double() for x in inputs), mask, is_causal=True)
     torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("kind", ["none", "bool", "additive"])
+@pytest.mark.parametrize("name", BACKENDS)
+def test_key_lengths_hide_the_padding(name, kind, is_causal):
+    inputs = tensors(4, 2, 2, 20, 90, 16, torch.float64)
+    lengths = torch.tensor([90, 1, 0, 200], dtype=torch.int32)
+    numbers = torch.randn(20, 90, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    mask = {"none": None, "bool": numbers > -1, "additive": numbers}[kind]
+    visible = (torch.arange(90) < lengths[:, None])[:, None, None]
+    together = visible.expand(4, 1, 20, 90)
+    if mask is not None:
+        together = mask & visible if kind == "bool" else mask.masked_fill(~visible, -INF)
+    results = []
+    for backend, arguments in (
+        (name, {"attn_mask": mask, "key_lengths": lengths}),
+        ("reference", {"attn_mask": together}),
+    ):
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        with ops.backend(backend):
+            out = ops.scaled_dot_product_attention(*leaves, is_causal=is_causal, **arguments)
+            results.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert torch.equal(results[0][0][2], torch.zeros_like(results[0][0][2]))
