@@ -33,9 +33,10 @@ demo: .venv/installed
 	$(BIN)/tinyllm generate --run runs/demo --prompt "def" --max-new-tokens 120 --seed 1
 	$(BIN)/python -m benchmarks.model_speed --run runs/demo
 
-# Two processes, since most of the tests' time is Python's; a file's tests stay in one, for what they share.
+# Two processes, since most of the tests' time is Python's; a file's tests stay in one, for what they share. Threads that
+# wait leave their core to the other process.
 test: .venv/installed
-	$(BIN)/python -m pytest -n $(or $(WORKERS),2) --dist loadfile
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(or $(WORKERS),2) --dist loadfile
 
 bench: .venv/installed
 	$(BIN)/tinyllm bench

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,56 +30,27 @@ _MEAN = REDUCTIONS.index("mean")
 _NONE = REDUCTIONS.index("none")
 
 
-def linear_cross_entropy_fwd(
-    input: Tensor,
-    linear_weight: Tensor,
-    target: Tensor,
-    linear_bias: Tensor | None,
-    weight: Tensor | None,
-    reduction: int,
-    ignore_index: int,
-    label_smoothing: float,
-    need_input: bool,
-    need_weight: bool,
-    need_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _run(
-        None, input, linear_weight, target, linear_bias, weight, reduction, ignore_index, label_smoothing,
-        (need_input, need_weight, need_bias),
-    )  # fmt: skip
+def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _run(None, *arguments[:8], wanted=arguments[8:])
 
 
-def linear_cross_entropy_bwd(
-    grad: Tensor,
-    input: Tensor,
-    linear_weight: Tensor,
-    target: Tensor,
-    linear_bias: Tensor | None,
-    weight: Tensor | None,
-    reduction: int,
-    ignore_index: int,
-    label_smoothing: float,
-    need_input: bool,
-    need_weight: bool,
-    need_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    _, *grads = _run(
-        grad.contiguous() if reduction == _NONE else None, input, linear_weight, target, linear_bias, weight, reduction,
-        ignore_index, label_smoothing, (need_input, need_weight, need_bias),
-    )  # fmt: skip
+def _backward(grad: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    reduction = arguments[5]
+    upstream = grad.contiguous() if reduction == _NONE else None
+    _, *grads = _run(upstream, *arguments[:8], wanted=arguments[8:])
     grad_input, grad_weight, grad_bias = grads if reduction == _NONE else [g.mul_(grad) for g in grads]
     return grad_input, grad_weight, grad_bias
 
 
 def register() -> torch.library.Library | None:
-    """Define the operators, where the compiled one that they call is there."""
+    """Define the operators, with the schemas of the compiled ones, where these are there."""
     if not _extension.loaded:
         return None
     library = torch.library.Library(NAMESPACE, "DEF")
-    for launcher in (linear_cross_entropy_fwd, linear_cross_entropy_bwd):
-        schema = torch.library.infer_schema(launcher, mutates_args=())
-        library.define(f"{launcher.__name__}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
-        library.impl(launcher.__name__, launcher, "CPU")
+    for name, function in (("linear_cross_entropy_fwd", _forward), ("linear_cross_entropy_bwd", _backward)):
+        schema = getattr(torch.ops.tinyllm, name).default._schema
+        library.define(str(schema).removeprefix("tinyllm::"), tags=(torch.Tag.pt2_compliant_tag,))
+        library.impl(name, function, "CPU")
     return library
 
 
