@@ -28,6 +28,7 @@ void define_operators(Library& m) {
   m.def(
       "embedding_bwd(Tensor grad, Tensor input, SymInt num_embeddings, int? padding_idx, bool weight_grad,"
       " bool positions_grad, float dropout_p=0., Tensor? rng=None) -> (Tensor grad_weight, Tensor grad_positions)");
+  // lse: (B H T), or (2 B H T) with an additive mask: then lse[1] is what rounding took from lse[0].
   m.def(
       "attention_fwd(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, bool is_causal, float scale,"
       " float dropout_p=0., Tensor? rng=None, Tensor? key_lengths=None) -> (Tensor out, Tensor lse)");

@@ -16,9 +16,8 @@ CUDA_TESTS = Path(__file__).with_name("cuda")
 def pytest_configure(config):
     """Without a GPU the CUDA C++ kernels run on the CPU, with emulated threads: where their tests may run, a library of
     them is built before tinyllm is imported."""
-    os.environ.pop(
-        "PYTEST_XDIST_WORKER", None
-    )  # the benchmarks that a test starts are no worker, which may not measure
+    # pytest-benchmark does not measure in xdist's workers; benchmarks that a test starts are processes of their own.
+    os.environ.pop("PYTEST_XDIST_WORKER", None)
     wanted = [Path(argument.split("::")[0]).resolve() for argument in config.args]
     if any(path in (CUDA_TESTS, *CUDA_TESTS.parents) or CUDA_TESTS in path.parents for path in wanted):
         use_emulated_cuda()

@@ -72,8 +72,9 @@ def _why_not() -> str | None:
 
 
 def _address(library: ctypes.CDLL) -> int | None:
-    """Where the function is that PyTorch's tensors have their memory from, for a library's users.
+    """Return the address of posix_memalign, by which PyTorch allocates tensors, as this library's users find it.
 
-    Not malloc's address: an executable that is linked to a fixed place, as Debian's Python, has one of its own for it.
+    Not malloc's: an executable that is linked to a fixed address, as Debian's Python is, has an address of its own for
+    malloc.
     """
     return ctypes.cast(library.posix_memalign, ctypes.c_void_p).value

@@ -389,7 +389,10 @@ inline V load_n(const T* p, int64_t n) {
 }
 template <class V, class T>
 inline void store_n(V x, T* p, int64_t n) {
-  n == V::size ? x.store(p) : store_partial(x, p, n);
+  if (n == V::size)
+    x.store(p);
+  else
+    store_partial(x, p, n);
 }
 
 #if defined(TINYLLM_AVX512) || defined(TINYLLM_AVX2)
@@ -398,7 +401,8 @@ inline void store_n(V x, T* p, int64_t n) {
 // |r| <= ln2 / 2, then e^r by a polynomial). Where e^x would not be a normal number it gives 0; NaN stays NaN.
 inline Vec<float> exp(Vec<float> x) {
   using V = Vec<float>;
-  x = min(V::set1(88.3762626f), max(V::set1(-88.0296919f), x));
+  x = max(V::set1(-88.0296919f), x);
+  x = min(V::set1(88.3762626f), x);
   const V shift = V::set1(0x1.8p23f);
   const V shifted = fma(x, V::set1(1.44269504f), shift);
   const V n = shifted - shift;
@@ -445,7 +449,8 @@ inline Vec<double> exp_reduced(Vec<double> r, Vec<double> shifted) {
 
 inline Vec<double> exp(Vec<double> x) {
   using V = Vec<double>;
-  x = min(V::set1(709.0895657128241), max(V::set1(-709.0895657128241), x));
+  x = max(V::set1(-709.0895657128241), x);
+  x = min(V::set1(709.0895657128241), x);
   const V shift = V::set1(0x1.8p52);
   const V shifted = fma(x, V::set1(1.4426950408889634), shift);
   const V n = shifted - shift;

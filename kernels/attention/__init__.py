@@ -46,7 +46,7 @@ def attention_fwd(
     if saved.numel() == 0:
         return out, saved
     if call.keys == 0:
-        return out.zero_(), saved.fill_(float("-inf"))
+        return out.zero_(), saved.fill_(float("-inf"))  # which backward does not read
     lse = call.lse(saved)
     width = call.widths(configs.FORWARD)
     if call.group * call.queries <= configs.DECODE_ROWS and width.chunks == 1:
@@ -85,6 +85,9 @@ def attention_bwd(
     grad_key, grad_value = _heads_inside(key, key.size(-1)), _heads_inside(value, value.size(-1))
     if lse.numel() == 0 or key.size(1) * call.keys == 0:
         return grad_query.zero_(), grad_key.zero_(), grad_value.zero_()
+    expected = [2, *query.shape[:3]] if call.additive else list(query.shape[:3])
+    if list(lse.shape) != expected:
+        raise ValueError(f"attention_bwd: lse has shape {list(lse.shape)}; {expected} is needed")
     statistics = call.lse(lse)
     delta = torch.empty_like(statistics[0])
     delta_kernel[(cdiv(call.queries, _DELTA_ROWS) * call.batch * call.heads,)](
@@ -181,7 +184,7 @@ class _Call:
             self.precision = "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
     def lse(self, saved: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The log-sum-exp of the rows, and what rounding took from it; that only with an additive mask."""
+        """Return the rows' log-sum-exp and, with an additive mask, what rounding took from it."""
         return (saved[0], saved[1]) if self.additive else (saved, None)
 
     def widths(self, kernel: str) -> configs.Widths:

@@ -5,7 +5,8 @@
 Two kernels, each of which makes S again: in one a program keeps a tile of keys and values and goes through the queries
 of all heads that share them, in the other it keeps a tile of queries and goes through the keys. Every sum is thus made
 by one program in a fixed order: no atomics, equal bits each time. The keys' kernel works on S^T, so that P^T and dS^T
-are operands as they stand. Tiles that no mask, diagonal or end touches skip all tests.
+are operands as they stand. Tiles that no mask, diagonal or end touches skip all tests. With an additive mask lse is the
+sum of two numbers, see `store_log_total`.
 
 Heads wider than a chunk: S and grad V^T are summed over chunks, and each program makes one chunk of the columns.
 """

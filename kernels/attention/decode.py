@@ -1,6 +1,6 @@
 """Attention of few queries, forward (Dao et al. 2023, "Flash-Decoding"): the queries of a group of heads share one
-tile, since they share keys and values; the keys are split over programs, and a second kernel joins the parts by their
-log-sum-exp. See forward.py.
+tile, since they share keys and values; the keys are split over programs, and a second kernel joins the parts by the
+maxima and sums of their softmax. See forward.py.
 """
 
 from __future__ import annotations

@@ -130,7 +130,7 @@ def hide(
             scores = tl.where(tl.load(at, inside, other=0), scores, float("-inf"))
         else:
             mask = tl.load(at, inside, other=float("-inf")).to(tl.float32)
-            bounded = tl.clamp(mask * LOG2_E, -MOST, MOST, tl.PropagateNan.ALL)  # no finite number hides a key for good
+            bounded = tl.clamp(mask * LOG2_E, -MOST, MOST, tl.PropagateNan.ALL)  # only -inf may become -inf
             scores += tl.where(mask == float("-inf"), mask, bounded)
     if EDGE:
         visible = (column < keys)[None, :]
@@ -142,7 +142,7 @@ def hide(
 
 @triton.jit
 def store_log_total(lse, lse_rest, row, maximum, total, stored, MASK: tl.constexpr):
-    """Stores the rows' log2 of the sum of exp2, for backward; with an additive mask also what rounding takes from it.
+    """Store the rows' log2 of the sum of exp2, for backward; with an additive mask also what rounding takes from it.
 
     A mask's most negative number swallows the logarithm: each of n keys that have it would count as 1, not as 1 / n.
     """

@@ -1,5 +1,6 @@
 import itertools
 import math
+import threading
 
 import pytest
 import torch
@@ -174,13 +175,14 @@ def test_any_strides():
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_backward_twice_with_different_gradients(reduction, dtype):
+def test_backward_twice_with_different_gradients(reduction, dtype, raw):
     """Forward computes the gradients; what comes after the first backward must not depend on what became of them."""
     x, w, b, target, _ = make((40, 12, 50), dtype)
     leaves = [t.requires_grad_() for t in (x, w, b)]
     loss = ops.linear_cross_entropy(*leaves[:2], target, linear_bias=b, reduction=reduction)
     exact = values(torchs, [t.double() for t in (x, w, b)], target, reduction=reduction)[1:]
-    tolerance = dict.fromkeys(("rtol", "atol"), (64 if dtype == torch.float64 else 16) * torch.finfo(dtype).eps)
+    steps = 64 if dtype == torch.float64 else 8 if raw is torch.ops.tinyllm else 16
+    tolerance = dict.fromkeys(("rtol", "atol"), steps * torch.finfo(dtype).eps)
     for factor in (1.0, 1.0, -2.5):
         grads = torch.autograd.grad(loss * factor, leaves, retain_graph=True)
         for grad, right in zip(grads, exact, strict=True):
@@ -211,7 +213,7 @@ def test_bits_do_not_depend_on_threads(shape, reduction):
 @pytest.mark.parametrize(
     ("needed", "rows"), [((True, True), 1024), ((True, False), 1024), ((False, False), 1024), ((True, True), 3000)]
 )
-def test_memory_is_a_tenth_of_the_logits(needed, rows, dtype):
+def test_memory_is_a_tenth_of_the_logits(needed, rows, dtype, raw):
     features, classes = 256, 20_000
     x, w, _, target, _ = make((rows, features, classes), dtype)
     x.requires_grad_(needed[0])
@@ -227,7 +229,8 @@ def test_memory_is_a_tenth_of_the_logits(needed, rows, dtype):
         held += change.nbytes()
         peak = max(peak, held)
     assert gradients < peak
-    assert (peak - gradients) / (rows * classes * x.element_size()) < 0.1
+    share = 0.1 if any(needed) or raw is not torch.ops.tinyllm else 0.03
+    assert (peak - gradients) / (rows * classes * x.element_size()) < share
 
 
 def test_gradcheck():
@@ -331,7 +334,7 @@ def test_bad_input(change, says):
 
 
 def test_a_raw_call_with_bad_shapes_is_refused(raw):
-    x, w, t, raw = torch.ones(4, 8), torch.ones(5, 8), torch.zeros(4).long(), torch.ops.tinyllm
+    x, w, t = torch.ones(4, 8), torch.ones(5, 8), torch.zeros(4).long()
     rest = (None, None, 1, -100, 0.0, True, True, True)
     with pytest.raises((ValueError, RuntimeError), match="target has shape"):
         raw.linear_cross_entropy_fwd(x, w, t[:3], *rest)
@@ -341,3 +344,51 @@ def test_a_raw_call_with_bad_shapes_is_refused(raw):
         raw.linear_cross_entropy_fwd(x, w, t, torch.ones(4), *rest[1:])
     with pytest.raises((ValueError, RuntimeError), match="grad has shape"):
         raw.linear_cross_entropy_bwd(torch.ones(4), x, w, t, *rest)
+    with pytest.raises((ValueError, RuntimeError), match="grad has shape"):
+        raw.linear_cross_entropy_bwd(torch.ones(()), x, w, t, None, None, 0, *rest[3:])
+
+
+def test_targets_beyond_the_classes_with_class_weights():
+    for target in (-1, 12, 2**40):
+        with pytest.raises(IndexError, match=f"Target {target} is out of bounds"):
+            ops.linear_cross_entropy(
+                torch.ones(40, 3), torch.ones(12, 3), torch.full((40,), target), weight=torch.ones(12)
+            )
+
+
+def test_class_weights_that_float16_cannot_hold():
+    """Products by PyTorch divide the gradients last; float16 has not the range for that."""
+    x, w, b, target, weight = make((64, 12, 50), torch.float16)
+    for factor in (1e5, 1e-9):
+        exact = values(torchs, (x.double(), w.double(), b.double()), target, weight=weight.double())
+        ours = values(ops.linear_cross_entropy, (x, w, b), target, weight=weight.float() * factor)
+        for a, e in zip(ours, exact, strict=True):
+            torch.testing.assert_close(a.double(), e, rtol=1e-2, atol=2e-4)
+
+
+def test_a_float32_bias_of_16_bit_logits():
+    x, w, b, target, _ = make((64, 12, 50), torch.bfloat16)
+    b = b.float() * 1.01  # more digits than bfloat16 has
+    exact = values(torchs, (x.double(), w.double(), b.double()), target)
+    ours = values(ops.linear_cross_entropy, (x, w, b), target)
+    torch.testing.assert_close(ours[3].double(), exact[3], rtol=1e-5, atol=1e-6)
+
+
+def test_threads_keep_their_autocast():
+    """One thread's call must not change whether another's casts."""
+    x, w, _, target, _ = make((40, 12, 50), torch.float32)
+    wrong = []
+
+    def calls(enabled):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            for _ in range(300):
+                ops.linear_cross_entropy(x, w, target)
+                if torch.is_autocast_enabled("cpu") != enabled:
+                    wrong.append(enabled)
+
+    threads = [threading.Thread(target=calls, args=(enabled,)) for enabled in (True, False)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong

@@ -198,8 +198,8 @@ def _attention(draw: Draw) -> Case:
         f"causal {causal}, dropout {dropout_p}, key_lengths {lengths is not None}, unseen {garbage}"
     )
     given = mask
-    if mask is not None and kind == "bool":  # any byte but 0 is true
-        given = mask.clone(memory_format=torch.preserve_format)
+    if given is not None and kind == "bool":  # any byte but 0 is true
+        mask = given.clone()
         given.view(torch.uint8).mul_(draw.one_of(1, 2, 255))
 
     def ours(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

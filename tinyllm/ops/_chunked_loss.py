@@ -20,9 +20,9 @@ from tinyllm.ops.cross_entropy import REDUCTIONS
 
 NAMESPACE = "tinyllm_products"
 
-# Held besides the gradients, together less than a tenth of the logits: those of two 36ths of the rows, and the gradient
-# of one 36th until it is written over them.
-_STEPS, _LEAST_ROWS = 36, 32
+# What is held besides the gradients: logits of two 36ths of the rows, and the gradient of one 36th until it is written
+# over them, together less than a tenth of all.
+_STEPS, _LEAST_ROWS = 36, 16
 # Ranges of classes, whose part of the weight's gradient stays in the caches.
 _CLASSES = 512
 
@@ -31,14 +31,12 @@ _NONE = REDUCTIONS.index("none")
 
 
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _run(None, *arguments[:8], wanted=arguments[8:])
+    return _run(None, arguments[:8], arguments[8:])
 
 
 def _backward(grad: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    reduction = arguments[5]
-    upstream = grad.contiguous() if reduction == _NONE else None
-    _, *grads = _run(upstream, *arguments[:8], wanted=arguments[8:])
-    grad_input, grad_weight, grad_bias = grads if reduction == _NONE else [g.mul_(grad) for g in grads]
+    _, *grads = _run(grad, arguments[:8], arguments[8:])
+    grad_input, grad_weight, grad_bias = grads if grad.dim() > 0 else [g.mul_(grad) for g in grads]
     return grad_input, grad_weight, grad_bias
 
 
@@ -54,10 +52,46 @@ def register() -> torch.library.Library | None:
     return library
 
 
-@torch.no_grad()
-@torch.autocast("cpu", enabled=False)  # which has chosen the dtypes before
 def _run(
+    grad: Tensor | None, arguments: tuple[Any, ...], wanted: tuple[bool, ...]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _check(grad, *arguments)
+    upstream = None if grad is None or grad.dim() == 0 else grad.contiguous()
+    with torch.no_grad(), torch.autocast("cpu", enabled=False):  # whose choice of dtypes has been made
+        return _run_blocks(upstream, wanted, *arguments)
+
+
+def _check(
+    grad: Tensor | None,
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    linear_bias: Tensor | None,
+    weight: Tensor | None,
+    reduction: int,
+    *_: Any,
+) -> None:
+    """Refuse raw calls that slices and broadcasting would let pass."""
+    if input.dim() != 2 or linear_weight.dim() != 2 or linear_weight.size(1) != input.size(1):
+        raise ValueError(
+            f"linear_cross_entropy: linear_weight has shape {list(linear_weight.shape)}, input {list(input.shape)}; "
+            "(classes, features) and (rows, features) are needed"
+        )
+    rows, classes = input.size(0), linear_weight.size(0)
+    for name, tensor, shape in (
+        ("target", target, [rows]),
+        ("linear_bias", linear_bias, [classes]),
+        ("grad", grad, [rows] if reduction == _NONE else []),
+    ):
+        if tensor is not None and list(tensor.shape) != shape:
+            raise ValueError(f"linear_cross_entropy: {name} has shape {list(tensor.shape)}; {shape} is needed")
+    if not 0 <= reduction < len(REDUCTIONS):
+        raise ValueError(f"linear_cross_entropy: reduction is {reduction}; 0 to {len(REDUCTIONS) - 1} is needed")
+
+
+def _run_blocks(
     upstream: Tensor | None,
+    wanted: tuple[bool, ...],
     input: Tensor,
     linear_weight: Tensor,
     target: Tensor,
@@ -66,9 +100,8 @@ def _run(
     reduction: int,
     ignore_index: int,
     label_smoothing: float,
-    wanted: tuple[bool, bool, bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The loss, and the gradients for these upstream gradients of the rows' losses, or for 1."""
+    """Return the loss, and the gradients for these upstream gradients of the rows' losses, or for 1."""
     rows, classes = input.size(0), linear_weight.size(0)
     dtype, compute = input.dtype, torch.promote_types(input.dtype, torch.float32)
     need_input, need_weight, need_bias = wanted
@@ -76,15 +109,11 @@ def _run(
     grad_input = input.new_empty(input.shape if need_input else (0,), dtype=compute)
     grad_weight = input.new_empty(linear_weight.shape if need_weight else (0,), dtype=compute)
     grad_bias = input.new_zeros((classes,) if need_bias else (0,), dtype=compute)
-    bias = None if linear_bias is None else linear_bias.to(dtype)
     divisor = _weight_of_targets(target, weight, ignore_index) if reduction == _MEAN else 1.0
-    # Logits' gradients are divided after the products: float16 would lose them before. By 0 they are divided before,
-    # which leaves those of ignored rows at 0.
+    # The products' results are divided, not the logits' gradient. By 0 that is divided, so that ignored rows keep a 0.
     scale = 1.0 if divisor == 0 else 1 / divisor
     if divisor == 0:
         upstream = losses.new_full((rows,), math.inf)
-    # Undivided sums over rows may be too large for float16.
-    summed = torch.float32 if dtype == torch.float16 else dtype
 
     # The first rows' logits need no memory of their own: a class' logits lie where its row of the weight's gradient
     # will be.
@@ -95,7 +124,7 @@ def _run(
         first = begin == 0
         end = min(rows, begin + (in_place.size(0) if first and in_place is not None else 2 * step))
         x = input[begin:end]
-        logits = _logits(x, linear_weight, bias, in_place if first else None)
+        logits = _logits(x, linear_weight, linear_bias, in_place if first else None)
         for some in _ranges(begin, end, step):
             losses[some] = _losses_and_gradient_(
                 logits[some.start - begin : some.stop - begin],
@@ -110,7 +139,7 @@ def _run(
         if need_bias:
             grad_bias.add_(logits.sum(0, dtype=compute), alpha=scale)
         if need_weight:
-            _add_to_weights_gradient_(grad_weight, logits, x.to(summed), scale, first)
+            _add_to_weights_gradient_(grad_weight, logits, x, scale, first)
         del logits  # before the next are made
         begin = end
     grad_input *= scale
@@ -157,7 +186,7 @@ def _losses_and_gradient_(
 def _add_to_weights_gradient_(grad_weight: Tensor, logits: Tensor, x: Tensor, scale: float, first: bool) -> None:
     """Add scale logits^T x to grad_weight, which holds nothing before the first rows, or their logits themselves."""
     for part in _ranges(0, grad_weight.size(0), _CLASSES):
-        product = torch.mm(logits[:, part].t().to(x.dtype), x)
+        product = torch.mm(logits[:, part].t(), x)
         if first:
             grad_weight[part] = product.to(grad_weight.dtype).mul_(scale)
         else:
@@ -167,4 +196,7 @@ def _add_to_weights_gradient_(grad_weight: Tensor, logits: Tensor, x: Tensor, sc
 def _weight_of_targets(target: Tensor, weight: Tensor | None, ignore_index: int) -> float:
     """Return what a mean divides by: the weights of all targets that are not ignored."""
     counted = target != ignore_index
-    return float(counted.sum() if weight is None else weight[target[counted]].sum(dtype=torch.float64))
+    if weight is None:
+        return float(counted.sum())
+    # What is not a class is left to the kernel to refuse.
+    return float(weight[target[counted].clamp(0, weight.numel() - 1)].sum(dtype=torch.float64))

@@ -13,7 +13,7 @@ from tinyllm.ops import _cuda, _triton
 def register_fake(
     name: str, library: torch.library.Library | None = None
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Gives an operator its shapes, in each backend's namespace that has it, and in this library."""
+    """Give an operator its shapes, in each backend's namespace that has it, and in this library."""
     from tinyllm import _extension
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -48,7 +48,7 @@ def linear(
     _check_layer(input, input.size(-1), "weight", weight, "bias", bias, low)
     _check_tensor(input, "residual", residual, (*input.shape[:-1], weight.size(0)), low)
     if choose("linear", input, limits("linear", input)) == "reference":
-        # With the weights as they are: PyTorch's autocast keeps what it has cast, for all calls within it.
+        # With the weights as they are: PyTorch's autocast casts a parameter once for all calls within it.
         return reference.linear(input, weight, bias, activation=activation, residual=residual)
     weight, bias = _cast(low, weight, bias)
     if needs_grad(input, weight, bias, residual):
@@ -164,7 +164,7 @@ def limits(operator: str, input: Tensor) -> dict[str, str] | None:
         return None
     rows = _products.rows_class(input.numel() // max(1, input.size(-1)))
     if operator == "linear_cross_entropy" and _products.CLASSES[rows] != "many":
-        return None  # it writes the large gradient of its weight in one pass, which takes longer than so few products
+        return None  # the time goes into writing the weight's gradient, which our kernels do in one pass
     reason = _products.by_torch(input.dtype, rows)
     return None if reason is None else {"cpp": reason}
 

@@ -35,9 +35,11 @@ def linear_cross_entropy(
     """`cross_entropy(linear(input, linear_weight, linear_bias), target)` whose logits never exist all together.
 
     As `torch.nn.functional.linear_cross_entropy` of torch 2.13, on every torch. Where gradients will be wanted, forward
-    computes them, a block of rows at a time (as in Liger Kernel, Hsu et al. 2024): three matrix products in all, and
-    less than a tenth of the logits as extra memory (or 32 rows of them; 2,048 on a GPU). Without a reduction the
-    gradients wait for backward, which computes the logits again.
+    computes them, a block of rows at a time (as in Liger Kernel, Hsu et al. 2024): three matrix products in all.
+    Besides the gradients, which are float32 until backward, that takes less than a tenth of the logits' memory (or 48
+    rows of it; 2,048 on a GPU) and twice the input's. Without a reduction the gradients wait for backward, which
+    computes the logits again. Where PyTorch multiplies (see `tinyllm info`), the last bits may depend on the number of
+    threads.
 
     Args:
         input: (N, D) or (D,), any floating dtype and strides.
@@ -77,7 +79,7 @@ def linear_cross_entropy(
         ).to(dtype)
     arguments = (input.reshape(-1, input.size(-1)), linear_weight, target.long().reshape(-1), linear_bias, weight)
     numbers = (REDUCTIONS.index(reduction), -100 if ignore_index is None else ignore_index, label_smoothing)
-    if name == "cpp" and products_limits("linear_cross_entropy", input) is not None:
+    if name == "cpp" and _serves_products(input, linear_bias):
         name = _PRODUCTS
     if needs_grad(input, linear_weight, linear_bias):
         loss = _LinearCrossEntropy.apply(*arguments, numbers, dtype, name)
@@ -116,6 +118,12 @@ def _limits(
     return target_limits(target, input.shape[:-1], input) or option_limits(
         weight, classes, input, reduction, label_smoothing
     )
+
+
+def _serves_products(input: Tensor, linear_bias: Tensor | None) -> bool:
+    # Undivided gradients leave float16's range, and a float32 bias would be rounded with the logits.
+    fits = input.dtype != torch.float16 and (linear_bias is None or linear_bias.dtype == input.dtype)
+    return fits and products_limits("linear_cross_entropy", input) is not None
 
 
 def _raw(name: str) -> Any:
