@@ -264,6 +264,12 @@ def libraries() -> tuple[list[Extension], dict[str, Any]]:
         import torch
         from torch.utils import cpp_extension
     except ImportError as error:
+        if CPP.mode != "0" and "sdist" not in sys.argv:
+            raise SystemExit(
+                f"tinyllm: {error.name} is not installed; --no-build-isolation builds with what is: "
+                "pip install torch setuptools pybind11 ninja\n"
+                f"tinyllm: {CPP.variable}=0 installs without kernels"
+            ) from error
         CPP.skip(f"{error.name} is not installed in the build environment")
         CUDA.skip(NO_SCHEMAS)
         return [], {}

@@ -177,3 +177,11 @@ def test_the_worker_is_found_from_any_folder(tmp_path, monkeypatch):
         pytest.skip(f"the installation has no compiled kernels to check: {_extension.why_not}")
     (outcome,) = run([RMS_NORM])
     assert outcome.result == PASSED, outcome.text
+
+
+def test_where_there_are_no_kernels_it_says_that_nothing_was_checked(command, monkeypatch):
+    monkeypatch.setattr(checking, "plan", lambda device, full: [Check("layer_norm", "cuda", "cuda")])
+    monkeypatch.setattr(checking, "run", lambda checks, full: [checking.Outcome(checks[0], NOT_HERE, "no GPU")])
+    status, text = command()
+    assert status == 0
+    assert "Nothing was checked" in text

@@ -139,3 +139,13 @@ def test_kernels_are_installed_as_tinyllm_kernels():
     import tinyllm.kernels
 
     assert Path(tinyllm.kernels.__file__) == ROOT / "kernels" / "__init__.py"
+
+
+@pytest.mark.parametrize("setting", ["auto", "1"])
+def test_without_what_the_build_needs_the_installation_fails(checkout, tmp_path, setting):
+    """A wheel without kernels would go unnoticed; with TINYLLM_EXT=0 it is what was asked for."""
+    (tmp_path / "pybind11.py").write_text("raise ModuleNotFoundError('absent', name='pybind11')")
+    result, output = build(checkout, "wheel", tmp_path / "out", TINYLLM_EXT=setting, PYTHONPATH=str(tmp_path))
+    assert result.returncode != 0
+    assert "pybind11 is not installed" in output
+    assert "pip install torch setuptools pybind11 ninja" in output

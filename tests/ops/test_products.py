@@ -302,3 +302,22 @@ def test_a_row_does_not_depend_on_the_others(dtype, monkeypatch):
 def test_the_machine_has_a_name():
     assert _products.machine() == f"{_extension.library.cpu_isa()} {_extension.library.cpu_family()}"
     assert _extension.library.cpu_family().split("-")[0] in ("amd", "intel", "other")
+
+
+@pytest.mark.parametrize("who", _products.WHO)
+def test_info_shows_what_the_environment_decides(monkeypatch, who):
+    monkeypatch.setenv("TINYLLM_LINEAR", who)
+    assert _products.source() == f"TINYLLM_LINEAR={who}"
+    assert _products.noted()["choices"] == {dtype: dict.fromkeys(_products.CLASSES, who) for dtype in _products.DTYPES}
+
+
+@pytest.mark.parametrize("command", ["info", "check"])
+def test_a_wrong_setting_is_an_error_of_the_command(command, tmp_path):
+    """Not of the kernels that `tinyllm check` calls."""
+    environment = {**os.environ, "TINYLLM_LINEAR": "fast"}
+    done = subprocess.run(
+        [sys.executable, "-m", "tinyllm", command], env=environment, cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode != 0
+    assert "TINYLLM_LINEAR is 'fast'; auto, cpp or torch is needed" in done.stderr
+    assert "failed" not in done.stdout.lower()

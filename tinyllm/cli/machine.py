@@ -61,8 +61,10 @@ def check(
     with one_line_errors():
         prepare_process()
         from tinyllm.check import report
-        from tinyllm.check.run import FAILED, HUNG, plan, run
+        from tinyllm.check.run import FAILED, HUNG, NOT_HERE, plan, run
+        from tinyllm.ops import _products
 
+        _products.setting()  # one that is wrong is no fault of the kernels
         outcomes: list[Outcome] = []
 
         def noted() -> Iterator[Outcome]:
@@ -74,6 +76,8 @@ def check(
         for line in report.lines(noted()):
             typer.echo(line)
         typer.echo(report.summary(outcomes))
+        if all(outcome.result == NOT_HERE for outcome in outcomes):
+            typer.echo("Nothing was checked: there are no kernels here. `tinyllm info` says why.")
         raise typer.Exit(any(outcome.result in (FAILED, HUNG) for outcome in outcomes))
 
 
@@ -121,7 +125,9 @@ def info(
     tune: Annotated[
         bool,
         typer.Option(
-            "--tune", help="First measure for some seconds whose matrix products are faster here, and write that down."
+            "--tune",
+            help="First measure for some seconds whose matrix products are faster here, best while nothing else runs, "
+            "and write that down.",
         ),
     ] = False,
 ) -> None:

@@ -100,8 +100,22 @@ def _checked(choices: Any, source: str) -> Choices:
     return {dtype: dict(choices[dtype]) for dtype in DTYPES}
 
 
+def setting() -> str:
+    """Return what TINYLLM_LINEAR decides: auto, cpp or torch.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    found = os.environ.get("TINYLLM_LINEAR", "auto")
+    if found not in ("auto", *WHO):
+        raise ValueError(f"TINYLLM_LINEAR is {found!r}; auto, cpp or torch is needed")
+    return found
+
+
 def current() -> Choices:
-    """Return the choices in force: a training's own, else what was measured here, else the table's."""
+    """Return the choices in force: TINYLLM_LINEAR's, a training's own, what was measured here, or the table's."""
+    if setting() != "auto":
+        return {dtype: dict.fromkeys(CLASSES, setting()) for dtype in DTYPES}
     if _training is not None:
         return _training
     return _measured_here() or table_choices(machine())
@@ -109,6 +123,8 @@ def current() -> Choices:
 
 def source() -> str:
     """Return where the choices in force come from."""
+    if setting() != "auto":
+        return f"TINYLLM_LINEAR={setting()}"
     if _training is not None:
         return "the training"
     return (
@@ -190,7 +206,8 @@ _MARGIN = 1.1
 
 
 def ratio(dtype: torch.dtype, sizes: tuple[int, int, int], seconds: float = 0.15) -> float:
-    """Return the time of our kernel over PyTorch's for (rows, in_features, out_features), timed in turns."""
+    """Return the time of our kernel over PyTorch's for (rows, in_features, out_features): the best of calls in turns,
+    which other programs disturb least."""
     rows, in_features, out_features = sizes
     generator = torch.Generator().manual_seed(0)
     x = torch.rand(rows, in_features, generator=generator).to(dtype)
@@ -210,7 +227,7 @@ def ratio(dtype: torch.dtype, sizes: tuple[int, int, int], seconds: float = 0.15
                 start = time.perf_counter()
                 call()
                 mine.append(time.perf_counter() - start)
-    return statistics.median(times[0]) / statistics.median(times[1])
+    return min(times[0]) / min(times[1])
 
 
 def tune() -> dict[str, Any]:

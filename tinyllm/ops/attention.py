@@ -50,15 +50,17 @@ def scaled_dot_product_attention(
         key: (*, Hkv, S, D), of query's dtype and device; leading dimensions broadcast. Hkv = H unless enable_gqa.
         value: (*, Hkv, S, Dv).
         attn_mask: broadcastable to (*, H, T, S). bool: True where a key takes part. Floating, of query's dtype: added
-            to the scores. Unlike PyTorch's, it may be combined with is_causal.
+            to the scores; beyond two thirds of the largest finite number all count as equal. Unlike PyTorch's, it may
+            be combined with is_causal.
         dropout_p: probability of dropping an attention weight, in [0, 1]; applied whenever it is above 0, as in
             PyTorch. Which ones follows from the default generator's state, though other ones than in PyTorch.
         is_causal: hide later keys.
         scale: default 1 / sqrt(D).
         enable_gqa: H may be a multiple of Hkv; each key/value head serves H / Hkv query heads.
         key_lengths: int32 or int64, of query's leading dimensions without the heads, (B) for (B, H, T, D): of sequence
-            b only the keys 0 ... key_lengths[b] - 1 take part. On a GPU no work is done for the others, and the host
-            need not know the numbers: they may change between the replays of a CUDA graph.
+            b only the keys 0 ... key_lengths[b] - 1 take part; lengths below 0 count as 0, above S as S. On a GPU no
+            work is done for the others, and the host need not know the numbers: they may change between the replays of
+            a CUDA graph.
 
     Returns:
         (*, H, T, Dv) of query's dtype; a query that sees no key gives 0, not NaN. Scores are accumulated in float32

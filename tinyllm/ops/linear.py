@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -153,13 +152,11 @@ def limits(operator: str, input: Tensor) -> dict[str, str] | None:
     """Why the compiled products do not serve this input, for `choose`."""
     if input.device.type != "cpu" or not _extension.loaded:
         return None
-    setting = os.environ.get("TINYLLM_LINEAR", "auto")
+    setting = _products.setting()
     if setting == "cpp":
         return None
     if setting == "torch":
         return {"cpp": "TINYLLM_LINEAR=torch"}
-    if setting != "auto":
-        raise ValueError(f"TINYLLM_LINEAR is {setting!r}; auto, cpp or torch is needed")
     if forced_backend(operator) == "cpp":
         return None
     rows = _products.rows_class(input.numel() // max(1, input.size(-1)))
