@@ -62,15 +62,12 @@ cpu-sanitize: .venv/installed
 	$(BIN)/python -m tests.cpu_host.sanitize
 
 # In the other order of threads than `make test`: what asynchronous copies do then happens at once. Python itself is not
-# built with the sanitizers, so their libraries come first by force, and its own leaks are left alone. Two processes:
-# attention takes about as long as the rest.
+# built with the sanitizers, so their libraries come first by force, and its own leaks are left alone.
 cuda-sanitize: .venv/installed
 	library=$$($(BIN)/python -m tests.cuda_host.build --sanitize) && \
 	export TINYLLM_EMULATED_CUDA=$$library TINYLLM_EMULATED_SCHEDULE=backward ASAN_OPTIONS=detect_leaks=0 \
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" && \
-	{ $(BIN)/python -m pytest tests/cuda/test_attention.py & attention=$$!; \
-	$(BIN)/python -m pytest tests/cuda --ignore=tests/cuda/test_attention.py; rest=$$?; \
-	wait $$attention && exit $$rest; }
+	$(BIN)/python -m pytest -n $(or $(WORKERS),2) tests/cuda
 
 format: .venv/installed
 	$(BIN)/ruff check --fix .

@@ -58,7 +58,7 @@ class Machine:
         shutil.copytree(ROOT / "tinyllm", self.source / "tinyllm", ignore=shutil.ignore_patterns("*.so", "_build.json"))
         for name in ("setup.py", "pyproject.toml", "README.md"):
             shutil.copy(ROOT / name, self.source / name)
-        for name in ("kernels", "kernels/attention", "benchmarks", "csrc/cuda"):
+        for name in ("kernels", "kernels/attention", "benchmarks/results", "csrc/cuda"):
             (self.source / name).mkdir(parents=True)
         (self.source / "csrc" / "ops.cpp").touch()
         (self.source / "csrc" / "cuda" / "layer_norm.cu").touch()
