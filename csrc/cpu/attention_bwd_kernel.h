@@ -75,8 +75,8 @@ inline void row_dots(const Attention& a, int64_t b, int64_t h, int64_t first, in
 // A row of P and of dP becomes P and dS = P (dP - delta), zeros beyond the `seen` keys up to `end`. delta: where all of
 // the row's keys are here, nothing; rowsum(dO O) = rowsum(P dP) / rowsum(P) is then taken in the second form, which has
 // the rounding errors of this very P and dP, so that the rows of dS sum to almost exactly 0. kExact: also where
-// something is not finite, which only visible keys may then be touched by.
-template <bool kExact, class S>
+// something is not finite, which only visible keys may then be touched by. kRest: where lse_rest counts.
+template <bool kExact, bool kRest, class S>
 inline void backward_row(S* probs, S* grad_scores, int64_t seen, int64_t end, S lse, S lse_rest, const S* delta) {
   using V = Vec<S>;
   constexpr S inf = std::numeric_limits<S>::infinity();
@@ -85,7 +85,7 @@ inline void backward_row(S* probs, S* grad_scores, int64_t seen, int64_t end, S 
   const auto probability = [&](int64_t j) {
     const V score = V::load(probs + j);
     // A hidden score stays -inf where the log-sum-exp is NaN.
-    const V difference = score - vlse - vrest;
+    const V difference = kRest ? score - vlse - vrest : score - vlse;
     const V p = exp2(kExact ? V::where_finite(score, difference, score) : difference);
     p.store(probs + j);
     return p;
@@ -157,10 +157,10 @@ inline void backward_block(const Attention& a, const BackwardBuffers<T>& buf, in
       const S* row_delta = delta == nullptr ? nullptr : delta + row;
       const bool exact = !buf.finite || std::isnan(lse[row]) || (row_delta != nullptr && !std::isfinite(*row_delta));
       const S row_rest = rest == nullptr ? S(0) : rest[row];
-      if (exact)
-        backward_row<true>(row_probs, row_grads, seen, row_end, lse[row], row_rest, row_delta);
-      else
-        backward_row<false>(row_probs, row_grads, seen, row_end, lse[row], row_rest, row_delta);
+      const auto whole_row = exact             ? backward_row<true, true, S>
+                             : rest != nullptr ? backward_row<false, true, S>
+                                               : backward_row<false, false, S>;
+      whole_row(row_probs, row_grads, seen, row_end, lse[row], row_rest, row_delta);
       if (drops) multiply(row_probs, factors, whole);
     }
     const S* packed = buf.keys + keys.begin * buf.row;
