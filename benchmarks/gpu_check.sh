@@ -121,7 +121,7 @@ fi
 stage info "$info_s" "$python" -c '
 import sys
 from tinyllm import _extension
-from tinyllm.info import print_info
+from tinyllm._info import print_info
 from tinyllm.ops import _cuda
 print_info()
 with open(sys.argv[1], "w") as file:

@@ -114,12 +114,11 @@ def as_dataset(folder: Path) -> str:
     return f"hf:{folder}@train"
 
 
-# Without torch, which takes seconds to import, and hides how little memory the rest needs.
+# In a process of its own, without torch, which hides how little memory the rest needs.
 LIGHT = """
-import json, resource, sys, types
-package = types.ModuleType("tinyllm"); package.__path__ = [sys.argv[1]]; sys.modules["tinyllm"] = package
+import json, resource, sys
 from tinyllm.prepare import prepare
-prepare([sys.argv[2]], sys.argv[3], tokenizer=sys.argv[4], workers=1, shard_size=float(sys.argv[5]))
+prepare([sys.argv[1]], sys.argv[2], tokenizer=sys.argv[3], workers=1, shard_size=float(sys.argv[4]))
 own = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))  # ru_maxrss is inherited by exec
 print(json.dumps([int(own.split()[1]) / 1024, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024]))
 print("torch" in sys.modules)

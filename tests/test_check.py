@@ -25,7 +25,7 @@ def command(capsys, monkeypatch):
     def call(*arguments):
         monkeypatch.setattr(sys, "argv", ["tinyllm", "check", *arguments])
         with pytest.raises(SystemExit) as ended:
-            cli.main()
+            cli.app()
         out, err = capsys.readouterr()
         return ended.value.code, out + err
 

@@ -69,7 +69,7 @@ def here(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.chdir(cwd)
         monkeypatch.setattr(sys, "argv", ["tinyllm", *map(str, arguments)])
         with pytest.raises(SystemExit) as exit:
-            cli.main()
+            cli.app()
         out, err = capsys.readouterr()
         assert isinstance(exit.value.code, int)
         return exit.value.code, out, err
@@ -111,13 +111,9 @@ def test_help(here: Here, tmp_path: Path) -> None:
 
 def test_the_modules_that_help_needs_do_not_import_torch() -> None:
     heavy = {"torch", "numpy", "matplotlib", "tokenizers"}
-    code = (
-        "import sys, types; tinyllm = types.ModuleType('tinyllm'); tinyllm.__path__ = [sys.argv[1]]; "
-        "sys.modules['tinyllm'] = tinyllm; import tinyllm.cli; print(*sys.modules)"
-    )
-    out = subprocess.run(
-        [sys.executable, "-c", code, str(ROOT / "tinyllm")], capture_output=True, text=True, check=True
-    ).stdout
+    code = "import sys, tinyllm.cli; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=True)
+    out = done.stdout
     assert not heavy & set(out.split())
 
 

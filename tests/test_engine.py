@@ -197,7 +197,7 @@ import torch
 from lightning_fabric.accelerators import CPUAccelerator
 from lightning_fabric.strategies import deepspeed
 from tinyllm import engine
-from tinyllm.cli import main
+from tinyllm.__main__ import main
 
 sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # faster sums between processes, built for a minute
 deepspeed.CUDAAccelerator = CPUAccelerator

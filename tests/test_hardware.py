@@ -9,7 +9,7 @@ import torch
 from benchmarks import gpu, gpu_report
 from benchmarks.gpu_row import CUDA, TRITON, Source
 from tinyllm import hardware
-from tinyllm.info import format_info
+from tinyllm._info import format_info
 
 
 @pytest.fixture

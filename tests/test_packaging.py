@@ -109,7 +109,7 @@ def site_without_a_compiler(checkout, tmp_path_factory):
 def test_without_a_compiler_the_first_call_warns_once_and_info_says_what_mends_it(site_without_a_compiler, tmp_path):
     code = """
 import warnings, torch, tinyllm
-from tinyllm.info import format_info
+from tinyllm._info import format_info
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     for _ in range(2):

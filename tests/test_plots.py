@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.runs import environment
 from tinyllm import plots
 from tinyllm._curves import compared_limits, limits, smooth, steady
 from tinyllm.plots import plot_comparison, plot_run
@@ -164,12 +165,11 @@ def test_bad_axes(tmp_path: Path) -> None:
 def test_neither_pyplot_nor_a_display_is_needed(tmp_path: Path) -> None:
     metrics = run_folder(tmp_path / "run", lines(3)) / "metrics.jsonl"
     code = (
-        "import sys, types; tinyllm = types.ModuleType('tinyllm'); tinyllm.__path__ = [sys.argv[1]]; "  # without torch
-        "sys.modules['tinyllm'] = tinyllm; from tinyllm.plots import plot_run; assert 'matplotlib' not in sys.modules; "
-        "plot_run(*sys.argv[2:], title=''); assert not {'torch', 'matplotlib.pyplot'} & set(sys.modules)"
+        "import sys; from tinyllm.plots import plot_run; assert 'matplotlib' not in sys.modules; "
+        "plot_run(*sys.argv[1:], title=''); assert not {'torch', 'matplotlib.pyplot'} & set(sys.modules)"
     )
-    package = Path(__file__).parents[1] / "tinyllm"
-    subprocess.run([sys.executable, "-c", code, str(package), str(metrics), str(tmp_path / "p.png")], check=True)
+    command = [sys.executable, "-c", code, str(metrics), str(tmp_path / "p.png")]
+    subprocess.run(command, env=environment(), check=True)
     assert (tmp_path / "p.png").exists()
 
 

@@ -18,7 +18,6 @@ import pytest
 from tests.preparing import (
     DOCUMENTS,
     LIGHT,
-    ROOT,
     as_dataset,
     as_gz,
     as_jsonl,
@@ -275,7 +274,7 @@ def test_memory_does_not_grow_with_the_input(tmp_path: Path, tokenizer: Path) ->
         with data.open("w") as file:
             for _ in range(megabytes * 10**6 // len(block.encode())):
                 file.write(block)
-        process = start("-c", LIGHT, ROOT / "tinyllm", data, tmp_path / f"{megabytes}", tokenizer, 4)
+        process = start("-c", LIGHT, data, tmp_path / f"{megabytes}", tokenizer, 4)
         out, err = process.communicate(timeout=120)
         assert process.returncode == 0, err
         numbers, torch = out.splitlines()[-2:]
@@ -312,7 +311,7 @@ def test_the_command(
     def command(*arguments: object) -> tuple[object, str, str]:
         monkeypatch.setattr(sys, "argv", ["tinyllm", "prepare", *map(str, arguments)])
         with pytest.raises(SystemExit) as exit:
-            cli.main()
+            cli.app()
         return exit.value.code, *capsys.readouterr()
 
     data, out = as_jsonl(tmp_path), tmp_path / "out"

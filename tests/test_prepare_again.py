@@ -15,7 +15,6 @@ import pytest
 from tests.preparing import (
     DOCUMENTS,
     LIGHT,
-    ROOT,
     as_dataset,
     as_gz,
     as_jsonl,
@@ -52,7 +51,7 @@ def test_a_kill_costs_only_what_was_unfinished(
     data.write_bytes(gzip.compress(lines, 1) if suffix.endswith("gz") else lines)
     out = tmp_path / "out"
     if sent == signal.SIGKILL:
-        process = start("-c", LIGHT, ROOT / "tinyllm", data, out, tokenizer, 0.4)
+        process = start("-c", LIGHT, data, out, tokenizer, 0.4)
     else:
         options = ["--tokenizer", tokenizer, "--shard-size", 0.4, "--workers", 1]
         process = start("-m", "tinyllm", "prepare", "--data", data, "--out", out, *options)

@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 
+from tests.runs import environment
 from tinyllm import checkpoint, cli, runs
 from tinyllm.model import SimpleLLM, SimpleLLMConfig
 from tinyllm.runs import count_parameters, describe_run, find_runs, read_config, run_names, short_number
 
-ROOT = Path(__file__).parents[1]
 MODEL = {"vocab_size": 11, "embedding_dim": 6, "hidden_dim": 7, "num_layers": 2}
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -47,7 +47,7 @@ def here(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tm
     def run(*arguments: object) -> tuple[object, str, str]:
         monkeypatch.setattr(sys, "argv", ["tinyllm", *map(str, arguments)])
         with pytest.raises(SystemExit) as exit:
-            cli.main()
+            cli.app()
         return exit.value.code, *capsys.readouterr()
 
     return run
@@ -250,13 +250,9 @@ def test_runs_elsewhere_or_nowhere(here: Any, tmp_path: Path) -> None:
 
 def test_listing_runs_does_not_import_torch(tmp_path: Path) -> None:
     make(tmp_path / "a", [line(1)])
-    code = (
-        "import sys, types; tinyllm = types.ModuleType('tinyllm'); tinyllm.__path__ = [sys.argv[1]]; "
-        "sys.modules['tinyllm'] = tinyllm; import tinyllm.cli; tinyllm.cli.app(['runs', sys.argv[2]], "
-        "standalone_mode=False); print(*sys.modules)"
-    )
+    code = "import sys, tinyllm.cli; tinyllm.cli.app(['runs', sys.argv[1]], standalone_mode=False); print(*sys.modules)"
     done = subprocess.run(
-        [sys.executable, "-c", code, str(ROOT / "tinyllm"), str(tmp_path)], capture_output=True, text=True, check=True
+        [sys.executable, "-c", code, str(tmp_path)], env=environment(), capture_output=True, text=True, check=True
     )
     assert "1/20" in done.stdout
     assert not {"torch", "numpy", "matplotlib"} & set(done.stdout.split())

@@ -1,10 +1,72 @@
-"""Fused language-model kernels for PyTorch, and `SimpleLLM`, a model built on them."""
+"""Fused language-model kernels for PyTorch, and `SimpleLLM`, a model built on them.
+
+Names are imported when they are first used, so that a program which needs no torch does not wait for it. The
+operators are registered with PyTorch, as `torch.ops.tinyllm`, when `tinyllm.ops` is imported.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-from tinyllm import nn, ops
-from tinyllm.allocator import tune_allocator
-from tinyllm.info import info
-from tinyllm.model import SimpleLLM, SimpleLLMConfig
+if TYPE_CHECKING:
+    from tinyllm import nn, ops
+    from tinyllm._info import info
+    from tinyllm.allocator import tune_allocator
+    from tinyllm.checkpoint import Run, load_run
+    from tinyllm.generation import generate, stream_text
+    from tinyllm.model import SimpleLLM, SimpleLLMConfig
+    from tinyllm.presets import TrainConfig
+    from tinyllm.training import TrainResult, resume, train
 
-__all__ = ["SimpleLLM", "SimpleLLMConfig", "__version__", "info", "nn", "ops", "tune_allocator"]
+__all__ = [
+    "Run",
+    "SimpleLLM",
+    "SimpleLLMConfig",
+    "TrainConfig",
+    "TrainResult",
+    "__version__",
+    "generate",
+    "info",
+    "load_run",
+    "nn",
+    "ops",
+    "resume",
+    "stream_text",
+    "train",
+    "tune_allocator",
+]
+
+# Each name, and the module that has it; a module's own name has none.
+_HOMES = {
+    "Run": "checkpoint",
+    "SimpleLLM": "model",
+    "SimpleLLMConfig": "model",
+    "TrainConfig": "presets",
+    "TrainResult": "training",
+    "generate": "generation",
+    "info": "_info",
+    "load_run": "checkpoint",
+    "nn": None,
+    "ops": None,
+    "resume": "training",
+    "stream_text": "generation",
+    "train": "training",
+    "tune_allocator": "allocator",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    home = _HOMES[name]
+    module = import_module(f"{__name__}.{home or name}")
+    value = module if home is None else getattr(module, name)
+    globals()[name] = value  # the next time it is simply there
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

@@ -9,7 +9,7 @@ import torch
 
 import tinyllm
 from tinyllm import _extension, ops
-from tinyllm.info import format_info
+from tinyllm._info import format_info
 from tinyllm.ops import _cuda, _triton, dispatch
 
 
@@ -179,7 +179,7 @@ assert tinyllm.ops.last_backend() != "triton"
 with tinyllm.ops.backend("triton"):
     tinyllm.ops.layer_norm(x, 3)
     assert tinyllm.ops.last_backend() == "triton"
-from tinyllm.info import print_info
+from tinyllm._info import print_info
 print_info()
 """
     result = python(code, TRITON_INTERPRET="1")
@@ -195,7 +195,7 @@ sys.modules["triton"] = None
 import torch, tinyllm
 model = tinyllm.SimpleLLM(10, 16, 32, 2)
 model(torch.zeros(1, 4, dtype=torch.long)).sum().backward()
-from tinyllm.info import print_info
+from tinyllm._info import print_info
 print_info()
 """
     for interpret in ("0", "1"):
@@ -251,7 +251,7 @@ import torch, tinyllm
 model = tinyllm.SimpleLLM(10, 16, 32, 2)
 model(torch.zeros(1, 4, dtype=torch.long)).sum().backward()
 assert tinyllm.ops.last_backend() == "reference"
-from tinyllm.info import print_info
+from tinyllm._info import print_info
 print_info()
 """
     result = python(code)

@@ -1,4 +1,4 @@
-"""The command `tinyllm`: train a small language model, let it write, see what is built.
+"""The command `tinyllm`: train a small language model, let it write, see what is built. `tinyllm.__main__` starts it.
 
 Only what `--help` needs is imported at the top of these files; torch takes a second, so it waits for a command.
 """
@@ -13,12 +13,7 @@ import typer
 from tinyllm.cli import data, machine, models, runs, training
 from tinyllm.cli._app import PresetName, app
 
-__all__ = ["PresetName", "app", "data", "machine", "main", "models", "runs", "training"]
-
-
-def main() -> None:
-    """Run the command line; exits with 0, with 2 for bad input, with 130 after Ctrl-C."""
-    app()
+__all__ = ["PresetName", "app", "data", "machine", "models", "runs", "training"]
 
 
 @app.callback(invoke_without_command=True)

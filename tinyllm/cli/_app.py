@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -49,9 +50,14 @@ def write(text: str) -> None:
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Turn what the user can mend into one line on stderr and exit status 2."""
+    """Turn what the user can mend into one line on stderr and exit status 2, and Ctrl-C into one and status 130."""
     try:
         yield
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second one ends the program without a word
+        if not is_worker():
+            typer.echo("tinyllm: interrupted", err=True)
+        raise typer.Exit(130) from None
     except BrokenPipeError:
         raise  # the reader of our output has gone, such as `| head`: typer ends in silence
     except (ValueError, OSError, FloatingPointError) as error:

@@ -134,7 +134,7 @@ def info(
     """Show versions, what is built, and which backend serves each operator, and why."""
     with one_line_errors():
         prepare_process()
-        from tinyllm.info import print_info
+        from tinyllm._info import print_info
 
         if tune:
             from tinyllm.ops import _products

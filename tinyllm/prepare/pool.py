@@ -35,7 +35,7 @@ class Worker:
     def __init__(self, parallel: bool = False) -> None:
         environment = {**os.environ, "TOKENIZERS_PARALLELISM": "true" if parallel else "false", "OMP_NUM_THREADS": "1"}
         self._process = subprocess.Popen(
-            [sys.executable, "-c", BOOTSTRAP, str(Path(__file__).parents[1])],
+            [sys.executable, "-c", BOOTSTRAP, str(Path(__file__).parents[2])],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=environment,

@@ -1,8 +1,7 @@
 """A process that tokenizes: `tinyllm.prepare` starts it and sends it work, one JSON line each, on its stdin.
 
-It does without torch, which would take seconds and a few hundred megabytes from each of them, so it is started by
-`BOOTSTRAP`, in which the package tinyllm is nothing but a place to find modules. When `tinyllm.prepare` dies, its
-pipes close, and the worker ends, too.
+It does without torch, which would take seconds and a few hundred megabytes from each of them. When `tinyllm.prepare`
+dies, its pipes close, and the worker ends, too.
 """
 
 from __future__ import annotations
@@ -31,10 +30,8 @@ from tinyllm.shards import INDEX_DTYPE, TOKENIZER_FILE
 from tinyllm.tokenizer import load_tokenizer, train_tokenizer
 from tinyllm.vocabularies import load_vocabulary
 
-BOOTSTRAP = (
-    "import sys, types; package = types.ModuleType('tinyllm'); package.__path__ = [sys.argv[1]]; "
-    "sys.modules['tinyllm'] = package; from tinyllm.prepare.worker import main; main()"
-)
+# Started with the folder that the package lies in: the directory that a user is in may have a folder of that name.
+BOOTSTRAP = "import sys; sys.path[0] = sys.argv[1]; from tinyllm.prepare.worker import main; main()"
 
 ERRORS: dict[str, type[Exception]] = {"OSError": OSError, "ImportError": ImportError, "ValueError": ValueError}
 

@@ -1,0 +1,21 @@
+"""Numbers and names as people write them, for messages and reports."""
+
+from __future__ import annotations
+
+
+def count(number: int, noun: str, plural: str | None = None) -> str:
+    """Return "1 file" or "2,000 files"; `plural` is for a noun that does not take an s."""
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
+
+
+def size(num_bytes: float) -> str:
+    """Return a number of bytes in the unit that fits it, of powers of ten: "880 bytes", "11.3 kB", "1.2 GB"."""
+    for factor, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if num_bytes >= 0.99995 * factor:
+            return f"{num_bytes / factor:.1f} {unit}"
+    return count(round(num_bytes), "byte")
+
+
+def option(name: str) -> str:
+    """Return a parameter's name as it is typed on the command line: "seq_len" as "--seq-len"."""
+    return "--" + name.replace("_", "-")
