@@ -1,5 +1,6 @@
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -53,3 +54,21 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def here(capsys, monkeypatch):
+    """Runs the command line in this process, which is quicker: (exit status, stdout, stderr)."""
+    from tinyllm import cli
+
+    def run(*arguments, cwd=None):
+        if cwd is not None:
+            monkeypatch.chdir(cwd)
+        monkeypatch.setattr(sys, "argv", ["tinyllm", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit:
+            cli.app()
+        out, err = capsys.readouterr()
+        assert isinstance(exit.value.code, int)
+        return exit.value.code, out, err
+
+    return run

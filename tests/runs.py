@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from tinyllm.training import TrainConfig
 
 TEXT = "the cat sat on the mat and the dog sat on the cat .\n" * 60
 ROOT = Path(__file__).parents[1]
+
+Here = Callable[..., tuple[int, str, str]]  # what the fixture `here` gives
 
 
 def small(**changes: Any) -> TrainConfig:

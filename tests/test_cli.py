@@ -10,11 +10,11 @@ import subprocess
 import sys
 import time
 import typing
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from tests.runs import Here
 from tinyllm import cli
 from tinyllm.presets import PRESETS
 
@@ -56,25 +56,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def trained(folder: Path) -> subprocess.CompletedProcess[str]:
     """A run in `folder`/run, for the tests that need one."""
     return tinyllm("train", "--data", "text.py", *QUICK, "--out", "run", cwd=folder)
-
-
-Here = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def here(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Here:
-    """Runs the command line in this process, which is quicker: (exit status, stdout, stderr)."""
-
-    def run(*arguments: object, cwd: Path) -> tuple[int, str, str]:
-        monkeypatch.chdir(cwd)
-        monkeypatch.setattr(sys, "argv", ["tinyllm", *map(str, arguments)])
-        with pytest.raises(SystemExit) as exit:
-            cli.app()
-        out, err = capsys.readouterr()
-        assert isinstance(exit.value.code, int)
-        return exit.value.code, out, err
-
-    return run
 
 
 def is_one_error(text: str) -> bool:
