@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -12,12 +11,10 @@ from safetensors.torch import load_file, save_file
 
 from tinyllm import checkpoint
 from tinyllm.checkpoint import (
-    RUN_FILES,
     check_out,
     load_config,
     load_model,
     load_run,
-    remove_run_files,
     save_config,
     save_model,
 )
@@ -180,10 +177,3 @@ def test_check_out_protects_other_programs_files(name: str, content: str, tmp_pa
     with pytest.raises(FileExistsError, match=f"has a {name} that no training wrote"):
         check_out(tmp_path, overwrite=True)
     assert (tmp_path / name).read_text() == content
-
-
-def test_remove_run_files_leaves_others(tmp_path: Path) -> None:
-    for name in [*RUN_FILES, "notes.txt", "model.safetensors.bak"]:
-        (tmp_path / name).write_text("x")
-    remove_run_files(tmp_path, keep=[tmp_path / "train.bin"])
-    assert sorted(os.listdir(tmp_path)) == ["model.safetensors.bak", "notes.txt", "train.bin"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,8 +24,17 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         yield temporary
         fsync(temporary)  # on the disk before the name points to it
         os.replace(temporary, path)
+    except OSError as error:
+        if is_full_disk(error) and not error.filename:  # the system does not say which file
+            raise OSError(error.errno, f"no space left on the disk for {path}") from error
+        raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def is_full_disk(error: OSError) -> bool:
+    """Return whether a disk, or a user's share of it, has no room left."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def fsync(path: Path) -> None:

@@ -20,7 +20,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -31,6 +31,7 @@ from safetensors.torch import load_model as load_safetensors
 from safetensors.torch import save_model as save_safetensors
 
 from tinyllm._files import replacing, write_text
+from tinyllm._locks import LOCK_FILE
 from tinyllm.data import TRAIN_FILE, VAL_FILE
 from tinyllm.model import SimpleLLM, SimpleLLMConfig
 from tinyllm.tokenizer import Tokenizer, load_tokenizer
@@ -50,7 +51,7 @@ AVERAGES_FILE = "averages.safetensors"
 STATE_FILE = "state.json"
 _NAME = re.compile(r"step-(\d{8,})")
 
-RUN_FILES = (
+RUN_FILES = (  # config.json is the mark of a run: it comes last into a folder, and goes first
     CONFIG_FILE,
     TOKENIZER_FILE,
     MODEL_FILE,
@@ -84,7 +85,7 @@ def check_out(directory: str | os.PathLike[str], *, overwrite: bool) -> Path:
     directory = Path(directory)
     if directory.exists() and not directory.is_dir():
         raise NotADirectoryError(f"out {directory} is a file; it must be a directory, or a name not yet taken")
-    if not overwrite and directory.is_dir() and any(directory.iterdir()):
+    if not overwrite and directory.is_dir() and any(path.name != LOCK_FILE for path in directory.iterdir()):
         raise FileExistsError(f"out {directory} is not empty; choose another directory, or overwrite (--overwrite)")
     # config.json and tokenizer.json are common names: those of another program are not ours to replace.
     taken = [name for name in RUN_FILES if name not in (TRAIN_FILE, VAL_FILE) and Path(directory, name).exists()]
@@ -155,16 +156,6 @@ def publish(checkpoint: Path, out: Path) -> None:
             temporary.hardlink_to(source)
         except OSError:  # a file system without them
             shutil.copyfile(source, temporary)
-
-
-def remove_run_files(directory: str | os.PathLike[str], keep: Collection[Path] = ()) -> None:
-    """Remove an earlier run's files and folders from `directory`, but for those in `keep`."""
-    for name in RUN_FOLDERS:
-        with suppress(FileNotFoundError):
-            shutil.rmtree(Path(directory, name))
-    for path in (Path(directory, name) for name in reversed(RUN_FILES)):  # config.json, the mark of a run, last
-        if path not in keep:
-            path.unlink(missing_ok=True)
 
 
 def save_config(config: dict[str, Any], directory: str | os.PathLike[str]) -> None:

@@ -21,11 +21,13 @@ from typing import Any, TypeVar, cast
 
 import torch
 from lightning_fabric import Fabric
+from lightning_fabric.plugins.environments import LightningEnvironment
 from lightning_fabric.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy, Strategy
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from tinyllm._words import count
 from tinyllm.model import SimpleLLM, choose_device, init_gpt2_weights
 from tinyllm.presets import TrainConfig
 
@@ -66,11 +68,11 @@ class TrainingModule(nn.Module):
         return self.model.loss(ids, targets, label_smoothing=smoothing, documents=documents)
 
 
-def launch(config: TrainConfig) -> Fabric:
+def launch(config: TrainConfig, say: Callable[[str], None] = lambda line: None) -> Fabric:
     """Start the processes that `config` asks for; each goes on from here.
 
     The command is run again for each further device of this machine, unless a launcher such as torchrun or SLURM has
-    started the processes already.
+    started the processes already. With several nodes, `say` is told whom this one waits for.
 
     Raises:
         ValueError: there are fewer devices than asked for, or the strategy cannot run here.
@@ -94,8 +96,26 @@ def launch(config: TrainConfig) -> Fabric:
             strategy=_strategy(config, device),
             precision=cast(Any, precision),
         )
+        if config.num_nodes > 1:
+            _meet(fabric, config, say)
         fabric.launch()
     return fabric
+
+
+def _meet(fabric: Fabric, config: TrainConfig, say: Callable[[str], None]) -> None:
+    """Say where the nodes of a training meet, which they have to be told if no launcher has started them."""
+    by_hand = isinstance(getattr(fabric.strategy, "cluster_environment", None), LightningEnvironment)
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK") if name not in os.environ]
+    if by_hand and missing:
+        raise ValueError(
+            f"num_nodes is {config.num_nodes}, but {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not "
+            "set: give each node the address and a free port of the first one, and NODE_RANK 0, 1, ..., in its "
+            "environment; or start the training with torchrun"
+        )
+    if "MASTER_ADDR" in os.environ:
+        others = count(config.num_nodes - 1, "other node")
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ.get('MASTER_PORT', '?')}"
+        say(f"Node {os.environ.get('NODE_RANK', '?')} of {config.num_nodes}: waiting for {others} at {where}")
 
 
 def setup(

@@ -20,14 +20,16 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
+from tinyllm._files import is_full_disk
 from tinyllm.batches import Batches, ShuffledWindows, TokenDataset, train_loader, val_loader
 from tinyllm.checkpoint import checkpoints, publish
-from tinyllm.engine import TrainingModule, accumulating, backward, clip_and_step, setup
+from tinyllm.engine import TrainingModule, accumulating, backward, clip_and_step, on_rank_zero, setup
 from tinyllm.model import SimpleLLM
 from tinyllm.optim import AveragedWeights, adamw, learning_rate
 from tinyllm.presets import TrainConfig
 from tinyllm.recorder import Recorder
-from tinyllm.state import Progress, load_checkpoint, save_checkpoint
+from tinyllm.state import Progress, load_checkpoint, load_weights, prune, save_checkpoint, save_weights
+from tinyllm.succession import settle
 from tinyllm.tokenizer import Tokenizer
 
 
@@ -51,6 +53,7 @@ def fit(
     *,
     title: str = "",
     progress_bar: bool = True,
+    weights: Path | None = None,
 ) -> Fitted:
     """Train `model`, from the last checkpoint in `out` on if there is one. All processes call it.
 
@@ -67,6 +70,7 @@ def fit(
         out: the run folder.
         title: of the picture.
         progress_bar: show one on stderr.
+        weights: the file of those to begin with, in place of the model's, if there is no checkpoint.
 
     Raises:
         FloatingPointError: too many steps in a row had no finite gradient; the checkpoints stay.
@@ -77,9 +81,12 @@ def fit(
     end = tokenizer.end_of_text_id if config.packing else None
     module = TrainingModule(model, label_smoothing=config.label_smoothing, end_of_text_id=end)
     wrapped, optimizer = setup(fabric, module, lambda m: adamw(m, config), seed=config.seed, compiled=config.compile)
-    averages = None if config.ema is None else AveragedWeights(model, config.ema)
     progress = Progress()
-    if there := checkpoints(out):
+    there = checkpoints(out)
+    if weights is not None and not there:
+        load_weights(weights, model)
+    averages = None if config.ema is None else AveragedWeights(model, config.ema)
+    if there:
         progress = load_checkpoint(fabric, there[max(there)], model, optimizer, averages, wrapped=wrapped)
     batches = iter(_train_batches(fabric, train_set, config, progress.step))
     val_batches = _val_batches(fabric, val_set, config)
@@ -91,22 +98,39 @@ def fit(
     def save() -> None:
         progress.losses = _mean(fabric, losses).tolist() if losses else []
         progress.average_updates = 0 if averages is None else averages.updates
-        try:
+
+        def write() -> None:
             path = save_checkpoint(
                 fabric, out, model, optimizer, averages, progress, keep=config.keep_checkpoints, wrapped=wrapped
             )
-            if fabric.is_global_zero:
-                publish(path, out)
+            on_rank_zero(fabric, lambda: _stands(path, out))
+
+        try:
+            try:
+                write()
+            except OSError as error:
+                # The best one and those before the last are luxury where the disk is full.
+                if not (is_full_disk(error) and on_rank_zero(fabric, lambda: prune(out, 1, None))):
+                    raise
+                write()
+                record.note("there was no room: only the last checkpoint is kept")
         except OSError as error:
-            line = f"the checkpoint of step {progress.step} could not be written: {error}; {_last_good(out)}"
+            why = error.strerror or error
+            line = f"the checkpoint of step {progress.step} could not be written: {why}; {_last_good(out)}"
             if config.stop_on_save_error:
                 raise OSError(line) from error
             record.note(line)
+            last = progress.step == config.steps
+            if last or not on_rank_zero(fabric, lambda: checkpoints(out)):
+                said = save_weights(fabric, out, model, averages, step=progress.step, at_any_price=last)
+                record.note(said)
 
     with (
         Recorder(fabric, model.config, config, out, progress.step, title=title, shown=progress_bar) as record,
         _signals() as stop,
     ):
+        if config.compile and progress.step < config.steps:
+            record.note("Compiling the model: the first step takes longer")
         wrapped.train()
         while progress.step < config.steps:
             step = progress.step + 1
@@ -162,6 +186,12 @@ def fit(
             if stopped:
                 break
         return Fitted(progress.step, progress.val_loss, stop.number)
+
+
+def _stands(path: Path, out: Path) -> None:
+    """The first process's part when a checkpoint is written: its weights are the run's, an earlier run may go."""
+    publish(path, out)
+    settle(out)
 
 
 @torch.no_grad()
@@ -266,7 +296,9 @@ def _signals() -> Iterator[_Stop]:
         for taken, handler in before.items():
             signal.signal(taken, handler)
 
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    # What is ignored stays so: a program that a script has started in the background is not meant by Ctrl-C.
+    taken = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, handle) for number in taken}
     try:
         yield stop
     finally:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,7 +32,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from tinyllm._files import fsync
+from tinyllm._files import fsync, is_full_disk, replacing
 from tinyllm.checkpoint import AVERAGES_FILE, MODEL_FILE, STATE_FILE, checkpoint_path, checkpoints
 from tinyllm.engine import on_rank_zero
 from tinyllm.optim import AveragedWeights
@@ -121,8 +122,52 @@ def save_checkpoint(
                     fsync(file)
 
         _writing(fabric, write)
-    on_rank_zero(fabric, lambda: _prune(out, keep, progress.best_step))
+    on_rank_zero(fabric, lambda: prune(out, keep, progress.best_step))
     return path
+
+
+def save_weights(
+    fabric: Fabric, out: Path, module: nn.Module, averages: AveragedWeights | None, *, step: int, at_any_price: bool
+) -> str:
+    """Write `out`/model.safetensors alone, as the last resort where there is no room for a checkpoint.
+
+    All processes call it; the first one writes.
+
+    Args:
+        fabric, out, module, averages: see `save_checkpoint`.
+        step: whose weights they are.
+        at_any_price: if they do not fit, either, remove the last checkpoint, whose weights remain as
+            `out`/model.safetensors until the new ones are written: worth it when the training is done.
+
+    Returns:
+        What came of it, in words.
+    """
+    tensors = _gather(fabric, weights(module))
+    if averages is not None:
+        tensors |= _gather(fabric, averages.averages.items())
+
+    def write() -> None:
+        with replacing(out / MODEL_FILE) as temporary:
+            save_file(tensors, temporary, metadata={"format": "pt"})
+            temporary.chmod(0o666 & ~_umask())
+
+    said = f"the weights of step {step} alone are saved"
+    try:
+        try:
+            _writing(fabric, write)
+        except OSError as error:
+            if not (at_any_price and is_full_disk(error) and on_rank_zero(fabric, lambda: prune(out, 0, None))):
+                raise
+            said += ", in place of the checkpoints before: this training cannot be resumed"
+            _writing(fabric, write)
+    except OSError as error:
+        return f"nor could its weights alone: {error.strerror or error}"
+    return said
+
+
+def load_weights(path: Path, module: nn.Module) -> None:
+    """Fill `module`, sharded or not, with a run's weights. All processes call it. Raises as `load_checkpoint`."""
+    _load(path, weights(module))
 
 
 def load_checkpoint(
@@ -254,19 +299,24 @@ def _writing(fabric: Fabric, work: Callable[[], None]) -> None:
         try:
             work()
         except SafetensorError as error:
+            number = re.search(r"\(os error (\d+)\)", str(error))
+            if number:
+                raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
             raise OSError(str(error)) from error
 
     on_rank_zero(fabric, attempt)
 
 
-def _prune(out: Path, keep: int, best: int | None) -> None:
+def prune(out: Path, keep: int, best: int | None) -> bool:
+    """Remove all checkpoints but the last `keep` and the best one; return whether there were any."""
     there = checkpoints(out)
-    for step in list(there)[:-keep]:
-        if step != best:
-            # First out of sight: what has a checkpoint's name is whole, also if the removal is cut short.
-            hidden = there[step].with_name(f".{there[step].name}.tmp")
-            there[step].rename(hidden)
-            shutil.rmtree(hidden)
+    gone = [step for step in list(there)[: len(there) - keep] if step != best]
+    for step in gone:
+        # First out of sight: what has a checkpoint's name is whole, also if the removal is cut short.
+        hidden = there[step].with_name(f".{there[step].name}.tmp")
+        there[step].rename(hidden)
+        shutil.rmtree(hidden)
+    return bool(gone)
 
 
 def _umask() -> int:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, fields, replace
-from importlib.metadata import PackageNotFoundError, version
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -14,16 +13,20 @@ import torch
 from lightning_fabric import Fabric
 
 from tinyllm import checkpoint
+from tinyllm._locks import owned
 from tinyllm.batches import TokenDataset
-from tinyllm.data import TRAIN_FILE, VAL_FILE, find_files, standard_library, token_dtype, write_tokens
+from tinyllm.begin import begin, check_saved
+from tinyllm.data import TRAIN_FILE, VAL_FILE, token_dtype
 from tinyllm.engine import launch, on_rank_zero
 from tinyllm.loop import Fitted, fit
 from tinyllm.model import SimpleLLM, choose_device, init_gpt2_weights
 from tinyllm.ops import _products
 from tinyllm.optim import adamw, learning_rate
 from tinyllm.presets import PRESETS, RESUMABLE, Preset, TrainConfig
-from tinyllm.shards import is_prepared, open_shards
-from tinyllm.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from tinyllm.room import memory_error
+from tinyllm.shards import open_shards
+from tinyllm.succession import giving_up, recover
+from tinyllm.tokenizer import Tokenizer, load_tokenizer
 
 __all__ = [
     "PRESETS",
@@ -73,6 +76,7 @@ def train(
     out: str | PathLike[str] | None = None,
     data: Sequence[str | PathLike[str]] | None = None,
     *,
+    init_from: str | PathLike[str] | None = None,
     overwrite: bool = False,
     progress: bool = True,
     say: Say = lambda line: None,
@@ -80,39 +84,50 @@ def train(
     """Train a model and leave all in `out`; `tinyllm.checkpoint` lists its files.
 
     A checkpoint is written at each validation, or every `config.checkpoint_interval` steps, and when SIGINT (Ctrl-C) or
-    SIGTERM ends the training, which `resume` takes up. The global random state is as before.
+    SIGTERM ends the training, which `resume` takes up. A training that fails before its first checkpoint leaves `out`
+    as it was. The global random state is as before.
 
     With more than one process (`config.devices`, `config.num_nodes`) the program is started again for each, unless a
     launcher such as torchrun did; every one of them returns a result. All nodes need to see the same files.
 
     Args:
         config: what to train and how.
-        out: the run folder; made if missing. An earlier run's files in it are replaced, with `overwrite`, once the new
-            text has been read and tokenized; other files stay. None: runs/PRESET-NUMBER, a new one.
+        out: the run folder; made if missing. Until the training ends no other process can train there. With `overwrite`
+            an earlier run's files are moved aside once the new text has been read and tokenized, and removed when the
+            new run's first checkpoint stands; other files stay. None: runs/PRESET-NUMBER, a new one.
         data: text files and directories, see `find_files`; or one directory that `tinyllm prepare` made, and its
             tokenizer with it; None: Python's standard library.
+        init_from: a run folder, whose weights are those to begin with, and whose tokenizer is kept. The optimizer is
+            new. `config` has to describe its model: `TrainConfig.from_run`.
         overwrite: whether `out` may hold something already.
         progress: show a progress bar on stderr.
         say: called with a line of news at each stage, in the first process.
 
     Raises:
+        BlockingIOError: another process is training in `out`.
         FileExistsError, NotADirectoryError: `out` is taken.
         FileNotFoundError: a path of `data` does not exist.
         ValueError: the text is not text, or too little; a shard is damaged; the devices are not there.
+        MemoryError: the model does not fit in memory.
         FloatingPointError: too many steps in a row had no finite gradient.
-        OSError: a checkpoint could not be written, and `config.stop_on_save_error` is on.
+        OSError: there is no room for the trained weights on the disk; or a checkpoint could not be written, and
+            `config.stop_on_save_error` is on.
     """
-    fabric = launch(config)
+    if not isinstance(config, TrainConfig):
+        raise TypeError(
+            f"config is a {type(config).__name__}; a TrainConfig is needed, such as TrainConfig.from_preset"
+        )
+    fabric = launch(config, say)
+    with ExitStack() as stack:
 
-    def begin() -> Path:
-        if out is not None:
-            _begin(config, checkpoint.check_out(out, overwrite=overwrite), data, say)
-            return Path(out)
-        with checkpoint.new_run_folder(config.preset) as folder:
-            _begin(config, folder, data, say)
-        return folder
+        def start() -> Path:
+            folder = stack.enter_context(checkpoint.new_run_folder(config.preset)) if out is None else Path(out)
+            stack.enter_context(owned(folder, "trained", say))
+            begin(config, folder, data, init_from, fabric.device, overwrite=overwrite, say=say)
+            stack.enter_context(giving_up(folder))
+            return folder
 
-    return _run(fabric, config, on_rank_zero(fabric, begin), progress, say)
+        return _run(fabric, config, on_rank_zero(fabric, start), progress, say)
 
 
 def resume(
@@ -121,7 +136,7 @@ def resume(
     """Go on with the training in `out` from its last checkpoint, or from the start if it has none.
 
     On a CPU, with as many processes and threads as before, its losses are then bit for bit those of a training that
-    never stopped; with others, those up to rounding.
+    never stopped; with others, those up to rounding. The tokens that it learns from are compared with their checksums.
 
     Args:
         out: the run folder.
@@ -130,30 +145,38 @@ def resume(
             if they are as they were; None leaves a field.
 
     Raises:
+        BlockingIOError: another process is training in `out`.
         FileNotFoundError: there is no run, or its data have gone.
-        ValueError: a change would make it another training; a file is damaged; the data are not those it began with;
-            there are weights, but no checkpoint that they belong to.
+        ValueError: a change would make it another training; it has done more steps already; a file is damaged; the data
+            are not those it began with; there are weights, but no checkpoint that they belong to.
         As `train` besides.
     """
     out = Path(out)
     saved = checkpoint.load_config(out)
     config = _changed(_saved_config(saved, out), changes, out)
-    fabric = launch(config)
+    fabric = launch(config, say)
+    with ExitStack() as stack:
 
-    def begin() -> Path:
-        there = checkpoint.checkpoints(out)
-        if not there and (out / checkpoint.MODEL_FILE).exists():
-            raise ValueError(
-                f"{out} has weights but no checkpoint to go on from, as older versions left it; starting anew would "
-                "overwrite them: train with --out of another name"
-            )
-        checkpoint.remove_unfinished(out)
-        noted = {"training": asdict(config), "products": _products.noted(saved.get("products"))}
-        checkpoint.save_config(saved | noted, out)
-        say(f"Resuming {out} " + (f"after step {max(there):,}" if there else "from the start, as it has no checkpoint"))
-        return out
+        def start() -> Path:
+            stack.enter_context(owned(out, "trained", say))
+            recover(out)
+            if checkpoint.load_config(out) != saved:  # by another training, before this one owned the folder
+                raise ValueError(f"{out / checkpoint.CONFIG_FILE} has just been changed; give the command again")
+            there = checkpoint.checkpoints(out)
+            if not there and (out / checkpoint.MODEL_FILE).exists():
+                raise ValueError(
+                    f"{out} has weights but no checkpoint to go on from: no room was left for one, or an older version "
+                    "wrote them; --init-from begins a new training with them"
+                )
+            check_saved(saved, config, out, fabric.device, say)
+            checkpoint.remove_unfinished(out)
+            noted = {"training": asdict(config), "products": _products.noted(saved.get("products"))}
+            checkpoint.save_config(saved | noted, out)
+            from_where = f"after step {max(there):,}" if there else "from the start, as it has no checkpoint"
+            say(f"Resuming {out} {from_where}")
+            return out
 
-    return _run(fabric, config, on_rank_zero(fabric, begin), progress, say)
+        return _run(fabric, config, on_rank_zero(fabric, start), progress, say)
 
 
 def _run(fabric: Fabric, config: TrainConfig, out: Path, progress: bool, say: Say) -> TrainResult:
@@ -161,78 +184,42 @@ def _run(fabric: Fabric, config: TrainConfig, out: Path, progress: bool, say: Sa
     saved = checkpoint.load_config(out)
     tokenizer = load_tokenizer(out / checkpoint.TOKENIZER_FILE)
     train_set, val_set = _datasets(saved["data"], out, tokenizer, config.seq_len)
-    if config.packing and tokenizer.end_of_text_id is None:
-        raise ValueError("packing is on, but the tokenizer has no end-of-text token to find documents by")
+    weights = Path(saved["init"]["weights"]) if "init" in saved else None
     device = fabric.device
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    with (
+        torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+        _naming_memory(config, tokenizer.vocab_size, device),
+    ):
         model = _model(config, tokenizer.vocab_size)
         if fabric.is_global_zero:
             where = f"{device}" if fabric.world_size == 1 else f"{fabric.world_size} processes, {device.type}"
-            say(f"Model: {config.preset}, {model.num_parameters():,} weights, on {where}")
+            sizes = (
+                f"{model.config.num_layers} layers of {model.config.embedding_dim} and {model.config.hidden_dim}, "
+                f"{model.config.num_heads} heads"
+            )
+            say(f"Model: {config.preset}, {sizes}, {model.num_parameters():,} weights, on {where}")
         title = f"{config.preset} on {saved['data']['name']}"
         with _products.kept(saved.get("products")):
             fitted: Fitted = fit(
-                fabric, model, tokenizer, train_set, val_set, config, out, title=title, progress_bar=progress
-            )
+                fabric, model, tokenizer, train_set, val_set, config, out,
+                title=title, progress_bar=progress, weights=weights,
+            )  # fmt: skip
         fabric.barrier()  # whoever goes on reads what the first process has written
         if not (out / checkpoint.MODEL_FILE).exists():
-            raise OSError(f"no checkpoint could be written to {out}; the training is lost")
+            raise OSError(f"nothing could be written to {out}, not even the weights alone; the training is lost")
         trained = checkpoint.load_model(out, device)
     return TrainResult(out, trained, tokenizer, fitted.steps, fitted.val_loss, val_set.paths[0], fitted.signal)
 
 
-def _begin(config: TrainConfig, out: Path, data: Sequence[str | PathLike[str]] | None, say: Say) -> None:
-    """Make `out` a run folder with all that the training will need, but no checkpoint."""
-    if data is not None and len(data) == 1 and is_prepared(data[0]):
-        tokenizer, description = _begin_with_shards(Path(data[0]), out, config, say)
-    else:
-        tokenizer, description = _begin_with_text(config, out, data, say)
-    with torch.device("meta"):  # its config is wanted only
-        model = SimpleLLM.from_config(config.model_config(tokenizer.vocab_size))
-    tokenizer.save(out / checkpoint.TOKENIZER_FILE)
-    content = {"model": model.config.to_dict(), "training": asdict(config), "data": description}
-    checkpoint.save_config({**content, "versions": _versions(), "products": _products.noted()}, out)
-
-
-def _begin_with_text(
-    config: TrainConfig, out: Path, data: Sequence[str | PathLike[str]] | None, say: Say
-) -> tuple[Tokenizer, dict[str, Any]]:
-    corpus = standard_library() if data is None else find_files(data)
-    say(f"Text: {corpus.name}, {_count(len(corpus.files), 'file')}, {corpus.num_bytes / 1e6:.1f} MB")
-    if corpus.skipped:
-        say(f"Skipped {_count(len(corpus.skipped), 'binary file')}, such as {corpus.skipped[0]}")
-    tokenizer = train_tokenizer(config.tokenizer, corpus.texts(config.seed), config.vocab_size)
-    say(f"Tokenizer: {tokenizer.kind}, {tokenizer.vocab_size} tokens")
-    # Up to here nothing is written. write_tokens puts its files in place when both are whole; from then on `out` is the
-    # new run's.
-    tokens = write_tokens(corpus.texts(config.seed), tokenizer, out, seq_len=config.seq_len)
-    say(f"Tokens: {tokens.train_tokens:,} to train on, {tokens.val_tokens:,} to validate with")
-    checkpoint.remove_run_files(out, keep=(tokens.train, tokens.val))
-    return tokenizer, {
-        "name": corpus.name,
-        "files": len(corpus.files),
-        "train_tokens": tokens.train_tokens,
-        "val_tokens": tokens.val_tokens,
-    }
-
-
-def _begin_with_shards(path: Path, out: Path, config: TrainConfig, say: Say) -> tuple[Tokenizer, dict[str, Any]]:
-    shards = open_shards(path)
-    say(f"Data: {path}, {_count(len(shards.train), 'shard')} to train on; comparing checksums")
-    shards.verify()
-    tokenizer = shards.tokenizer()
-    say(f"Tokenizer: {tokenizer.kind}, {tokenizer.vocab_size} tokens")
-    say(f"Tokens: {shards.num_train_tokens:,} to train on, {shards.num_val_tokens:,} to validate with")
-    TokenDataset(shards.train, shards.vocab_size, config.seq_len)  # is there a whole window? before anything is removed
-    out.mkdir(parents=True, exist_ok=True)
-    checkpoint.remove_run_files(out)
-    return tokenizer, {
-        "name": path.name,
-        "prepared": str(path.resolve()),
-        "fingerprint": shards.fingerprint,
-        "train_tokens": shards.num_train_tokens,
-        "val_tokens": shards.num_val_tokens,
-    }
+@contextmanager
+def _naming_memory(config: TrainConfig, vocab_size: int, device: torch.device) -> Iterator[None]:
+    """Say what is needed and what is there when memory runs out."""
+    try:
+        yield
+    except Exception as error:
+        if (named := memory_error(config, vocab_size, device, error)) is not None:
+            raise named from error
+        raise
 
 
 def _model(config: TrainConfig, vocab_size: int) -> SimpleLLM:
@@ -287,19 +274,3 @@ def _changed(config: TrainConfig, changes: dict[str, Any], out: Path) -> TrainCo
                 f"change {', '.join(sorted(RESUMABLE))}"
             )
     return replace(config, **wanted)
-
-
-def _versions() -> dict[str, str | None]:
-    packages = ("tinyllm", "torch", "lightning-fabric", "tokenizers", "numpy", "safetensors")
-    return {"python": platform.python_version(), **{name: _version(name) for name in packages}}
-
-
-def _count(number: int, thing: str) -> str:
-    return f"{number:,} {thing}" + ("" if number == 1 else "s")
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:  # run from the sources, not installed
-        return None
