@@ -108,9 +108,8 @@ def _meet(fabric: Fabric, config: TrainConfig, say: Callable[[str], None]) -> No
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK") if name not in os.environ]
     if by_hand and missing:
         raise ValueError(
-            f"num_nodes is {config.num_nodes}, but {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not "
-            "set: give each node the address and a free port of the first one, and NODE_RANK 0, 1, ..., in its "
-            "environment; or start the training with torchrun"
+            f"num_nodes is {config.num_nodes}, but the environment has no {', '.join(missing)}: give each node the "
+            "address and a free port of the first one, and its own NODE_RANK, 0, 1, ...; or start all with torchrun"
         )
     if "MASTER_ADDR" in os.environ:
         others = count(config.num_nodes - 1, "other node")

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from tinyllm._files import is_full_disk
 from tinyllm.batches import Batches, ShuffledWindows, TokenDataset, train_loader, val_loader
-from tinyllm.checkpoint import checkpoints, publish
+from tinyllm.checkpoint import MODEL_FILE, checkpoints, publish
 from tinyllm.engine import TrainingModule, accumulating, backward, clip_and_step, on_rank_zero, setup
 from tinyllm.model import SimpleLLM
 from tinyllm.optim import AveragedWeights, adamw, learning_rate
@@ -94,6 +94,7 @@ def fit(
     save_interval = config.checkpoint_interval or eval_interval
     losses = [torch.tensor(loss, device=fabric.device) for loss in progress.losses]
     norm = 0.0
+    stopped = False
 
     def save() -> None:
         progress.losses = _mean(fabric, losses).tolist() if losses else []
@@ -120,10 +121,10 @@ def fit(
             if config.stop_on_save_error:
                 raise OSError(line) from error
             record.note(line)
-            last = progress.step == config.steps
-            if last or not on_rank_zero(fabric, lambda: checkpoints(out)):
-                said = save_weights(fabric, out, model, averages, step=progress.step, at_any_price=last)
-                record.note(said)
+            done = progress.step == config.steps
+            ending = done or stopped
+            if ending or not on_rank_zero(fabric, lambda: checkpoints(out) or (out / MODEL_FILE).exists()):
+                record.note(save_weights(fabric, out, model, averages, step=progress.step, ending=ending, done=done))
 
     with (
         Recorder(fabric, model.config, config, out, progress.step, title=title, shown=progress_bar) as record,

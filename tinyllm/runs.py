@@ -1,27 +1,25 @@
 """What the folders of runs say about themselves, read without torch: `tinyllm runs`.
 
-Whether a run is still going on is not written anywhere, as a kill writes nothing. What its files do say:
-
-    finished     all steps that were asked for are done
-    running?     not all, but its last line came about as recently as its lines come
-    interrupted  silent for longer, and its weights were saved after its last line: nothing is lost
-    killed?      silent for longer, and the steps since the last save, if any, are lost; or a device is far slower now
-    broken       a file that a run needs is missing, or is not what it should be
+running      a process owns the folder, see tinyllm._locks
+running?     it may be so, but the folder's file system cannot lock files
+finished     all steps that were asked for are done
+interrupted  not all, and its weights were saved after its last line: nothing is lost
+killed       not all, and the steps since the last save, if any, are lost
+broken       a file that a run needs is missing, or is not what it should be
 """
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import statistics
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from tinyllm._locks import is_owned
 from tinyllm.metrics import read_metrics
 
 # As in tinyllm.checkpoint, which imports torch: a test compares them.
@@ -29,10 +27,6 @@ CONFIG_FILE = "config.json"
 METRICS_FILE = "metrics.jsonl"
 MODEL_FILE = "model.safetensors"
 CHECKPOINTS = "checkpoints"
-
-_PATIENCE = 5  # times the longest time between two lines, and then a run counts as silent
-_LEAST_PATIENCE = 60.0  # seconds
-_FIRST_LINE = 600.0  # seconds from config.json to the first line: compiling takes long
 
 
 @dataclass(frozen=True)
@@ -115,15 +109,9 @@ def find_runs(directories: Sequence[str | os.PathLike[str]]) -> list[Path]:
     return found
 
 
-def describe_run(folder: str | os.PathLike[str], now: float | None = None) -> RunInfo:
-    """What `folder` says about its run. A broken one is described as such, so this raises nothing.
-
-    Args:
-        folder: a run folder.
-        now: the time to judge its silence by, in seconds since 1970; None: the present.
-    """
+def describe_run(folder: str | os.PathLike[str]) -> RunInfo:
+    """What `folder` says about its run. A broken one is described as such, so this raises nothing."""
     folder = Path(folder)
-    now = time.time() if now is None else now
     when = next((_changed(folder / name) for name in (METRICS_FILE, CONFIG_FILE) if (folder / name).exists()), None)
     try:
         config = read_config(folder)
@@ -146,7 +134,7 @@ def describe_run(folder: str | os.PathLike[str], now: float | None = None) -> Ru
     step = max((line["step"] for line in lines), default=0)
     return RunInfo(
         folder,
-        _state(folder, lines, step, known["steps"], now),
+        _state(folder, step, known["steps"]),
         step=step,
         val_loss=val[-1][0] if val else None,
         best_val_loss=best_val_loss,
@@ -242,19 +230,16 @@ def _is_run(folder: Path) -> bool:
     return True
 
 
-def _state(folder: Path, lines: list[dict[str, Any]], step: int, steps: int, now: float) -> str:
+def _state(folder: Path, step: int, steps: int) -> str:
+    owner = is_owned(folder)
+    if owner:
+        return "running"
     if step >= steps:
         return "finished"
-    if not lines:
-        silent = now - _changed(folder / CONFIG_FILE)
-        return "running?" if silent < _FIRST_LINE else "killed?"
-    times = [line["elapsed_s"] for line in lines if line.get("elapsed_s") is not None]
-    longest = max((later - earlier for earlier, later in itertools.pairwise(times)), default=0.0)
-    last_line = _changed(folder / METRICS_FILE)
-    if now - last_line < max(_LEAST_PATIENCE, _PATIENCE * longest):
+    if owner is None:
         return "running?"
-    saved = _last_checkpoint(folder) >= step or _changed(folder / MODEL_FILE) >= last_line
-    return "interrupted" if saved else "killed?"
+    saved = _changed(folder / MODEL_FILE) >= _changed(folder / METRICS_FILE) if step else False
+    return "interrupted" if saved or 0 < step <= _last_checkpoint(folder) else "killed"
 
 
 def _last_checkpoint(folder: Path) -> int:

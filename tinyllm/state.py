@@ -127,17 +127,20 @@ def save_checkpoint(
 
 
 def save_weights(
-    fabric: Fabric, out: Path, module: nn.Module, averages: AveragedWeights | None, *, step: int, at_any_price: bool
+    fabric: Fabric,
+    out: Path,
+    module: nn.Module,
+    averages: AveragedWeights | None,
+    *,
+    step: int,
+    ending: bool,
+    done: bool,
 ) -> str:
     """Write `out`/model.safetensors alone, as the last resort where there is no room for a checkpoint.
 
-    All processes call it; the first one writes.
-
-    Args:
-        fabric, out, module, averages: see `save_checkpoint`.
-        step: whose weights they are.
-        at_any_price: if they do not fit, either, remove the last checkpoint, whose weights remain as
-            `out`/model.safetensors until the new ones are written: worth it when the training is done.
+    All processes call it; the first one writes. Where the weights do not fit beside what is there, either, something
+    has to go: the checkpoints before if the training is `done`, whose weights remain until the new ones are written;
+    and when it is `ending`, those of an earlier step, which would be all that is left of it.
 
     Returns:
         What came of it, in words.
@@ -151,18 +154,23 @@ def save_weights(
             save_file(tensors, temporary, metadata={"format": "pt"})
             temporary.chmod(0o666 & ~_umask())
 
-    said = f"the weights of step {step} alone are saved"
-    try:
+    def drop_weights() -> bool:
+        if checkpoints(out) or not (out / MODEL_FILE).exists():
+            return False
+        (out / MODEL_FILE).unlink()
+        return True
+
+    sacrifices = [lambda: prune(out, 0, None)] if done else []
+    sacrifices += [drop_weights] if ending else []
+    said = f"the weights of step {step} alone are saved: generate and eval can use them, a resume cannot"
+    while True:
         try:
             _writing(fabric, write)
         except OSError as error:
-            if not (at_any_price and is_full_disk(error) and on_rank_zero(fabric, lambda: prune(out, 0, None))):
-                raise
-            said += ", in place of the checkpoints before: this training cannot be resumed"
-            _writing(fabric, write)
-    except OSError as error:
-        return f"nor could its weights alone: {error.strerror or error}"
-    return said
+            if not (is_full_disk(error) and any(on_rank_zero(fabric, sacrifices.pop(0)) for _ in list(sacrifices))):
+                return f"nor could its weights alone: {error.strerror or error}"
+        else:
+            return said
 
 
 def load_weights(path: Path, module: nn.Module) -> None:

@@ -14,6 +14,7 @@ from lightning_fabric import Fabric
 
 from tinyllm import checkpoint
 from tinyllm._locks import owned
+from tinyllm._words import count
 from tinyllm.batches import TokenDataset
 from tinyllm.begin import begin, check_saved
 from tinyllm.data import TRAIN_FILE, VAL_FILE, token_dtype
@@ -193,10 +194,9 @@ def _run(fabric: Fabric, config: TrainConfig, out: Path, progress: bool, say: Sa
         model = _model(config, tokenizer.vocab_size)
         if fabric.is_global_zero:
             where = f"{device}" if fabric.world_size == 1 else f"{fabric.world_size} processes, {device.type}"
-            sizes = (
-                f"{model.config.num_layers} layers of {model.config.embedding_dim} and {model.config.hidden_dim}, "
-                f"{model.config.num_heads} heads"
-            )
+            shape = model.config
+            sizes = f"{count(shape.num_layers, 'layer')} of {shape.embedding_dim} and {shape.hidden_dim}"
+            sizes += f", {count(shape.num_heads, 'head')}"
             say(f"Model: {config.preset}, {sizes}, {model.num_parameters():,} weights, on {where}")
         title = f"{config.preset} on {saved['data']['name']}"
         with _products.kept(saved.get("products")):

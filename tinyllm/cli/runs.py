@@ -35,7 +35,14 @@ _SORTED: dict[str, tuple[Callable[[RunInfo], Any], bool]] = {
     "parameters": (lambda run: run.parameters, True),
     "speed": (lambda run: run.tokens_per_s, True),
 }
-_COLOURS = {"finished": "green", "running?": "cyan", "interrupted": "yellow", "killed?": "yellow", "broken": "red"}
+_COLOURS = {
+    "finished": "green",
+    "running": "cyan",
+    "running?": "cyan",
+    "interrupted": "yellow",
+    "killed": "yellow",
+    "broken": "red",
+}
 
 
 @app.command()
@@ -100,8 +107,8 @@ def list_runs(
 ) -> None:
     """List runs: their size, their steps, the last and the best validation loss, their speed, their state.
 
-    A run that has not done all its steps may be running, interrupted (its weights are saved) or killed: its files only
-    say how long it has been silent, hence the question marks. For example: tinyllm runs --sort best
+    A run that has not done all its steps is running, interrupted (its weights are saved) or killed (the steps since its
+    last checkpoint are lost). For example: tinyllm runs --sort best
     """
     with one_line_errors():
         found = [describe_run(folder) for folder in find_runs(directories or [RUNS])]
