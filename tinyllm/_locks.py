@@ -24,7 +24,7 @@ except ImportError:  # Windows
 LOCK_FILE = ".lock"
 
 _CANNOT_LOCK = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL}
-_PATIENCE = 0.5  # seconds: a look at the lock, and an owner that has not written its number yet, take less
+_PATIENCE = 0.2  # seconds: a look at the lock, and an owner that has not written its number yet, take less
 
 _held: set[int] = set()
 
