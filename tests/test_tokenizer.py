@@ -180,7 +180,7 @@ def test_loads_another_librarys_file_and_lets_text_through_whole(tmp_path) -> No
     [
         ("", "truncated"),
         ("hello", "not a tokenizer file"),
-        ("[1, 2]", "list"),
+        ("[1, 2]", "not an object"),
         ("{}", "not a tokenizer file"),
         ('{"version": "1.0", "model": {"type": "BPE"}}', "not a tokenizer file"),
         ('{"tinyllm_tokenizer": "sentence", "version": 1}', "'sentence'"),

@@ -17,6 +17,7 @@ Weights are safetensors, never pickles: loading a file that a stranger sent cann
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -134,12 +135,20 @@ def checkpoints(out: str | os.PathLike[str]) -> dict[int, Path]:
 
 
 def best_step(out: str | os.PathLike[str]) -> int | None:
-    """The step of the checkpoint with the lowest validation loss; None if none was validated, or none is there."""
+    """The step of the checkpoint with the lowest validation loss; None if none was validated, or none is there.
+
+    Raises:
+        ValueError: the state.json of the last checkpoint, which says so, is truncated or another program's.
+    """
     there = checkpoints(out)
     if not there:
         return None
-    best: int | None = json.loads((there[max(there)] / STATE_FILE).read_text(encoding="utf-8"))["best_step"]
-    return best if best in there else None
+    path = there[max(there)] / STATE_FILE
+    try:
+        best: int | None = json.loads(path.read_text(encoding="utf-8"))["best_step"]
+        return best if best in there else None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is truncated, or not a training's: it does not say which step was best") from error
 
 
 def remove_unfinished(out: Path) -> None:
@@ -209,7 +218,7 @@ def load_model(
 
     Raises:
         FileNotFoundError: a file, or the checkpoint, is missing.
-        ValueError: a file is truncated or foreign, or the weights do not fit the config.
+        ValueError: a file is truncated or foreign, the weights do not fit the config, or they are not finite.
     """
     config_path = Path(directory, CONFIG_FILE)
     config = load_config(directory)["model"]
@@ -218,16 +227,21 @@ def load_model(
         model = SimpleLLM.from_config(SimpleLLMConfig.from_dict(config))
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{config_path} does not describe a model: {error}") from error
+    except (MemoryError, RuntimeError) as error:
+        raise ValueError(f"the model that {config_path} describes does not fit in memory") from error
+    with path.open("rb"):  # for Python's words: the library says of whatever it cannot read that there is no such file
+        pass
     try:
         load_safetensors(model, str(path), strict=True)
     except SafetensorError as error:
-        raise ValueError(f"{path} is not a safetensors file, or is truncated: {error}") from error
+        raise ValueError(f"{path} is not a safetensors file, or is truncated") from error
     except RuntimeError as error:  # load_state_dict: a line for each key that is missing or differs
         first, *others = str(error).splitlines()[1:] or [str(error)]
         more = f", and {len(others)} more" if others else ""
         raise ValueError(
             f"the weights in {path} do not fit the model in {config_path}: {first.strip()}{more}"
         ) from error
+    _check_finite(model, path)
     return model.to(device).eval()
 
 
@@ -251,8 +265,19 @@ def load_run(
     return Run(model, tokenizer, config)
 
 
+def _check_finite(model: SimpleLLM, path: Path) -> None:
+    for name, tensor in model.state_dict().items():
+        if tensor.numel() and tensor.is_floating_point():
+            # Of nan, aminmax makes nan; unlike isfinite it needs no memory.
+            wrong = [value for value in torch.stack(torch.aminmax(tensor)).tolist() if not math.isfinite(value)]
+            if wrong:
+                raise ValueError(f"{path} has {wrong[0]} in {name}: the training diverged, or the file is damaged")
+
+
 def _weights_of(directory: str | os.PathLike[str], checkpoint: Which) -> Path:
     there = checkpoints(directory)
+    if isinstance(checkpoint, str) and checkpoint != "best":
+        raise ValueError(f"checkpoint is {checkpoint!r}; allowed are 'last', 'best' and the number of a step")
     step = best_step(directory) if checkpoint == "best" else checkpoint
     if step not in there:
         steps = ", ".join(map(str, there)) or "none"

@@ -154,6 +154,7 @@ class Recorder:
             self._config.sample_tokens,
             _SAMPLE_TEMPERATURE,
             seed=self._config.seed,
+            suppress_id=tokenizer.unknown_id,
         ).tolist()
         line = {"step": step, "prompt": tokenizer.decode(ids[: len(prompt)])}
         line["text"] = tokenizer.decode(ids[len(prompt) :])
@@ -213,8 +214,12 @@ def _keep_samples(path: Path, last_step: int) -> None:
     """Remove the samples of later steps, which will come again, and what a kill left of a line."""
     if not path.exists():
         return
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if last_step else []
-    write_text(path, "".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= last_step))
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if last_step else []
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= last_step]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged, or not the samples of a training") from error
+    write_text(path, "".join(kept))
 
 
 def _append(path: Path, line: str) -> None:

@@ -103,7 +103,7 @@ class _VocabTokenizer:
             )
         counts: Counter[str] = Counter()
         for text in _each_text(texts):
-            counts.update(cls._split(text))
+            counts.update(cls.split(text))
         counts.pop(UNKNOWN, None)  # the text may name it; it has its own place
         if not counts:
             raise ValueError(f"cannot build a {cls.kind} tokenizer: the corpus is empty")
@@ -113,7 +113,8 @@ class _VocabTokenizer:
         return cls(vocab)
 
     @staticmethod
-    def _split(text: str) -> Iterable[str]:
+    def split(text: str) -> Iterable[str]:
+        """The tokens of `text`, known or not."""
         raise NotImplementedError
 
     @property
@@ -129,8 +130,9 @@ class _VocabTokenizer:
         return None
 
     def encode(self, text: str) -> list[int]:
+        _check_str(text)
         get, unknown = self.vocab.get, self._unknown_id
-        return [get(token, unknown) for token in self._split(text)]
+        return [get(token, unknown) for token in self.split(text)]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [self.encode(text) for text in texts]
@@ -164,7 +166,7 @@ class WordTokenizer(_VocabTokenizer):
     kind: ClassVar[str] = "word"
 
     @staticmethod
-    def _split(text: str) -> list[str]:
+    def split(text: str) -> list[str]:
         return text.split()
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -183,7 +185,7 @@ class CharTokenizer(_VocabTokenizer):
                 raise ValueError(f"a char tokenizer's tokens are single characters or {UNKNOWN}, not {token!r}")
 
     @staticmethod
-    def _split(text: str) -> str:
+    def split(text: str) -> str:
         return text
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -267,7 +269,10 @@ class BPETokenizer:
             tokenizer = Tokenizer.from_str(text)
         except Exception as error:  # the library raises Exception itself, nothing narrower
             raise ValueError(f"{path} is not a tokenizer file: {error}") from error
-        return cls(tokenizer)
+        try:
+            return cls(tokenizer)
+        except ValueError as error:
+            raise ValueError(f"{path} is not a whole tokenizer: {error}") from error
 
     @property
     def vocab_size(self) -> int:
@@ -290,8 +295,8 @@ class BPETokenizer:
             encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         except TypeError:
             for text in texts:  # the library says "must be str" of a str with surrogates, too
-                if isinstance(text, str):
-                    _check_utf8(text)
+                _check_str(text)
+                _check_utf8(text)
             raise
         return [encoding.ids for encoding in encodings]
 
@@ -345,12 +350,12 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     except ValueError as error:
         raise ValueError(f"{path} is not a tokenizer file, or is truncated: {error}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} is not a tokenizer file: its JSON is a {type(content).__name__}, not an object")
+        raise ValueError(f"{path} is not a tokenizer file: its JSON is not an object")
     if _FORMAT_KEY not in content:
         return BPETokenizer._from_json(text, path)
     classes = {cls.kind: cls for cls in (WordTokenizer, CharTokenizer)}
     kind = content[_FORMAT_KEY]
-    if kind not in classes or content.get("version") != 1:
+    if not isinstance(kind, str) or kind not in classes or content.get("version") != 1:
         raise ValueError(
             f"{path} holds a tokenizer of kind {kind!r}, version {content.get('version')!r}; "
             f"this program reads version 1 of {' and '.join(map(repr, classes))}"
@@ -386,6 +391,11 @@ def _check_vocab(vocab: Mapping[str, int]) -> None:
         raise ValueError(f"vocab has no {UNKNOWN!r}, the token for text that it does not know")
     if sorted(vocab.values()) != list(range(len(vocab))):
         raise ValueError(f"vocab's ids must be 0 .. {len(vocab) - 1}, each once")
+
+
+def _check_str(text: object) -> None:
+    if not isinstance(text, str):
+        raise TypeError(f"text is {text!r:.60}; it must be a str")
 
 
 def _check_utf8(text: str) -> None:
