@@ -137,7 +137,11 @@ def read_text(path: str | os.PathLike[str]) -> str:
         ValueError: the file is not UTF-8 text; the message names it and the first bad byte.
         OSError: it cannot be read.
     """
-    content = Path(path).read_bytes()
+    return decode_text(Path(path).read_bytes(), path)
+
+
+def decode_text(content: bytes, path: str | os.PathLike[str]) -> str:
+    """The text of the bytes of `path`, as `read_text` gives it."""
     nul = content.find(b"\0")  # valid UTF-8, but never in a text: UTF-16 or a binary file
     if nul >= 0:
         raise ValueError(f"{path} is not a text file: it has a NUL byte at offset {nul}")

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from tinyllm.model import SimpleLLM
-from tinyllm.tokenizer import Tokenizer
+from tinyllm.tokenizer import CharTokenizer, Tokenizer, WordTokenizer
 
 _T = TypeVar("_T")
 
@@ -48,8 +50,15 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate_texts(model: SimpleLLM, tokenizer: Tokenizer, texts: Iterable[str], batch_size: int = 16) -> Evaluation:
-    """Predicts every token of every text once.
+def evaluate_texts(
+    model: SimpleLLM,
+    tokenizer: Tokenizer,
+    texts: Iterable[str],
+    batch_size: int = 16,
+    *,
+    show_progress: bool = False,
+) -> Evaluation:
+    """Predict every token of every text once.
 
     A text longer than the model's context is cut into pieces of that length, each of which begins with no context but
     the token before it. The first token of a text is predicted from the end-of-text token, as in training, and left out
@@ -60,10 +69,11 @@ def evaluate_texts(model: SimpleLLM, tokenizer: Tokenizer, texts: Iterable[str],
         tokenizer: the one that it was trained with.
         texts: the documents.
         batch_size: pieces at a time.
+        show_progress: say on stderr how many tokens were predicted, when it takes over two seconds.
 
     Raises:
-        ValueError: the model is not causal, the vocabularies differ, batch_size is below 1, or there is nothing to
-            predict.
+        ValueError: the model is not causal, the vocabularies differ, batch_size is below 1, there is nothing to
+            predict, or the loss is not finite.
     """
     if not model.config.causal:
         raise ValueError("the model is not causal: it sees the tokens that it should predict")
@@ -80,16 +90,27 @@ def evaluate_texts(model: SimpleLLM, tokenizer: Tokenizer, texts: Iterable[str],
     counts = _Counts()
     total = 0.0
     pieces = _pieces(texts, tokenizer, model.config.max_seq_len, counts)
+    bar = tqdm(
+        disable=not show_progress,
+        delay=2,
+        leave=False,
+        mininterval=0.1 if sys.stderr.isatty() else 10,  # a log file keeps every state of the bar
+        bar_format="{n:,} tokens predicted, {elapsed}",
+    )
     try:
         for batch in _batches(pieces, batch_size):
             inputs, targets = _padded(batch)
             tokens = int((targets != _NOTHING).sum())
             # In float64, because a mean over few tokens would count as much as one over many.
             total += model.loss(inputs.to(device), targets.to(device)).double().item() * tokens
+            bar.update(tokens)
     finally:
+        bar.close()
         model.train(was_training)
     if counts.tokens == 0:
         raise ValueError("there is no token to predict: the texts are empty, or too short")
+    if not math.isfinite(total):
+        raise ValueError(f"the loss of these texts is {total}: the training diverged, or the weights are damaged")
     return Evaluation(counts.documents, counts.tokens, counts.num_bytes, counts.unknown, total / counts.tokens)
 
 
@@ -111,7 +132,7 @@ def _pieces(texts: Iterable[str], tokenizer: Tokenizer, length: int, counts: _Co
             if begin is not None:
                 ids = [begin, *ids]
             elif ids:
-                num_bytes -= len(tokenizer.decode(ids[:1]).encode())
+                num_bytes -= len(_first(text, ids, tokenizer).encode())
             if len(ids) < 2:
                 continue
             counts.tokens += len(ids) - 1
@@ -119,6 +140,13 @@ def _pieces(texts: Iterable[str], tokenizer: Tokenizer, length: int, counts: _Co
             counts.unknown += ids[1:].count(tokenizer.unknown_id) if tokenizer.unknown_id is not None else 0
             for first in range(0, len(ids) - 1, length):
                 yield ids[first : first + length + 1]
+
+
+def _first(text: str, ids: list[int], tokenizer: Tokenizer) -> str:
+    """What the first token of `text` stands for, which its decoding does not say if it is unknown."""
+    if ids[0] == tokenizer.unknown_id and isinstance(tokenizer, CharTokenizer | WordTokenizer):
+        return next(iter(tokenizer.split(text)))
+    return tokenizer.decode(ids[:1])
 
 
 def _batches(items: Iterable[_T], size: int) -> Iterator[list[_T]]:

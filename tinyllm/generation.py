@@ -23,6 +23,7 @@ def generate(
     seed: int | None = None,
     generator: torch.Generator | None = None,
     stop_id: int | None = None,
+    suppress_id: int | None = None,
 ) -> Tensor:
     """Continue `ids` by up to `max_new_tokens` tokens.
 
@@ -40,6 +41,7 @@ def generate(
         generator: instead of `seed`, a generator of the caller's; draws are made on its device.
         stop_id: stop after this token, such as the tokenizer's `end_of_text_id`. In a batch a row
             that has stopped is filled up with it until the last one has.
+        suppress_id: never draw this token, such as the tokenizer's `unknown_id`, which stands for no text.
 
     Returns:
         int64, the prompt with its continuation: (T + new,) or (B, T + new), on the model's device.
@@ -58,6 +60,7 @@ def generate(
         seed=seed,
         generator=generator,
         stop_id=stop_id,
+        suppress_id=suppress_id,
     )
     return torch.cat([prompt, *(token.unsqueeze(-1) for token in steps)], dim=-1)
 
@@ -72,6 +75,7 @@ def iter_tokens(
     seed: int | None = None,
     generator: torch.Generator | None = None,
     stop_id: int | None = None,
+    suppress_id: int | None = None,
 ) -> Iterator[Tensor]:
     """Like `generate`, but yields each new token when it is drawn: int64 of shape () or (B,).
 
@@ -83,13 +87,17 @@ def iter_tokens(
     if not (math.isfinite(temperature) and temperature >= 0):
         raise ValueError(f"temperature is {temperature}; it must be 0 or a positive number")
     if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k is {top_k}; it must be at least 1, or None for all tokens")
+        raise ValueError(f"top_k is {top_k}; it must be at least 1")
     if seed is not None and not 0 <= seed < 2**63:
         raise ValueError(f"seed is {seed}; it must be at least 0 and below 2**63")
     if seed is not None and generator is not None:
         raise ValueError("pass seed or generator, not both")
     if stop_id is not None and not 0 <= stop_id < model.config.vocab_size:
         raise ValueError(f"stop_id is {stop_id}; the model's ids are 0 .. {model.config.vocab_size - 1}")
+    if suppress_id is not None and not 0 <= suppress_id < model.config.vocab_size:
+        raise ValueError(f"suppress_id is {suppress_id}; the model's ids are 0 .. {model.config.vocab_size - 1}")
+    if suppress_id is not None and model.config.vocab_size == 1:
+        raise ValueError(f"suppress_id is {suppress_id}, the only id that the model has")
     if generator is None:
         generator = torch.default_generator if seed is None else torch.Generator().manual_seed(seed)
 
@@ -99,7 +107,7 @@ def iter_tokens(
             context = context[:, -model.config.max_seq_len :]
             with torch.inference_mode(), _evaluating(model):
                 logits = model(context)[:, -1]
-            token = _draw(logits, temperature, top_k, draw)
+            token = _draw(logits, temperature, top_k, draw, suppress_id)
             if stop_id is not None:
                 token = token.masked_fill(stopped, stop_id)
                 stopped = stopped | (token == stop_id)
@@ -114,11 +122,12 @@ def iter_tokens(
 def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
     """The ids of a prompt. Raises ValueError if it is empty or no token of it is known."""
     ids = tokenizer.encode(prompt)
+    shown = prompt if len(prompt) <= 60 else f"{prompt[:57]}..."
     if not ids:
-        raise ValueError(f"prompt is {prompt!r}, which has no token; write at least one to go on from")
+        raise ValueError(f"the prompt is {shown!r}, which has no token; write at least one to go on from")
     if all(index == tokenizer.unknown_id for index in ids):
         raise ValueError(
-            f"prompt is {prompt!r}, of which the {tokenizer.kind} tokenizer knows nothing; "
+            f"the prompt is {shown!r}, of which the {tokenizer.kind} tokenizer knows nothing; "
             f"write something that its {tokenizer.vocab_size} tokens cover"
         )
     return ids
@@ -133,11 +142,11 @@ def stream_text(
     top_k: int | None = None,
     *,
     seed: int | None = None,
-) -> Iterator[str]:
-    """Continue `prompt` and yield the new text piece by piece, as soon as each piece is certain.
+) -> TextStream:
+    """Continue `prompt` and return an iterator over the new text, each piece as soon as it is certain.
 
     A token of a byte-level BPE may hold part of a character only; such bytes wait for the rest of
-    it. The end-of-text token ends the text and is not part of it.
+    it. The end-of-text token ends the text and is not part of it. The unknown token is never drawn.
 
     Args:
         prompt: text, or the ids of one sequence.
@@ -147,10 +156,39 @@ def stream_text(
         ValueError: the prompt has no known token, or an argument is out of range.
     """
     ids = encode_prompt(tokenizer, prompt) if isinstance(prompt, str) else list(prompt)
-    stop = tokenizer.end_of_text_id
-    tokens = iter_tokens(model, ids, max_new_tokens, temperature, top_k, seed=seed, stop_id=stop)
-    new = (index for token in tokens if (index := int(token)) != stop)
-    return _decode_stream(tokenizer.decode, ids, new)
+    tokens = iter_tokens(
+        model,
+        ids,
+        max_new_tokens,
+        temperature,
+        top_k,
+        seed=seed,
+        stop_id=tokenizer.end_of_text_id,
+        suppress_id=tokenizer.unknown_id,
+    )
+    return TextStream(tokenizer, ids, tokens)
+
+
+class TextStream(Iterator[str]):
+    """Pieces of text, which are written while they are asked for.
+
+    Attributes:
+        num_tokens: how many tokens have been drawn so far, the end-of-text token included.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt: list[int], tokens: Iterator[Tensor]) -> None:
+        self.num_tokens = 0
+        self._stop = tokenizer.end_of_text_id
+        self._pieces = _decode_stream(tokenizer.decode, prompt, self._counted(tokens))
+
+    def __next__(self) -> str:
+        return next(self._pieces)
+
+    def _counted(self, tokens: Iterator[Tensor]) -> Iterator[int]:
+        for token in tokens:
+            self.num_tokens += 1
+            if (index := int(token)) != self._stop:
+                yield index
 
 
 def _decode_stream(decode: Callable[[list[int]], str], prompt: list[int], ids: Iterator[int]) -> Iterator[str]:
@@ -195,11 +233,18 @@ def _prompt(model: SimpleLLM, ids: Tensor | Sequence[int]) -> Tensor:
     return prompt.to(device=next(model.parameters()).device, dtype=torch.int64)
 
 
-def _draw(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator) -> Tensor:
+def _draw(
+    logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator, suppress_id: int | None
+) -> Tensor:
     """One token id for each row of logits (B, V): int64 (B,) on the logits' device."""
     scores = logits.float()
-    if bool(scores.isnan().any()):
-        raise ValueError("the model's logits are not numbers (nan): its training diverged, or its weights are damaged")
+    if bool((scores.isnan() | (scores == math.inf)).any()):
+        raise ValueError(
+            "the model's logits are not finite (nan or inf): its training diverged, or its weights are damaged"
+        )
+    if suppress_id is not None:
+        scores = scores.clone()  # the model's own tensor is left alone
+        scores[:, suppress_id] = -math.inf
     if temperature == 0:
         return scores.argmax(dim=-1)
     scores = scores.to(generator.device)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 import typer
 
@@ -64,6 +65,20 @@ def one_line_errors() -> Iterator[None]:
         if os.environ.get(_TRACEBACK):
             raise
         if not is_worker():
-            line = " ".join(str(error).split())
+            if isinstance(error, OSError) and error.filename is not None:
+                line = f"{error.filename}: {error.strerror}"
+            else:
+                line = _as_typed(" ".join(str(error).split()))
             typer.echo(f"tinyllm: error: {line}", err=True)
         raise typer.Exit(2) from None
+
+
+def _as_typed(line: str) -> str:
+    """Spell the parameter that an error of a Python function begins with, as in "top_k is 0", as the option it is."""
+    command: Any = getattr(typer.main.get_command(app), "commands", {}).get(sys.argv[1])
+    options = {parameter.name: parameter.opts[0] for parameter in command.params} if command else {}
+    name, found, rest = line.partition(" is ")
+    if not found or not options.get(name, "").startswith("--"):  # an argument has no dashes
+        return line
+    others = re.sub(r"(?<![\w./'\"-])[a-z]+(_[a-z]+)+(?![\w./'\"=])", lambda word: options.get(word[0], word[0]), rest)
+    return f"{options[name]} is {others}"

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import secrets
+import sys
+import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
+from tinyllm._words import count
 from tinyllm.cli._app import SAMPLE_TEMPERATURE, SAMPLE_TOKENS, app, one_line_errors, prepare_process, write
 
 if TYPE_CHECKING:
@@ -22,13 +25,25 @@ Checkpoint = Annotated[
 @app.command()
 def generate(
     run: Annotated[Path, typer.Option(metavar="DIR", help="The folder that a training made.")],
-    prompt: Annotated[str, typer.Option(metavar="TEXT", help="The text to go on from.")],
+    prompt: Annotated[
+        str | None,
+        typer.Option(metavar="TEXT", help="The text to go on from; - reads it from a pipe, as does no prompt at all."),
+    ] = None,
+    prompt_file: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="A UTF-8 file with the text to go on from, but for its last line break."),
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="The most tokens to write.")] = SAMPLE_TOKENS,
+    num_samples: Annotated[
+        int, typer.Option(help="How many texts to write, each headed by its seed: --seed, and those after it.")
+    ] = 1,
     temperature: Annotated[
         float,
         typer.Option(help="0: always the likeliest token; 1: as the model expects; above: wilder."),
     ] = SAMPLE_TEMPERATURE,
-    top_k: Annotated[int | None, typer.Option(help="Choose among the k likeliest tokens only.")] = None,
+    top_k: Annotated[
+        int | None, typer.Option(help="Choose among the k likeliest tokens only. Default: among all.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="The same seed writes the same text. Default: a new one.")] = None,
     checkpoint: Checkpoint = "last",
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto: a GPU if there is one.")] = "auto",
@@ -38,19 +53,62 @@ def generate(
     For example: tinyllm generate --run runs/tiny-1 --prompt "def"
     """
     with one_line_errors():
+        for name, value in (("max_new_tokens", max_new_tokens), ("num_samples", num_samples)):
+            if value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1")
         prepare_process()
         from tinyllm.checkpoint import load_run
-        from tinyllm.generation import stream_text
+        from tinyllm.generation import encode_prompt, stream_text
         from tinyllm.model import choose_device
 
+        text = _prompt_text(prompt, prompt_file)
         if seed is None:  # torch's own default is the same in every process
             seed = secrets.randbits(32)
         model, tokenizer, _ = load_run(run, choose_device(device), checkpoint=_which(checkpoint))
-        pieces = stream_text(model, tokenizer, prompt, max_new_tokens, temperature, top_k, seed=seed)
-        write(prompt)
-        for piece in pieces:
-            write(piece)
-        write("\n")
+        ids = encode_prompt(tokenizer, text)
+        samples = [  # all arguments are checked here, and nothing is written yet
+            stream_text(model, tokenizer, ids, max_new_tokens, temperature, top_k, seed=seed + index)
+            for index in range(num_samples)
+        ]
+        if unknown := ids.count(-1 if tokenizer.unknown_id is None else tokenizer.unknown_id):
+            typer.echo(
+                f"tinyllm: the {tokenizer.kind} tokenizer does not know {unknown:,} of the prompt's "
+                f"{count(len(ids), 'token')}; the model sees its unknown token there",
+                err=True,
+            )
+        start = time.perf_counter()
+        for index, pieces in enumerate(samples):
+            if num_samples > 1:
+                write(f"--- {index + 1} of {num_samples}, --seed {seed + index} ---\n")
+            try:
+                write(text)
+                for piece in pieces:
+                    write(piece)
+            finally:  # what comes next, an error included, begins a line
+                write("\n")
+        seconds, tokens = time.perf_counter() - start, sum(sample.num_tokens for sample in samples)
+        typer.echo(f"{count(tokens, 'token')}, {seconds:.1f} s, {tokens / seconds:,.1f} tokens/s", err=True)
+
+
+def _prompt_text(prompt: str | None, prompt_file: Path | None) -> str:
+    """The text to go on from: an option's, a file's or standard input's. A last line break of the latter two belongs to
+    the file, not to the text: `echo "def" |` is the prompt "def"."""
+    if prompt is not None and prompt_file is not None:
+        raise ValueError("--prompt and --prompt-file are both given; one is allowed")
+    if prompt is not None and prompt != "-":
+        return prompt
+    from tinyllm.data import decode_text, read_text
+
+    if prompt_file is not None:
+        text = read_text(prompt_file)
+    else:
+        ways = "--prompt TEXT, --prompt-file FILE, or text from a pipe"
+        if sys.stdin is None or (prompt is None and sys.stdin.isatty()):
+            raise ValueError(f"there is no prompt; give {ways}")
+        text = decode_text(sys.stdin.buffer.read(), "standard input")
+        if not text:
+            raise ValueError(f"there is no prompt: standard input is empty; give {ways}")
+    return text.removesuffix("\n")
 
 
 @app.command("eval")
@@ -80,22 +138,17 @@ def evaluate(
 
         corpus = find_files([*data, *(paths or [])])
         model, tokenizer, _ = load_run(run, choose_device(device), checkpoint=_which(checkpoint))
-        found = evaluate_texts(model, tokenizer, corpus.texts(0), batch_size)
+        found = evaluate_texts(model, tokenizer, corpus.texts(0), batch_size, show_progress=True)
         typer.echo(
-            f"{found.documents:,} documents, {found.num_bytes:,} bytes, {found.tokens:,} tokens\n"
+            f"{count(found.documents, 'document')}, {count(found.num_bytes, 'byte')}, {count(found.tokens, 'token')}\n"
             f"loss           {found.loss:.4f} nats a token\n"
             f"perplexity     {found.perplexity:.2f}\n"
             f"bits per byte  {found.bits_per_byte:.4f}"
         )
         if found.unknown:
-            typer.echo(f"{found.unknown:,} tokens are not in the vocabulary: bits per byte do not compare")
+            are = "is" if found.unknown == 1 else "are"
+            typer.echo(f"{count(found.unknown, 'token')} {are} not in the vocabulary: bits per byte do not compare")
 
 
 def _which(checkpoint: str) -> Which:
-    if checkpoint == "last":
-        return "last"
-    if checkpoint == "best":
-        return "best"
-    if not checkpoint.isdigit():
-        raise ValueError(f"checkpoint is {checkpoint!r}; it must be 'last', 'best' or the number of a step")
-    return int(checkpoint)
+    return int(checkpoint) if checkpoint.isdecimal() else cast("Which", checkpoint)  # load_run checks the name
