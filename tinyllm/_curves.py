@@ -158,6 +158,8 @@ def compared_limits(runs: list[Series], split: Split) -> tuple[float, float]:
         values, train = run.compared(split).y, run.compared("train").y
         if len(values):
             late = values if run.validates(split) else values[len(values) // 20 :]  # the first fall says little
+            if split == "both" and len(values) == 1:  # a dot: what led to it is seen in the training
+                late = np.concatenate([late, train[len(train) // 20 :]])
             spans.append((float(late.min()), float(late.max())))
         if len(train):
             faint.append(float(train.min()))
@@ -170,7 +172,7 @@ def compared_limits(runs: list[Series], split: Split) -> tuple[float, float]:
         high = low + 1.3 * usual
     high = max(high, float(lows.max()) + 0.1 * (float(lows.max()) - low))  # the best of every run is seen
     if split == "both" and faint:  # far below validation, as when it learns by heart, training may leave the picture
-        low = min(low, max(min(faint), low - 0.3 * (high - low)))
+        low = min(low, max(min(faint), low - (high - low)))
     return _padded(low, high)
 
 

@@ -133,8 +133,6 @@ def plot_comparison(
     axes.set_ylabel("nats per token", color=_INK)
 
     _heading(axes, "Validation loss" if validated else "Training loss, smoothed", _doubts(configs))
-    if validated and split == "both":
-        axes.set_title("thin: training, smoothed", loc="right", fontsize=8.5, color=_GREY)
     handles.sort(key=lambda handle: -handle[0])  # from top to bottom, as the lines end
     legend = figure.legend(
         [line for _, line, _ in handles],
@@ -144,7 +142,7 @@ def plot_comparison(
         fontsize=9,
         handlelength=2.6,
         alignment="left",
-        title="with the last loss",
+        title="with the last loss" + (";\nthin: training, smoothed" if validated and split == "both" else ""),
         title_fontproperties={"size": 8.5},
     )
     legend.get_title().set_color(_GREY)
