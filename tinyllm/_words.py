@@ -16,6 +16,22 @@ def size(num_bytes: float) -> str:
     return count(round(num_bytes), "byte")
 
 
+def binary_size(num_bytes: float) -> str:
+    """Return a number of bytes in the unit that fits it, of powers of two: "15.2 MiB", "80.0 GiB"."""
+    for power, unit in ((40, "TiB"), (30, "GiB"), (20, "MiB")):
+        if num_bytes >= 0.99995 * 2**power:
+            return f"{num_bytes / 2**power:.1f} {unit}"
+    return f"{num_bytes / 2**10:.1f} KiB"
+
+
+def duration(seconds: float) -> str:
+    """Return a time in the unit that fits it: "0.5 seconds", "3.0 hours", "1,200.0 years"."""
+    for length, unit in ((365.25 * 86_400, "years"), (86_400, "days"), (3600, "hours"), (60, "minutes")):
+        if seconds >= length:
+            return f"{seconds / length:,.1f} {unit}"
+    return f"{seconds:.1f} seconds"
+
+
 def option(name: str) -> str:
     """Return a parameter's name as it is typed on the command line: "seq_len" as "--seq-len"."""
     return "--" + name.replace("_", "-")

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 
 import torch
 
+from tinyllm._words import binary_size, duration
 from tinyllm.model import SimpleLLM, SimpleLLMConfig
+from tinyllm.runs import short_number
 
 # Bytes for each parameter: the weight, its gradient, AdamW's two moments, and the copy that autocast computes with.
 PRECISIONS = {"32-true": (4, 4, 8, 0), "bf16-mixed": (4, 4, 8, 2), "bf16-true": (2, 2, 4, 0)}
@@ -150,35 +152,27 @@ def _activation_bytes(config: SimpleLLMConfig, seq_len: int, precision: str, che
 
 def report(name: str, config: SimpleLLMConfig, found: Estimate, settings: Settings) -> str:
     """An estimate as text for a terminal."""
-    gib, alone = 2**30, settings.devices == 1
+    alone = settings.devices == 1
     lines = [
         f"{name}: {config.num_layers} layers of {config.embedding_dim} and {config.hidden_dim}, "
         f"{config.num_heads} heads, {config.vocab_size} tokens",
-        f"parameters   {_in_words(found.parameters)}",
-        f"computation  {_in_words(found.flops_per_token)}FLOP a token, forward and backward",
+        f"parameters   {short_number(found.parameters)}",
+        f"computation  {short_number(found.flops_per_token)} FLOP a token, forward and backward",
         "",
         f"On {'one device' if alone else f'each of {settings.devices} devices'} of {settings.device_memory:g} GiB, "
-        f"with {settings.batch_size} x {settings.seq_len} tokens at a time, {settings.precision}, AdamW, in GiB:",
-        f"{'':<11}{'weights':>10}{'gradients':>11}{'optimizer':>11}{'activations':>13}{'in all':>10}  fits",
+        f"with {settings.batch_size} x {settings.seq_len} tokens at a time, {settings.precision}, AdamW:",
+        f"{'':<11}{'weights':>11}{'gradients':>12}{'optimizer':>12}{'activations':>13}{'in all':>11}  fits",
     ]
     for strategy, memory in {"": found.memory["ddp"]}.items() if alone else found.memory.items():
-        share = memory.total / gib / settings.device_memory
+        share = memory.total / 2**30 / settings.device_memory
         fits = "no" if share > 1 else "yes" if share <= 0.9 else "hardly: allocators lose some percent"
-        lines.append(
-            f"{strategy:<11}{memory.weights / gib:>10.1f}{memory.gradients / gib:>11.1f}{memory.optimizer / gib:>11.1f}"
-            f"{memory.activations / gib:>13.1f}{memory.total / gib:>10.1f}  {fits}"
-        )
+        parts = (memory.weights, memory.gradients, memory.optimizer, memory.activations, memory.total)
+        columns = (f"{binary_size(part):>{width}}" for part, width in zip(parts, (11, 12, 12, 13, 11), strict=True))
+        lines.append(f"{strategy:<11}{''.join(columns)}  {fits}")
     speed = found.tokens_per_second(settings.devices, settings.peak_tflops * 1e12, settings.mfu)
     lines += [
         "",
-        f"At {settings.mfu:.0%} of {settings.peak_tflops:g} TFLOP/s a device: {_in_words(speed)}tokens/s in all; "
-        f"20 tokens a parameter take {20 * found.parameters / speed / 86_400:,.1f} days",
+        f"At {settings.mfu:.0%} of {settings.peak_tflops:g} TFLOP/s a device: {short_number(speed)} tokens/s in all; "
+        f"20 tokens a parameter take {duration(20 * found.parameters / speed)}",
     ]
     return "\n".join(lines)
-
-
-def _in_words(number: float) -> str:
-    for factor, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if number >= factor:
-            return f"{number / factor:.3g} {unit}"
-    return f"{number:.3g} "
