@@ -111,7 +111,8 @@ def format_info() -> str:
         lines.append(f"CUDA C++             {'' if cuda['emulated'] else 'not loaded: '}{cuda['why_not']}")
     lines.append(f"triton               {gpu['triton'] or 'not installed'}{', interpreted' * gpu['interpreted']}")
     absent = f", which are not in use here: {gpu['why_not']}" if gpu["why_not"] else ""
-    for device, title in (("cpu", "CPU tensors"), ("cuda", f"CUDA tensors{absent}")):
+    tables = [("cpu", "CPU tensors"), ("cuda", f"CUDA tensors{absent}")]
+    for device, title in tables if absent else reversed(tables):  # what this machine is used for comes first
         lines += ["", title, f"{'operator':<21}{'backend':<11}what it takes"]
         for operator, devices in facts["operators"].items():
             row = devices[device]
