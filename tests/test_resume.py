@@ -216,7 +216,7 @@ def test_what_may_change_may(whole: Path, tmp_path: Path) -> None:
     [
         ("optimizer.safetensors", "optimizer.safetensors cannot be read, or is truncated"),
         ("model.safetensors", "model.safetensors cannot be read, or is truncated"),
-        ("state.json", "state.json is not the state of a training"),
+        ("state.json", "state.json cannot be read, or is not the state of a training"),
     ],
 )
 def test_a_damaged_checkpoint_is_named(name: str, reason: str, whole: Path, tmp_path: Path) -> None:

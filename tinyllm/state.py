@@ -263,17 +263,17 @@ def _load(path: Path, tensors: Any) -> None:
                     )
                 tensor.copy_(value)
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} cannot be read, or is truncated: {error}") from error
+        raise ValueError(f"{path} cannot be read, or is truncated") from error
 
 
 def _read_state(path: Path) -> Progress:
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
-        if state["version"] != _VERSION:
-            raise ValueError(f"version {state['version']}; this program reads {_VERSION}")
-        return Progress(**{item.name: state[item.name] for item in fields(Progress)})
+        if state["version"] == _VERSION:
+            return Progress(**{item.name: state[item.name] for item in fields(Progress)})
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not the state of a training: {error!r}") from error
+        raise ValueError(f"{path} cannot be read, or is not the state of a training") from error
+    raise ValueError(f"{path} is of version {state['version']!r}; this program reads version {_VERSION}")
 
 
 @contextmanager

@@ -75,7 +75,7 @@ def one_line_errors() -> Iterator[None]:
 
 def _as_typed(line: str) -> str:
     """Spell the parameter that an error of a Python function begins with, as in "top_k is 0", as the option it is."""
-    command: Any = getattr(typer.main.get_command(app), "commands", {}).get(sys.argv[1])
+    command: Any = getattr(typer.main.get_command(app), "commands", {}).get("".join(sys.argv[1:2]))
     options = {parameter.name: parameter.opts[0] for parameter in command.params} if command else {}
     name, found, rest = line.partition(" is ")
     if not found or not options.get(name, "").startswith("--"):  # an argument has no dashes

@@ -35,7 +35,7 @@ def generate(
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="The most tokens to write.")] = SAMPLE_TOKENS,
     num_samples: Annotated[
-        int, typer.Option(help="How many texts to write, each headed by its seed: --seed, and those after it.")
+        int, typer.Option(help="How many texts to write, each with the next seed, under a line that names it.")
     ] = 1,
     temperature: Annotated[
         float,
