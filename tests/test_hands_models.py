@@ -421,9 +421,10 @@ def test_b8_no_text_of_a_comparison_is_drawn_over_another(
         changes: dict[str, Any] = {"training": CHARS, "data": {"name": "another"}} if index % 2 else {}
         runs.append(run_folder(tmp_path / name, metrics(40, 41 if index == 1 else 10, index / 9), **changes))
     plot_comparison(runs, tmp_path / "p.png", x=x, split=split)
-    shown = [text for text, _ in drawn]
-    assert "The tokenizers and texts differ: these losses do not compare." in shown
-    assert ("with the last loss;\nthin: training, smoothed" in shown) == (split == "both")
+    shown = dict(drawn)
+    note = shown["The tokenizers and texts differ:\nthese losses do not compare."]
+    legend = shown["with the last loss" + ";\nthin: training, smoothed" * (split == "both")]
+    assert note.x1 < legend.x0  # below which lie the legend's lines
     assert overlapping(drawn) == []
     for text, box in drawn:  # 150 dots an inch
         assert 0 <= box.x0 < box.x1 <= 9.5 * 150, text

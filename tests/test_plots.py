@@ -213,7 +213,7 @@ def test_losses_that_do_not_compare_are_told(tmp_path: Path, figures: list[Any])
     plot_comparison([*same, other], tmp_path / "p.png")
     assert [text.get_text() for text in figures[0].axes[0].texts] == []
     assert [text.get_text() for text in figures[1].axes[0].texts] == [
-        "The tokenizers and texts differ: these losses do not compare."
+        "The tokenizers and texts differ:\nthese losses do not compare."
     ]
 
 

@@ -262,7 +262,7 @@ def _doubts(configs: list[dict[str, Any]]) -> str:
         reasons.append("tokenizers")
     if differs("data", "name"):
         reasons.append("texts")
-    return f"The {' and '.join(reasons)} differ: these losses do not compare." if reasons else ""
+    return f"The {' and '.join(reasons)} differ:\nthese losses do not compare." if reasons else ""
 
 
 def _figure(out: str | os.PathLike[str], width: float, height: float, layout: Any = None) -> Figure:
@@ -319,7 +319,7 @@ def _format_x(axes: Axes, x: str, places: list[Array]) -> None:
 
 
 def _heading(axes: Axes, title: str, note: str) -> None:
-    axes.set_title(title, loc="left", fontsize=13, fontweight="bold", color=_INK, pad=24 if note else 12)
+    axes.set_title(title, loc="left", fontsize=13, fontweight="bold", color=_INK, pad=38 if note else 12)
     if note:
         axes.annotate(
             note, (0, 1), (0, 8), xycoords="axes fraction", textcoords="offset points", color=_ORANGE, fontsize=9

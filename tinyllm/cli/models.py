@@ -31,7 +31,7 @@ def generate(
     ] = None,
     prompt_file: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="A UTF-8 file with the text to go on from, but for its last line break."),
+        typer.Option(metavar="FILE", help="A UTF-8 file with the text to go on from."),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="The most tokens to write.")] = SAMPLE_TOKENS,
     num_samples: Annotated[
@@ -50,7 +50,8 @@ def generate(
 ) -> None:
     """Let a trained model go on from a text.
 
-    For example: tinyllm generate --run runs/tiny-1 --prompt "def"
+    A prompt from a file or a pipe is taken without its last line break. For example: tinyllm
+    generate --run runs/tiny-1 --prompt "def"
     """
     with one_line_errors():
         for name, value in (("max_new_tokens", max_new_tokens), ("num_samples", num_samples)):
