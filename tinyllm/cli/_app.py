@@ -12,6 +12,8 @@ from typing import Any, Literal
 
 import typer
 
+from tinyllm import _interrupt
+
 SAMPLE_TOKENS = 200
 SAMPLE_TEMPERATURE = 0.7  # at 1 a model this young wanders off
 _TRACEBACK = "TINYLLM_TRACEBACK"  # set it to see where an error comes from
@@ -52,6 +54,7 @@ def write(text: str) -> None:
 @contextmanager
 def one_line_errors() -> Iterator[None]:
     """Turn what the user can mend into one line on stderr and exit status 2, and Ctrl-C into one and status 130."""
+    _interrupt.raise_again()
     try:
         yield
     except KeyboardInterrupt:
