@@ -271,6 +271,7 @@ def _changed(config: TrainConfig, changes: dict[str, Any], out: Path) -> TrainCo
         if name not in RESUMABLE and value != getattr(config, name):
             raise ValueError(
                 f"{name} is {value!r}, but the training in {out} has {getattr(config, name)!r}; a resumed training may "
-                f"change {', '.join(sorted(RESUMABLE))}"
+                "change its steps, how it is computed and how it is watched, not what it learns: see `tinyllm train "
+                "--help`"
             )
     return replace(config, **wanted)

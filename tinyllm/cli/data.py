@@ -96,8 +96,6 @@ def prepare(
                 overwrite=overwrite,
                 say=typer.echo,
             )
-        except ImportError as error:
-            raise ValueError(str(error)) from error  # says what to install
         except KeyboardInterrupt:
             typer.echo("Interrupted: finished shards are kept, and the same command goes on from there.", err=True)
             raise typer.Exit(130) from None

@@ -125,10 +125,10 @@ def evaluate(
     checkpoint: Checkpoint = "last",
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto: a GPU if there is one.")] = "auto",
 ) -> None:
-    """Measure how well a trained model predicts texts: loss, perplexity, bits per byte.
+    """Measure how well a trained model predicts texts.
 
-    Bits per byte compare models whatever their tokenizers. For example: tinyllm eval --run
-    runs/tiny-1 --data new.txt
+    Its loss, perplexity and bits per byte are shown. Bits per byte compare models whatever their tokenizers. For
+    example: tinyllm eval --run runs/tiny-1 --data new.txt
     """
     with one_line_errors():
         prepare_process()
