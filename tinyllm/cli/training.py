@@ -335,9 +335,10 @@ def train(
         texts = [*(data or []), *(paths or [])]
         from_file = {} if config is None else config_files.load(config)
         if resume is None:
-            texts = texts or [Path(path) for path in from_file.pop("data", [])]
-            out_in_file = from_file.pop("out", None)
-            out = Path(out_in_file) if out is None and out_in_file is not None else out
+            data_in_file, out_in_file = from_file.pop("data", []), from_file.pop("out", None)
+            texts = texts or [Path(path) for path in data_in_file]
+            if out is None and out_in_file is not None:
+                out = Path(out_in_file)
             chosen = _chosen(given, from_file, config)
             if save_config is not None:
                 if not is_worker():
