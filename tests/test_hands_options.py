@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import typer
+from safetensors.torch import load_file
 from typer.main import get_command
 
 from tests.runs import TEXT, Here, environment, small
@@ -267,6 +269,70 @@ def test_the_default_device_is_auto_in_python_and_on_the_command_line(here: Here
     assert json.loads((tmp_path / "f.json").read_text())["device"] == "auto"
 
 
+# C3: going on from finished weights
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What the command asks of `training.train`, which does nothing."""
+    found: dict[str, Any] = {}
+
+    def instead(config: TrainConfig, out: Path | None, data: list[Path] | None, **more: Any) -> None:
+        found.update(more, config=config, out=out, data=data)
+        raise ValueError("enough")
+
+    monkeypatch.setattr("tinyllm.training.train", instead)
+    return found
+
+
+def test_c3_init_from_takes_the_sizes_of_the_run(run: Path, here: Here, asked: dict[str, Any], tmp_path: Path) -> None:
+    saved = json.loads((run / "config.json").read_text())
+    saved["training"] |= {"num_layers": 3, "seq_len": 7, "lr": 0.5}
+    (run / "config.json").write_text(json.dumps(saved))
+    here("train", "--init-from", run, "--data", "a.txt", "--steps", 9, cwd=tmp_path)
+    config = asked["config"]
+    assert asked["init_from"] == run
+    assert (config.preset, config.tokenizer, config.num_layers, config.seq_len) == ("tutorial", "word", 3, 7)
+    assert (config.steps, config.lr) == (9, PRESETS["tutorial"].lr)  # how it learns is not the run's
+    here("train", "--init-from", run, "--seq-len", 7, "--num-layers", 3, "--vocab-size", 2048, cwd=tmp_path)
+    assert asked["config"] == config.from_preset("tutorial", tokenizer="word", num_layers=3, seq_len=7)
+
+
+def test_c3_a_training_goes_on_from_finished_weights(run: Path, text: Path, here: Here, tmp_path: Path) -> None:
+    options = ["--data", text, "--lr", 1e-30, "--steps", 1, "--weight-decay", 0]
+    status, _, err = here("train", "--init-from", run, *options, "--out", "next", cwd=tmp_path)
+    assert status == 0, err
+    first, second = (load_file(folder / "model.safetensors") for folder in (run, tmp_path / "next"))
+    for name, weight in first.items():
+        torch.testing.assert_close(weight, second[name])
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--num-layers", 3], "num_layers is 3, but the training in run has 2; its weights are taken"),
+        (["--preset", "tiny"], "preset is 'tiny', but the training in run has 'tutorial'"),
+        (["--seq-len", 9], "seq_len is 9, but the training in run has 8"),
+        (["--tokenizer", "char"], "tokenizer is 'char', but the training in run has 'word'"),
+        (["--resume", "run"], "it takes no --init-from"),
+        (["--save-config", "f.yaml"], "--save-config keeps settings and paths, but no --init-from"),
+    ],
+)
+def test_c3_what_init_from_does_not_go_with(
+    options: list[Any], said: str, run: Path, here: Here, asked: dict[str, Any], tmp_path: Path
+) -> None:
+    status, _, err = here("train", "--init-from", "run", *options, cwd=tmp_path)
+    assert status == 2
+    assert in_python(said) in in_python(err)
+    assert not asked
+
+
+def test_c3_init_from_no_run(here: Here, tmp_path: Path) -> None:
+    status, _, err = here("train", "--init-from", "nowhere", cwd=tmp_path)
+    assert status == 2
+    assert "no run folder nowhere" in err
+
+
 # C5: shell completion
 
 
@@ -322,7 +388,7 @@ def test_d_help_has_no_type_names_and_names_defaults(name: str, here: Here, monk
 
 
 def test_d_every_option_of_train_names_its_default() -> None:
-    silent = {"overwrite", "resume", "config", "save_config", "init_from", "skip_bad", "text_column", "help", "paths"}
+    silent = {"overwrite", "resume", "config", "save_config", "init_from", "help", "paths"}
     for param in COMMANDS["train"].params:
         assert param.name in silent or "Default: " in param.help, param.name
         if param.name in silent:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
+from os import PathLike
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tinyllm._words import count
@@ -248,6 +250,29 @@ class TrainConfig:
             values["vocab_size"] = None if values["tokenizer"] == "char" else 4 * chosen.vocab_size
         return cls(preset=preset, **values)
 
+    @classmethod
+    def from_run(cls, run: str | PathLike[str], **changes: Any) -> TrainConfig:
+        """Return a config for going on from the weights of `run` in a new training, see `tinyllm.training.train`.
+
+        The model, its context `seq_len` and the tokenizer are the run's; all else suits the preset, or is in `changes`.
+
+        Raises:
+            FileNotFoundError: there is no run.
+            ValueError: a change would make it another model or tokenizer; a value is out of range; config.json is
+                damaged.
+        """
+        from tinyllm.runs import read_config
+
+        before = saved_config(read_config(run), run)
+        values = {name: value for name, value in changes.items() if value is not None}
+        for name in ("preset", *SIZES, "seq_len", "tokenizer", "vocab_size"):
+            if values.setdefault(name, getattr(before, name)) != getattr(before, name):
+                raise ValueError(
+                    f"{name} is {values[name]!r}, but the training in {run} has {getattr(before, name)!r}; its weights "
+                    "are taken with their model and their tokenizer as they are"
+                )
+        return cls.from_preset(**values)
+
     def model_config(self, vocab_size: int) -> SimpleLLMConfig:
         """Return the config of the model to train, for a tokenizer of `vocab_size`."""
         from tinyllm.model import SimpleLLMConfig
@@ -264,6 +289,18 @@ class TrainConfig:
             tie_embeddings=preset.modern,
             position="learned" if preset.modern else "sinusoidal",
         )
+
+
+def saved_config(saved: dict[str, Any], run: str | PathLike[str]) -> TrainConfig:
+    """Return the config that the content of `run`'s config.json has.
+
+    Raises:
+        ValueError: it has none, or a broken one.
+    """
+    try:
+        return TrainConfig(**saved["training"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{Path(run, 'config.json')} does not say how the model was trained: {error}") from error
 
 
 def describe(config: TrainConfig) -> str:

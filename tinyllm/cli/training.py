@@ -204,6 +204,15 @@ def train(
             metavar="DIR",
         ),
     ] = None,
+    init_from: Annotated[
+        Path | None,
+        _option(
+            RUN,
+            "Begin with the weights and the tokenizer of a finished training (a run folder), on other text, with a "
+            "new optimizer. The model's sizes and --seq-len are RUN's.",
+            metavar="RUN",
+        ),
+    ] = None,
     config: Annotated[
         Path | None,
         _option(
@@ -339,14 +348,19 @@ def train(
             texts = texts or [Path(path) for path in data_in_file]
             if out is None and out_in_file is not None:
                 out = Path(out_in_file)
-            chosen = _chosen(given, from_file, config)
+            chosen = _chosen(given, from_file, config, init_from)
             if save_config is not None:
+                if init_from:
+                    raise ValueError(
+                        "--save-config keeps settings and paths, but no --init-from: give it with --config"
+                    )
                 if not is_worker():
                     config_files.save(save_config, chosen, texts, out, overwrite=overwrite)
                     typer.echo(f"Wrote {save_config}. Next: tinyllm train --config {shlex.quote(str(save_config))}")
                 return
         else:
-            named = {"--out": out, "--overwrite": overwrite, "--data": texts, "--save-config": save_config}
+            named = {"--out": out, "--overwrite": overwrite, "--data": texts}
+            named |= {"--init-from": init_from, "--save-config": save_config}
             refused = [name for name, value in named.items() if value]
             refused += [f"{name} of {config}" for name in config_files.PATHS if name in from_file]
             if refused:
@@ -361,7 +375,15 @@ def train(
         say = typer.echo if shown else lambda line: None
         start = time.perf_counter()
         if resume is None:
-            result = training.train(chosen, out, texts or None, overwrite=overwrite, progress=shown, say=say)
+            result = training.train(
+                chosen,
+                out,
+                texts or None,
+                init_from=init_from,
+                overwrite=overwrite,
+                progress=shown,
+                say=say,
+            )
         else:
             result = training.resume(resume, progress=shown, say=say, **{**from_file, **given})
         if shown:
@@ -371,7 +393,7 @@ def train(
             raise typer.Exit(128 + result.signal)
 
 
-def _chosen(given: dict[str, Any], from_file: dict[str, Any], path: Path | None) -> TrainConfig:
+def _chosen(given: dict[str, Any], from_file: dict[str, Any], path: Path | None, init_from: Path | None) -> TrainConfig:
     """Return a new training's config: what is typed counts before the file, and the file before the preset."""
     sizes = [name for name in SIZES if name in from_file and name not in given]
     if sizes and given.get("preset", from_file.get("preset", "tiny")) != from_file.get("preset", "tiny"):
@@ -381,7 +403,9 @@ def _chosen(given: dict[str, Any], from_file: dict[str, Any], path: Path | None)
         )
     values = {**from_file, **given}
     try:
-        return TrainConfig.from_preset(values.pop("preset", "tiny"), **values)
+        if init_from is not None:
+            return TrainConfig.from_run(init_from, **values)
+        return TrainConfig.from_preset(**{"preset": "tiny"} | values)
     except ValueError as error:
         name = str(error).partition(" ")[0]
         if name in from_file and name not in given:
