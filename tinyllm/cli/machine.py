@@ -34,8 +34,9 @@ def bench(
     """Compare the speed of every operator and the model with PyTorch.
 
     The comparison is with PyTorch and torch.compile, on this machine. Each result is checked before it is timed. A
-    whole run takes a quarter of an hour. For example:
-    tinyllm bench --only "causal attention forward"
+    whole run takes a quarter of an hour.
+
+    For example: tinyllm bench --only "causal attention forward"
     """
     with one_line_errors():
         missing = [name for name in ("pytest", "pytest_benchmark") if find_spec(name) is None]
@@ -125,7 +126,9 @@ def estimate(
 ) -> None:
     """Say what parameters, memory and time a training takes.
 
-    Nothing is trained. For example: tinyllm estimate --preset gpt3 --devices 64 --checkpointing
+    Nothing is trained.
+
+    For example: tinyllm estimate --preset gpt3 --devices 64 --checkpointing
     """
     with one_line_errors():
         for name, value in (("device-memory", device_memory), ("peak-tflops", peak_tflops), ("mfu", mfu)):

@@ -69,8 +69,9 @@ def plot(
 ) -> None:
     """Draw the losses of one run or of several.
 
-    One run's picture has its learning rate and throughput, too. Runs that are under way can be drawn as well. For
-    example: tinyllm plot runs/tiny-1 runs/tiny-2
+    One run's picture has its learning rate and throughput, too. Runs that are under way can be drawn as well.
+
+    For example: tinyllm plot runs/tiny-1 runs/tiny-2
     """
     with one_line_errors():
         single = len({run.resolve() for run in runs}) == 1
@@ -110,8 +111,9 @@ def list_runs(
     """List runs with their steps, losses, speed and state.
 
     The losses are the last and the best validation loss. A run that has not done all its steps is running, interrupted
-    (its weights are saved) or killed (the steps since its last checkpoint are lost). For example: tinyllm runs --sort
-    best
+    (its weights are saved) or killed (the steps since its last checkpoint are lost).
+
+    For example: tinyllm runs --sort best
     """
     with one_line_errors():
         found = [describe_run(folder) for folder in find_runs(directories or [RUNS])]
