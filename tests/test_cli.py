@@ -72,7 +72,7 @@ def test_help(here: Here, tmp_path: Path) -> None:
         "grad-clip dropout label-smoothing ema packing no-packing seed out overwrite resume config "
         "save-config num-layers num-heads embedding-dim hidden-dim eval-interval eval-batches "
         "checkpoint-interval keep-checkpoints stop-on-save-error no-stop-on-save-error max-skipped-steps "
-        "log-interval sample-tokens tensorboard init-from no-tensorboard device "
+        "log-interval sample-tokens tensorboard text-column skip-bad init-from no-tensorboard device "
         "devices num-nodes strategy precision micro-batches checkpointing no-checkpointing compile "
         "no-compile workers",
         "generate": "run prompt max-new-tokens temperature top-k seed checkpoint device",

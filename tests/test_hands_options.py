@@ -269,7 +269,7 @@ def test_the_default_device_is_auto_in_python_and_on_the_command_line(here: Here
     assert json.loads((tmp_path / "f.json").read_text())["device"] == "auto"
 
 
-# C3: going on from finished weights
+# C3: going on from finished weights, and how text is read
 
 
 @pytest.fixture
@@ -283,6 +283,13 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
     monkeypatch.setattr("tinyllm.training.train", instead)
     return found
+
+
+def test_c3_how_text_is_read_is_handed_on(here: Here, asked: dict[str, Any], tmp_path: Path) -> None:
+    here("train", cwd=tmp_path)
+    assert [asked[name] for name in ("text_column", "skip_bad", "init_from")] == ["text", False, None]
+    here("train", "--text-column", "content", "--skip-bad", cwd=tmp_path)
+    assert [asked[name] for name in ("text_column", "skip_bad")] == ["content", True]
 
 
 def test_c3_init_from_takes_the_sizes_of_the_run(run: Path, here: Here, asked: dict[str, Any], tmp_path: Path) -> None:
@@ -327,7 +334,11 @@ def test_c3_what_init_from_does_not_go_with(
     assert not asked
 
 
-def test_c3_init_from_no_run(here: Here, tmp_path: Path) -> None:
+def test_c3_resume_reads_no_text(run: Path, here: Here, tmp_path: Path) -> None:
+    for options in (["--text-column", "x"], ["--skip-bad"], ["--data", "x"]):
+        status, _, err = here("train", "--resume", run, *options, cwd=tmp_path)
+        assert status == 2
+        assert f"it takes no {options[0]}" in err
     status, _, err = here("train", "--init-from", "nowhere", cwd=tmp_path)
     assert status == 2
     assert "no run folder nowhere" in err
@@ -388,7 +399,7 @@ def test_d_help_has_no_type_names_and_names_defaults(name: str, here: Here, monk
 
 
 def test_d_every_option_of_train_names_its_default() -> None:
-    silent = {"overwrite", "resume", "config", "save_config", "init_from", "help", "paths"}
+    silent = {"overwrite", "resume", "config", "save_config", "init_from", "skip_bad", "help", "paths"}
     for param in COMMANDS["train"].params:
         assert param.name in silent or "Default: " in param.help, param.name
         if param.name in silent:

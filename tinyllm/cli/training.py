@@ -81,6 +81,18 @@ def train(
             f"{_TINY.vocab_size}); four times as many for word, and every character for char.",
         ),
     ] = None,
+    text_column: Annotated[
+        str | None,
+        _option(
+            TEXT,
+            "The name of the text in JSON lines, Parquet files and datasets. Default: text.",
+            metavar="NAME",
+        ),
+    ] = None,
+    skip_bad: Annotated[
+        bool,
+        _option(TEXT, "Leave out text that cannot be read, and count it, instead of stopping.", "--skip-bad"),
+    ] = False,
     preset: Annotated[
         PresetName | None,
         _option(
@@ -350,17 +362,18 @@ def train(
                 out = Path(out_in_file)
             chosen = _chosen(given, from_file, config, init_from)
             if save_config is not None:
-                if init_from:
+                if init_from or text_column or skip_bad:
                     raise ValueError(
-                        "--save-config keeps settings and paths, but no --init-from: give it with --config"
+                        "--save-config keeps settings and paths, but no --init-from, --text-column or --skip-bad: give "
+                        "these with --config"
                     )
                 if not is_worker():
                     config_files.save(save_config, chosen, texts, out, overwrite=overwrite)
                     typer.echo(f"Wrote {save_config}. Next: tinyllm train --config {shlex.quote(str(save_config))}")
                 return
         else:
-            named = {"--out": out, "--overwrite": overwrite, "--data": texts}
-            named |= {"--init-from": init_from, "--save-config": save_config}
+            named = {"--out": out, "--overwrite": overwrite, "--data": texts, "--text-column": text_column}
+            named |= {"--skip-bad": skip_bad, "--init-from": init_from, "--save-config": save_config}
             refused = [name for name, value in named.items() if value]
             refused += [f"{name} of {config}" for name in config_files.PATHS if name in from_file]
             if refused:
@@ -379,6 +392,8 @@ def train(
                 chosen,
                 out,
                 texts or None,
+                text_column=text_column or "text",
+                skip_bad=skip_bad,
                 init_from=init_from,
                 overwrite=overwrite,
                 progress=shown,
