@@ -87,7 +87,14 @@ def prepare_text(corpus: Corpus, folder: Path, seq_len: int, characters: int = C
 def char_config(steps: int, seed: int = 0, **changes: Any) -> TrainConfig:
     """What `tinyllm train --preset tiny --tokenizer char` trains, with no validation before the end."""
     return TrainConfig.from_preset(
-        "tiny", tokenizer="char", vocab_size=CHARACTERS, steps=steps, seed=seed, eval_interval=steps, **changes
+        "tiny",
+        tokenizer="char",
+        vocab_size=CHARACTERS,
+        steps=steps,
+        seed=seed,
+        eval_interval=steps,
+        device="cpu",
+        **changes,
     )
 
 

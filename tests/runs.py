@@ -21,6 +21,7 @@ Here = Callable[..., tuple[int, str, str]]  # what the fixture `here` gives
 def small(**changes: Any) -> TrainConfig:
     """The article's model on words: learns TEXT in some dozen steps."""
     values = {"preset": "tutorial", "tokenizer": "word", "steps": 40, "seq_len": 8, "lr": 1e-2, "sample_tokens": 3}
+    values["device"] = "cpu"  # where there is a GPU, too
     return TrainConfig.from_preset(**{**values, **changes})
 
 

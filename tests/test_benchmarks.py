@@ -458,7 +458,7 @@ def test_a_pattern_that_fits_no_row(capfd: pytest.CaptureFixture[str]) -> None:
 def test_model_speed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = tmp_path / "text.py"
     text.write_text("def add(a, b):\n    return a + b\n\n\n" * 60, encoding="utf-8")
-    config = TrainConfig.from_preset("tutorial", tokenizer="char", steps=2, seq_len=8, batch_size=2)
+    config = TrainConfig.from_preset("tutorial", tokenizer="char", steps=2, seq_len=8, batch_size=2, device="cpu")
     out = tmp_path / "run"
     train(config, out, [text], progress=False)
 

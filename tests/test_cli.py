@@ -69,14 +69,17 @@ def test_help(here: Here, tmp_path: Path) -> None:
     commands = tinyllm("--help", cwd=tmp_path).stdout
     flags = {
         "train": "data preset tokenizer vocab-size steps batch-size seq-len lr schedule warmup-steps weight-decay "
-        "grad-clip dropout label-smoothing ema packing seed out overwrite resume eval-interval checkpoint-interval "
-        "keep-checkpoints stop-on-save-error max-skipped-steps log-interval "
-        "sample-tokens tensorboard device devices num-nodes strategy precision "
-        "micro-batches checkpointing compile workers",
+        "grad-clip dropout label-smoothing ema packing no-packing seed out overwrite resume config "
+        "save-config num-layers num-heads embedding-dim hidden-dim eval-interval eval-batches "
+        "checkpoint-interval keep-checkpoints stop-on-save-error no-stop-on-save-error max-skipped-steps "
+        "log-interval sample-tokens tensorboard text-column skip-bad init-from no-tensorboard device "
+        "devices num-nodes strategy precision micro-batches checkpointing no-checkpointing compile "
+        "no-compile workers",
         "generate": "run prompt max-new-tokens temperature top-k seed checkpoint device",
         "bench": "quick only out",
         "eval": "run data batch-size checkpoint device",
-        "estimate": "preset devices batch-size seq-len precision checkpointing device-memory peak-tflops mfu",
+        "estimate": "preset devices batch-size seq-len num-layers num-heads embedding-dim hidden-dim precision "
+        "checkpointing device-memory peak-tflops mfu",
         "info": "help",
         "prepare": "data out tokenizer vocab-size tokenizer-sample text-column workers shard-size val-fraction "
         "skip-bad seed overwrite check",

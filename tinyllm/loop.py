@@ -90,8 +90,7 @@ def fit(
         progress = load_checkpoint(fabric, there[max(there)], model, optimizer, averages, wrapped=wrapped)
     batches = iter(_train_batches(fabric, train_set, config, progress.step))
     val_batches = _val_batches(fabric, val_set, config)
-    eval_interval = config.eval_interval or max(100, config.steps // 10)
-    save_interval = config.checkpoint_interval or eval_interval
+    eval_interval, save_interval = config.eval_every, config.checkpoint_every
     losses = [torch.tensor(loss, device=fabric.device) for loss in progress.losses]
     norm = 0.0
     stopped = False

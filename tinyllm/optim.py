@@ -28,7 +28,7 @@ def learning_rate(step: int, config: TrainConfig) -> float:
     "cosine" and "linear" fall to `min_lr_ratio * lr` at the last step; "constant" stays; "wsd" (warmup, stable, decay;
     Hu et al. 2024) stays and falls linearly in the last `decay_fraction` of the steps.
     """
-    warmup = min(500, config.steps // 20) if config.warmup_steps is None else config.warmup_steps
+    warmup = config.warmup
     if step <= warmup:
         return config.lr * step / warmup
     if config.schedule == "constant":

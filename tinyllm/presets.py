@@ -5,7 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
+from os import PathLike
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from tinyllm._words import count
 
 if TYPE_CHECKING:
     from tinyllm.model import SimpleLLMConfig
@@ -50,7 +54,11 @@ SCHEDULES = ("cosine", "linear", "constant", "wsd")
 STRATEGIES = ("auto", "ddp", "fsdp", "deepspeed")
 PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
 
-# What may differ when a run is resumed: how it is computed and watched, and how long it goes on.
+# The model's sizes, which a preset decides and a config may change.
+SIZES = ("num_layers", "num_heads", "embedding_dim", "hidden_dim")
+
+# What may differ when a run is resumed: how it is computed and watched, and how long it goes on. A default that follows
+# other settings (`eval_every`, `checkpoint_every`) has no way back but its number: None leaves a setting as it was.
 RESUMABLE = frozenset(
     {"steps", "eval_interval", "eval_batches", "log_interval", "sample_tokens", "checkpoint_interval"}
     | {"keep_checkpoints", "stop_on_save_error", "max_skipped_steps", "workers", "tensorboard", "compile"}
@@ -65,7 +73,10 @@ class TrainConfig:
     `TrainConfig.from_preset(name, **changes)` fills in what suits the preset's model.
 
     Attributes:
-        preset: the model's size: a key of `PRESETS`.
+        preset: the model's kind, and its sizes where those below are None: a key of `PRESETS`.
+        num_layers, num_heads, embedding_dim: the sizes that are to differ from the preset's; None: the preset's.
+        hidden_dim: likewise; None: as many times embedding_dim as in the preset. None stands in a call only: the
+            config that is made has the numbers.
         tokenizer: `"word"`, `"char"` or `"bpe"`, built from the text.
         vocab_size: the largest vocabulary wanted; None: every word or character, 4096 for BPE.
         steps: optimizer steps.
@@ -80,8 +91,8 @@ class TrainConfig:
         beta1, beta2: AdamW's decay rates.
         grad_clip: the largest global norm of the gradient.
         dropout: probability in [0, 1).
-        label_smoothing: the part of the target's probability that is spread over all tokens, from 0 to 1. Validation
-            does without.
+        label_smoothing: the part of the target's probability that is spread over all tokens, in [0, 1]. Validation does
+            without.
         packing: attention stops at the ends of documents, which may lie anywhere in a sequence; needs a tokenizer with
             an end-of-text token. Off: a sequence is one text, as GPT-2's training has it.
         ema: decay of an exponential moving average of the weights, in [0, 1): validated, saved as the run's model, and
@@ -114,6 +125,10 @@ class TrainConfig:
     """
 
     preset: str = "tiny"
+    num_layers: int | None = None
+    num_heads: int | None = None
+    embedding_dim: int | None = None
+    hidden_dim: int | None = None
     tokenizer: str = "bpe"
     vocab_size: int | None = None
     steps: int = 1000
@@ -141,7 +156,7 @@ class TrainConfig:
     keep_checkpoints: int = 2
     stop_on_save_error: bool = False
     max_skipped_steps: int = 10
-    device: str = "cpu"
+    device: str = "auto"
     strategy: str = "auto"
     devices: int = 1
     num_nodes: int = 1
@@ -158,8 +173,9 @@ class TrainConfig:
         _one_of("schedule", self.schedule, SCHEDULES)
         _one_of("strategy", self.strategy, STRATEGIES)
         _one_of("precision", self.precision, PRECISIONS)
-        counts = ("steps", "batch_size", "seq_len", "eval_batches", "log_interval", "keep_checkpoints")
-        for name in (*counts, "devices", "num_nodes", "micro_batches"):
+        self._take_sizes()
+        positive = ("steps", "batch_size", "seq_len", "eval_batches", "log_interval", "keep_checkpoints")
+        for name in (*positive, "devices", "num_nodes", "micro_batches"):
             _in_range(name, getattr(self, name), 1)
         for name in ("sample_tokens", "max_skipped_steps", "workers"):
             _in_range(name, getattr(self, name), 0)
@@ -185,12 +201,48 @@ class TrainConfig:
                 f"{self.micro_batches} x {self.devices} x {self.num_nodes}"
             )
 
+    def _take_sizes(self) -> None:
+        """Replace sizes that are None by the preset's, and check them all."""
+        preset = PRESETS[self.preset]
+        given = {name: getattr(self, name) for name in SIZES}
+        for name, value in given.items():
+            if value is not None:
+                _in_range(name, value, 1)
+        sizes = {name: getattr(preset, name) if value is None else value for name, value in given.items()}
+        if given["hidden_dim"] is None:
+            sizes["hidden_dim"] = max(1, sizes["embedding_dim"] * preset.hidden_dim // preset.embedding_dim)
+        for name, value in sizes.items():
+            object.__setattr__(self, name, value)  # the class is frozen for all others
+        if sizes["embedding_dim"] % sizes["num_heads"]:
+            # Begins with the one that was given, or else with the preset's that does not fit it.
+            which = "embedding_dim" if given["num_heads"] is None else "num_heads"
+            other = "num_heads" if which == "embedding_dim" else "embedding_dim"
+            raise ValueError(
+                f"{which} is {sizes[which]}; num_heads must divide embedding_dim, and {other} is {sizes[other]}"
+                + (f", the {self.preset} preset's" if given[other] is None else "")
+            )
+
+    @property
+    def warmup(self) -> int:
+        """Steps in which the learning rate rises."""
+        return min(500, self.steps // 20) if self.warmup_steps is None else self.warmup_steps
+
+    @property
+    def eval_every(self) -> int:
+        """Steps between validations; the last step has one, too."""
+        return self.eval_interval or max(100, self.steps // 10)
+
+    @property
+    def checkpoint_every(self) -> int:
+        """Steps between checkpoints; the last step has one, too."""
+        return self.checkpoint_interval or self.eval_every
+
     @classmethod
     def from_preset(cls, preset: str, **changes: Any) -> TrainConfig:
-        """The config that suits `preset`; `changes` that are None leave the preset's value."""
+        """Return the config that suits `preset`; `changes` that are None leave the preset's value."""
         _one_of("preset", preset, PRESETS)
         chosen = PRESETS[preset]
-        names = {field.name for field in fields(cls)}
+        names = {field.name for field in fields(cls)} - set(SIZES)  # which the constructor takes from the preset
         values = {name: value for name, value in asdict(chosen).items() if name in names}
         values.update({name: value for name, value in changes.items() if value is not None})
         if values.get("tokenizer", "bpe") != "bpe" and changes.get("vocab_size") is None:
@@ -198,17 +250,37 @@ class TrainConfig:
             values["vocab_size"] = None if values["tokenizer"] == "char" else 4 * chosen.vocab_size
         return cls(preset=preset, **values)
 
+    @classmethod
+    def from_run(cls, run: str | PathLike[str], **changes: Any) -> TrainConfig:
+        """Return a config for going on from the weights of `run` in a new training, see `tinyllm.training.train`.
+
+        The model, its context `seq_len` and the tokenizer are the run's; all else suits the preset, or is in `changes`.
+
+        Raises:
+            FileNotFoundError: there is no run.
+            ValueError: a change would make it another model or tokenizer; a value is out of range; config.json is
+                damaged.
+        """
+        from tinyllm.runs import read_config
+
+        before = saved_config(read_config(run), run)
+        values = {name: value for name, value in changes.items() if value is not None}
+        for name in ("preset", *SIZES, "seq_len", "tokenizer", "vocab_size"):
+            if values.setdefault(name, getattr(before, name)) != getattr(before, name):
+                raise ValueError(
+                    f"{name} is {values[name]!r}, but the training in {run} has {getattr(before, name)!r}; its weights "
+                    "are taken with their model and their tokenizer as they are"
+                )
+        return cls.from_preset(**values)
+
     def model_config(self, vocab_size: int) -> SimpleLLMConfig:
-        """The model that this config trains, for a tokenizer of `vocab_size`."""
+        """Return the config of the model to train, for a tokenizer of `vocab_size`."""
         from tinyllm.model import SimpleLLMConfig
 
         preset = PRESETS[self.preset]
         return SimpleLLMConfig(
             vocab_size=vocab_size,
-            embedding_dim=preset.embedding_dim,
-            hidden_dim=preset.hidden_dim,
-            num_layers=preset.num_layers,
-            num_heads=preset.num_heads,
+            **{name: getattr(self, name) for name in SIZES},
             causal=True,
             max_seq_len=self.seq_len,  # at positions it was not trained on it would write nonsense
             dropout=self.dropout,
@@ -217,6 +289,51 @@ class TrainConfig:
             tie_embeddings=preset.modern,
             position="learned" if preset.modern else "sinusoidal",
         )
+
+
+def saved_config(saved: dict[str, Any], run: str | PathLike[str]) -> TrainConfig:
+    """Return the config that the content of `run`'s config.json has.
+
+    Raises:
+        ValueError: it has none, or a broken one.
+    """
+    try:
+        return TrainConfig(**saved["training"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{Path(run, 'config.json')} does not say how the model was trained: {error}") from error
+
+
+def describe(config: TrainConfig) -> str:
+    """Return what a training will do in three lines: the model, the steps with their learning rate, and the rest."""
+    c = config
+    peak = f"lr {c.lr:g}"
+    if c.warmup:
+        peak += f" after {count(c.warmup, 'warmup step')}"
+    low = f"{c.lr * c.min_lr_ratio:g}"
+    after = {
+        "constant": "constant",
+        "cosine": f"cosine to {low}",
+        "linear": f"linear to {low}",
+        "wsd": f"constant, and linear to {low} in the last {c.decay_fraction:.0%} of the steps",
+    }[c.schedule]
+    parts = f" in {c.micro_batches} parts" if c.micro_batches > 1 else ""
+    rest = [f"weight decay {c.weight_decay:g}", f"dropout {c.dropout:g}"]
+    if c.label_smoothing:
+        rest.append(f"label smoothing {c.label_smoothing:g}")
+    if c.ema is not None:
+        rest.append(f"averaged weights {c.ema:g}")
+    rest += [name for name in ("packing", "checkpointing", "compile") if getattr(c, name)]
+    rest.append(c.precision)
+    if c.eval_every == c.checkpoint_every:
+        rest.append(f"validation and checkpoint every {count(c.eval_every, 'step')}")
+    else:
+        rest.append(f"validation every {count(c.eval_every, 'step')}, checkpoint every {c.checkpoint_every:,}")
+    return (
+        f"Preset: {c.preset}, with {count(c.num_layers or 0, 'layer')}, {count(c.num_heads or 0, 'head')}, "
+        f"embedding dimension {c.embedding_dim:,}, hidden dimension {c.hidden_dim:,}\n"
+        f"Plan: {count(c.steps, 'step')} of {c.batch_size:,} x {c.seq_len:,} tokens{parts}; {peak}, {after}\n"
+        f"Settings: {', '.join(rest)}; seed {c.seed}"
+    )
 
 
 def _one_of(name: str, value: str, allowed: Iterable[str]) -> None:

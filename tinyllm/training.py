@@ -23,7 +23,7 @@ from tinyllm.loop import Fitted, fit
 from tinyllm.model import SimpleLLM, choose_device, init_gpt2_weights
 from tinyllm.ops import _products
 from tinyllm.optim import adamw, learning_rate
-from tinyllm.presets import PRESETS, RESUMABLE, Preset, TrainConfig
+from tinyllm.presets import PRESETS, RESUMABLE, Preset, TrainConfig, saved_config
 from tinyllm.room import memory_error
 from tinyllm.shards import open_shards
 from tinyllm.succession import giving_up, recover
@@ -154,7 +154,7 @@ def resume(
     """
     out = Path(out)
     saved = checkpoint.load_config(out)
-    config = _changed(_saved_config(saved, out), changes, out)
+    config = _changed(saved_config(saved, out), changes, out)
     fabric = launch(config, say)
     with ExitStack() as stack:
 
@@ -255,13 +255,6 @@ def _datasets(
     return TokenDataset(train, vocab_size, seq_len), TokenDataset(val, vocab_size, min(seq_len, max(longest, 1)))
 
 
-def _saved_config(saved: dict[str, Any], out: Path) -> TrainConfig:
-    try:
-        return TrainConfig(**saved["training"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{out / checkpoint.CONFIG_FILE} does not say how the model was trained: {error}") from error
-
-
 def _changed(config: TrainConfig, changes: dict[str, Any], out: Path) -> TrainConfig:
     names = {item.name for item in fields(TrainConfig)}
     wanted = {name: value for name, value in changes.items() if value is not None}
@@ -271,6 +264,7 @@ def _changed(config: TrainConfig, changes: dict[str, Any], out: Path) -> TrainCo
         if name not in RESUMABLE and value != getattr(config, name):
             raise ValueError(
                 f"{name} is {value!r}, but the training in {out} has {getattr(config, name)!r}; a resumed training may "
-                f"change {', '.join(sorted(RESUMABLE))}"
+                "change its steps, how it is computed and how it is watched, not what it learns: see `tinyllm train "
+                "--help`"
             )
     return replace(config, **wanted)

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import typer
 
 from tinyllm import _interrupt
+from tinyllm.cli._help import App
 
 SAMPLE_TOKENS = 200
 SAMPLE_TEMPERATURE = 0.7  # at 1 a model this young wanders off
@@ -21,11 +22,10 @@ _TRACEBACK = "TINYLLM_TRACEBACK"  # set it to see where an error comes from
 # The keys of PRESETS: a test compares them.
 PresetName = Literal["tutorial", "tiny", "small", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "gpt3"]
 
-app = typer.Typer(
+app = App(
     name="tinyllm",
     help="Train a small language model on real text, and let it write.\n\nStart with: tinyllm train",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
@@ -64,14 +64,14 @@ def one_line_errors() -> Iterator[None]:
         raise typer.Exit(130) from None
     except BrokenPipeError:
         raise  # the reader of our output has gone, such as `| head`: typer ends in silence
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, ImportError, MemoryError) as error:
         if os.environ.get(_TRACEBACK):
             raise
         if not is_worker():
             if isinstance(error, OSError) and error.filename is not None:
                 line = f"{error.filename}: {error.strerror}"
-            else:
-                line = _as_typed(" ".join(str(error).split()))
+            else:  # MemoryError mostly comes without a word
+                line = _as_typed(" ".join(str(error).split()) or "out of memory")
             typer.echo(f"tinyllm: error: {line}", err=True)
         raise typer.Exit(2) from None
 

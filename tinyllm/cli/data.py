@@ -40,35 +40,47 @@ def prepare(
     ] = "bpe",
     vocab_size: Annotated[
         int | None,
-        typer.Option(help="The most tokens to learn. Default: 50257, as GPT-2; for char every character."),
+        typer.Option(
+            help="The largest number of tokens to learn. Default: 50257, as GPT-2 has; for char, every character."
+        ),
     ] = None,
     tokenizer_sample: Annotated[
-        float, typer.Option(metavar="MB", help="Text to learn them from; takes three times as much memory.")
+        float,
+        typer.Option(
+            metavar="MB",
+            help="How much of the text the tokens are learnt from, which takes three times as much memory.",
+        ),
     ] = 64.0,
     text_column: Annotated[
-        str, typer.Option(metavar="NAME", help="What JSON lines, Parquet files and datasets call the text.")
+        str, typer.Option(metavar="NAME", help="The name of the text in JSON lines, Parquet files and datasets.")
     ] = "text",
     workers: Annotated[
-        int | None, typer.Option(help="Processes that tokenize, about 100 MB each. Default: one for each core.")
+        int | None,
+        typer.Option(help="Processes that tokenize; each takes about 100 MB of memory. Default: one for each core."),
     ] = None,
-    shard_size: Annotated[float, typer.Option(metavar="MB", help="Text in one file of the result, about.")] = 64.0,
+    shard_size: Annotated[
+        float, typer.Option(metavar="MB", help="About how much text goes into one file of the result.")
+    ] = 64.0,
     val_fraction: Annotated[
         float, typer.Option(help="Share of the documents that is kept for validation, above 0 and below 1.")
     ] = 0.01,
     skip_bad: Annotated[
         bool, typer.Option("--skip-bad", help="Leave out what cannot be read, and count it, instead of stopping.")
     ] = False,
-    seed: Annotated[int, typer.Option(help="Chooses the documents for validation.")] = 0,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start anew in --out; files of others stay.")] = False,
+    seed: Annotated[int, typer.Option(help="The same seed keeps the same documents for validation.")] = 0,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Start anew in --out; other files in it stay.")
+    ] = False,
     check: Annotated[
-        bool, typer.Option("--check", help="Do nothing but compare the files in --out with their checksums.")
+        bool, typer.Option("--check", help="Only compare the files in --out with their checksums.")
     ] = False,
 ) -> None:
     """Turn any amount of text into tokens on disk, for train to read.
 
-    Worth it for text that is too long to tokenize at each training, and for text in other formats. Works on every core,
-    in memory that does not grow with the text. Interrupted, the same command goes on where it stopped. For example:
-    tinyllm prepare --data books/ --out prepared
+    This is for text that is too long to tokenize at each training, or in other formats. It works on every core, in
+    memory that does not grow with the text. After an interruption the same command goes on where it stopped.
+
+    For example: tinyllm prepare --data books/ --out prepared
     """
     with one_line_errors():
         if check:
@@ -96,8 +108,6 @@ def prepare(
                 overwrite=overwrite,
                 say=typer.echo,
             )
-        except ImportError as error:
-            raise ValueError(str(error)) from error  # says what to install
         except KeyboardInterrupt:
             typer.echo("Interrupted: finished shards are kept, and the same command goes on from there.", err=True)
             raise typer.Exit(130) from None

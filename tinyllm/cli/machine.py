@@ -18,20 +18,25 @@ if TYPE_CHECKING:
 
 @app.command()
 def bench(
-    quick: Annotated[bool, typer.Option("--quick", help="A first impression, in a few minutes.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Give a first impression, in a few minutes.")] = False,
     only: Annotated[
         str | None,
-        typer.Option(metavar="PATTERN", help="Rows whose name contains this; * and ? match anything."),
+        typer.Option(metavar="PATTERN", help="Measure only rows whose name contains this; * and ? match anything."),
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Write JSON and pictures there. Default, of a whole run: benchmarks/results."),
+        typer.Option(
+            metavar="DIR",
+            help="Write JSON and pictures there. Default: benchmarks/results for a whole run, nothing for a part.",
+        ),
     ] = None,
 ) -> None:
-    """Compare every operator and the model with PyTorch and torch.compile, on this machine.
+    """Compare the speed of every operator and the model with PyTorch.
 
-    Each result is checked before it is timed. A whole run takes a quarter of an hour. For example:
-    tinyllm bench --only "causal attention forward"
+    The comparison is with PyTorch and torch.compile, on this machine. Each result is checked before it is timed. A
+    whole run takes a quarter of an hour.
+
+    For example: tinyllm bench --only "causal attention forward"
     """
     with one_line_errors():
         missing = [name for name in ("pytest", "pytest_benchmark") if find_spec(name) is None]
@@ -46,17 +51,20 @@ def bench(
 @app.command()
 def check(
     device: Annotated[
-        Literal["cpu", "cuda"] | None, typer.Option(help="Only this one's kernels. Default: those of both.")
+        Literal["cpu", "cuda"] | None,
+        typer.Option(help="Check only the kernels of this device. Default: those of both."),
     ] = None,
     full: Annotated[
-        bool, typer.Option("--full", help="Ten times as many calls, and every instruction set of the processor.")
+        bool,
+        typer.Option("--full", help="Make ten times as many calls, and check every instruction set of the processor."),
     ] = False,
 ) -> None:
-    """Verify on this machine that each kernel computes what plain PyTorch does, forward and backward.
+    """Verify that each kernel computes what plain PyTorch does.
 
-    Random shapes, strides and options in each dtype. The largest error may be twice that of PyTorch in the same dtype,
-    plus some rounding steps. Each operator of each backend is tried in a process of its own with a time limit, so that
-    one that crashes or hangs is only named. Exit status 1 where one fails or hangs.
+    Forward and backward, on this machine, with random shapes, strides and options in each dtype. The largest error may
+    be twice that of PyTorch in the same dtype, plus some rounding steps. Each operator of each backend is tried in a
+    process of its own with a time limit, so that one that crashes or hangs is only named. Exit status 1 where one
+    fails or hangs.
     """
     with one_line_errors():
         prepare_process()
@@ -83,22 +91,42 @@ def check(
 
 @app.command()
 def estimate(
-    preset: Annotated[PresetName, typer.Option(help="The size of the model, as in train.")] = "gpt2",
+    preset: Annotated[
+        PresetName,
+        typer.Option(metavar="NAME", help="The model: a preset of train, as `tinyllm train --help` lists them."),
+    ] = "gpt2",
     devices: Annotated[int, typer.Option(help="How many devices share the work.")] = 1,
     batch_size: Annotated[int, typer.Option(help="Sequences on each device at a time.")] = 1,
     seq_len: Annotated[int | None, typer.Option(help="Tokens in a sequence. Default: the preset's.")] = None,
+    num_layers: Annotated[int | None, typer.Option(help="Transformer blocks. Default: the preset's.")] = None,
+    num_heads: Annotated[int | None, typer.Option(help="Attention heads of a block. Default: the preset's.")] = None,
+    embedding_dim: Annotated[int | None, typer.Option(help="Width of the model. Default: the preset's.")] = None,
+    hidden_dim: Annotated[
+        int | None,
+        typer.Option(help="Width of the feed-forward layers. Default: as many times --embedding-dim as in the preset."),
+    ] = None,
     precision: Annotated[
         Literal["32-true", "bf16-mixed", "bf16-true"],
-        typer.Option(help="Of weights and computation, as Lightning names them."),
+        typer.Option(
+            help="Number formats: 32-true computes in float32, bf16-mixed in bfloat16 with float32 weights, and "
+            "bf16-true has bfloat16 for both."
+        ),
     ] = "bf16-mixed",
     checkpointing: Annotated[
-        bool, typer.Option("--checkpointing", help="Keep only the blocks' inputs, and compute the rest again.")
+        bool,
+        typer.Option("--checkpointing", help="Keep only the blocks' inputs for backward, and compute the rest again."),
     ] = False,
-    device_memory: Annotated[float, typer.Option(help="GiB of a device.")] = 80.0,
-    peak_tflops: Annotated[float, typer.Option(help="A device's peak, in TFLOP/s. Default: an H100's, bf16.")] = 989.0,
-    mfu: Annotated[float, typer.Option(help="The fraction of it that training reaches, above 0 and to 1.")] = 0.4,
+    device_memory: Annotated[float, typer.Option(help="Memory of a device, in GiB.")] = 80.0,
+    peak_tflops: Annotated[
+        float, typer.Option(help="The peak of a device, in TFLOP/s; the default is an H100's, in bfloat16.")
+    ] = 989.0,
+    mfu: Annotated[
+        float, typer.Option(help="The fraction of the peak that training reaches, above 0 and at most 1.")
+    ] = 0.4,
 ) -> None:
-    """Say what training a model of a preset's size takes: parameters, memory, time. Nothing is trained.
+    """Say what parameters, memory and time a training takes.
+
+    Nothing is trained.
 
     For example: tinyllm estimate --preset gpt3 --devices 64 --checkpointing
     """
@@ -108,7 +136,14 @@ def estimate(
                 raise ValueError(f"--{name} is {value}; a positive number is needed")
         if mfu > 1:
             raise ValueError(f"--mfu is {mfu}; at most 1 is allowed")
-        config = TrainConfig.from_preset(preset, seq_len=seq_len)
+        config = TrainConfig.from_preset(
+            preset,
+            seq_len=seq_len,
+            num_layers=num_layers,
+            num_heads=num_heads,
+            embedding_dim=embedding_dim,
+            hidden_dim=hidden_dim,
+        )
         prepare_process()
         from tinyllm import estimate as estimates
 
@@ -131,7 +166,10 @@ def info(
         ),
     ] = False,
 ) -> None:
-    """Show versions, what is built, and which backend serves each operator, and why."""
+    """Show versions, what is built, and what serves each operator.
+
+    For each operator: the backend that serves it here, and why the others do not.
+    """
     with one_line_errors():
         prepare_process()
         from tinyllm._info import print_info

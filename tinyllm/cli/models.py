@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 Checkpoint = Annotated[
     str,
-    typer.Option(metavar="last|best|STEP", help="Which of its weights: the last, the best, or a step's."),
+    typer.Option(metavar="last|best|STEP", help="The weights of this checkpoint: the last, the best, or a step's."),
 ]
 
 
@@ -121,14 +121,15 @@ def evaluate(
     paths: Annotated[
         list[Path] | None, typer.Argument(metavar="PATH", help="More files or directories, as after --data.")
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Sequences at a time.")] = 16,
+    batch_size: Annotated[int, typer.Option(help="Sequences that are computed at a time.")] = 16,
     checkpoint: Checkpoint = "last",
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto: a GPU if there is one.")] = "auto",
 ) -> None:
-    """Measure how well a trained model predicts texts: loss, perplexity, bits per byte.
+    """Measure how well a trained model predicts texts.
 
-    Bits per byte compare models whatever their tokenizers. For example: tinyllm eval --run
-    runs/tiny-1 --data new.txt
+    Its loss, perplexity and bits per byte are shown. Bits per byte compare models whatever their tokenizers.
+
+    For example: tinyllm eval --run runs/tiny-1 --data new.txt
     """
     with one_line_errors():
         prepare_process()

@@ -60,15 +60,18 @@ def plot(
         Literal["step", "tokens", "time"], typer.Option("--x", help="What to draw over: steps, tokens or time.")
     ] = "step",
     split: Annotated[
-        Literal["val", "train", "both"], typer.Option(help="Which losses to compare. Both: training thin.")
+        Literal["val", "train", "both"],
+        typer.Option(help="Which losses to compare; with both, those of training are thin."),
     ] = "both",
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a file that this command did not draw.")
     ] = False,
 ) -> None:
-    """Draw runs: one run's loss, learning rate and throughput, or the losses of several in one picture.
+    """Draw the losses of one run or of several.
 
-    Runs that are under way can be drawn, too. For example: tinyllm plot runs/tiny-1 runs/tiny-2
+    One run's picture has its learning rate and throughput, too. Runs that are under way can be drawn as well.
+
+    For example: tinyllm plot runs/tiny-1 runs/tiny-2
     """
     with one_line_errors():
         single = len({run.resolve() for run in runs}) == 1
@@ -102,13 +105,15 @@ def list_runs(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="For programs: all that is known, as JSON.")] = False,
     sort: Annotated[
-        SortKey, typer.Option(help="By what. The latest, largest and fastest come first, and the lowest loss.")
+        SortKey, typer.Option(help="Sort by this: the latest, the largest, the fastest or the lowest loss comes first.")
     ] = "when",
 ) -> None:
-    """List runs: their size, their steps, the last and the best validation loss, their speed, their state.
+    """List runs with their steps, losses, speed and state.
 
-    A run that has not done all its steps is running, interrupted (its weights are saved) or killed (the steps since its
-    last checkpoint are lost). For example: tinyllm runs --sort best
+    The losses are the last and the best validation loss. A run that has not done all its steps is running, interrupted
+    (its weights are saved) or killed (the steps since its last checkpoint are lost).
+
+    For example: tinyllm runs --sort best
     """
     with one_line_errors():
         found = [describe_run(folder) for folder in find_runs(directories or [RUNS])]

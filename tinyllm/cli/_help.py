@@ -1,0 +1,49 @@
+"""How a command's help is laid out: options in groups, in plain text that reads well in any terminal and in a pipe."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import typer
+from typer.core import TyperCommand
+
+
+class Command(TyperCommand):
+    """A command whose options are listed under their `rich_help_panel`, in the order in which these first come.
+
+    Typer itself shows such panels in boxes only, drawn by rich, which leave half of 80 columns to the text.
+    """
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write the arguments and each group of options as a section of its own."""
+        sections: dict[str, list[tuple[str, str]]] = {"Arguments": []}
+        for param in self.get_params(ctx):
+            record = param.get_help_record(ctx)
+            if record is None:
+                continue
+            name, text = record
+            if param.param_type_name == "argument":
+                # A metavar says it; typer adds a Python type's name behind it.
+                sections["Arguments"].append((name.split(" <")[0], text))
+            else:
+                panel = getattr(param, "rich_help_panel", None) or "Options"
+                sections.setdefault(panel, []).append((_plain(name), text))
+        for title, records in sections.items():
+            if records:
+                with formatter.section(title):
+                    formatter.write_dl(records)
+
+
+class App(typer.Typer):
+    """An application whose commands lay out their help so."""
+
+    def command(self, *args: Any, **options: Any) -> Any:
+        """Register a command; see `typer.Typer.command`."""
+        return super().command(*args, **{"cls": Command} | options)
+
+
+def _plain(name: str) -> str:
+    """Replace a Python type's name by what is typed."""
+    for kind, word in (("<int>", "NUMBER"), ("<float>", "NUMBER"), ("<str>", "TEXT"), ("<path>", "PATH")):
+        name = name.replace(kind, word)
+    return name
