@@ -46,6 +46,11 @@ def is_worker() -> bool:
     return any(os.environ.get(name, "0") != "0" for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID", "NODE_RANK"))
 
 
+def is_first_of_node() -> bool:
+    """Return whether this process is the first one on its machine, or the only one: whoever started it reads it."""
+    return all(os.environ.get(name, "0") == "0" for name in ("LOCAL_RANK", "SLURM_LOCALID"))
+
+
 def write(text: str) -> None:
     sys.stdout.write(text)
     sys.stdout.flush()
@@ -59,7 +64,7 @@ def one_line_errors() -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second one ends the program without a word
-        if not is_worker():
+        if is_first_of_node():
             typer.echo("tinyllm: interrupted", err=True)
         raise typer.Exit(130) from None
     except BrokenPipeError:
@@ -67,7 +72,7 @@ def one_line_errors() -> Iterator[None]:
     except (ValueError, OSError, FloatingPointError, ImportError, MemoryError) as error:
         if os.environ.get(_TRACEBACK):
             raise
-        if not is_worker():
+        if is_first_of_node():
             if isinstance(error, OSError) and error.filename is not None:
                 line = f"{error.filename}: {error.strerror}"
             else:  # MemoryError mostly comes without a word

@@ -17,6 +17,7 @@ from tinyllm.cli._app import (
     SAMPLE_TOKENS,
     PresetName,
     app,
+    is_first_of_node,
     is_worker,
     one_line_errors,
     prepare_process,
@@ -385,7 +386,7 @@ def train(
         from tinyllm import training
 
         shown = not is_worker()
-        say = typer.echo if shown else lambda line: None
+        say = typer.echo if is_first_of_node() else lambda line: None  # another node says whom it waits for
         start = time.perf_counter()
         if resume is None:
             result = training.train(
@@ -430,20 +431,11 @@ def _chosen(given: dict[str, Any], from_file: dict[str, Any], path: Path | None,
 
 def _show(result: TrainResult, prompt: str | None, seconds: float) -> None:
     """Show what came of a training: a sample, the loss, where everything is, what to do next."""
-    from tinyllm.data import first_tokens
-    from tinyllm.generation import stream_text
+    from tinyllm.checkpoint import checkpoints
 
-    tokenizer = result.tokenizer
-    # On text of the user's own nobody knows a good beginning but the text itself.
-    start = prompt or first_tokens(result.val_file, tokenizer.vocab_size, 16)
-    shown = prompt or tokenizer.decode(start)  # type: ignore[arg-type]
-    rule = "-" * 72
-    typer.echo(f"\nA sample, going on from {shown!r}:\n{rule}")
-    write(shown)
-    for piece in stream_text(result.model, tokenizer, start, SAMPLE_TOKENS, SAMPLE_TEMPERATURE, seed=0):
-        write(piece)
-    typer.echo(f"\n{rule}")
-    if result.interrupted:
+    if not result.interrupted:  # whoever stops it wants it to end
+        _show_sample(result, prompt)
+    elif result.steps in checkpoints(result.out):
         typer.echo(f"Interrupted: the model is saved as it was after step {result.steps}; --resume goes on from there.")
     loss = "" if result.val_loss is None else f", validation loss {result.val_loss:.3f}"
     run = shlex.quote(str(result.out))
@@ -451,3 +443,18 @@ def _show(result: TrainResult, prompt: str | None, seconds: float) -> None:
     for path in sorted(result.out.iterdir()):
         typer.echo(f"  {path.name}{'/' if path.is_dir() else ''}")
     typer.echo(f'Write more: tinyllm generate --run {run} --prompt "{prompt or "TEXT"}"')
+
+
+def _show_sample(result: TrainResult, prompt: str | None) -> None:
+    from tinyllm.data import first_tokens
+    from tinyllm.generation import stream_text
+
+    # On text of the user's own nobody knows a good beginning but the text itself.
+    start = prompt or first_tokens(result.val_file, result.tokenizer.vocab_size, 16)
+    shown = prompt or result.tokenizer.decode(start)  # type: ignore[arg-type]
+    rule = "-" * 72
+    typer.echo(f"\nA sample, going on from {shown!r}:\n{rule}")
+    write(shown)
+    for piece in stream_text(result.model, result.tokenizer, start, SAMPLE_TOKENS, SAMPLE_TEMPERATURE, seed=0):
+        write(piece)
+    typer.echo(f"\n{rule}")
