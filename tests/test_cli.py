@@ -75,7 +75,7 @@ def test_help(here: Here, tmp_path: Path) -> None:
         "micro-batches checkpointing compile workers",
         "generate": "run prompt max-new-tokens temperature top-k seed checkpoint device",
         "bench": "quick only out",
-        "eval": "run data batch-size checkpoint device",
+        "eval": "run data text-column skip-bad batch-size checkpoint device",
         "estimate": "preset devices batch-size seq-len precision checkpointing device-memory peak-tflops mfu",
         "info": "help",
         "prepare": "data out tokenizer vocab-size tokenizer-sample text-column workers shard-size val-fraction "

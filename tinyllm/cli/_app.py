@@ -64,8 +64,9 @@ def one_line_errors() -> Iterator[None]:
         raise typer.Exit(130) from None
     except BrokenPipeError:
         raise  # the reader of our output has gone, such as `| head`: typer ends in silence
-    except (ValueError, OSError, FloatingPointError) as error:
-        if os.environ.get(_TRACEBACK):
+    except (ValueError, OSError, FloatingPointError, ImportError) as error:
+        # An import that fails has the module's name; ours says what to install for an input of some kind.
+        if os.environ.get(_TRACEBACK) or (isinstance(error, ImportError) and error.name is not None):
             raise
         if not is_worker():
             if isinstance(error, OSError) and error.filename is not None:
