@@ -76,6 +76,18 @@ def error(done: tuple[int, str, str]) -> str:
     return line
 
 
+# A1: nothing is removed before what could be known is
+
+
+def test_a1_overwrite_keeps_what_it_cannot_replace(prepared: Path, tmp_path: Path, here: Here) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(prepared, out)
+    (tmp_path / "late.txt").write_bytes(b"line\n" * 300 + b"\xff")
+    for name in ("nowhere", "late.txt"):
+        error(here("prepare", "--data", name, "--out", "out", "--overwrite", "--shard-size", 0.001, cwd=tmp_path))
+        open_shards(out).verify()
+
+
 # A3: what tinyllm wrote is no text
 
 
@@ -484,6 +496,23 @@ def test_d_samples_of_streams_are_bounded(tmp_path: Path) -> None:
     assert taken({"a": 2000, "b": 2000}, 5000) == {"a": 3000, "b": 2000}
     assert taken({"a": 12_000, "b": 2000}, 14_000) == {"a": 10_000, "b": 4000}  # what one lacks the next may have
     assert taken({"a": 1000, "b": 1000}, 100_000) == {"a": 10_000, "b": 10_000}
+
+
+def test_d_a_small_text_beside_a_dataset_is_sampled() -> None:
+    from tinyllm.prepare.documents import Part
+    from tinyllm.prepare.inputs import Input
+    from tinyllm.prepare.run import _samples
+
+    class Plan:
+        streams = [Input("hf:one", "hf"), Input("hf:two", "hf")]  # noqa: RUF012
+
+        def __init__(self, size: int) -> None:
+            self.units = [[Part("text", "a.txt", 0, size, size)]]
+
+    size = 24 * 10**6
+    small, large = (_samples(Plan(text), size) for text in (10_000, 10 * size))  # type: ignore[arg-type]
+    assert [quota for _, quota in small] == [10_000, 11_995_000, 11_995_000]
+    assert [quota for _, quota in large] == [20 * 10**6, 2 * 10**6, 2 * 10**6]
 
 
 # D: words, progress, unknown tokens

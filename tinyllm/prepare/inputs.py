@@ -165,7 +165,7 @@ def _is_directory(path: Path) -> bool:
         return stat.S_ISDIR(mode)
     if stat.S_ISFIFO(mode):
         raise FileNotFoundError(f"{path} is a pipe, which can be read only once; write the text to a file")
-    kind = "a device" if stat.S_ISCHR(mode) or stat.S_ISBLK(mode) else "neither"
+    kind = "a socket" if stat.S_ISSOCK(mode) else "a device"
     raise FileNotFoundError(f"{path} is {kind}; a file or a directory is needed")
 
 

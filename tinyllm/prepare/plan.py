@@ -40,19 +40,18 @@ class Plan:
     def make(cls, data: Sequence[Any], out: Path, settings: dict[str, Any], skip_bad: bool, overwrite: bool) -> Plan:
         """Return the plan in `out`, if it is for the same inputs and settings; else a new one.
 
-        A new one replaces a plan of which nothing has been done: the settings may have been what was wrong.
+        A new one replaces a plan of which nothing has been done: the settings may have been what was wrong. With
+        `overwrite` it replaces any, and what was done, once the inputs are found.
 
         Raises:
             ValueError: there is another plan, of which something has been done (names what differs), or a damaged one.
         """
-        if overwrite:
-            _remove_ours(out)
         path = out / WORK_FOLDER / "plan.json"
         skipped = Skipped(skip_bad)
         found = find_inputs(data, skipped, out)
         binary = [name for name, _ in found.binary]
         rows = [list(asdict(entry).values()) for entry in found.inputs]
-        if path.is_file():
+        if path.is_file() and not overwrite:
             plan, content = _read_plan(path, out)
             plan.binary = binary
             differ = _differences(content, settings, rows)
@@ -64,8 +63,10 @@ class Plan:
                     f"{out} holds other prepared data: {differ[0]}{more}; choose another directory, or start anew "
                     f"with --overwrite"
                 )
-        elif strange := next((name for name in (MANIFEST_FILE, TOKENIZER_FILE) if (out / name).exists()), None):
-            raise ValueError(f"out {out} holds a {strange}, of something else; choose another directory")
+        elif not (overwrite and path.parent.is_dir()):
+            for name in (MANIFEST_FILE, TOKENIZER_FILE):
+                if (out / name).exists():
+                    raise ValueError(f"out {out} holds a {name}, of something else; choose another directory")
         for where, why in found.binary:
             skipped.note(where, why)
         units = _pack(found.inputs, int(settings["shard_size"] * MEGABYTE), settings["text_column"], skipped)
@@ -76,7 +77,7 @@ class Plan:
             "units": [[part.as_json() for part in parts] for parts in units],
             "skipped": [skipped.count, skipped.named],
         }
-        (out / TOKENIZER_FILE).unlink(missing_ok=True)  # of the plan that is replaced
+        _remove_ours(out)
         write_text(path, json.dumps(content))
         plan = cls(out, content)
         plan.binary = binary

@@ -200,8 +200,13 @@ def _samples(plan: Plan, size: int) -> list[tuple[dict[str, Any], int]]:
     it is left over goes to the streams, see `sample_texts`.
     """
     sources = [(asdict(part), part.size) for unit in plan.units for part in unit]
-    # Of a dataset nobody knows the size: it gets the sample's, as if it were a file that long.
-    sources += [(asdict(entry), entry.size * _STREAM_EXPANDS or size) for entry in plan.streams]
+    sources += [(asdict(entry), entry.size * _STREAM_EXPANDS) for entry in plan.streams]
+    known = sum(weight for _, weight in sources)
+    datasets = sum(entry.kind == "hf" for entry in plan.streams)
+    # Of a dataset nobody knows the size: it gets what the others leave if that is most of the sample, else a share as
+    # if it were as long as the sample.
+    unknown = (size - known) // max(1, datasets) if 2 * known <= size else size
+    sources = [(source, unknown if source["kind"] == "hf" else weight) for source, weight in sources]
     share = min(1.0, size / max(1, sum(weight for _, weight in sources)))
     credit = 0.0
     samples = []
