@@ -137,6 +137,15 @@ def test_the_seed_shuffles_documents(tree: Path) -> None:
     assert {frozenset(order) for order in orders} == {frozenset(next(iter(orders)))}
 
 
+def test_the_order_of_texts_is_that_of_files_shuffled_by_the_seed(tree: Path) -> None:
+    (tree / "empty.txt").write_text("no more")
+    corpus = find_files([tree])
+    for seed in range(5):
+        files = list(corpus.files)  # so that trainings are the same as ever
+        random.Random(seed).shuffle(files)
+        assert list(corpus.texts(seed)) == [path.read_text() for path in files]
+
+
 # Token files
 
 

@@ -86,6 +86,8 @@ def test_a1_overwrite_keeps_what_it_cannot_replace(prepared: Path, tmp_path: Pat
     for name in ("nowhere", "late.txt"):
         error(here("prepare", "--data", name, "--out", "out", "--overwrite", "--shard-size", 0.001, cwd=tmp_path))
         open_shards(out).verify()
+    error(here("prepare", "--data", "late.txt", "--skip-bad", "--out", "out", "--overwrite", "--vocab-size", 100))
+    open_shards(out).verify()
 
 
 # A3: what tinyllm wrote is no text
@@ -99,8 +101,12 @@ def test_a3_what_was_prepared_is_no_text(prepared: Path, unfinished: Path, train
     (folder / "runs" / "one" / "notes.txt").write_text("beside the weights")
     shutil.copytree(trained, folder / "runs" / "failed")
     (folder / "runs" / "failed" / "metrics.jsonl").unlink()
-    assert [path.name for path in find_files([folder]).files] == ["my.txt"]
-    out = run(folder, folder / "new", tokenizer=prepared / "tokenizer.json")
+    corpus = find_files([folder])
+    assert [path.name for path in corpus.files] == ["my.txt"]
+    assert corpus.notes == (f"Skipped 4 folders of prepared data or of a training, such as {folder / 'finished'}",)
+    said: list[str] = []
+    out = run(folder, folder / "new", tokenizer=prepared / "tokenizer.json", say=said.append)
+    assert said == list(corpus.notes)  # the result is not among them
     assert out.manifest["documents"] == 1
 
     for command in (["train", "--out", "x"], ["eval", "--run", trained]):

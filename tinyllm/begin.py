@@ -140,8 +140,8 @@ def _tokenize(
     say: Say,
 ) -> tuple[Tokenizer, dict[str, Any]]:
     say(f"Text: {corpus.describe()}")
-    if corpus.skipped:
-        say(f"Skipped {count(len(corpus.skipped), 'binary file')}, such as {corpus.skipped[0]}")
+    for line in corpus.notes:
+        say(line)
     if source is None:
         most = "" if config.vocab_size is None else f" of up to {count(config.vocab_size, 'token')}"
         say(f"Training a {config.tokenizer} tokenizer{most}")

@@ -46,6 +46,7 @@ class Corpus:
         inputs: the files, and how each is read, in an order that does not depend on the machine.
         skipped: binary files that lay in the directories and are passed over.
         text_column: under which name JSON lines and Parquet files hold the text.
+        notes: lines that say what was passed over below the directories, `skipped` and folders that `tinyllm` wrote.
         left_out: what could not be read, and was left out, up to now in the last call of `texts`. Only where that is
             allowed (`left_out.allowed`); `left_out.count` says how much, `left_out.named` gives examples with reasons.
     """
@@ -54,6 +55,7 @@ class Corpus:
     inputs: tuple[Input, ...]
     skipped: tuple[Path, ...] = ()
     text_column: str = "text"
+    notes: tuple[str, ...] = ()
     left_out: Skipped = field(default_factory=lambda: Skipped(False))
 
     def __post_init__(self) -> None:
@@ -152,7 +154,7 @@ def find_files(paths: Sequence[str | os.PathLike[str]], *, text_column: str = "t
     found = find_inputs(paths, left_out)
     name = str(paths[0]) if len(paths) == 1 else count(len(found.inputs), "file")
     skipped = tuple(Path(path) for path, _ in found.binary)
-    return Corpus(name, tuple(found.inputs), skipped, text_column, left_out)
+    return Corpus(name, tuple(found.inputs), skipped, text_column, tuple(found.notes()), left_out)
 
 
 def read_text(path: str | os.PathLike[str]) -> str:

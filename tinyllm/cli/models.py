@@ -147,8 +147,8 @@ def evaluate(
         from tinyllm.model import choose_device
 
         corpus = find_files([*data, *(paths or [])], text_column=text_column, skip_bad=skip_bad)
-        if corpus.skipped:
-            typer.echo(f"Skipped {count(len(corpus.skipped), 'binary file')}, such as {corpus.skipped[0]}")
+        for line in corpus.notes:
+            typer.echo(line)
         model, tokenizer, _ = load_run(run, choose_device(device), checkpoint=_which(checkpoint))
         found = evaluate_texts(model, tokenizer, corpus.texts(0), batch_size, show_progress=True)
         if corpus.left_out.count:

@@ -15,6 +15,7 @@ from typing import Literal
 
 from tinyllm import runs
 from tinyllm._locks import is_owned
+from tinyllm._words import count
 from tinyllm.shards import WORK_FOLDER, is_prepared
 
 Kind = Literal["text", "jsonl", "parquet", "gz", "zst", "hf"]
@@ -85,10 +86,22 @@ class Found:
     Attributes:
         inputs: each once, in an order that does not depend on the machine.
         binary: path and reason of the files below directories that evidently are no text.
+        folders: those below directories that `tinyllm` wrote.
     """
 
     inputs: list[Input]
     binary: list[tuple[str, str]]
+    folders: list[str]
+
+    def notes(self) -> list[str]:
+        """Return what is to be said of what was passed over, in lines."""
+        lines = []
+        if self.binary:
+            lines.append(f"Skipped {count(len(self.binary), 'binary file')}, such as {self.binary[0][0]}")
+        if self.folders:
+            what = count(len(self.folders), "folder")
+            lines.append(f"Skipped {what} of prepared data or of a training, such as {self.folders[0]}")
+        return lines
 
 
 class _NoTextError(ValueError):
@@ -119,6 +132,7 @@ def find_inputs(
     result = None if out is None else os.path.realpath(out)
     found: dict[str, Input] = {}  # by their real paths
     binary: dict[str, tuple[str, str]] = {}
+    folders: dict[str, str] = {}
     refused: set[str] = set()
     for given in [os.fspath(name) for name in data]:
         if given.startswith(DATASET_PREFIX):
@@ -131,7 +145,7 @@ def find_inputs(
             raise ValueError(f"{path} is both among the data and where the result is to go; choose another --out")
         if below and (why := no_text(path)):
             raise ValueError(f"{path} {why}")
-        for file in walk(path, out=result) if below else [path]:
+        for file in walk(path, out=result, passed_over=folders) if below else [path]:
             real = os.path.realpath(file)
             if real in found or real in refused:
                 continue
@@ -152,7 +166,7 @@ def find_inputs(
         where = ", ".join(map(str, data)) or "the empty list of paths"
         more = f": {passed_over[0][0]} {passed_over[0][1]}" if passed_over else ""
         raise ValueError(f"no text in {where}{more}")
-    return Found(list(found.values()), passed_over)
+    return Found(list(found.values()), passed_over, list(folders.values()))
 
 
 def _is_directory(path: Path) -> bool:
@@ -169,13 +183,16 @@ def _is_directory(path: Path) -> bool:
     raise FileNotFoundError(f"{path} is {kind}; a file or a directory is needed")
 
 
-def walk(root: Path, excluded: Iterable[str] = (), out: str | None = None) -> Iterator[Path]:
+def walk(
+    root: Path, excluded: Iterable[str] = (), out: str | None = None, passed_over: dict[str, str] | None = None
+) -> Iterator[Path]:
     """Yield every file below `root` in sorted order, without hidden ones and what `tinyllm` wrote.
 
     Args:
         root: a directory.
         excluded: names of directories to pass over besides.
         out: the real path of another one.
+        passed_over: takes the folders that `tinyllm` wrote, by their real paths.
     """
     passed = {"__pycache__", *excluded}
 
@@ -183,8 +200,11 @@ def walk(root: Path, excluded: Iterable[str] = (), out: str | None = None) -> It
         raise error
 
     for directory, folders, names in os.walk(root, onerror=fail):
-        if no_text(Path(directory)) or (out is not None and os.path.realpath(directory) == out):
+        real = os.path.realpath(directory)
+        if real == out or no_text(Path(directory)):
             folders.clear()
+            if real != out and passed_over is not None:
+                passed_over.setdefault(real, directory)
             continue
         folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in passed)
         for name in sorted(names):

@@ -34,7 +34,7 @@ class Plan:
         self.damaged: list[str] = []  # streams that broke off
         count, named = content["skipped"]
         self.skipped: tuple[int, list[str]] = count, named
-        self.binary: list[str] = []  # files that this call has passed over
+        self.notes: list[str] = []  # what this call has passed over
 
     @classmethod
     def make(cls, data: Sequence[Any], out: Path, settings: dict[str, Any], skip_bad: bool, overwrite: bool) -> Plan:
@@ -49,11 +49,10 @@ class Plan:
         path = out / WORK_FOLDER / "plan.json"
         skipped = Skipped(skip_bad)
         found = find_inputs(data, skipped, out)
-        binary = [name for name, _ in found.binary]
         rows = [list(asdict(entry).values()) for entry in found.inputs]
         if path.is_file() and not overwrite:
             plan, content = _read_plan(path, out)
-            plan.binary = binary
+            plan.notes = found.notes()
             differ = _differences(content, settings, rows)
             if not differ:
                 return plan
@@ -80,7 +79,7 @@ class Plan:
         _remove_ours(out)
         write_text(path, json.dumps(content))
         plan = cls(out, content)
-        plan.binary = binary
+        plan.notes = found.notes()
         return plan
 
     def sidecar(self, number: int) -> Path:

@@ -26,6 +26,7 @@ from tinyllm.prepare.pool import Worker, WorkerPool, usable_cores
 from tinyllm.prepare.streams import stream_lines
 from tinyllm.prepare.worker import naming_full_disk
 from tinyllm.shards import MANIFEST_FILE, TOKENIZER_FILE, Shards, file_sha256, open_shards, token_dtype
+from tinyllm.tokenizer import check_vocab_size
 
 VOCAB_SIZE = 50257  # GPT-2's
 TRAINED = ("bpe", "word", "char")
@@ -114,8 +115,8 @@ def prepare(
             "seed": seed,
         }
         plan = Plan.make(data, out, settings, skip_bad, overwrite)
-        if plan.binary:
-            say(f"Skipped {count(len(plan.binary), 'binary file')}, such as {plan.binary[0]}")
+        for line in plan.notes:
+            say(line)
         if (out / MANIFEST_FILE).is_file():
             say(f"{out} is ready: the same data was prepared there before")
             return Prepared(open_shards(out), 0.0, 0, len(plan.units))
@@ -146,6 +147,7 @@ def _tokenizer_settings(
 ) -> dict[str, Any]:
     """What of the tokenizer decides the result: how it is trained, or what is in its files."""
     if tokenizer in TRAINED:
+        check_vocab_size(str(tokenizer), vocab_size)
         size = VOCAB_SIZE if vocab_size is None and tokenizer != "char" else vocab_size
         return {"tokenizer": tokenizer, "vocab_size": size, "tokenizer_sample": sample}
     if vocab_size is not None:
