@@ -242,7 +242,7 @@ def test_a_file_that_is_not_text_is_named(tmp_path: Path) -> None:
     (tmp_path / "picture.png").write_bytes(b"\x89PNG\r\n\x1a\n\0\0")
     done = tinyllm("train", "--data", "picture.png", *QUICK, cwd=tmp_path, status=2)
     assert is_one_error(done.stderr)
-    assert "picture.png is not a text file" in done.stderr
+    assert "picture.png is a binary file" in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["picture.png"]
 
 
