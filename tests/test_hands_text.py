@@ -125,6 +125,12 @@ def test_a3_what_was_prepared_is_no_text(prepared: Path, unfinished: Path, train
     assert not (folder / "y").exists()
 
 
+def test_a3_nothing_but_what_tinyllm_wrote(trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained, tmp_path / "runs" / "one")
+    with pytest.raises(ValueError, match=r"no text in .*runs but what `tinyllm` wrote, such as .*runs/one"):
+        find_files([tmp_path / "runs"])
+
+
 def test_a3_folders_of_others_are_text(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model": "mine"}')
     (tmp_path / "manifest.json").write_text('{"format": "web app"}')

@@ -164,8 +164,11 @@ def find_inputs(
     passed_over = [entry for real, entry in binary.items() if real not in found and real not in refused]
     if not found:
         where = ", ".join(map(str, data)) or "the empty list of paths"
-        more = f": {passed_over[0][0]} {passed_over[0][1]}" if passed_over else ""
-        raise ValueError(f"no text in {where}{more}")
+        if passed_over:
+            where += f": {passed_over[0][0]} {passed_over[0][1]}"
+        elif folders:
+            where += f" but what `tinyllm` wrote, such as {next(iter(folders.values()))}"
+        raise ValueError(f"no text in {where}")
     return Found(list(found.values()), passed_over, list(folders.values()))
 
 
