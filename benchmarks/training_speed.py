@@ -41,12 +41,13 @@ from tinyllm import _extension, loop, tune_allocator
 from tinyllm.allocator import allocator_state
 from tinyllm.batches import Batches, ShuffledWindows, TokenDataset, train_loader, val_loader
 from tinyllm.checkpoint import METRICS_FILE
-from tinyllm.data import Corpus, standard_library, token_dtype, write_tokens
+from tinyllm.data import Corpus, standard_library, write_tokens
 from tinyllm.engine import launch
 from tinyllm.metrics import read_metrics
 from tinyllm.model import SimpleLLM, SimpleLLMConfig, init_gpt2_weights
 from tinyllm.optim import adamw
 from tinyllm.presets import TrainConfig
+from tinyllm.shards import token_dtype
 from tinyllm.tokenizer import CharTokenizer
 
 from . import machine, report, training_report

@@ -77,7 +77,7 @@ def test_help(here: Here, tmp_path: Path) -> None:
         "no-compile workers",
         "generate": "run prompt max-new-tokens temperature top-k seed checkpoint device",
         "bench": "quick only out",
-        "eval": "run data batch-size checkpoint device",
+        "eval": "run data text-column skip-bad batch-size checkpoint device",
         "estimate": "preset devices batch-size seq-len num-layers num-heads embedding-dim hidden-dim precision "
         "checkpointing device-memory peak-tflops mfu",
         "info": "help",
@@ -245,7 +245,7 @@ def test_a_file_that_is_not_text_is_named(tmp_path: Path) -> None:
     (tmp_path / "picture.png").write_bytes(b"\x89PNG\r\n\x1a\n\0\0")
     done = tinyllm("train", "--data", "picture.png", *QUICK, cwd=tmp_path, status=2)
     assert is_one_error(done.stderr)
-    assert "picture.png is not a text file" in done.stderr
+    assert "picture.png is a binary file" in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["picture.png"]
 
 

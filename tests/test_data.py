@@ -13,11 +13,10 @@ from tinyllm import data
 from tinyllm.batches import TokenDataset
 from tinyllm.data import (
     find_files,
-    read_text,
     standard_library,
-    token_dtype,
     write_tokens,
 )
+from tinyllm.shards import token_dtype
 from tinyllm.tokenizer import BPETokenizer, CharTokenizer, WordTokenizer
 
 
@@ -67,9 +66,8 @@ def test_files_count_once_and_hidden_ones_when_named(tree: Path) -> None:
 
 
 def test_a_named_binary_file_is_not_skipped_but_refused(tree: Path) -> None:
-    corpus = find_files([tree / "picture.png"])
-    with pytest.raises(ValueError, match=r"picture.png is not a text file"):
-        list(corpus.texts(0))
+    with pytest.raises(ValueError, match=r"picture.png is a binary file: it has a NUL byte"):
+        find_files([tree / "picture.png"])
 
 
 def test_run_folders_are_left_out(tree: Path) -> None:
@@ -89,22 +87,22 @@ def test_links_to_directories_do_not_loop(tree: Path) -> None:
 def test_nothing_to_read(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no file or directory .*nowhere"):
         find_files([tmp_path / "nowhere"])
-    with pytest.raises(ValueError, match="no text file in"):
+    with pytest.raises(ValueError, match="no text in"):
         find_files([tmp_path])
-    with pytest.raises(ValueError, match="no text file in"):
+    with pytest.raises(ValueError, match="no text in"):
         find_files([])
     (tmp_path / "x.bin").write_bytes(b"\0\1")
-    with pytest.raises(ValueError, match="1 binary file"):
+    with pytest.raises(ValueError, match=r"no text in .*: .*x.bin is a binary file"):
         find_files([tmp_path])
 
 
 # Reading
 
 
-def test_read_text_normalises_line_ends_and_the_byte_order_mark(tmp_path: Path) -> None:
+def test_reading_normalises_line_ends_and_the_byte_order_mark(tmp_path: Path) -> None:
     path = tmp_path / "dos.txt"
     path.write_bytes("\ufeffone\r\ntwo\rthree\nüñí🙂".encode())
-    assert read_text(path) == "one\ntwo\nthree\nüñí🙂"
+    assert list(find_files([path]).texts(0)) == ["one\ntwo\nthree\nüñí🙂"]
 
 
 @pytest.mark.parametrize(
@@ -121,7 +119,7 @@ def test_files_that_are_not_text_are_named(content: bytes, reason: str, tmp_path
     path = tmp_path / "strange.dat"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"strange.dat") as error:
-        read_text(path)
+        list(find_files([path]).texts(0))
     assert reason in str(error.value)
 
 
@@ -137,6 +135,15 @@ def test_the_seed_shuffles_documents(tree: Path) -> None:
     assert len(orders) > 5
     assert list(corpus.texts(3)) == list(corpus.texts(3))
     assert {frozenset(order) for order in orders} == {frozenset(next(iter(orders)))}
+
+
+def test_the_order_of_texts_is_that_of_files_shuffled_by_the_seed(tree: Path) -> None:
+    (tree / "empty.txt").write_text("no more")
+    corpus = find_files([tree])
+    for seed in range(5):
+        files = list(corpus.files)  # so that trainings are the same as ever
+        random.Random(seed).shuffle(files)
+        assert list(corpus.texts(seed)) == [path.read_text() for path in files]
 
 
 # Token files
@@ -193,7 +200,7 @@ def test_empty_corpus(texts: list[str], tmp_path: Path) -> None:
 
 def test_corpus_shorter_than_a_sequence(tmp_path: Path) -> None:
     tokenizer = WordTokenizer({"a": 0, "<UNK>": 1})
-    with pytest.raises(ValueError, match=r"10 tokens.* 8 left.*seq_len \+ 1 = 9"):
+    with pytest.raises(ValueError, match=r"10 tokens.* 8 left.* the 9 of one sequence.*--seq-len 8, and 1"):
         write_tokens(["a " * 10], tokenizer, tmp_path, seq_len=8)
     assert list(tmp_path.iterdir()) == []
     files = write_tokens(["a " * 11], tokenizer, tmp_path, seq_len=8)  # one token more is enough

@@ -69,7 +69,7 @@ def test_a_kill_costs_only_what_was_unfinished(
     done = sidecars(out)
     assert 3 <= len(done) < 10
     assert not (out / "manifest.json").exists()
-    with pytest.raises(FileNotFoundError, match="or that was interrupted"):
+    with pytest.raises(FileNotFoundError, match="out was not finished by `tinyllm prepare`; the same command goes on"):
         open_shards(out)
     finished = [
         f"{split}-{name[5:10]}.{kind}" for name in done for split in ("train", "val") for kind in ("bin", "idx")
@@ -142,13 +142,13 @@ def test_other_settings_or_inputs_are_refused(tmp_path: Path, tokenizer: Path) -
     out = tmp_path / "out"
     run(data, out, tokenizer=tokenizer)
     before = content(out)
-    with pytest.raises(ValueError, match=r"out holds other prepared data: val-fraction was 0.01, now it is 0.02; .*"):
+    with pytest.raises(ValueError, match=r"out holds other prepared data: --val-fraction was 0.01, now it is 0.02; .*"):
         run(data, out, tokenizer=tokenizer, val_fraction=0.02)
     with pytest.raises(ValueError, match="tokenizer was 'given', now it is 'bpe', and 3 more;"):
         run(data, out)
     other = tmp_path / "other.json"
     BPETokenizer.from_texts(DOCUMENTS[100:], load_tokenizer(tokenizer).vocab_size).save(other)
-    with pytest.raises(ValueError, match=r"tokenizer-sha256 was '\w+', now it is '\w+'"):
+    with pytest.raises(ValueError, match=r"out holds other prepared data: the tokenizer is another one; "):
         run(data, out, tokenizer=other)
     (tmp_path / "new.txt").write_text("new")
     with pytest.raises(ValueError, match=r"new.txt is new"):
@@ -173,22 +173,8 @@ def test_other_peoples_files_are_left_alone(tmp_path: Path, tokenizer: Path) -> 
         with pytest.raises(ValueError, match=r"out holds a tokenizer.json, of something else"):
             run(as_jsonl(tmp_path), out, tokenizer=tokenizer, overwrite=overwrite)
     assert (out / "tokenizer.json").read_text() == "mine"
-    with pytest.raises(ValueError, match=r"a.jsonl is a file"):
+    with pytest.raises(NotADirectoryError, match=r"a.jsonl is a file"):
         run(tmp_path / "a.jsonl", tmp_path / "a.jsonl", tokenizer=tokenizer)
-
-
-@pytest.mark.skipif(os.name == "nt", reason="needs flock")
-def test_two_at_once_are_refused(tmp_path: Path, tokenizer: Path) -> None:
-    import fcntl
-
-    out = tmp_path / "out"
-    out.mkdir()
-    descriptor = os.open(out, os.O_RDONLY)
-    fcntl.flock(descriptor, fcntl.LOCK_EX)
-    with pytest.raises(ValueError, match=r"another `tinyllm prepare` is at work in .*out"):
-        run(as_jsonl(tmp_path), out, tokenizer=tokenizer)
-    os.close(descriptor)
-    run(tmp_path / "a.jsonl", out, tokenizer=tokenizer)
 
 
 def test_bad_input_leaves_no_directory(tmp_path: Path, tokenizer: Path) -> None:

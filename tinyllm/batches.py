@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from tinyllm.data import token_dtype
+from tinyllm.shards import token_dtype
 
 Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 

@@ -16,14 +16,14 @@ from typing import Any
 import torch
 
 from tinyllm import checkpoint
-from tinyllm._words import count, option, size
+from tinyllm._words import count, option
 from tinyllm.batches import TokenDataset
-from tinyllm.data import TRAIN_FILE, VAL_FILE, find_files, standard_library, token_dtype, write_tokens
+from tinyllm.data import TRAIN_FILE, VAL_FILE, Corpus, find_files, standard_library, write_tokens
 from tinyllm.model import SimpleLLM, SimpleLLMConfig
 from tinyllm.ops import _products
 from tinyllm.presets import TrainConfig
 from tinyllm.room import check_disk, check_memory
-from tinyllm.shards import file_sha256, is_prepared, open_shards
+from tinyllm.shards import file_sha256, is_prepared, open_shards, token_dtype
 from tinyllm.succession import new_files, recover
 from tinyllm.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 
@@ -53,7 +53,10 @@ def begin(
     init_from: str | PathLike[str] | None,
     device: torch.device,
     *,
+    text_column: str,
+    skip_bad: bool,
     overwrite: bool,
+    progress: bool,
     say: Say,
 ) -> None:
     """Make `out`, which this process owns, a run folder. Arguments and errors are those of `training.train`."""
@@ -75,7 +78,10 @@ def begin(
             assert data is not None
             tokenizer, description = _describe_shards(Path(data[0]), config, source, check, say)
         else:
-            tokenizer, description = _tokenize(config, folder, data, source, check, say)
+            corpus = (
+                standard_library() if data is None else find_files(data, text_column=text_column, skip_bad=skip_bad)
+            )
+            tokenizer, description = _tokenize(config, folder, corpus, source, check, progress, say)
         tokenizer.save(folder / checkpoint.TOKENIZER_FILE)
         content = {
             "model": config.model_config(tokenizer.vocab_size).to_dict(),
@@ -127,21 +133,28 @@ def _difference(wanted: SimpleLLMConfig, found: SimpleLLMConfig) -> str:
 def _tokenize(
     config: TrainConfig,
     folder: Path,
-    data: Paths | None,
+    corpus: Corpus,
     source: Source | None,
     check: Callable[[Tokenizer], None],
+    progress: bool,
     say: Say,
 ) -> tuple[Tokenizer, dict[str, Any]]:
-    corpus = standard_library() if data is None else find_files(data)
-    say(f"Text: {corpus.name}, {count(len(corpus.files), 'file')}, {size(corpus.num_bytes)}")
-    if corpus.skipped:
-        say(f"Skipped {count(len(corpus.skipped), 'binary file')}, such as {corpus.skipped[0]}")
+    say(f"Text: {corpus.describe()}")
+    for line in corpus.notes:
+        say(line)
     if source is None:
+        most = "" if config.vocab_size is None else f" of up to {count(config.vocab_size, 'token')}"
+        say(f"Training a {config.tokenizer} tokenizer{most}")
         tokenizer = train_tokenizer(config.tokenizer, corpus.texts(config.seed), config.vocab_size)
     else:
         tokenizer = source.tokenizer
     check(tokenizer)
-    tokens = write_tokens(corpus.texts(config.seed), tokenizer, folder, seq_len=config.seq_len)
+    texts = corpus.texts(config.seed)
+    tokens = write_tokens(
+        texts, tokenizer, folder, seq_len=config.seq_len, progress=progress, num_bytes=corpus.num_bytes
+    )
+    if corpus.left_out.count:
+        say(f"Left out {count(corpus.left_out.count, 'input')}, such as {corpus.left_out.named[0]}")
     say(f"Tokens: {tokens.train_tokens:,} to train on, {tokens.val_tokens:,} to validate with")
     return tokenizer, {
         "name": corpus.name,

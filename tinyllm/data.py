@@ -1,64 +1,119 @@
 """From files to tokens: find the text, read it, write its tokens to disk. `tinyllm.batches` serves them.
 
-    files -read_text-> documents -tokenizer-> train.bin, val.bin
+    paths -find_files-> Corpus -texts-> documents -tokenizer-> train.bin, val.bin
 
-Every step is a stream, so memory holds one document at a time, whatever the corpus. The token files
-are bare arrays of uint16 (uint32 from 65,537 ids on), memory-mapped when read.
+Files are found and read as `tinyllm prepare` does. Every step is a stream, so memory holds one document at a time,
+whatever the corpus. The token files are bare arrays of uint16 (uint32 from 65,537 ids on), memory-mapped when read.
 """
 
 from __future__ import annotations
 
 import os
 import random
+import sys
 import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from platform import python_version
-from typing import Any
+from typing import BinaryIO
 
 import numpy as np
+from tqdm import tqdm
 
 from tinyllm._files import replacing
+from tinyllm._words import count, option, size
+from tinyllm.prepare.documents import cut_input, decode_blocks, decode_file, read_documents
+from tinyllm.prepare.inputs import DATASET_PREFIX, STREAMS, Input, OnBad, Skipped, find_inputs, reason_of, walk
+from tinyllm.prepare.streams import stream_texts
+from tinyllm.shards import token_dtype
 from tinyllm.tokenizer import Tokenizer
 
 TRAIN_FILE = "train.bin"
 VAL_FILE = "val.bin"
 
 _NOT_THE_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
-_RUN_FILES = {"config.json", "tokenizer.json", "metrics.jsonl"}
-_SNIFFED_BYTES = 8192  # as git does: a file with a NUL byte this early is binary
 _BATCH_CHARACTERS = 1 << 20  # text tokenized at once: enough to keep every core busy, little memory
 
 
-@dataclass(frozen=True)
+@dataclass
 class Corpus:
-    """The text files to train on, one document each.
+    """Texts to train on, or to evaluate: of a text file one document, of JSON lines and Parquet one a line or row.
 
     Attributes:
         name: what to call it in a sentence or a title.
-        files: the files, in an order that does not depend on the machine.
-        skipped: binary files that lay in the directories and are left out.
+        inputs: the files, and how each is read, in an order that does not depend on the machine.
+        skipped: binary files that lay in the directories and are passed over.
+        text_column: under which name JSON lines and Parquet files hold the text.
+        notes: lines that say what was passed over below the directories, `skipped` and folders that `tinyllm` wrote.
+        left_out: what could not be read, and was left out, up to now in the last call of `texts`. Only where that is
+            allowed (`left_out.allowed`); `left_out.count` says how much, `left_out.named` gives examples with reasons.
     """
 
     name: str
-    files: tuple[Path, ...]
+    inputs: tuple[Input, ...]
     skipped: tuple[Path, ...] = ()
+    text_column: str = "text"
+    notes: tuple[str, ...] = ()
+    left_out: Skipped = field(default_factory=lambda: Skipped(False))
+
+    def __post_init__(self) -> None:
+        self._not_found = self.left_out
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The paths of `inputs`."""
+        return tuple(Path(entry.path) for entry in self.inputs)
 
     @property
     def num_bytes(self) -> int:
-        return sum(path.stat().st_size for path in self.files)
+        """The size of the files when they were found."""
+        return sum(entry.size for entry in self.inputs)
+
+    def describe(self) -> str:
+        """Return name, number of files and size, in a line."""
+        return ", ".join(dict.fromkeys((self.name, count(len(self.inputs), "file"), size(self.num_bytes))))
 
     def texts(self, seed: int) -> Iterator[str]:
-        """The text of each file, in an order shuffled by `seed`. Raises like `read_text`."""
-        files = list(self.files)
-        random.Random(seed).shuffle(files)
-        return map(read_text, files)
+        """Yield the documents that are not empty, file by file in an order shuffled by `seed`.
+
+        Raises:
+            ImportError: a library for some kind of file is missing; says what to install.
+            ValueError: a file, a line or a row cannot be read, and `left_out` is not to note it; or nothing else is
+                there. The message names the place.
+        """
+        inputs = list(self.inputs)
+        random.Random(seed).shuffle(inputs)
+        self.left_out = self._not_found.copy()  # each reading counts anew
+        found = False
+        for entry in inputs:
+            for text in _documents(entry, self.text_column, self.left_out):
+                found = True
+                yield text
+        if self.left_out.count and not found:
+            raise ValueError(f"nothing in {self.name} can be read: {self.left_out.named[0]}")
+
+
+def _documents(entry: Input, column: str, on_bad: OnBad) -> Iterator[str]:
+    """Yield the documents of a file that are not empty."""
+    if entry.kind == "text":
+        try:
+            text = "".join(decode_file(entry.path, translate=True))
+        except (OSError, ValueError) as error:
+            on_bad(entry.path, reason_of(error))
+        else:
+            yield from [text] if text else []
+    elif entry.kind in STREAMS:
+        yield from stream_texts(entry, column, on_bad)
+    else:
+        for part in cut_input(entry, sys.maxsize, column, on_bad):
+            for document in read_documents(part, column, on_bad):
+                yield "".join(document.pieces)
 
 
 def standard_library(root: Path | None = None) -> Corpus:
-    """The source code of Python's own standard library: real text that every machine has.
+    """Return the source code of Python's own standard library: real text that every machine has.
 
     All `*.py` files but the tests; about 12 MB in 734 files for Python 3.11.
 
@@ -69,105 +124,73 @@ def standard_library(root: Path | None = None) -> Corpus:
         FileNotFoundError: the library is installed without its sources.
     """
     root = Path(sysconfig.get_path("stdlib")) if root is None else root
-    files = [path for path in _walk(root, _NOT_THE_LIBRARY) if path.suffix == ".py"]
+    files = [path for path in walk(root, _NOT_THE_LIBRARY) if path.suffix == ".py"]
     if not files:
         raise FileNotFoundError(f"Python's standard library has no source files in {root}; choose other data")
-    return Corpus(f"Python {python_version()}'s standard library", tuple(files))
+    inputs = tuple(Input(str(path), "text", path.stat().st_size) for path in files)
+    return Corpus(f"Python {python_version()}'s standard library", inputs)
 
 
-def find_files(paths: Sequence[str | os.PathLike[str]]) -> Corpus:
-    """The text files that `paths` name.
+def find_files(paths: Sequence[str | os.PathLike[str]], *, text_column: str = "text", skip_bad: bool = False) -> Corpus:
+    """Return the texts that `paths` name, as `tinyllm.prepare.inputs.find_inputs` finds them.
 
-    A file counts as it is. A directory contributes every file below it, except hidden ones (a name
-    that starts with a dot), `__pycache__`, the run folders of earlier trainings, links to
-    directories, and binary files: those with a NUL byte in the first 8 KiB, which are listed in
-    `Corpus.skipped`. A file named twice counts once.
+    Args:
+        paths: files and directories: text, .jsonl, .jsonl.gz, .jsonl.zst, .parquet.
+        text_column: under which name JSON lines and Parquet files hold the text.
+        skip_bad: leave out what cannot be read, and note it in `Corpus.left_out`.
 
     Raises:
         FileNotFoundError: a path does not exist, or is neither a file nor a directory.
-        ValueError: no path is given, or there is not one text file.
+        ValueError: a path is a Hugging Face dataset's name, a binary file, or a folder that `tinyllm` wrote; or there
+            is no text at all.
     """
-    files: dict[Path, Path] = {}  # real path -> the path to call it by
-    skipped: dict[Path, Path] = {}
-    for path in map(Path, paths):
-        if path.is_file():
-            files.setdefault(path.resolve(), path)
-        elif path.is_dir():
-            for found in _walk(path):
-                (skipped if _is_binary(found) else files).setdefault(found.resolve(), found)
-        elif path.exists():
-            raise FileNotFoundError(f"{path} is neither a file nor a directory")
-        else:
-            raise FileNotFoundError(f"there is no file or directory {path}")
-    if not files:
-        where = ", ".join(map(str, paths)) or "the empty list of paths"
-        raise ValueError(f"no text file in {where}" + (f" ({len(skipped)} binary files)" if skipped else ""))
-    name = str(paths[0]) if len(paths) == 1 else f"{len(files)} files"
-    left_out = tuple(path for real, path in skipped.items() if real not in files)
-    return Corpus(name, tuple(files.values()), left_out)
-
-
-def _walk(root: Path, excluded: Iterable[str] = ()) -> Iterator[Path]:
-    """Every file below `root` in sorted order, without hidden and `excluded` ones."""
-    passed = {"__pycache__", *excluded}
-
-    def fail(error: OSError) -> None:  # os.walk passes over unreadable directories in silence
-        raise error
-
-    for directory, folders, names in os.walk(root, onerror=fail):
-        if _RUN_FILES.issubset(names):  # a training in "." must not read what the last one wrote
-            folders.clear()
-            continue
-        folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in passed)
-        for name in sorted(names):
-            path = Path(directory, name)
-            if not name.startswith(".") and path.is_file():
-                yield path
-
-
-def _is_binary(path: Path) -> bool:
-    with path.open("rb") as file:
-        return b"\0" in file.read(_SNIFFED_BYTES)
+    for given in [os.fspath(path) for path in paths]:
+        if given.startswith(DATASET_PREFIX):
+            raise ValueError(
+                f"{given} is a dataset of the Hugging Face Hub, which only `tinyllm prepare` reads: tinyllm prepare "
+                f"--data {given} --out DIR, and then tinyllm train --data DIR"
+            )
+    left_out = Skipped(skip_bad)
+    found = find_inputs(paths, left_out)
+    name = str(paths[0]) if len(paths) == 1 else count(len(found.inputs), "file")
+    skipped = tuple(Path(path) for path, _ in found.binary)
+    return Corpus(name, tuple(found.inputs), skipped, text_column, tuple(found.notes()), left_out)
 
 
 def read_text(path: str | os.PathLike[str]) -> str:
-    """The text of a UTF-8 file, its line ends as `\\n`, without a byte order mark.
+    """Return the text of a UTF-8 file, its line ends as `\\n`, without a byte order mark.
 
     Raises:
         ValueError: the file is not UTF-8 text; the message names it and the first bad byte.
         OSError: it cannot be read.
     """
-    return decode_text(Path(path).read_bytes(), path)
+    with open(path, "rb") as file:
+        return decode_text(file, os.fspath(path))
 
 
-def decode_text(content: bytes, path: str | os.PathLike[str]) -> str:
-    """The text of the bytes of `path`, as `read_text` gives it."""
-    nul = content.find(b"\0")  # valid UTF-8, but never in a text: UTF-16 or a binary file
-    if nul >= 0:
-        raise ValueError(f"{path} is not a text file: it has a NUL byte at offset {nul}")
+def decode_text(file: BinaryIO, name: str) -> str:
+    """Return the text of an open file that messages call `name`, as `read_text` does."""
     try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        offset = error.start + len(content) - len(error.object)  # the decoder has taken a byte order mark off
-        raise ValueError(
-            f"{path} is not a UTF-8 text file: byte 0x{content[offset]:02x} at offset {offset} ({error.reason})"
-        ) from error
-    return text.replace("\r\n", "\n").replace("\r", "\n")
-
-
-def token_dtype(vocab_size: int) -> np.dtype[Any]:
-    """The dtype of a token file: uint16 where every id fits, else uint32."""
-    return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
+        return "".join(decode_blocks(file, translate=True))
+    except ValueError as error:
+        raise ValueError(f"{name} {error}") from error
 
 
 @dataclass(frozen=True)
 class TokenFiles:
-    """Where the tokens lie and how many there are."""
+    """The token files of a corpus.
+
+    Attributes:
+        train, val: the files.
+        train_tokens, val_tokens: how many tokens each has.
+        unknown: tokens that stand for text outside the vocabulary, in both together.
+    """
 
     train: Path
     val: Path
     train_tokens: int
     val_tokens: int
+    unknown: int = 0
 
 
 def write_tokens(
@@ -177,6 +200,8 @@ def write_tokens(
     *,
     seq_len: int,
     val_fraction: float = 0.05,
+    progress: bool = False,
+    num_bytes: int | None = None,
 ) -> TokenFiles:
     """Tokenize documents into `directory`/train.bin and, their last `val_fraction`, val.bin.
 
@@ -189,6 +214,8 @@ def write_tokens(
         directory: where to write; made if missing.
         seq_len: the sequence length that the training part must be able to serve.
         val_fraction: between 0 and 1; at least 2 tokens are taken, for one prediction.
+        progress: show a progress bar on stderr if it takes more than two seconds.
+        num_bytes: about how many bytes the texts have, for the bar to say how long it will take.
 
     Raises:
         ValueError: the texts have no token, or too few for one sequence of `seq_len` and its
@@ -199,20 +226,32 @@ def write_tokens(
     with ExitStack() as stack:
         train_path = stack.enter_context(replacing(directory / TRAIN_FILE))
         val_path = stack.enter_context(replacing(directory / VAL_FILE))
-        total = 0
+        total = unknown = 0
+        bar = stack.enter_context(
+            tqdm(
+                total=num_bytes,
+                desc="tokenizing",
+                unit="B",
+                unit_scale=True,
+                delay=2,
+                leave=False,
+                disable=not progress,
+            )
+        )
         with train_path.open("wb") as file:
-            for ids in _encode(texts, tokenizer):
+            for ids in _encode(_counted(texts, bar), tokenizer):
                 file.write(np.asarray(ids, dtype=dtype).tobytes())
                 total += len(ids)
+                unknown += 0 if tokenizer.unknown_id is None else ids.count(tokenizer.unknown_id)
         if total == 0:
             raise ValueError("the corpus is empty: it has no token")
         val_tokens = max(2, round(total * val_fraction))
         train_tokens = total - val_tokens
         if train_tokens < seq_len + 1:
             raise ValueError(
-                f"the corpus is too short: of its {total} tokens {val_tokens} are kept for "
-                f"validation, and the {max(train_tokens, 0)} left are fewer than seq_len + 1 = "
-                f"{seq_len + 1}, a sequence and its target; add text or choose a smaller seq_len"
+                f"the corpus is too short: of its {count(total, 'token')} {val_tokens} are kept for validation, and "
+                f"the {max(train_tokens, 0)} left are fewer than the {seq_len + 1} of one sequence and its target "
+                f"({option('seq_len')} {seq_len}, and 1); add text or choose a smaller {option('seq_len')}"
             )
         with train_path.open("r+b") as file:
             file.seek(train_tokens * dtype.itemsize)
@@ -220,7 +259,13 @@ def write_tokens(
                 while block := file.read(1 << 24):
                     val_file.write(block)
             file.truncate(train_tokens * dtype.itemsize)
-    return TokenFiles(directory / TRAIN_FILE, directory / VAL_FILE, train_tokens, val_tokens)
+    return TokenFiles(directory / TRAIN_FILE, directory / VAL_FILE, train_tokens, val_tokens, unknown)
+
+
+def _counted(texts: Iterable[str], bar: tqdm[None]) -> Iterator[str]:
+    for text in texts:
+        yield text
+        bar.update(len(text) if text.isascii() else len(text.encode()))
 
 
 def _encode(texts: Iterable[str], tokenizer: Tokenizer) -> Iterator[list[int]]:

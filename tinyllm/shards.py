@@ -5,6 +5,8 @@
     DIR/train-00000.bin   token ids and nothing else: little-endian uint16, uint32 from 65,537 ids on
     DIR/train-00000.idx   little-endian uint64: where each document ends, in tokens from the shard's start
     DIR/val-00000.bin ...
+    DIR/.prepare/         what an unfinished preparation needs to go on; once finished, only plan.json stays, from which
+                          the same command sees that all is done, and another one that it would replace something
 
 A document that is longer than a shard goes on in the next one of its split: the first shard's index
 then ends before its tokens do. Shards are memory-mapped, so opening them costs nothing.
@@ -29,9 +31,15 @@ FORMAT = "tinyllm-shards"
 VERSION = 1
 MANIFEST_FILE = "manifest.json"
 TOKENIZER_FILE = "tokenizer.json"
+WORK_FOLDER = ".prepare"
 INDEX_DTYPE = np.dtype("<u8")
 
 Split = Literal["train", "val"]
+
+
+def token_dtype(vocab_size: int) -> np.dtype[Any]:
+    """Return the dtype of token ids on disk: uint16 where every id fits, else uint32."""
+    return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
 
 
 @dataclass(frozen=True)
@@ -167,10 +175,9 @@ def open_shards(path: str | os.PathLike[str]) -> Shards:
     directory = Path(path)
     where = directory / MANIFEST_FILE
     if not where.is_file():
-        raise FileNotFoundError(
-            f"there is no {where}: {directory} was not made by `tinyllm prepare`, or that was interrupted; "
-            f"the same command goes on where it stopped"
-        )
+        if (directory / WORK_FOLDER).is_dir():
+            raise FileNotFoundError(f"{directory} was not finished by `tinyllm prepare`; the same command goes on")
+        raise FileNotFoundError(f"there is no {where}: {directory} was not made by `tinyllm prepare`")
     content = where.read_bytes()
     manifest = _parse(content, where)
     itemsize = np.dtype(manifest["dtype"]).itemsize

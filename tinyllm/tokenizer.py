@@ -97,10 +97,7 @@ class _VocabTokenizer:
         Raises:
             ValueError: the texts hold no token, or `vocab_size` is below 2.
         """
-        if vocab_size is not None and vocab_size < 2:
-            raise ValueError(
-                f"vocab_size is {vocab_size}; a {cls.kind} tokenizer needs at least 2: {UNKNOWN} and one {cls.kind}"
-            )
+        check_vocab_size(cls.kind, vocab_size)
         counts: Counter[str] = Counter()
         for text in _each_text(texts):
             counts.update(cls.split(text))
@@ -233,11 +230,7 @@ class BPETokenizer:
         """
         from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-        least = _BYTES + 1
-        if vocab_size < least:
-            raise ValueError(
-                f"vocab_size is {vocab_size}; a byte-level BPE needs at least {least}: 256 bytes and {END_OF_TEXT}"
-            )
+        check_vocab_size(cls.kind, vocab_size)
         tokenizer = Tokenizer(models.BPE())
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = decoders.ByteLevel()
@@ -313,6 +306,18 @@ class BPETokenizer:
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(vocab_size={self.vocab_size})"
+
+
+def check_vocab_size(kind: str, vocab_size: int | None) -> None:
+    """Make sure that `vocab_size` tokens are enough for a tokenizer of `kind`. Raises ValueError if they are not."""
+    if vocab_size is None:
+        return
+    if kind == "bpe" and vocab_size < _BYTES + 1:
+        raise ValueError(
+            f"vocab_size is {vocab_size}; a byte-level BPE needs at least {_BYTES + 1}: 256 bytes and {END_OF_TEXT}"
+        )
+    if kind != "bpe" and vocab_size < 2:
+        raise ValueError(f"vocab_size is {vocab_size}; a {kind} tokenizer needs at least 2: {UNKNOWN} and one {kind}")
 
 
 def train_tokenizer(kind: str, texts: Iterable[str], vocab_size: int | None = None) -> Tokenizer:

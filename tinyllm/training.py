@@ -17,7 +17,7 @@ from tinyllm._locks import owned
 from tinyllm._words import count
 from tinyllm.batches import TokenDataset
 from tinyllm.begin import begin, check_saved
-from tinyllm.data import TRAIN_FILE, VAL_FILE, token_dtype
+from tinyllm.data import TRAIN_FILE, VAL_FILE
 from tinyllm.engine import launch, on_rank_zero
 from tinyllm.loop import Fitted, fit
 from tinyllm.model import SimpleLLM, choose_device, init_gpt2_weights
@@ -25,7 +25,7 @@ from tinyllm.ops import _products
 from tinyllm.optim import adamw, learning_rate
 from tinyllm.presets import PRESETS, RESUMABLE, Preset, TrainConfig, saved_config
 from tinyllm.room import memory_error
-from tinyllm.shards import open_shards
+from tinyllm.shards import open_shards, token_dtype
 from tinyllm.succession import giving_up, recover
 from tinyllm.tokenizer import Tokenizer, load_tokenizer
 
@@ -77,6 +77,8 @@ def train(
     out: str | PathLike[str] | None = None,
     data: Sequence[str | PathLike[str]] | None = None,
     *,
+    text_column: str = "text",
+    skip_bad: bool = False,
     init_from: str | PathLike[str] | None = None,
     overwrite: bool = False,
     progress: bool = True,
@@ -96,8 +98,10 @@ def train(
         out: the run folder; made if missing. Until the training ends no other process can train there. With `overwrite`
             an earlier run's files are moved aside once the new text has been read and tokenized, and removed when the
             new run's first checkpoint stands; other files stay. None: runs/PRESET-NUMBER, a new one.
-        data: text files and directories, see `find_files`; or one directory that `tinyllm prepare` made, and its
-            tokenizer with it; None: Python's standard library.
+        data: text files, .jsonl, .jsonl.gz, .jsonl.zst, .parquet and directories, see `find_files`; or one directory
+            that `tinyllm prepare` made, and its tokenizer with it; None: Python's standard library.
+        text_column: under which name JSON lines and Parquet files hold the text.
+        skip_bad: leave out what cannot be read, and say how much.
         init_from: a run folder, whose weights are those to begin with, and whose tokenizer is kept. The optimizer is
             new. `config` has to describe its model: `TrainConfig.from_run`.
         overwrite: whether `out` may hold something already.
@@ -124,7 +128,18 @@ def train(
         def start() -> Path:
             folder = stack.enter_context(checkpoint.new_run_folder(config.preset)) if out is None else Path(out)
             stack.enter_context(owned(folder, "trained", say))
-            begin(config, folder, data, init_from, fabric.device, overwrite=overwrite, say=say)
+            begin(
+                config,
+                folder,
+                data,
+                init_from,
+                fabric.device,
+                text_column=text_column,
+                skip_bad=skip_bad,
+                overwrite=overwrite,
+                progress=progress,
+                say=say,
+            )
             stack.enter_context(giving_up(folder))
             return folder
 

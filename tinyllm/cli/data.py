@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from tinyllm._words import count, size
 from tinyllm.cli._app import app, one_line_errors, prepare_process
 
 if TYPE_CHECKING:
@@ -119,7 +120,9 @@ def _check(out: Path) -> None:
 
     shards = open_shards(out)
     shards.verify()
-    typer.echo(f"{out} is whole: {len(shards.train)} training and {len(shards.val)} validation shards")
+    typer.echo(
+        f"{out} is whole: {count(len(shards.train), 'training shard')} and {count(len(shards.val), 'validation shard')}"
+    )
 
 
 def _show(done: Prepared) -> None:
@@ -128,14 +131,16 @@ def _show(done: Prepared) -> None:
     manifest = shards.manifest
     tokens = manifest["tokens"]
     typer.echo(
-        f"{manifest['documents']:,} documents, {manifest['bytes']:,} bytes, {tokens:,} tokens "
+        f"{count(manifest['documents'], 'document')}, {count(manifest['bytes'], 'byte')}, {count(tokens, 'token')} "
         f"({manifest['bytes'] / tokens:.2f} bytes a token, {manifest['dtype']})"
     )
-    typer.echo(f"{shards.num_train_tokens:,} tokens for training, {shards.num_val_tokens:,} for validation")
+    typer.echo(f"{count(shards.num_train_tokens, 'token')} for training, {shards.num_val_tokens:,} for validation")
     if done.num_bytes:
-        typer.echo(f"{done.seconds:.0f} s, {done.num_bytes / 1e6 / done.seconds:.1f} MB/s")
+        typer.echo(f"{done.seconds:.0f} s, {size(done.num_bytes / done.seconds)}/s")
     if manifest["skipped_count"]:
-        typer.echo(f"{manifest['skipped_count']:,} inputs left out, named in {shards.directory / 'manifest.json'}:")
+        named = shards.directory / "manifest.json"
+        typer.echo(f"{count(manifest['skipped_count'], 'input')} left out, named in {named}:")
         for line in manifest["skipped"][:3]:
             typer.echo(f"  {line}")
-    typer.echo(f"Everything is in {shards.directory}. Next: tinyllm train --data {shlex.quote(str(shards.directory))}")
+    where = shlex.quote(str(shards.directory))
+    typer.echo(f"Everything is in {where}. Next: tinyllm train --data {where}")

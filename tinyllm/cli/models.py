@@ -106,7 +106,7 @@ def _prompt_text(prompt: str | None, prompt_file: Path | None) -> str:
         ways = "--prompt TEXT, --prompt-file FILE, or text from a pipe"
         if sys.stdin is None or (prompt is None and sys.stdin.isatty()):
             raise ValueError(f"there is no prompt; give {ways}")
-        text = decode_text(sys.stdin.buffer.read(), "standard input")
+        text = decode_text(sys.stdin.buffer, "standard input")
         if not text:
             raise ValueError(f"there is no prompt: standard input is empty; give {ways}")
     return text.removesuffix("\n")
@@ -116,11 +116,20 @@ def _prompt_text(prompt: str | None, prompt_file: Path | None) -> str:
 def evaluate(
     run: Annotated[Path, typer.Option(metavar="DIR", help="The folder that a training made.")],
     data: Annotated[
-        list[Path], typer.Option(metavar="PATH...", help="Text files, or directories of them, as in train.")
+        list[Path],
+        typer.Option(
+            metavar="PATH...", help="Text, .jsonl, .jsonl.gz, .jsonl.zst and .parquet files, or directories of them."
+        ),
     ],
     paths: Annotated[
         list[Path] | None, typer.Argument(metavar="PATH", help="More files or directories, as after --data.")
     ] = None,
+    text_column: Annotated[
+        str, typer.Option(metavar="NAME", help="What JSON lines and Parquet files call the text.")
+    ] = "text",
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Leave out what cannot be read, and count it, instead of stopping.")
+    ] = False,
     batch_size: Annotated[int, typer.Option(help="Sequences that are computed at a time.")] = 16,
     checkpoint: Checkpoint = "last",
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto: a GPU if there is one.")] = "auto",
@@ -138,9 +147,13 @@ def evaluate(
         from tinyllm.evaluation import evaluate_texts
         from tinyllm.model import choose_device
 
-        corpus = find_files([*data, *(paths or [])])
+        corpus = find_files([*data, *(paths or [])], text_column=text_column, skip_bad=skip_bad)
+        for line in corpus.notes:
+            typer.echo(line)
         model, tokenizer, _ = load_run(run, choose_device(device), checkpoint=_which(checkpoint))
         found = evaluate_texts(model, tokenizer, corpus.texts(0), batch_size, show_progress=True)
+        if corpus.left_out.count:
+            typer.echo(f"Left out {count(corpus.left_out.count, 'input')}, such as {corpus.left_out.named[0]}")
         typer.echo(
             f"{count(found.documents, 'document')}, {count(found.num_bytes, 'byte')}, {count(found.tokens, 'token')}\n"
             f"loss           {found.loss:.4f} nats a token\n"

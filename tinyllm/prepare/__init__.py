@@ -4,7 +4,7 @@
 
 Which unit is which follows from the inputs and settings alone, so the result does not depend on the number of workers,
 and after a kill only the units without a sidecar are left to do. `DIR/.prepare` holds what that needs: the plan,
-the sidecars, and lines of streamed inputs that wait for a worker.
+the sidecars, and lines of streamed inputs that wait for a worker. Of these the plan stays when all is done.
 """
 
 from tinyllm.prepare.run import Prepared, prepare

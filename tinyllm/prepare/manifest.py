@@ -12,9 +12,9 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from tinyllm._files import write_text
-from tinyllm.data import token_dtype
+from tinyllm._words import count
 from tinyllm.prepare.worker import ShardFile
-from tinyllm.shards import FORMAT, INDEX_DTYPE, MANIFEST_FILE, TOKENIZER_FILE, VERSION, file_sha256
+from tinyllm.shards import FORMAT, INDEX_DTYPE, MANIFEST_FILE, TOKENIZER_FILE, VERSION, file_sha256, token_dtype
 
 _NAMED = 1000  # inputs left out that the manifest names; the others it only counts
 _COPIED_TOKENS = 1 << 20
@@ -43,7 +43,7 @@ def write_manifest(
     """
     dtype = token_dtype(vocabulary["vocab_size"])
     shards: dict[str, list[dict[str, Any]]] = {"train": [], "val": []}
-    count, names = skipped
+    skipped_count, names = skipped
     totals = {"documents": 0, "tokens": 0, "bytes": 0}
     for unit in units:
         for split, entry in unit["shards"].items():
@@ -51,7 +51,7 @@ def write_manifest(
                 shards[split].append(entry)
         for key in totals:
             totals[key] += unit[key]
-        count += unit["skipped_count"]
+        skipped_count += unit["skipped_count"]
         names = (names + unit["skipped"])[:_NAMED]
     _balance(out, shards, dtype.newbyteorder("<"), settings["val_fraction"])
     manifest = {
@@ -62,7 +62,7 @@ def write_manifest(
         "dtype": dtype.name,
         **totals,
         "settings": settings,
-        "skipped_count": count,
+        "skipped_count": skipped_count,
         "skipped": names,
         "shards": shards,
     }
@@ -90,19 +90,21 @@ def _balance(out: Path, shards: dict[str, list[dict[str, Any]]], dtype: np.dtype
         return
     if train + val < 4:
         raise ValueError(
-            f"the corpus is too short: it has {train + val} tokens, and training and validation need 2 each, "
+            f"the corpus is too short: it has {count(train + val, 'token')}, and training and validation need 2 each, "
             f"for one prediction"
         )
     source = "train" if train >= 2 else "val"  # all may have been chosen, of a few documents
     whole = [entry for entry in shards[source] if _ends_with_document(out, entry)] or shards[source][-1:]
     entry = max(whole, key=lambda entry: int(entry["tokens"]))
-    count = min(wanted - val if source == "train" else wanted, entry["tokens"] - 2)
-    if count < 2:
-        raise ValueError(f"the corpus is too short: no part of its {train + val} tokens can be cut for validation")
+    taken = min(wanted - val if source == "train" else wanted, entry["tokens"] - 2)
+    if taken < 2:
+        raise ValueError(
+            f"the corpus is too short: no part of its {count(train + val, 'token')} can be cut for validation"
+        )
     ends = np.fromfile(out / f"{entry['name']}.idx", dtype=INDEX_DTYPE)
     size = entry["tokens"]
-    cut = size - count
-    between = [int(end) for end in ends if count / 2 <= size - end <= 2 * count and end >= 2]
+    cut = size - taken
+    between = [int(end) for end in ends if taken / 2 <= size - end <= 2 * taken and end >= 2]
     cut = min(between, key=lambda end: abs(end - cut), default=cut)
     number = entry["name"].partition("-")[2]
     with (out / f"{entry['name']}.bin").open("rb") as file:

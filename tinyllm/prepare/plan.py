@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from tinyllm._files import write_text
+from tinyllm._words import option
+from tinyllm.prepare.documents import Part, cut_input
+from tinyllm.prepare.inputs import STREAMS, Input, OnBad, Skipped, find_inputs
 from tinyllm.prepare.manifest import shard_files
-from tinyllm.prepare.sources import STREAMS, Input, OnBad, Part, Skipped, cut_input, find_inputs
-from tinyllm.shards import MANIFEST_FILE, TOKENIZER_FILE
+from tinyllm.shards import MANIFEST_FILE, TOKENIZER_FILE, WORK_FOLDER
 
-WORK_FOLDER = ".prepare"
 MEGABYTE = 10**6
 
 _VERSION = 1  # of plan.json
@@ -26,32 +27,48 @@ class Plan:
     def __init__(self, out: Path, content: dict[str, Any]) -> None:
         self.out = out
         self.folder = out / WORK_FOLDER
-        self.settings: dict[str, Any] = content["settings"]
+        self.settings: dict[str, Any] = dict(content["settings"])
         self.units = [[Part(**part) for part in parts] for parts in content["units"]]
         self.streams = [entry for entry in (Input(*row) for row in content["inputs"]) if entry.kind in STREAMS]
         self.tokenizer_sha256 = ""  # once there is one
         self.damaged: list[str] = []  # streams that broke off
-        self.skipped: tuple[int, list[str]] = tuple(content["skipped"])
+        count, named = content["skipped"]
+        self.skipped: tuple[int, list[str]] = count, named
+        self.notes: list[str] = []  # what this call has passed over
 
     @classmethod
     def make(cls, data: Sequence[Any], out: Path, settings: dict[str, Any], skip_bad: bool, overwrite: bool) -> Plan:
-        """The plan in `out`, if it is for the same inputs and settings; else a new one, if there is none.
+        """Return the plan in `out`, if it is for the same inputs and settings; else a new one.
 
-        Raises ValueError, and names what differs, if there is another one.
+        A new one replaces a plan of which nothing has been done: the settings may have been what was wrong. With
+        `overwrite` it replaces any, and what was done, once the inputs are found.
+
+        Raises:
+            ValueError: there is another plan, of which something has been done (names what differs), or a damaged one.
         """
-        if overwrite:
-            _remove_ours(out)
         path = out / WORK_FOLDER / "plan.json"
         skipped = Skipped(skip_bad)
-        inputs = find_inputs(data, out, skipped)
-        rows = [list(asdict(entry).values()) for entry in inputs]
-        if path.is_file():
-            content = json.loads(path.read_text())
-            _compare(out, content, settings, rows)
-            return cls(out, content)
-        if strange := next((name for name in (MANIFEST_FILE, TOKENIZER_FILE) if (out / name).exists()), None):
-            raise ValueError(f"out {out} holds a {strange}, of something else; choose another directory")
-        units = _pack(inputs, int(settings["shard_size"] * MEGABYTE), settings["text_column"], skipped)
+        found = find_inputs(data, skipped, out)
+        rows = [list(asdict(entry).values()) for entry in found.inputs]
+        if path.is_file() and not overwrite:
+            plan, content = _read_plan(path, out)
+            plan.notes = found.notes()
+            differ = _differences(content, settings, rows)
+            if not differ:
+                return plan
+            if (out / MANIFEST_FILE).exists() or any(plan.folder.glob("unit-*.json")):
+                more = f", and {len(differ) - 1} more" if len(differ) > 1 else ""
+                raise ValueError(
+                    f"{out} holds other prepared data: {differ[0]}{more}; choose another directory, or start anew "
+                    f"with --overwrite"
+                )
+        elif not (overwrite and path.parent.is_dir()):
+            for name in (MANIFEST_FILE, TOKENIZER_FILE):
+                if (out / name).exists():
+                    raise ValueError(f"out {out} holds a {name}, of something else; choose another directory")
+        for where, why in found.binary:
+            skipped.note(where, why)
+        units = _pack(found.inputs, int(settings["shard_size"] * MEGABYTE), settings["text_column"], skipped)
         content = {
             "version": _VERSION,
             "settings": settings,
@@ -59,8 +76,11 @@ class Plan:
             "units": [[part.as_json() for part in parts] for parts in units],
             "skipped": [skipped.count, skipped.named],
         }
+        _remove_ours(out)
         write_text(path, json.dumps(content))
-        return cls(out, content)
+        plan = cls(out, content)
+        plan.notes = found.notes()
+        return plan
 
     def sidecar(self, number: int) -> Path:
         return self.folder / f"unit-{number:05d}.json"
@@ -70,7 +90,7 @@ class Plan:
         path = self.sidecar(number)
         if not path.is_file():
             return None
-        content: dict[str, Any] = json.loads(path.read_text())
+        content = _read_sidecar(path)
         if content["tokenizer_sha256"] != self.tokenizer_sha256:
             raise ValueError(
                 f"{self.out / TOKENIZER_FILE} is not the tokenizer of the shards that are finished: its SHA-256 is "
@@ -83,7 +103,7 @@ class Plan:
     def sidecars(self) -> Iterator[dict[str, Any]]:
         """All units, in order."""
         for path in sorted(self.folder.glob("unit-*.json"), key=lambda path: int(path.stem[5:])):
-            yield json.loads(path.read_text())
+            yield _read_sidecar(path)
 
     def clean_up(self) -> None:
         """Remove what only an unfinished preparation needs. The plan stays, to compare the next one with."""
@@ -103,14 +123,49 @@ def _remove_ours(out: Path) -> None:
     shutil.rmtree(out / WORK_FOLDER)
 
 
-def _compare(out: Path, content: dict[str, Any], settings: dict[str, Any], rows: list[list[Any]]) -> None:
-    if content["version"] != _VERSION:
+def _read_plan(path: Path, out: Path) -> tuple[Plan, dict[str, Any]]:
+    try:
+        content = json.loads(path.read_bytes())
+        plan = Plan(out, content) if content["version"] == _VERSION else None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged ({_damage(error)}); --overwrite starts anew") from error
+    if plan is None:
         raise ValueError(f"{out} was prepared by another version of tinyllm; --overwrite starts anew")
-    differ = [
-        f"{name.replace('_', '-')} was {content['settings'].get(name)!r}, now it is {settings.get(name)!r}"
-        for name in {**content["settings"], **settings}
-        if content["settings"].get(name) != settings.get(name)
-    ]
+    return plan, content
+
+
+def _read_sidecar(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_bytes())
+        for name in ("documents", "tokens", "bytes", "skipped_count", "skipped", "tokenizer_sha256"):
+            content[name]
+        for entry in content["shards"].values():
+            if entry:
+                entry["name"], entry["tokens"]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path} is damaged ({_damage(error)}); remove it, and the same command does that part again"
+        ) from error
+    return dict(content)
+
+
+def _damage(error: Exception) -> str:
+    if isinstance(error, KeyError):
+        return f"it has no {error}"
+    return str(error) if isinstance(error, ValueError) else "it has another form"
+
+
+def _differences(content: dict[str, Any], settings: dict[str, Any], rows: list[list[Any]]) -> list[str]:
+    """Return what is not as it was in a plan, in words."""
+    differ = []
+    for name in {**content["settings"], **settings}:
+        before, now = content["settings"].get(name), settings.get(name)
+        if before == now:
+            continue
+        if name == "tokenizer_sha256":
+            differ.append("the tokenizer is another one")
+        else:
+            differ.append(f"{option(name)} was {_shown(before)}, now it is {_shown(now)}")
     before, now = ({row[0]: row for row in lists} for lists in (content["inputs"], rows))
     for path in {**before, **now}:
         if before.get(path) != now.get(path):
@@ -118,12 +173,11 @@ def _compare(out: Path, content: dict[str, Any], settings: dict[str, Any], rows:
             differ.append(f"{path} {what}")
     if not differ and before.keys() and list(before) != list(now):
         differ.append("the inputs come in another order")
-    if differ:
-        more = f", and {len(differ) - 1} more" if len(differ) > 1 else ""
-        raise ValueError(
-            f"{out} holds other prepared data: {differ[0]}{more}; choose another directory, or start anew "
-            f"with --overwrite"
-        )
+    return differ
+
+
+def _shown(value: Any) -> str:
+    return "not given" if value is None else repr(value)
 
 
 def _pack(inputs: Iterable[Input], size: int, column: str, on_bad: OnBad) -> list[list[Part]]:

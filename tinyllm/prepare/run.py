@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,14 +16,17 @@ from typing import Any
 from tqdm import tqdm
 
 from tinyllm._files import replacing
-from tinyllm.data import token_dtype
+from tinyllm._locks import owned
+from tinyllm._words import count, option
+from tinyllm.prepare.documents import Part
+from tinyllm.prepare.inputs import Input, Skipped
 from tinyllm.prepare.manifest import write_manifest
 from tinyllm.prepare.plan import MEGABYTE, Plan
 from tinyllm.prepare.pool import Worker, WorkerPool, usable_cores
-from tinyllm.prepare.sources import Input, Part, Skipped
 from tinyllm.prepare.streams import stream_lines
 from tinyllm.prepare.worker import naming_full_disk
-from tinyllm.shards import MANIFEST_FILE, TOKENIZER_FILE, Shards, file_sha256, open_shards
+from tinyllm.shards import MANIFEST_FILE, TOKENIZER_FILE, Shards, file_sha256, open_shards, token_dtype
+from tinyllm.tokenizer import check_vocab_size
 
 VOCAB_SIZE = 50257  # GPT-2's
 TRAINED = ("bpe", "word", "char")
@@ -94,6 +97,8 @@ def prepare(
     Raises:
         FileNotFoundError: an input does not exist.
         ImportError: a library for some kind of input is missing; says what to install.
+        BlockingIOError: another process is preparing data in `out`; names it.
+        NotADirectoryError: `out` is a file.
         ValueError: a setting is wrong, an input cannot be read (names it), `out` holds other data (names what
             differs), or the text is too short.
         OSError: a file cannot be read or written; a full disk is named.
@@ -101,7 +106,7 @@ def prepare(
     """
     _check_settings(workers, shard_size, val_fraction, tokenizer_sample)
     out = Path(out)
-    with naming_full_disk(out), _alone_in(out), closing(Worker(parallel=True)) as helper:
+    with naming_full_disk(out), owned(out, "prepared", say), closing(Worker(parallel=True)) as helper:
         settings = {
             **_tokenizer_settings(helper, tokenizer, vocab_size, tokenizer_sample),
             "text_column": text_column,
@@ -110,6 +115,8 @@ def prepare(
             "seed": seed,
         }
         plan = Plan.make(data, out, settings, skip_bad, overwrite)
+        for line in plan.notes:
+            say(line)
         if (out / MANIFEST_FILE).is_file():
             say(f"{out} is ready: the same data was prepared there before")
             return Prepared(open_shards(out), 0.0, 0, len(plan.units))
@@ -119,48 +126,20 @@ def prepare(
         start = time.perf_counter()
         num_bytes, resumed = _tokenize(plan, vocabulary, workers or usable_cores(), skip_bad, say)
         seconds = time.perf_counter() - start
-        count, names = plan.skipped
-        write_manifest(out, settings, vocabulary, plan.sidecars(), (count + len(plan.damaged), names + plan.damaged))
+        left_out, names = plan.skipped
+        write_manifest(out, settings, vocabulary, plan.sidecars(), (left_out + len(plan.damaged), names + plan.damaged))
         plan.clean_up()
         return Prepared(open_shards(out), seconds, num_bytes, resumed)
 
 
-@contextmanager
-def _alone_in(out: Path) -> Iterator[None]:
-    """Keep a second call from the same directory: it would take this one's files for leftovers."""
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"out {out} is a file; a directory is needed")
-    try:
-        import fcntl
-    except ImportError:  # on Windows open files cannot be removed anyway
-        yield
-        return
-    made = not out.exists()
-    out.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(out, os.O_RDONLY)  # the directory itself, so that no lock file is left behind
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"another `tinyllm prepare` is at work in {out}") from None
-        except OSError:
-            pass  # a file system without locks
-        yield
-    finally:
-        os.close(descriptor)
-        if made:
-            with suppress(OSError):  # not empty
-                out.rmdir()
-
-
 def _check_settings(workers: int | None, shard_size: float, val_fraction: float, tokenizer_sample: float) -> None:
     if workers is not None and workers < 1:
-        raise ValueError(f"workers is {workers}; it must be at least 1")
+        raise ValueError(f"--workers is {workers}; it must be at least 1")
     for name, value in (("shard_size", shard_size), ("tokenizer_sample", tokenizer_sample)):
         if not 0 < value < float("inf"):
-            raise ValueError(f"{name} is {value}; a positive number of megabytes is needed")
+            raise ValueError(f"{option(name)} is {value}; a positive number of megabytes is needed")
     if not 0 < val_fraction < 1:
-        raise ValueError(f"val_fraction is {val_fraction}; it must be above 0 and below 1")
+        raise ValueError(f"--val-fraction is {val_fraction}; it must be above 0 and below 1")
 
 
 def _tokenizer_settings(
@@ -168,10 +147,11 @@ def _tokenizer_settings(
 ) -> dict[str, Any]:
     """What of the tokenizer decides the result: how it is trained, or what is in its files."""
     if tokenizer in TRAINED:
+        check_vocab_size(str(tokenizer), vocab_size)
         size = VOCAB_SIZE if vocab_size is None and tokenizer != "char" else vocab_size
         return {"tokenizer": tokenizer, "vocab_size": size, "tokenizer_sample": sample}
     if vocab_size is not None:
-        raise ValueError(f"vocab_size is {vocab_size}, but {tokenizer} has its own; it is for one that is trained")
+        raise ValueError(f"--vocab-size is {vocab_size}, but {tokenizer} has its own; it is for one that is trained")
     with TemporaryDirectory() as folder:  # hashed as it will lie beside the shards
         path = Path(folder, TOKENIZER_FILE)
         size = _write_tokenizer(helper, path, path=str(tokenizer))["vocab_size"]
@@ -183,7 +163,7 @@ def _tokenizer_settings(
 
 def _write_tokenizer(helper: Worker, to: Path, **task: Any) -> dict[str, Any]:
     """Its vocab_size and end_of_text_id. Left to a process that ends soon: a vocabulary takes a lot of memory."""
-    return helper.run({"task": "tokenizer", "to": str(to), **task}, "making the tokenizer", lambda count: None)
+    return helper.run({"task": "tokenizer", "to": str(to), **task}, "making the tokenizer", lambda num_bytes: None)
 
 
 def _make_tokenizer(
@@ -198,6 +178,7 @@ def _make_tokenizer(
         return _write_tokenizer(helper, path, path=str(tokenizer))
     settings = plan.settings
     size = "" if settings["vocab_size"] is None else f" of up to {settings['vocab_size']:,} tokens"
+    sample_size = int(settings["tokenizer_sample"] * MEGABYTE)
     say(f"Training a {tokenizer} tokenizer{size} on up to {settings['tokenizer_sample']:g} MB of the text")
     start = time.perf_counter()
     vocabulary = _write_tokenizer(
@@ -205,7 +186,8 @@ def _make_tokenizer(
         path,
         kind=tokenizer,
         vocab_size=settings["vocab_size"],
-        samples=_samples(plan, int(settings["tokenizer_sample"] * MEGABYTE)),
+        samples=_samples(plan, sample_size),
+        sample_size=sample_size,
         text_column=settings["text_column"],
         skip_bad=skip_bad,
     )
@@ -216,11 +198,17 @@ def _make_tokenizer(
 def _samples(plan: Plan, size: int) -> list[tuple[dict[str, Any], int]]:
     """Parts and streams, and how many bytes to take from the beginning of each: `size` in all, spread evenly.
 
-    Each part brings its share of credit; one is opened when there is credit for all of it, or for a megabyte.
+    Each part brings its share of credit; one is opened when there is credit for all of it, or for a megabyte. What of
+    it is left over goes to the streams, see `sample_texts`.
     """
     sources = [(asdict(part), part.size) for unit in plan.units for part in unit]
-    # Of a dataset nobody knows the size: it gets the sample's, as if it were a file that long.
-    sources += [(asdict(entry), entry.size * _STREAM_EXPANDS or size) for entry in plan.streams]
+    sources += [(asdict(entry), entry.size * _STREAM_EXPANDS) for entry in plan.streams]
+    known = sum(weight for _, weight in sources)
+    datasets = sum(entry.kind == "hf" for entry in plan.streams)
+    # Of a dataset nobody knows the size: it gets what the others leave if that is most of the sample, else a share as
+    # if it were as long as the sample.
+    unknown = (size - known) // max(1, datasets) if 2 * known <= size else size
+    sources = [(source, unknown if source["kind"] == "hf" else weight) for source, weight in sources]
     share = min(1.0, size / max(1, sum(weight for _, weight in sources)))
     credit = 0.0
     samples = []
@@ -256,9 +244,9 @@ def _tokenize(plan: Plan, vocabulary: dict[str, Any], workers: int, skip_bad: bo
         closing(WorkerPool(workers)) as pool,
     ):
 
-        def advance(count: int) -> None:
+        def advance(num_bytes: int) -> None:
             with lock:
-                bar.update(count)
+                bar.update(num_bytes)
 
         def run(number: int, parts: list[Part], extra: dict[str, Any]) -> None:
             task = {
@@ -270,7 +258,7 @@ def _tokenize(plan: Plan, vocabulary: dict[str, Any], workers: int, skip_bad: bo
                 "extra": {**extra, "tokenizer_sha256": plan.tokenizer_sha256},
             }
             names = list(dict.fromkeys(part.name or part.path for part in parts))
-            what = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more files"
+            what = names[0] if len(names) == 1 else f"{names[0]} and {count(len(names) - 1, 'more file')}"
             result = pool.run(task, f"tokenizing {what} (unit {number})", advance)
             with lock:
                 done["bytes"] += result["bytes"]
@@ -299,7 +287,7 @@ def _tokenize(plan: Plan, vocabulary: dict[str, Any], workers: int, skip_bad: bo
                     future.cancel()
                 raise
     if done["resumed"]:
-        say(f"{done['resumed']} units were finished before")
+        say(f"{count(done['resumed'], 'unit')} {'was' if done['resumed'] == 1 else 'were'} finished before")
     return done["bytes"], done["resumed"]
 
 

@@ -5,14 +5,20 @@ They are read by one process, as lines, and handed to the others in runs of line
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import json
+import logging
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 
-from tinyllm.prepare.sources import Input, OnBad, missing_library, parse_name, reason_of
+from tinyllm.prepare.documents import columns_and_remedy, missing_library, parse_line
+from tinyllm.prepare.inputs import Input, OnBad, parse_name, reason_of
 
 _PACKED_BYTES = 1 << 15  # decompressed at once: what comes of it may be many times as long
+_LIBRARIES = ("datasets", "fsspec", "huggingface_hub", "httpx", "urllib3")
+_TEXT_DTYPES = ("string", "large_string")
 
 
 def stream_lines(entry: Input, column: str, on_bad: OnBad, skip: int = 0) -> Iterator[bytes]:
@@ -39,7 +45,25 @@ def stream_lines(entry: Input, column: str, on_bad: OnBad, skip: int = 0) -> Ite
             if number > skip:
                 yield line
     except (EOFError, gzip.BadGzipFile, zlib.error, ValueError) as error:
-        on_bad(entry.path, f"is damaged after line {number}: {reason_of(error)}")
+        where = f"after line {number}" if number else "from its beginning"
+        on_bad(entry.path, f"is damaged {where}: {reason_of(error)}")
+
+
+def stream_texts(entry: Input, column: str, on_bad: OnBad) -> Iterator[str]:
+    """Yield the texts in the lines that `stream_lines` gives, but for empty ones.
+
+    Args:
+        entry, column: see `stream_lines`.
+        on_bad: called for each line that cannot be used, which is then passed over, and if a file is damaged.
+    """
+    for number, line in enumerate(stream_lines(entry, column, on_bad), 1):
+        try:
+            text = parse_line(line.removeprefix(codecs.BOM_UTF8) if number == 1 else line, column)
+        except ValueError as error:
+            on_bad(f"{entry.path}, line {number},", reason_of(error))
+        else:
+            if text:
+                yield text
 
 
 def _decompressed(entry: Input) -> Iterator[bytes]:
@@ -86,12 +110,38 @@ def _dataset_lines(name: str, column: str, skip: int) -> Iterator[bytes]:
     except ImportError as error:
         raise missing_library("datasets", name) from error
     try:
-        rows = load_dataset(dataset, config, split=split, streaming=True)
-        if rows.column_names is not None and column not in rows.column_names:
-            raise ValueError(f"{name} has no column {column!r}; its columns are {', '.join(rows.column_names)}")
+        with _quiet():
+            rows = load_dataset(dataset, config, split=split, streaming=True)
+            columns: list[str] | None = rows.column_names
+            features = rows.features or {}
+    except Exception as error:
+        raise _unreadable(name, error) from error
+    if columns is not None and column not in columns:
+        texts = [key for key, feature in features.items() if getattr(feature, "dtype", None) in _TEXT_DTYPES]
+        raise ValueError(f"{name} has no column {column!r}; its columns are {columns_and_remedy(columns, texts)}")
+    try:
         for row in rows.skip(skip) if skip else rows:
             yield json.dumps({column: row.get(column)}).encode() + b"\n"
-    except (OSError, ValueError):
-        raise
-    except Exception as error:  # of whatever library fetches or decodes the files
-        raise OSError(f"{name} cannot be read: {type(error).__name__}: {reason_of(error)}") from error
+    except Exception as error:
+        raise _unreadable(name, error) from error
+
+
+def _unreadable(name: str, error: Exception) -> OSError:
+    """Return the error to raise for one of whatever library fetches or decodes a dataset's files."""
+    if isinstance(error, OSError) and error.errno is not None:  # such as a full disk
+        return OSError(error.errno, f"{name} cannot be read: {error.strerror}")
+    return OSError(f"{name} cannot be read: {' '.join(str(error).split()) or type(error).__name__}")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the libraries from logging each of their attempts: what comes of the last one is raised."""
+    loggers = [logging.getLogger(name) for name in _LIBRARIES]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -23,8 +23,9 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from tinyllm._files import replacing, write_text
-from tinyllm.prepare.sources import STREAMS, Document, Input, Part, Skipped, parse_line, read_documents, split_text
-from tinyllm.prepare.streams import stream_lines
+from tinyllm.prepare.documents import Document, Part, read_documents, split_text
+from tinyllm.prepare.inputs import STREAMS, Input, Skipped
+from tinyllm.prepare.streams import stream_texts
 from tinyllm.prepare.words import token_encoder
 from tinyllm.shards import INDEX_DTYPE, TOKENIZER_FILE
 from tinyllm.tokenizer import load_tokenizer, train_tokenizer
@@ -177,11 +178,13 @@ def _with_last(document: Document) -> Iterator[tuple[str, bool]]:
         yield before, document.ends
 
 
-def sample_texts(samples: list[tuple[Any, int]], column: str, skip_bad: bool) -> Iterator[str]:
-    """Text to train a tokenizer on, in pieces.
+def sample_texts(samples: list[tuple[Any, int]], size: int, column: str, skip_bad: bool) -> Iterator[str]:
+    """Yield text to train a tokenizer on, in pieces.
 
     Args:
-        samples: parts and streams, as JSON objects, and how many bytes to take from the beginning of each.
+        samples: parts and streams, as JSON objects, and how many bytes to take from the beginning of each. A stream,
+            whose length nobody knows, gives more where others gave less.
+        size: the most bytes in all, but for the last piece of each.
         column: that of the text.
         skip_bad: whether to pass over what cannot be read.
 
@@ -189,27 +192,25 @@ def sample_texts(samples: list[tuple[Any, int]], column: str, skip_bad: bool) ->
         ValueError: an input cannot be used, and `skip_bad` is false.
     """
     skipped = Skipped(skip_bad)
+    room = size - sum(quota for _, quota in samples)  # that no quota has claimed
     for source, quota in samples:
-        left = quota
+        left = quota + (max(room, 0) if source["kind"] in STREAMS else 0)
+        before = left
         for piece in _source_texts(source, column, skipped):
             yield piece
             left -= len(piece.encode())
             if left <= 0:
                 break
+        room += quota - (before - left)
 
 
 def _source_texts(source: dict[str, Any], column: str, skipped: Skipped) -> Iterator[str]:
-    if source["kind"] not in STREAMS:
+    if source["kind"] in STREAMS:
+        for text in stream_texts(Input(**source), column, skipped):
+            yield from split_text([text])
+    else:
         for document in read_documents(Part(**source), column, skipped):
             yield from document.pieces
-        return
-    for number, line in enumerate(stream_lines(Input(**source), column, skipped), 1):
-        try:
-            text = parse_line(line, column)
-        except ValueError as error:
-            skipped(f"{source['path']}, line {number},", str(error))
-        else:
-            yield from split_text([text])
 
 
 def make_tokenizer(task: dict[str, Any]) -> dict[str, Any]:
@@ -217,7 +218,7 @@ def make_tokenizer(task: dict[str, Any]) -> dict[str, Any]:
 
     Args:
         task: "to", the file; and either "path", that of any tokenizer, or what to train one with: kind, vocab_size,
-            samples, text_column and skip_bad.
+            samples, sample_size, text_column and skip_bad.
 
     Returns:
         Its vocab_size and end_of_text_id.
@@ -229,7 +230,7 @@ def make_tokenizer(task: dict[str, Any]) -> dict[str, Any]:
     if "path" in task:
         tokenizer = load_vocabulary(task["path"])
     else:
-        texts = sample_texts(task["samples"], task["text_column"], task["skip_bad"])
+        texts = sample_texts(task["samples"], task["sample_size"], task["text_column"], task["skip_bad"])
         tokenizer = train_tokenizer(task["kind"], texts, task["vocab_size"])
     tokenizer.save(task["to"])
     return {"vocab_size": tokenizer.vocab_size, "end_of_text_id": tokenizer.end_of_text_id}

@@ -1,10 +1,10 @@
-"""Where text comes from: files, directories, JSON lines, Parquet and Hugging Face datasets, as documents.
+"""How files are read as documents, at a stretch or in parts: texts, JSON lines and Parquet.
 
-    paths -find_inputs-> inputs -cut_input-> parts -read_documents-> documents
+    inputs -cut_input-> parts -read_documents-> documents
 
 A part is what is read at a stretch: a whole file, a byte range of a large one, row groups of a Parquet file. What
-can only be read from its beginning (a compressed file, a dataset that is streamed) is a stream of lines instead.
-Nothing here holds more than a piece of text, or one line or row, in memory.
+can only be read from its beginning (a compressed file, a dataset that is streamed) is a stream of lines instead, see
+`tinyllm.prepare.streams`. Nothing here holds more than a piece of text, or one line or row, in memory.
 """
 
 from __future__ import annotations
@@ -12,73 +12,26 @@ from __future__ import annotations
 import codecs
 import io
 import json
-import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import shlex
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import pairwise
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO
 
-from tinyllm.data import _SNIFFED_BYTES, _walk
-from tinyllm.shards import is_prepared
+from tinyllm.prepare.inputs import Input, Kind, OnBad, reason_of
 
-Kind = Literal["text", "jsonl", "parquet", "gz", "zst", "hf"]
-STREAMS = ("gz", "zst", "hf")  # the kinds that tinyllm.prepare.streams reads
-
-_PREFIX = "hf:"  # of a Hugging Face dataset's name, in the place of a path
 _BLOCK_BYTES = 1 << 18
 _PIECE_CHARACTERS = 1 << 15  # text tokenized at once
 _LONGEST_PIECE = 16 * _PIECE_CHARACTERS
-_NAMED = 100  # of what is left out; the rest is only counted
+_NAMES = 8  # of columns that a message lists
 _BOM = codecs.BOM_UTF8
 
 # Where a text may be cut so that its parts tokenize to the ids of the whole, best first. No token of GPT-2's byte
 # level spans any of these places; those of later vocabularies may join punctuation and a line's end.
 _CUTS = tuple(map(re.compile, (r"[^\W_](?=\r?\n)", r"\S(?=\r?\n)", r"\S(?=\s)")))
-
-OnBad = Callable[[str, str], None]
-"""Called with the place and the reason of an input that cannot be used: raises, or takes note of it."""
-
-
-class Skipped:
-    """What cannot be read: an error at the first, or, where that is allowed, counted and named.
-
-    Attributes:
-        allowed: whether to go on.
-        count: inputs left out.
-        named: place and reason of the first of them.
-    """
-
-    def __init__(self, allowed: bool) -> None:
-        self.allowed = allowed
-        self.count = 0
-        self.named: list[str] = []
-
-    def __call__(self, where: str, why: str) -> None:
-        if not self.allowed:
-            raise ValueError(f"{where} {why}; --skip-bad leaves out what cannot be read, and counts it")
-        self.count += 1
-        if len(self.named) < _NAMED:
-            self.named.append(f"{where} {why}")
-
-
-@dataclass(frozen=True)
-class Input:
-    """One file, or one Hugging Face dataset.
-
-    Attributes:
-        path: the file, or `hf:NAME[:CONFIG][@SPLIT]`.
-        kind: how it is read.
-        size: bytes; 0 for a dataset, whose size nobody knows.
-        mtime_ns: when the file was last changed.
-    """
-
-    path: str
-    kind: Kind
-    size: int = 0
-    mtime_ns: int = 0
 
 
 @dataclass(frozen=True)
@@ -124,88 +77,6 @@ class Document:
     ends: bool = True
 
 
-# Finding
-
-
-def find_inputs(data: Sequence[str | os.PathLike[str]], out: Path, on_bad: OnBad) -> list[Input]:
-    """The inputs that `data` names, in an order that does not depend on the machine.
-
-    A directory contributes the files below it, as `tinyllm.data.find_files` says, but for `out` and other
-    directories that `tinyllm prepare` made. Names ending in .jsonl or .ndjson, these or .json compressed as .gz
-    or .zst, and .parquet say what a file is; every other one is a text, one document.
-
-    Args:
-        data: files, directories, and `hf:NAME[:CONFIG][@SPLIT]`.
-        out: where the result goes.
-        on_bad: called for each binary or unreadable file.
-
-    Returns:
-        Each input once.
-
-    Raises:
-        FileNotFoundError: a path does not exist, or is neither a file nor a directory.
-        ValueError: there is no input at all.
-        OSError: a directory cannot be read.
-    """
-    found: dict[str, Input] = {}
-    seen: set[str] = set()
-    prepared: dict[Path, bool] = {}
-    for given in (os.fspath(path) for path in data):
-        if given.startswith(_PREFIX):
-            parse_name(given)
-            found[given] = Input(given, "hf")
-            continue
-        path = Path(given)
-        if not path.exists():
-            raise FileNotFoundError(f"there is no file or directory {path}")
-        if not path.is_dir() and not path.is_file():
-            raise FileNotFoundError(f"{path} is neither a file nor a directory")
-        for file in _walk(path) if path.is_dir() else [path]:
-            folder = file.parent
-            if folder not in prepared:
-                prepared[folder] = folder.resolve() == out.resolve() or is_prepared(folder)
-            real = os.path.realpath(file)
-            if real not in seen and not (prepared[folder] and path.is_dir()):
-                seen.add(real)
-                if (entry := _inspect(file, on_bad)) is not None:
-                    found[real] = entry
-    if not found:
-        raise ValueError(f"no text in {', '.join(map(str, data)) or 'the empty list of paths'}")
-    return list(found.values())
-
-
-def _inspect(path: Path, on_bad: OnBad) -> Input | None:
-    """How to read a file; None, after `on_bad`, if it cannot be."""
-    try:
-        kind = _kind(path)
-        with path.open("rb") as file:
-            if kind in ("text", "jsonl") and b"\0" in file.read(_SNIFFED_BYTES):
-                on_bad(str(path), "is a binary file: it has a NUL byte in its beginning")
-                return None
-            status = os.fstat(file.fileno())
-    except OSError as error:
-        on_bad(str(path), f"cannot be read ({error.strerror})")
-    except ValueError as error:
-        on_bad(str(path), str(error))
-    else:
-        return Input(str(path), kind, status.st_size, status.st_mtime_ns)
-    return None
-
-
-def _kind(path: Path) -> Kind:
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    match suffixes[-1:]:
-        case [".jsonl"] | [".ndjson"]:
-            return "jsonl"
-        case [".parquet"]:
-            return "parquet"
-        case [".gz"] | [".zst"]:
-            if len(suffixes) > 1 and suffixes[-2] not in (".jsonl", ".ndjson", ".json"):
-                raise ValueError("is compressed, which is read for JSON lines only; decompress it first")
-            return "gz" if suffixes[-1] == ".gz" else "zst"
-    return "text"
-
-
 # Cutting
 
 
@@ -228,7 +99,7 @@ def cut_input(entry: Input, size: int, column: str, on_bad: OnBad) -> list[Part]
             return _cut_parquet(entry, size, column)
         count = -(-entry.size // size)
         if count > 1 and entry.kind == "text":
-            for _ in _decoded(entry.path, 0, entry.size):
+            for _ in decode_file(entry.path, 0, entry.size, translate=False):
                 pass
         find = _text_cut if entry.kind == "text" else _line_cut
         with open(entry.path, "rb") as file:
@@ -247,7 +118,8 @@ def _cut_parquet(entry: Input, size: int, column: str) -> list[Part]:
     with _parquet(entry.path) as file:
         names = file.schema_arrow.names
         if column not in names:
-            raise ValueError(f"has no column {column!r}; its columns are {', '.join(names)}")
+            texts = [field.name for field in file.schema_arrow if str(field.type) in ("string", "large_string")]
+            raise ValueError(f"has no column {column!r}; its columns are {columns_and_remedy(names, texts)}")
         parts: list[Part] = []
         for index in range(file.metadata.num_row_groups):
             group = file.metadata.row_group(index)
@@ -337,40 +209,54 @@ def read_documents(part: Part, column: str, on_bad: OnBad) -> Iterator[Document]
 def _read_text(part: Part, on_bad: OnBad) -> Iterator[Document]:
     whole = part.begins and part.ends
     try:  # read twice, so that nothing of a bad file is used before that is known: tokenizing takes far longer
-        if whole and not sum(map(len, _decoded(part.path, part.start, part.stop))):
+        if whole and not sum(map(len, decode_file(part.path, part.start, part.stop, translate=False))):
             return
     except (OSError, ValueError) as error:
         on_bad(part.path, reason_of(error))
         return
-    blocks = _decoded(part.path, part.start, part.stop, translate=True)
+    blocks = decode_file(part.path, part.start, part.stop, translate=True)
     yield Document(split_text(blocks), whole, part.ends)
 
 
-def _decoded(path: str, start: int, stop: int, translate: bool = False) -> Iterator[str]:
-    """The text in a range of bytes. Raises ValueError that says where it is none, and OSError."""
-    decoder: codecs.IncrementalDecoder = codecs.getincrementaldecoder("utf-8")()
-    newlines = io.IncrementalNewlineDecoder(None, translate=True)
+def decode_file(path: str, start: int = 0, stop: int = sys.maxsize, *, translate: bool) -> Iterator[str]:
+    """Yield the text in a range of a file's bytes, as `decode_blocks` does; the range may go beyond the end."""
     with open(path, "rb") as file:
         file.seek(start)
-        place = start
-        while True:
-            block = file.read(min(_BLOCK_BYTES, stop - place))
-            if (nul := block.find(b"\0")) >= 0:  # valid UTF-8, but never in a text: UTF-16 or a binary file
-                raise ValueError(f"is not a text file: it has a NUL byte at offset {place + nul}")
-            content = block.removeprefix(_BOM) if place == 0 else block
-            before = len(decoder.getstate()[0])
-            try:
-                text = decoder.decode(content, final=not block)
-            except UnicodeDecodeError as error:
-                offset = place + len(block) - len(content) - before + error.start
-                raise ValueError(
-                    f"is not a UTF-8 text file: byte 0x{error.object[error.start]:02x} at offset {offset} "
-                    f"({error.reason})"
-                ) from error
-            yield newlines.decode(text, final=not block) if translate else text
-            if not block:
-                return
-            place += len(block)
+        yield from decode_blocks(file, start, stop, translate=translate)
+
+
+def decode_blocks(file: BinaryIO, place: int = 0, stop: int = sys.maxsize, *, translate: bool) -> Iterator[str]:
+    """Yield the text in the bytes of a file, which are UTF-8, in blocks and without a byte order mark.
+
+    Args:
+        file: an open one.
+        place: where in it to begin, and where it is.
+        stop: where to end.
+        translate: make line ends `\\n`.
+
+    Raises:
+        ValueError: it is no text; says where, without the file's name.
+        OSError: the file cannot be read.
+    """
+    decoder: codecs.IncrementalDecoder = codecs.getincrementaldecoder("utf-8")()
+    newlines = io.IncrementalNewlineDecoder(None, translate=True)
+    while True:
+        block = file.read(min(_BLOCK_BYTES, stop - place))
+        if (nul := block.find(b"\0")) >= 0:  # valid UTF-8, but never in a text: UTF-16 or a binary file
+            raise ValueError(f"is not a text file: it has a NUL byte at offset {place + nul}")
+        content = block.removeprefix(_BOM) if place == 0 else block
+        before = len(decoder.getstate()[0])
+        try:
+            text = decoder.decode(content, final=not block)
+        except UnicodeDecodeError as error:
+            offset = place + len(block) - len(content) - before + error.start
+            raise ValueError(
+                f"is not a UTF-8 text file: byte 0x{error.object[error.start]:02x} at offset {offset} ({error.reason})"
+            ) from error
+        yield newlines.decode(text, final=not block) if translate else text
+        if not block:
+            return
+        place += len(block)
 
 
 def _read_lines(part: Part, column: str, on_bad: OnBad) -> Iterator[Document]:
@@ -404,20 +290,39 @@ def parse_line(line: bytes, column: str) -> str:
     except ValueError as error:
         raise ValueError(f"is not JSON: {error}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"is not a JSON object but a {type(content).__name__}")
+        raise ValueError(f"is not a JSON object but {_json_word(content)}")
+    if not content:
+        raise ValueError(f"has no {column!r}: it is an empty object")
     if column not in content:
-        raise ValueError(f"has no {column!r}; its names are {', '.join(content)}")
+        texts = [name for name, value in content.items() if isinstance(value, str)]
+        raise ValueError(f"has no {column!r}; its names are {columns_and_remedy(list(content), texts)}")
     return _checked(content[column], column)
 
 
 def _checked(text: object, column: str) -> str:
     if not isinstance(text, str):
-        raise ValueError(f"has no text as {column!r} but a {type(text).__name__}")
+        raise ValueError(f"has no text as {column!r} but {_json_word(text)}")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise ValueError(f"holds the lone surrogate {text[error.start]!r}: it is not valid Unicode") from error
     return text
+
+
+def columns_and_remedy(names: Sequence[str], texts: Sequence[str]) -> str:
+    """Return the names in which a column was looked for in vain, and how to choose one of `texts`, which hold text."""
+    listed = ", ".join(names[:_NAMES]) + (f" and {len(names) - _NAMES} more" if len(names) > _NAMES else "")
+    if len(texts) == 1:
+        return f"{listed}: --text-column {shlex.quote(texts[0])} reads it"
+    return f"{listed}: --text-column NAME says which" if texts else f"{listed}; none of them is a text"
+
+
+def _json_word(value: object) -> str:
+    """Return what JSON calls a value that is not text."""
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    words = {int: "a number", float: "a number", str: "a string", list: "a list", dict: "an object", bytes: "bytes"}
+    return words.get(type(value), "something else")
 
 
 def _count_lines(path: str, stop: int) -> int:
@@ -468,23 +373,5 @@ def _parquet(path: str) -> Iterator[Any]:
         yield file
 
 
-# Shared with streams
-
-
-def parse_name(name: str) -> tuple[str, str | None, str]:
-    """The dataset, its configuration and split, of `hf:NAME[:CONFIG][@SPLIT]`."""
-    rest, _, split = name.removeprefix(_PREFIX).partition("@")
-    dataset, _, config = rest.partition(":")
-    if not dataset:
-        raise ValueError(f"{name!r} names no dataset; write hf:NAME, hf:NAME:CONFIG or hf:NAME:CONFIG@SPLIT")
-    return dataset, config or None, split or "train"
-
-
 def missing_library(library: str, what: str) -> ImportError:
     return ImportError(f"{what} needs {library}, which is not installed; pip install 'tinyllm[data]' brings it")
-
-
-def reason_of(error: BaseException) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return f"cannot be read ({error.strerror})"
-    return " ".join(str(error).split())

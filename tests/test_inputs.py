@@ -1,4 +1,4 @@
-"""Where prepared text comes from: which inputs count, where they are cut, what is refused."""
+"""Where text comes from: which inputs count, where they are cut, how they are read, what is refused."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tinyllm.data import token_dtype
-from tinyllm.prepare import sources
-from tinyllm.prepare.sources import Input, Part, Skipped, cut_input, find_inputs, read_documents, split_text
+from tinyllm.prepare import documents as reading
+from tinyllm.prepare.documents import Part, cut_input, read_documents, split_text
+from tinyllm.prepare.inputs import Input, Skipped, find_inputs
 from tinyllm.prepare.streams import stream_lines
 from tinyllm.prepare.words import token_encoder
+from tinyllm.shards import token_dtype
 from tinyllm.tokenizer import BPETokenizer, CharTokenizer, WordTokenizer
 
 PIECES = [
@@ -52,7 +53,7 @@ def texts(parts: list[Part], column: str = "text", skipped: Skipped = REFUSE) ->
 
 
 def one(path: Path, size: int = 1 << 30, skipped: Skipped = REFUSE) -> list[Part]:
-    (entry,) = find_inputs([path], Path("nowhere"), skipped)
+    (entry,) = find_inputs([path], skipped).inputs
     return cut_input(entry, size, "text", skipped)
 
 
@@ -77,7 +78,7 @@ def test_names_say_what_a_file_is(tmp_path: Path) -> None:
     for name in names:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("{}")
-    found = find_inputs([tmp_path, "hf:owner/name:config@test"], tmp_path / "out", REFUSE)
+    found = find_inputs([tmp_path, "hf:owner/name:config@test"], REFUSE).inputs
     kinds = {entry.path.removeprefix(f"{tmp_path}/"): entry.kind for entry in found}
     assert kinds == {**{name: kind for name, kind in names.items() if kind}, "hf:owner/name:config@test": "hf"}
 
@@ -90,18 +91,18 @@ def test_a_file_counts_once_and_the_result_never(tmp_path: Path) -> None:
         (folder / "tokenizer.json").write_text("{}")
     (earlier / "manifest.json").write_text('{"format": "tinyllm-shards"}')
     (tmp_path / "a.txt").write_text("text")
-    found = find_inputs([tmp_path, tmp_path / "a.txt", str(tmp_path / "out" / ".." / "a.txt")], out, REFUSE)
+    found = find_inputs([tmp_path, tmp_path / "a.txt", str(tmp_path / "out" / ".." / "a.txt")], REFUSE, out).inputs
     assert [entry.path for entry in found] == [str(tmp_path / "a.txt")]
     assert found[0].size == 4
 
 
 def test_no_input(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no file or directory .*nowhere"):
-        find_inputs([tmp_path / "nowhere"], tmp_path, REFUSE)
+        find_inputs([tmp_path / "nowhere"], REFUSE)
     with pytest.raises(ValueError, match="no text in"):
-        find_inputs([tmp_path], tmp_path / "out", REFUSE)
+        find_inputs([tmp_path], REFUSE)
     with pytest.raises(ValueError, match="names no dataset"):
-        find_inputs(["hf:@train"], tmp_path, REFUSE)
+        find_inputs(["hf:@train"], REFUSE)
 
 
 @pytest.mark.parametrize(
@@ -111,13 +112,20 @@ def test_no_input(tmp_path: Path) -> None:
         ("notes.txt.gz", b"x", "decompress it first"),
     ],
 )
-def test_files_that_cannot_be_used(name: str, content: bytes, reason: str, tmp_path: Path) -> None:
+def test_files_that_evidently_are_no_text(name: str, content: bytes, reason: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(content)
     (tmp_path / "good.txt").write_text("text")
-    with pytest.raises(ValueError, match=rf"{name} .*{reason}.*--skip-bad"):
-        find_inputs([tmp_path], tmp_path / "out", REFUSE)
+    found = find_inputs([tmp_path], REFUSE)
+    assert [Path(entry.path).name for entry in found.inputs] == ["good.txt"]
+    assert [Path(path).name for path, _ in found.binary] == [name]
+    assert reason in found.binary[0][1]
+    for named in ([tmp_path / name], [tmp_path, tmp_path / name], [tmp_path / name, tmp_path]):
+        with pytest.raises(ValueError, match=rf"{name} .*{reason}.*--skip-bad"):
+            find_inputs(named, REFUSE)
     skipped = Skipped(True)
-    assert [Path(entry.path).name for entry in find_inputs([tmp_path], tmp_path / "out", skipped)] == ["good.txt"]
+    found = find_inputs([tmp_path, tmp_path / name, tmp_path / name], skipped)
+    assert [Path(entry.path).name for entry in found.inputs] == ["good.txt"]
+    assert found.binary == []  # it counts once
     assert skipped.count == 1
     assert name in skipped.named[0]
     assert reason in skipped.named[0]
@@ -131,7 +139,7 @@ def test_an_unreadable_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(Path, "open", refuse)  # root may read everything
     with pytest.raises(ValueError, match=r"secret.txt cannot be read \(Permission denied\)"):
-        find_inputs([tmp_path], tmp_path / "out", REFUSE)
+        find_inputs([tmp_path], REFUSE)
 
 
 # Cutting
@@ -148,15 +156,15 @@ def test_long_texts_in_parts_are_the_whole(newline: str, tmp_path: Path, monkeyp
     assert [part.ends for part in parts] == [False] * (len(parts) - 1) + [True]
     assert texts(parts) == [text]
     tokenizer = BPETokenizer.from_texts([text], 400)
-    monkeypatch.setattr(sources, "_PIECE_CHARACTERS", 100)
+    monkeypatch.setattr(reading, "_PIECE_CHARACTERS", 100)
     pieces = [piece for part in parts for document in read_documents(part, "text", REFUSE) for piece in document.pieces]
     assert len(pieces) > 100
     assert list(chain.from_iterable(tokenizer.encode_batch(pieces))) == tokenizer.encode(text)
 
 
 def test_pieces_without_white_space(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "_PIECE_CHARACTERS", 10)
-    monkeypatch.setattr(sources, "_LONGEST_PIECE", 40)
+    monkeypatch.setattr(reading, "_PIECE_CHARACTERS", 10)
+    monkeypatch.setattr(reading, "_LONGEST_PIECE", 40)
     assert list(split_text(["a" * 95])) == ["a" * 40, "a" * 40, "a" * 15]
     assert list(split_text(["日本" * 8, " ", "x" * 30])) == ["日本" * 8, " " + "x" * 30]
     assert list(split_text(["", ""])) == []
@@ -212,7 +220,12 @@ def test_texts_that_are_none(content: bytes, reason: str, tmp_path: Path) -> Non
         (b"{", "is not JSON"),
         (b"[1]", "is not a JSON object but a list"),
         (b'{"body": "x"}', "has no 'text'; its names are body"),
-        (b'{"text": 3}', "has no text as 'text' but a int"),
+        (b"{}", "has no 'text': it is an empty object"),
+        (b'{"text": 3}', "has no text as 'text' but a number;"),
+        (b'{"text": null}', "has no text as 'text' but null;"),
+        (b'{"text": true}', "has no text as 'text' but true;"),
+        (b'{"text": ["x"]}', "has no text as 'text' but a list;"),
+        (b'{"text": {}}', "has no text as 'text' but an object;"),
         (b'{"text": "\\ud800"}', "lone surrogate"),
         (b'{"text": "\xff"}', "is not UTF-8 text: byte 0xff"),
     ],
@@ -250,10 +263,12 @@ def test_parquet(tmp_path: Path) -> None:
         assert len(parts) == count
         assert texts(parts) == documents
     entry = Input(str(path), "parquet")
-    with pytest.raises(ValueError, match=r"a.parquet has no column 'body'; its columns are id, text"):
+    with pytest.raises(
+        ValueError, match=r"a.parquet has no column 'body'; its columns are id, text: --text-column text reads"
+    ):
         cut_input(entry, 1, "body", REFUSE)
     parquet.write_table(pyarrow.table({"text": ["x", None, "y"]}), path)
-    with pytest.raises(ValueError, match=r"a.parquet, row 2, has no text"):
+    with pytest.raises(ValueError, match=r"a.parquet, row 2, has no text as 'text' but null;"):
         texts(one(path))
     skipped = Skipped(True)
     assert texts(one(path), skipped=skipped) == ["x", "y"]
