@@ -227,7 +227,7 @@ def test_a_folder_in_use_is_refused(folder: Path, trained) -> None:
     before = {path: path.read_bytes() for path in (folder / "run").rglob("*") if path.is_file()}
     done = tinyllm("train", "--data", "text.py", *QUICK, "--out", "run", cwd=folder, status=2)
     assert is_one_error(done.stderr)
-    assert "out run is not empty" in done.stderr
+    assert "--out run is not empty" in done.stderr
     assert "--overwrite" in done.stderr
     assert {path: path.read_bytes() for path in (folder / "run").rglob("*") if path.is_file()} == before
 
@@ -282,7 +282,7 @@ def test_bad_data(name: str, content: str | None, reason: str, here: Here, tmp_p
         (["train", "--dropout", "1"], "dropout is 1.0"),
         (["train", "--vocab-size", "256"], "--vocab-size is 256"),
         (["train", "--device", "tpu"], "device is 'tpu'"),
-        (["train", "--out", "text.py"], "out text.py is a file"),
+        (["train", "--out", "text.py"], "--out text.py is a file"),
         (["generate", "--run", "run", "--prompt", "def ", "--temperature", "-1"], "--temperature is -1.0"),
         (["generate", "--run", "run", "--prompt", "def ", "--top-k", "0"], "--top-k is 0; it must be at least 1"),
         (["generate", "--run", "run", "--prompt", "def ", "--max-new-tokens", "-5"], "--max-new-tokens is -5"),

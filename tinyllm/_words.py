@@ -10,7 +10,7 @@ def count(number: int, noun: str, plural: str | None = None) -> str:
 
 def size(num_bytes: float) -> str:
     """Return a number of bytes in the unit that fits it, of powers of ten: "880 bytes", "11.3 kB", "1.2 GB"."""
-    for factor, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+    for factor, unit in ((1e15, "PB"), (1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
         if num_bytes >= 0.99995 * factor:
             return f"{num_bytes / factor:.1f} {unit}"
     return count(round(num_bytes), "byte")

@@ -21,7 +21,7 @@ from tinyllm.batches import TokenDataset
 from tinyllm.data import TRAIN_FILE, VAL_FILE, Corpus, find_files, standard_library, write_tokens
 from tinyllm.model import SimpleLLM, SimpleLLMConfig
 from tinyllm.ops import _products
-from tinyllm.presets import TrainConfig
+from tinyllm.presets import TrainConfig, describe
 from tinyllm.room import check_disk, check_memory
 from tinyllm.shards import file_sha256, is_prepared, open_shards, token_dtype
 from tinyllm.succession import new_files, recover
@@ -62,10 +62,15 @@ def begin(
     """Make `out`, which this process owns, a run folder. Arguments and errors are those of `training.train`."""
     recover(out)
     checkpoint.check_out(out, overwrite=overwrite)
-    prepared = data is not None and len(data) == 1 and is_prepared(data[0])
-    if not prepared and init_from is None:
+    prepared = None if data is None or len(data) != 1 or not is_prepared(data[0]) else Path(data[0])
+    if prepared is not None and (skip_bad or text_column != "text"):
+        what = option("skip_bad" if skip_bad else "text_column")
+        raise ValueError(f"{what} is for text, and {prepared} is prepared already")
+    if prepared is None and init_from is None:
         _check_packing(config, config.tokenizer == "bpe")
     _check_room(config, 1, out, device, lambda line: None)  # the least: the vocabulary is not known yet
+    for line in describe(config).splitlines():
+        say(line)
     source = None if init_from is None else _load_source(Path(init_from), config, out, say)
     with new_files(out) as folder:
 
@@ -74,9 +79,8 @@ def begin(
             _check_packing(config, tokenizer.end_of_text_id is not None)
             _check_room(config, tokenizer.vocab_size, out, device, say)
 
-        if prepared:
-            assert data is not None
-            tokenizer, description = _describe_shards(Path(data[0]), config, source, check, say)
+        if prepared is not None:
+            tokenizer, description = _describe_shards(prepared, config, source, check, say)
         else:
             corpus = (
                 standard_library() if data is None else find_files(data, text_column=text_column, skip_bad=skip_bad)
@@ -156,6 +160,8 @@ def _tokenize(
     if corpus.left_out.count:
         say(f"Left out {count(corpus.left_out.count, 'input')}, such as {corpus.left_out.named[0]}")
     say(f"Tokens: {tokens.train_tokens:,} to train on, {tokens.val_tokens:,} to validate with")
+    if source is not None and tokens.unknown:
+        say(f"{tokens.unknown:,} of them stand for text that the tokenizer of {source.run} does not know")
     return tokenizer, {
         "name": corpus.name,
         "files": len(corpus.files),

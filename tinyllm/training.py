@@ -14,7 +14,6 @@ from lightning_fabric import Fabric
 
 from tinyllm import checkpoint
 from tinyllm._locks import owned
-from tinyllm._words import count
 from tinyllm.batches import TokenDataset
 from tinyllm.begin import begin, check_saved
 from tinyllm.data import TRAIN_FILE, VAL_FILE
@@ -23,7 +22,7 @@ from tinyllm.loop import Fitted, fit
 from tinyllm.model import SimpleLLM, choose_device, init_gpt2_weights
 from tinyllm.ops import _products
 from tinyllm.optim import adamw, learning_rate
-from tinyllm.presets import PRESETS, RESUMABLE, Preset, TrainConfig, saved_config
+from tinyllm.presets import PRESETS, RESUMABLE, Preset, TrainConfig, describe, saved_config
 from tinyllm.room import memory_error
 from tinyllm.shards import open_shards, token_dtype
 from tinyllm.succession import giving_up, recover
@@ -190,6 +189,8 @@ def resume(
             checkpoint.save_config(saved | noted, out)
             from_where = f"after step {max(there):,}" if there else "from the start, as it has no checkpoint"
             say(f"Resuming {out} {from_where}")
+            for line in describe(config).splitlines():
+                say(line)
             return out
 
         return _run(fabric, config, on_rank_zero(fabric, start), progress, say)
@@ -209,10 +210,7 @@ def _run(fabric: Fabric, config: TrainConfig, out: Path, progress: bool, say: Sa
         model = _model(config, tokenizer.vocab_size)
         if fabric.is_global_zero:
             where = f"{device}" if fabric.world_size == 1 else f"{fabric.world_size} processes, {device.type}"
-            shape = model.config
-            sizes = f"{count(shape.num_layers, 'layer')} of {shape.embedding_dim} and {shape.hidden_dim}"
-            sizes += f", {count(shape.num_heads, 'head')}"
-            say(f"Model: {config.preset}, {sizes}, {model.num_parameters():,} weights, on {where}")
+            say(f"Model: {model.num_parameters():,} weights, on {where}")
         title = f"{config.preset} on {saved['data']['name']}"
         with _products.kept(saved.get("products")):
             fitted: Fitted = fit(

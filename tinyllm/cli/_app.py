@@ -85,8 +85,9 @@ def _as_typed(line: str) -> str:
     """Spell the parameter that an error of a Python function begins with, as in "top_k is 0", as the option it is."""
     command: Any = getattr(typer.main.get_command(app), "commands", {}).get("".join(sys.argv[1:2]))
     options = {parameter.name: parameter.opts[0] for parameter in command.params} if command else {}
-    name, found, rest = line.partition(" is ")
-    if not found or not options.get(name, "").startswith("--"):  # an argument has no dashes
+    name, _, rest = line.partition(" ")
+    about = rest.startswith("is ") or name in ("out", "init_from")  # "out runs/a is not empty"
+    if not about or not options.get(name, "").startswith("--"):  # an argument has no dashes
         return line
     others = re.sub(r"(?<![\w./'\"-])[a-z]+(_[a-z]+)+(?![\w./'\"=])", lambda word: options.get(word[0], word[0]), rest)
-    return f"{options[name]} is {others}"
+    return f"{options[name]} {others}"
