@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 from benchmarks import report
+from tinyllm.reference import SimpleLLM
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -28,14 +29,16 @@ def test_links_and_pictures_exist():
         assert (ROOT / link).exists(), link
 
 
-def test_python_examples_run():
+def test_python_examples_run(tmp_path, monkeypatch, capsys):
     """The examples that stand alone; the one on loading continues with a model of the reader's own."""
-    names = {"article_model": __import__("tinyllm").reference.SimpleLLM(6, 16, 32, 2)}
-    exec("import torch\nq = k = v = torch.randn(1, 2, 8, 16)\nx = residual = torch.randn(3, 768)", names)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my.txt").write_text("def add(a, b):\n    return a + b\n" * 60)
+    names = {"article_model": SimpleLLM(6, 16, 32, 2)}
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     for block in blocks:
-        exec(block.replace("50257, 768, 3072, 12", "100, 768, 128, 1"), names)
+        exec(block.replace("50257, 768, 3072, 12", "100, 768, 128, 1").replace("steps=200", "steps=2"), names)
+    assert capsys.readouterr().out.startswith("def")
     assert names["normed"].shape == names["total"].shape == (3, 768)
     assert names["hidden"].shape == (3, 3072)
     assert names["loss"].isfinite()
