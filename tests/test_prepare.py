@@ -228,11 +228,11 @@ def test_a_dead_worker_is_named() -> None:
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"workers": 0}, "--workers is 0"),
-        ({"shard_size": 0}, "--shard-size is 0"),
-        ({"tokenizer_sample": float("nan")}, "--tokenizer-sample is nan"),
-        ({"val_fraction": 0}, "--val-fraction is 0"),
-        ({"val_fraction": 1.0}, "--val-fraction is 1.0"),
+        ({"workers": 0}, "workers is 0"),
+        ({"shard_size": 0}, "shard_size is 0"),
+        ({"tokenizer_sample": float("nan")}, "tokenizer_sample is nan"),
+        ({"val_fraction": 0}, "val_fraction is 0"),
+        ({"val_fraction": 1.0}, "val_fraction is 1.0"),
         ({"vocab_size": 100}, "vocab_size is 100; a byte-level BPE needs at least 257"),
         ({"tokenizer": "nowhere.json"}, "no tokenizer file nowhere.json"),
     ],

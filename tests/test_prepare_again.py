@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 import os
 import signal
 import time
@@ -29,7 +30,9 @@ from tests.preparing import (
     start,
     write_jsonl,
 )
+from tinyllm._files import REPLACED
 from tinyllm.prepare import pool
+from tinyllm.prepare.plan import Plan, _move_ours, giving_up, recover
 from tinyllm.shards import open_shards
 from tinyllm.tokenizer import BPETokenizer, load_tokenizer
 
@@ -196,3 +199,68 @@ def test_a_tokenizer_exchanged_meanwhile(tmp_path: Path, tokenizer: Path, monkey
     BPETokenizer.from_texts(DOCUMENTS[:100], 400).save(tmp_path / "out" / "tokenizer.json")
     with pytest.raises(ValueError, match=r"tokenizer.json is not the tokenizer of the shards that are finished"):
         run(data, tmp_path / "out", tokenizer=tokenizer)
+
+
+# Starting anew where data have been finished
+
+
+def test_finished_data_stay_until_others_are_finished(tmp_path: Path, tokenizer: Path) -> None:
+    out, data = tmp_path / "out", as_jsonl(tmp_path)
+    run(data, out, tokenizer=tokenizer)
+    before = content(out)
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"text": "' + "good " * 100 + '"}\n' + "x\n")
+    with pytest.raises(ValueError, match="is not JSON"):
+        run(bad, out, tokenizer=tokenizer, overwrite=True)
+    assert content(out) == before
+    assert not (out / REPLACED).exists()
+    run(data, out, tokenizer=tokenizer)  # finds it ready
+    with pytest.raises(ValueError, match="is not JSON"):
+        run(bad, out, tokenizer=tokenizer, overwrite=True, shard_size=0.0004)  # a part of it is finished
+    open_shards(out / REPLACED).verify()
+    assert {name: digest for name, digest in content(out / REPLACED).items() if name in before} == before
+    write_jsonl(bad, ["good " * 100] * 5)
+    run(bad, out, tokenizer=tokenizer, overwrite=True).verify()
+    assert not (out / REPLACED).exists()
+
+
+def dying_renames(number: int) -> None:
+    """Have this process die before its rename of that number."""
+    rename = Path.rename
+
+    def dying(self: Path, target: Path) -> Path:
+        nonlocal number
+        number -= 1
+        if number < 0:
+            os._exit(9)
+        return rename(self, target)
+
+    Path.rename = dying  # type: ignore[method-assign]
+
+
+def test_a_kill_while_data_are_moved_loses_none(tmp_path: Path, tokenizer: Path) -> None:
+    out, data = tmp_path / "out", as_jsonl(tmp_path)
+    run(data, out, tokenizer=tokenizer)
+    before = content(out)
+    plan = Plan(out, json.loads((out / ".prepare" / "plan.json").read_text()))
+    number = 0
+    while True:
+        child = os.fork()
+        if child == 0:
+            dying_renames(number)
+            _move_ours(out, out / REPLACED)
+            with pytest.raises(KeyboardInterrupt), giving_up(plan):
+                raise KeyboardInterrupt
+            os._exit(0)
+        killed = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+        recover(out)
+        if (out / REPLACED).exists():  # all of it is there: the new data have begun
+            open_shards(out / REPLACED).verify()
+            with pytest.raises(KeyboardInterrupt), giving_up(plan):
+                raise KeyboardInterrupt
+        assert content(out) == before
+        open_shards(out).verify()
+        if not killed:
+            break
+        number += 1
+    assert number >= 12

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from tinyllm.succession import NEW, REPLACED, giving_up, new_files, recover, settle
+from tinyllm._files import REPLACED
+from tinyllm.succession import NEW, giving_up, new_files, recover, settle
 
 FILES = ("config.json", "tokenizer.json", "train.bin", "val.bin")
 

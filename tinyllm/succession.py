@@ -14,10 +14,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from tinyllm._files import REPLACED
 from tinyllm.checkpoint import CONFIG_FILE, MODEL_FILE, RUN_FILES, RUN_FOLDERS, checkpoints
 
 NEW = ".tinyllm-new"
-REPLACED = ".tinyllm-replaced"
 _MOVING = ".tinyllm-moving"  # part of the earlier run, the other part lies in `out`
 
 

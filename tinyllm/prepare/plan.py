@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tinyllm._files import write_text
+from tinyllm._files import REPLACED, write_text
 from tinyllm._words import option
 from tinyllm.prepare.documents import Part, cut_input
 from tinyllm.prepare.inputs import STREAMS, Input, OnBad, Skipped, find_inputs
@@ -76,7 +77,10 @@ class Plan:
             "units": [[part.as_json() for part in parts] for parts in units],
             "skipped": [skipped.count, skipped.named],
         }
-        _remove_ours(out)
+        if (out / MANIFEST_FILE).exists():
+            _move_ours(out, out / REPLACED)
+        else:
+            _remove_ours(out)
         write_text(path, json.dumps(content))
         plan = cls(out, content)
         plan.notes = found.notes()
@@ -106,10 +110,49 @@ class Plan:
             yield _read_sidecar(path)
 
     def clean_up(self) -> None:
-        """Remove what only an unfinished preparation needs. The plan stays, to compare the next one with."""
+        """Remove what only an unfinished preparation needs, and the data that these have replaced.
+
+        The plan stays, to compare the next one with.
+        """
         for path in self.folder.iterdir():
             if path.name != "plan.json":
                 path.unlink()
+        shutil.rmtree(self.out / REPLACED, ignore_errors=True)
+
+
+@contextmanager
+def giving_up(plan: Plan) -> Iterator[None]:
+    """Put data that were moved aside back if the block fails before any of the new ones are finished."""
+    try:
+        yield
+    except BaseException:
+        if (plan.out / REPLACED).is_dir() and not any(plan.folder.glob("unit-*.json")):
+            _remove_ours(plan.out)
+            _move_ours(plan.out / REPLACED, plan.out)
+        raise
+
+
+def recover(out: Path) -> None:
+    """Mend what a kill left of data that were being moved aside, or back, or that are replaced by finished ones."""
+    replaced = out / REPLACED
+    if not replaced.is_dir():
+        return
+    if not (replaced / MANIFEST_FILE).exists():  # some of them lie there still, or already
+        _move_ours(replaced, out)
+    elif (out / MANIFEST_FILE).exists():
+        shutil.rmtree(replaced)
+
+
+def _move_ours(source: Path, target: Path) -> None:
+    """Move what `prepare` wrote: away with the manifest last, and back with it first, by which `recover` knows."""
+    back = source.name == REPLACED
+    target.mkdir(exist_ok=True)
+    names = [*(path.name for path in shard_files(source)), TOKENIZER_FILE, WORK_FOLDER]
+    for name in [MANIFEST_FILE, *names] if back else [*names, MANIFEST_FILE]:
+        if (source / name).exists():
+            (source / name).rename(target / name)
+    if back:
+        source.rmdir()
 
 
 def _remove_ours(out: Path) -> None:

@@ -17,11 +17,11 @@ from tqdm import tqdm
 
 from tinyllm._files import replacing
 from tinyllm._locks import owned
-from tinyllm._words import count, option
+from tinyllm._words import count
 from tinyllm.prepare.documents import Part
 from tinyllm.prepare.inputs import Input, Skipped
 from tinyllm.prepare.manifest import write_manifest
-from tinyllm.prepare.plan import MEGABYTE, Plan
+from tinyllm.prepare.plan import MEGABYTE, Plan, giving_up, recover
 from tinyllm.prepare.pool import Worker, WorkerPool, usable_cores
 from tinyllm.prepare.streams import stream_lines
 from tinyllm.prepare.worker import naming_full_disk
@@ -88,7 +88,8 @@ def prepare(
             about three times as much memory.
         skip_bad: leave out what cannot be read, count it and name it in the manifest.
         seed: chooses the documents for validation.
-        overwrite: start anew where other data has been prepared. Only files of `prepare` are removed.
+        overwrite: start anew where other data has been prepared. Finished data are moved aside, and removed when the
+            new data are finished; should these fail before a part of them is, they are put back. Other files stay.
         say: called with each line of a report.
 
     Returns:
@@ -114,32 +115,36 @@ def prepare(
             "val_fraction": val_fraction,
             "seed": seed,
         }
+        recover(out)
         plan = Plan.make(data, out, settings, skip_bad, overwrite)
         for line in plan.notes:
             say(line)
         if (out / MANIFEST_FILE).is_file():
             say(f"{out} is ready: the same data was prepared there before")
             return Prepared(open_shards(out), 0.0, 0, len(plan.units))
-        vocabulary = _make_tokenizer(helper, plan, tokenizer, skip_bad, say)
-        helper.close()  # it has no more to do, and training took memory
-        plan.tokenizer_sha256 = file_sha256(out / TOKENIZER_FILE)
-        start = time.perf_counter()
-        num_bytes, resumed = _tokenize(plan, vocabulary, workers or usable_cores(), skip_bad, say)
-        seconds = time.perf_counter() - start
-        left_out, names = plan.skipped
-        write_manifest(out, settings, vocabulary, plan.sidecars(), (left_out + len(plan.damaged), names + plan.damaged))
-        plan.clean_up()
-        return Prepared(open_shards(out), seconds, num_bytes, resumed)
+        with giving_up(plan):
+            vocabulary = _make_tokenizer(helper, plan, tokenizer, skip_bad, say)
+            helper.close()  # it has no more to do, and training took memory
+            plan.tokenizer_sha256 = file_sha256(out / TOKENIZER_FILE)
+            start = time.perf_counter()
+            num_bytes, resumed = _tokenize(plan, vocabulary, workers or usable_cores(), skip_bad, say)
+            seconds = time.perf_counter() - start
+            left_out, names = plan.skipped
+            write_manifest(
+                out, settings, vocabulary, plan.sidecars(), (left_out + len(plan.damaged), names + plan.damaged)
+            )
+            plan.clean_up()
+            return Prepared(open_shards(out), seconds, num_bytes, resumed)
 
 
 def _check_settings(workers: int | None, shard_size: float, val_fraction: float, tokenizer_sample: float) -> None:
     if workers is not None and workers < 1:
-        raise ValueError(f"--workers is {workers}; it must be at least 1")
+        raise ValueError(f"workers is {workers}; it must be at least 1")
     for name, value in (("shard_size", shard_size), ("tokenizer_sample", tokenizer_sample)):
         if not 0 < value < float("inf"):
-            raise ValueError(f"{option(name)} is {value}; a positive number of megabytes is needed")
+            raise ValueError(f"{name} is {value}; a positive number of megabytes is needed")
     if not 0 < val_fraction < 1:
-        raise ValueError(f"--val-fraction is {val_fraction}; it must be above 0 and below 1")
+        raise ValueError(f"val_fraction is {val_fraction}; it must be above 0 and below 1")
 
 
 def _tokenizer_settings(
@@ -151,7 +156,7 @@ def _tokenizer_settings(
         size = VOCAB_SIZE if vocab_size is None and tokenizer != "char" else vocab_size
         return {"tokenizer": tokenizer, "vocab_size": size, "tokenizer_sample": sample}
     if vocab_size is not None:
-        raise ValueError(f"--vocab-size is {vocab_size}, but {tokenizer} has its own; it is for one that is trained")
+        raise ValueError(f"vocab_size is {vocab_size}, but {tokenizer} has its own; it is for one that is trained")
     with TemporaryDirectory() as folder:  # hashed as it will lie beside the shards
         path = Path(folder, TOKENIZER_FILE)
         size = _write_tokenizer(helper, path, path=str(tokenizer))["vocab_size"]
