@@ -13,7 +13,7 @@ from typing import Any, Literal
 import typer
 
 from tinyllm import _interrupt
-from tinyllm.cli._help import App
+from tinyllm.cli._help import App, Group
 
 SAMPLE_TOKENS = 200
 SAMPLE_TEMPERATURE = 0.7  # at 1 a model this young wanders off
@@ -25,6 +25,7 @@ PresetName = Literal["tutorial", "tiny", "small", "gpt2", "gpt2-medium", "gpt2-l
 app = App(
     name="tinyllm",
     help="Train a small language model on real text, and let it write.\n\nStart with: tinyllm train",
+    cls=Group,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,

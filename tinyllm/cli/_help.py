@@ -5,7 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import typer
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
+
+# As a newcomer meets them.
+_COMMANDS = ("train", "generate", "eval", "runs", "plot", "prepare", "estimate", "info", "check", "bench")
 
 
 class Command(TyperCommand):
@@ -32,6 +35,14 @@ class Command(TyperCommand):
             if records:
                 with formatter.section(title):
                     formatter.write_dl(records)
+
+
+class Group(TyperGroup):
+    """The program, whose help lists its commands in the order in which they are met."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Return the names of all commands."""
+        return sorted(super().list_commands(ctx), key=_COMMANDS.index)
 
 
 class App(typer.Typer):

@@ -47,7 +47,7 @@ _COLOURS = {
 
 @app.command()
 def plot(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders that trainings made.")],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Folders that trainings made.")],
     out: Annotated[
         Path | None,
         typer.Option(
@@ -101,7 +101,7 @@ def plot(
 @app.command("runs")
 def list_runs(
     directories: Annotated[
-        list[Path] | None, typer.Argument(metavar="DIR...", help="Run folders, or folders of them. Default: runs.")
+        list[Path] | None, typer.Argument(metavar="DIR", help="Run folders, or folders of them. Default: runs.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="For programs: all that is known, as JSON.")] = False,
     sort: Annotated[
