@@ -20,6 +20,7 @@ import pytest
 
 from tests.runs import TEXT, Here, command, environment, losses, small
 from tinyllm import loop, room
+from tinyllm._locks import LOCK_FILE
 from tinyllm.checkpoint import checkpoints, load_run
 from tinyllm.training import resume, train
 
@@ -290,9 +291,9 @@ def test_b2_who_is_waited_for_is_said(folder: Path) -> None:
 
 
 def test_b3_a_model_that_does_not_fit_in_memory(here: Here, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(room, "available_memory", lambda device: 1000)
+    monkeypatch.setattr(room, "memory", lambda device: room.Room(900, 1000))
     err = refused(here("train", "text.txt", *WORDS, "--out", "big", cwd=folder))
-    assert re.search(r"training tutorial takes .* kB of memory: weights .* 1.0 kB is available on cpu", err)
+    assert re.search(r"training tutorial takes .* kB of memory: weights .*; cpu has 1.0 kB, 900 bytes of it free", err)
     assert "tinyllm estimate --preset tutorial" in err
     assert not (folder / "big").exists()
 
@@ -390,3 +391,105 @@ def test_b12_a_double_ctrl_c_before_a_checkpoint_leaves_nothing(folder: Path) ->
         assert process.returncode == 130
         assert err.endswith("tinyllm: interrupted\n")
         assert not (folder / "twice").exists()
+
+
+# What a second look found of the same kind
+
+
+def test_the_files_of_others_are_not_a_runs(here: Here, folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "theirs"
+    for name in ("checkpoints/other.pt", "tensorboard/events", "train.bin", ".lock"):
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_text("theirs")
+    before = sums(out)
+    for more in ([], ["--overwrite"]):
+        refused(here("train", folder / "text.txt", *WORDS, "--out", out, *more, cwd=tmp_path))
+        assert sums(out) == before
+    (tmp_path / "link").mkdir()
+    (tmp_path / "link" / LOCK_FILE).symlink_to(out / "train.bin")
+    refused(here("train", folder / "text.txt", *WORDS, "--out", "link", cwd=tmp_path))
+    assert sums(out) == before
+
+
+@pytest.mark.parametrize("at", [1, 2])
+def test_a_kill_before_the_weights_are_published_is_mended_by_a_resume(
+    at: int, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = 0
+    publish = loop.publish
+
+    def dying(*arguments: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == at:
+            raise KeyboardInterrupt
+        publish(*arguments)
+
+    monkeypatch.setattr(loop, "publish", dying)
+    config = small(steps=4, eval_interval=4, checkpoint_interval=2 if at == 2 else None)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, tmp_path / "run", [folder / "text.txt"], progress=False)
+    monkeypatch.undo()
+    last = checkpoints(tmp_path / "run")[4] / "model.safetensors"
+    published = tmp_path / "run" / "model.safetensors"
+    if at == 1:
+        load_run(tmp_path / "run")  # takes the last checkpoint's
+    else:
+        os.utime(published, ns=(last.stat().st_mtime_ns - 1,) * 2)  # the clock of some file systems is coarse
+    resume(tmp_path / "run", progress=False)
+    assert published.read_bytes() == last.read_bytes()
+
+
+@pytest.mark.parametrize("small_disk", [1000], indirect=True)
+def test_weights_alone_take_an_earlier_runs_place(small_disk: Path, folder: Path) -> None:
+    text, out = [folder / "text.txt"], small_disk / "r"
+    train(small(steps=2), out, text, progress=False)
+    config = small(preset="tiny", seq_len=8, **{**WIDE, "embedding_dim": 96, "eval_interval": 8})
+    done = train(config, out, text, overwrite=True, progress=False)
+    assert not (out / ".tinyllm-replaced").exists()
+    with pytest.raises(FloatingPointError):
+        train(small(steps=9, lr=1e30, grad_clip=1e30, max_skipped_steps=0), out, text, overwrite=True, progress=False)
+    for ours, theirs in zip(load_run(out).model.parameters(), done.model.parameters(), strict=True):
+        assert ours.equal(theirs)
+
+
+def test_memory_within_the_limits_of_control_groups(tmp_path: Path) -> None:
+    own = tmp_path / "cgroup"
+    own.write_text("0::/batch/job\n")
+    for name, limit in (("", "max"), ("batch", 8_000), ("batch/job", 6_000)):
+        group = tmp_path / "v2" / name
+        group.mkdir(parents=True, exist_ok=True)
+        (group / "memory.max").write_text(f"{limit}\n")
+        (group / "memory.current").write_text("5000\n")
+        (group / "memory.stat").write_text("anon 1000\ninactive_file 2000\nactive_file 500\nslab_reclaimable 500\n")
+    assert list(room._group_memory(tmp_path / "v2", own)) == [room.Room(4000, 6000), room.Room(6000, 8000)]
+    own.write_text("5:cpu:/job\n4:memory:/job\n")
+    group = tmp_path / "v1" / "memory" / "job"
+    group.mkdir(parents=True)
+    (group / "memory.limit_in_bytes").write_text("8000")
+    (group / "memory.usage_in_bytes").write_text("7000")
+    (group / "memory.stat").write_text(
+        "inactive_file 0\nactive_file 0\ntotal_inactive_file 4000\ntotal_active_file 2000"
+    )
+    assert list(room._group_memory(tmp_path / "v1", own)) == [room.Room(7000, 8000)]
+    assert list(room._group_memory(tmp_path, tmp_path / "none")) == []
+
+
+def test_b11_ctrl_c_while_several_processes_start(folder: Path) -> None:
+    process = subprocess.Popen(
+        command("train", "text.txt", *WORDS, "--batch-size", "2", "--devices", "2", "--out", "interrupted"),
+        cwd=folder,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    while not children.read_text():  # the second process is there, and imports
+        assert process.poll() is None
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (130, "", "tinyllm: interrupted\n")
+    assert not (folder / "interrupted").exists()

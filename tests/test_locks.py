@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +17,7 @@ import pytest
 
 from tests.runs import environment
 from tinyllm import _locks
-from tinyllm._locks import is_owned, owned
+from tinyllm._locks import LOCK_FILE, is_owned, owned
 
 HOLD = """
 import sys, time
@@ -48,7 +49,7 @@ def test_a_second_process_is_refused_until_the_first_one_is_dead(tmp_path: Path)
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
-    assert (tmp_path / "run" / ".lock").exists()
+    assert (tmp_path / "run" / LOCK_FILE).exists()
     assert not is_owned(tmp_path / "run")
     with owned(tmp_path / "run", "trained"):
         assert is_owned(tmp_path / "run")
@@ -75,6 +76,7 @@ def test_threads_of_one_process_are_kept_apart(tmp_path: Path) -> None:
                 with owned(tmp_path, "trained"):
                     inside += 1
                     most = max(most, inside)
+                    time.sleep(0.002)
                     inside -= 1
             except BlockingIOError:
                 pass

@@ -34,6 +34,8 @@ def make(folder: Path, metrics: list[dict[str, Any]] | None = None, *, steps: An
     (folder / "config.json").write_text(json.dumps({"model": MODEL, "training": training, "data": {"name": "a text"}}))
     if metrics is not None:
         (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics))
+        if any(line["step"] == steps for line in metrics):
+            (folder / "model.safetensors").touch()
     for path in folder.iterdir():
         os.utime(path, (time.time() - age,) * 2)
     return folder
@@ -85,7 +87,8 @@ def test_a_run_without_validation_or_numbers(tmp_path: Path) -> None:
     [
         ([line(1), line(10)], False, "killed"),
         ([line(1), line(10)], True, "interrupted"),
-        ([line(20)], False, "finished"),
+        ([line(20)], True, "finished"),
+        ([line(20)], False, "killed"),  # before it was saved
         ([], False, "killed"),
         (None, True, "killed"),
     ],
@@ -94,8 +97,10 @@ def test_states(metrics: Any, saved: bool, state: str, tmp_path: Path) -> None:
     run = make(tmp_path / "a", metrics, age=300)
     if saved:
         (run / "model.safetensors").touch()
+    else:
+        (run / "model.safetensors").unlink(missing_ok=True)
     assert describe_run(run).state == state
-    (run / ".lock").touch()  # of a killed owner
+    (run / _locks.LOCK_FILE).touch()  # of a killed owner
     assert describe_run(run).state == state
     with owned(run, "trained"):
         assert describe_run(run).state == "running"
@@ -296,7 +301,7 @@ def test_a_foreign_file_stays(options: list[str], here: Any, tmp_path: Path) -> 
     (tmp_path / "comparison.png").write_bytes(b"mine")
     status, _, err = here("plot", *options)
     assert status == 2
-    assert err.startswith("tinyllm: error: out comparison.png is there, and tinyllm did not draw it")
+    assert err.startswith("tinyllm: error: --out comparison.png is there, and tinyllm did not draw it")
     assert (tmp_path / "comparison.png").read_bytes() == b"mine"
     assert here("plot", *options, "--overwrite")[0] == 0
     assert (tmp_path / "comparison.png").read_bytes().startswith(PNG)

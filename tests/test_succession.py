@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from tinyllm._files import REPLACED
-from tinyllm.succession import NEW, giving_up, new_files, recover, settle
+from tinyllm.checkpoint import NEW
+from tinyllm.succession import giving_up, new_files, recover, settle
 
 FILES = ("config.json", "tokenizer.json", "train.bin", "val.bin")
 

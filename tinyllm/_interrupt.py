@@ -10,9 +10,12 @@ from typing import Any
 def end_at_once() -> None:
     """Have Ctrl-C end the process. An exception amid an import may come out as another one, or be lost in a callback.
 
-    A program that was started in the background is not to be interrupted: then SIGINT is ignored, and stays so.
+    A program that was started in the background is not to be interrupted: then SIGINT is ignored, and stays so. Of
+    several processes on a machine the first one decides, and ends the others.
     """
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    elif signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _end)
 
 

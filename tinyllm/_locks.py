@@ -21,7 +21,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-LOCK_FILE = ".lock"
+LOCK_FILE = ".tinyllm-lock"
 
 _CANNOT_LOCK = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL}
 _PATIENCE = 0.2  # seconds: a look at the lock, and an owner that has not written its number yet, take less
@@ -97,7 +97,8 @@ def _acquire(directory: Path, doing: str, say: Callable[[str], None]) -> int:
     path = directory / LOCK_FILE
     until = time.monotonic() + _PATIENCE
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        # Not through a link, which may lead to something of somebody's.
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
         try:
             if fcntl is None:
                 raise OSError(errno.ENOSYS, "no locks")
@@ -124,13 +125,15 @@ def _acquire(directory: Path, doing: str, say: Callable[[str], None]) -> int:
     with suppress(OSError):  # a full disk: then nobody learns the number
         os.ftruncate(descriptor, 0)
         content = {"process": os.getpid(), "host": socket.gethostname(), "doing": doing}
-        os.pwrite(descriptor, json.dumps(content).encode(), 0)
+        os.lseek(descriptor, 0, os.SEEK_SET)
+        os.write(descriptor, json.dumps(content).encode())
     return descriptor
 
 
 def _read(descriptor: int) -> dict[str, Any]:
     try:
-        content = json.loads(os.pread(descriptor, 4096, 0))
+        os.lseek(descriptor, 0, os.SEEK_SET)
+        content = json.loads(os.read(descriptor, 4096))
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
@@ -152,7 +155,7 @@ def _remove_empty(folders: list[Path]) -> None:
 def _mind_forks() -> None:
     """Have forked processes close their copies of the locks, with which they would outlive a killed owner's."""
     global _minding
-    if not _minding:
+    if not _minding and hasattr(os, "register_at_fork"):
         _minding = True
         os.register_at_fork(after_in_child=_close_all)
 

@@ -120,8 +120,7 @@ def _load_source(run: Path, config: TrainConfig, out: Path, say: Say) -> Source:
     wanted = config.model_config(tokenizer.vocab_size)
     if wanted != replace(model.config, dropout=wanted.dropout):
         raise ValueError(
-            f"init_from {run} has another model than the one to train: {_difference(wanted, model.config)}; "
-            "TrainConfig.from_run makes a config for it"
+            f"init_from {run} has another model than the one to train: {_difference(wanted, model.config)}"
         )
     say(f"Beginning with the weights and the tokenizer of {run}; the optimizer is new")
     return Source(run, model.config, tokenizer)

@@ -31,8 +31,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_model as load_safetensors
 from safetensors.torch import save_model as save_safetensors
 
-from tinyllm._files import replacing, write_text
-from tinyllm._locks import LOCK_FILE
+from tinyllm._files import REPLACED, replacing, write_text
+from tinyllm._locks import LOCK_FILE, is_owned
 from tinyllm.data import TRAIN_FILE, VAL_FILE
 from tinyllm.model import SimpleLLM, SimpleLLMConfig
 from tinyllm.tokenizer import Tokenizer, load_tokenizer
@@ -65,6 +65,7 @@ RUN_FILES = (  # config.json is the mark of a run: it comes last into a folder, 
 )
 RUN_FOLDERS = (CHECKPOINTS, TENSORBOARD)
 RUNS = Path("runs")
+NEW = ".tinyllm-new"  # in it, a run's files are made, see tinyllm.succession
 
 
 class Run(NamedTuple):
@@ -88,8 +89,8 @@ def check_out(directory: str | os.PathLike[str], *, overwrite: bool) -> Path:
         raise NotADirectoryError(f"out {directory} is a file; it must be a directory, or a name not yet taken")
     if not overwrite and directory.is_dir() and any(path.name != LOCK_FILE for path in directory.iterdir()):
         raise FileExistsError(f"out {directory} is not empty; choose another directory, or overwrite (--overwrite)")
-    # config.json and tokenizer.json are common names: those of another program are not ours to replace.
-    taken = [name for name in RUN_FILES if name not in (TRAIN_FILE, VAL_FILE) and Path(directory, name).exists()]
+    # config.json, train.bin and checkpoints are common names: those of another program are not ours to replace.
+    taken = [name for name in (*RUN_FILES, *RUN_FOLDERS) if Path(directory, name).exists()]
     if taken:
         try:
             is_run = "training" in load_config(directory)
@@ -112,7 +113,11 @@ def new_run_folder(preset: str) -> Iterator[Path]:
             folder.mkdir(parents=True)
             break
         except FileExistsError:
-            number += 1
+            # What a kill left of one that had no run yet; whoever is at work there holds its lock.
+            if set(os.listdir(folder)) == {LOCK_FILE, NEW} and is_owned(folder) is False:
+                shutil.rmtree(folder, ignore_errors=True)
+            else:
+                number += 1
     try:
         yield folder
     finally:
@@ -165,6 +170,14 @@ def publish(checkpoint: Path, out: Path) -> None:
             temporary.hardlink_to(source)
         except OSError:  # a file system without them
             shutil.copyfile(source, temporary)
+
+
+def publish_last(out: Path) -> None:
+    """Publish the last checkpoint where a kill came between: nothing newer is `out`/model.safetensors."""
+    there = checkpoints(out)
+    last, published = there[max(there)], out / MODEL_FILE
+    if not published.exists() or published.stat().st_mtime_ns < _weights_in(last).stat().st_mtime_ns:
+        publish(last, out)
 
 
 def save_config(config: dict[str, Any], directory: str | os.PathLike[str]) -> None:
@@ -222,7 +235,12 @@ def load_model(
     """
     config_path = Path(directory, CONFIG_FILE)
     config = load_config(directory)["model"]
-    path = _existing(directory, MODEL_FILE) if checkpoint == "last" else _weights_of(directory, checkpoint)
+    if checkpoint != "last":
+        path = _weights_of(directory, checkpoint)
+    elif not Path(directory, MODEL_FILE).exists() and (there := checkpoints(directory)):
+        path = _weights_in(there[max(there)])  # there was no room for a second copy, or a kill came between
+    else:
+        path = _existing(directory, MODEL_FILE)
     try:
         model = SimpleLLM.from_config(SimpleLLMConfig.from_dict(config))
     except (KeyError, TypeError, ValueError) as error:
@@ -298,5 +316,8 @@ def _existing(directory: str | os.PathLike[str], name: str) -> Path:
         raise FileNotFoundError(f"there is no run folder {directory}")
     path = directory / name
     if not path.is_file():
-        raise FileNotFoundError(f"{directory} has no {name}: no training, or no whole one, has been here")
+        earlier = ""
+        if (directory / REPLACED).is_dir():
+            earlier = f"; the run before it is kept in {directory / REPLACED}"
+        raise FileNotFoundError(f"{directory} has no {name}: no training, or no whole one, has been here{earlier}")
     return path

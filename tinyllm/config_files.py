@@ -18,7 +18,9 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
+from tinyllm._files import replacing
 from tinyllm.presets import TrainConfig
+from tinyllm.runs import CONFIG_FILE, is_run
 
 TYPES: dict[str, Any] = get_type_hints(TrainConfig)
 PATHS = ("data", "out")
@@ -42,8 +44,11 @@ def load(path: str | PathLike[str]) -> dict[str, Any]:
         raise FileNotFoundError(f"no file {path}") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text: byte {error.start} is wrong") from error
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+    except (ValueError, RecursionError, ArithmeticError, LookupError, AttributeError, TypeError) as error:
+        # A value with a wrong tag or too many digits comes out of the parsers as whatever error they ran into.
+        words = " ".join(str(error).split())
+        known = isinstance(error, ValueError | RecursionError) and "set_int_max_str_digits" not in words
+        raise ValueError(f"{path} cannot be read: {words if known else 'a value in it is broken'}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} is {_shown(content)}; it must be a table of settings, such as steps and lr")
     if isinstance(content.get("training"), dict) and isinstance(content.get("model"), dict):
@@ -80,11 +85,12 @@ def save(
         content = text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise ValueError(f"{path} cannot be written: a path of data or out is not valid Unicode") from error
-    try:
-        with path.open("wb" if overwrite else "xb") as file:
-            file.write(content)
-    except FileExistsError:
-        raise FileExistsError(f"{path} exists; --overwrite replaces it") from None
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"{path} exists; --overwrite replaces it")
+    if path.name == CONFIG_FILE and is_run(path.parent):
+        raise FileExistsError(f"{path} is a run's own, which needs it; choose another name")
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
 
 
 def _format(path: Path) -> tuple[_Parse, _Render]:
@@ -120,7 +126,7 @@ def _value(key: str, name: str, value: Any, path: Path) -> Any:
     else:
         kinds = get_args(TYPES[name]) or (TYPES[name],)
         wanted = next(words for kind, words in _WANTED.items() if kind in kinds)
-    if float in kinds and type(value) is int:
+    if float in kinds and type(value) is int and abs(value) < 1 << 1000:
         value = float(value)
     if type(value) not in kinds or value == "" or (isinstance(value, float) and not math.isfinite(value)):
         raise ValueError(f"{path}: {key} is {_shown(value)}; it must be {wanted}")

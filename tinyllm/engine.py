@@ -1,7 +1,7 @@
 """Where a training runs: Lightning Fabric with our settings, and the module that its strategies wrap.
 
 Fabric starts the processes, places the model, shards or replicates it, and sums the gradients. The loop stays ours, in
-`tinyllm.training`.
+`tinyllm.loop`.
 """
 
 from __future__ import annotations
@@ -10,10 +10,14 @@ import logging
 import math
 import os
 import pickle
+import re
+import signal
+import sys
+import threading
 import time
 import warnings
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from functools import partial
 from importlib.util import find_spec
@@ -98,7 +102,10 @@ def launch(config: TrainConfig, say: Callable[[str], None] = lambda line: None) 
         )
         if config.num_nodes > 1:
             _meet(fabric, config, say)
-        fabric.launch()
+        _Launched.listen()
+        _leave_ctrl_c_to_the_first(fabric)
+        with ending_others(fabric):
+            fabric.launch()
     return fabric
 
 
@@ -115,6 +122,55 @@ def _meet(fabric: Fabric, config: TrainConfig, say: Callable[[str], None]) -> No
         others = count(config.num_nodes - 1, "other node")
         where = f"{os.environ['MASTER_ADDR']}:{os.environ.get('MASTER_PORT', '?')}"
         say(f"Node {os.environ.get('NODE_RANK', '?')} of {config.num_nodes}: waiting for {others} at {where}")
+
+
+def _leave_ctrl_c_to_the_first(fabric: Fabric) -> None:
+    """Have the processes that are started ignore SIGINT from their first moment, which a terminal sends to all."""
+    launcher: Any = fabric.strategy.launcher
+    start = getattr(launcher, "_call_children_scripts", None)
+    if start is None or threading.current_thread() is not threading.main_thread():
+        return
+
+    def start_ignoring() -> None:
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            start()
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    launcher._call_children_scripts = start_ignoring
+
+
+@contextmanager
+def ending_others(fabric: Fabric) -> Iterator[None]:
+    """End the processes that this one has started if Ctrl-C ends it: they would tell at length that it has gone."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        started = getattr(fabric.strategy.launcher, "procs", [])
+        others = list(started)
+        started.clear()  # Lightning watches the list, and would kill this process when one of the others ends
+        for process in others:
+            process.kill()
+        raise
+
+
+class _Launched(logging.Handler):
+    """Say in a line what Lightning is about to do when a process has ended: it kills the others, this one included."""
+
+    @classmethod
+    def listen(cls) -> None:
+        logger = logging.getLogger("lightning_fabric.strategies.launchers.subprocess_script")
+        if not any(isinstance(handler, cls) for handler in logger.handlers):
+            logger.setLevel(logging.INFO)
+            logger.propagate = False
+            logger.addHandler(cls())
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if found := re.search(r"PID (\d+) terminated with code (-?\d+)", record.getMessage()):
+            status = int(found[2])
+            how = f"exit status {status}" if status > 0 else signal.Signals(-status).name
+            sys.stderr.write(f"\ntinyllm: error: process {found[1]} of this training has ended ({how}): all do\n")
 
 
 def setup(

@@ -155,7 +155,7 @@ def report(name: str, config: SimpleLLMConfig, found: Estimate, settings: Settin
     alone = settings.devices == 1
     lines = [
         f"{name}: {config.num_layers} layers of {config.embedding_dim} and {config.hidden_dim}, "
-        f"{config.num_heads} heads, {config.vocab_size} tokens",
+        f"{config.num_heads} heads, {config.vocab_size:,} tokens",
         f"parameters   {short_number(found.parameters)}",
         f"computation  {short_number(found.flops_per_token)} FLOP a token, forward and backward",
         "",

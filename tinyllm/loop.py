@@ -10,7 +10,7 @@ import math
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,11 +80,14 @@ def fit(
     model.gradient_checkpointing = config.checkpointing
     end = tokenizer.end_of_text_id if config.packing else None
     module = TrainingModule(model, label_smoothing=config.label_smoothing, end_of_text_id=end)
-    wrapped, optimizer = setup(fabric, module, lambda m: adamw(m, config), seed=config.seed, compiled=config.compile)
-    progress = Progress()
     there = checkpoints(out)
-    if weights is not None and not there:
+    later = next(model.parameters()).is_meta  # a sharded model takes its weights when it has any
+    if weights is not None and not there and not later:  # before setup: DeepSpeed makes its own copy of them there
         load_weights(weights, model)
+    wrapped, optimizer = setup(fabric, module, lambda m: adamw(m, config), seed=config.seed, compiled=config.compile)
+    if weights is not None and not there and later:
+        load_weights(weights, model)
+    progress = Progress()
     averages = None if config.ema is None else AveragedWeights(model, config.ema)
     if there:
         progress = load_checkpoint(fabric, there[max(there)], model, optimizer, averages, wrapped=wrapped)
@@ -123,7 +126,12 @@ def fit(
             done = progress.step == config.steps
             ending = done or stopped
             if ending or not on_rank_zero(fabric, lambda: checkpoints(out) or (out / MODEL_FILE).exists()):
-                record.note(save_weights(fabric, out, model, averages, step=progress.step, ending=ending, done=done))
+                saved, said = save_weights(fabric, out, model, averages, step=progress.step, ending=ending, done=done)
+                record.note(said)
+                if saved and on_rank_zero(fabric, lambda: settle(out)):
+                    record.note("The run that was here before is removed; now a checkpoint may fit")
+                    with suppress(OSError):
+                        write()
 
     with (
         Recorder(fabric, model.config, config, out, progress.step, title=title, shown=progress_bar) as record,
@@ -189,9 +197,13 @@ def fit(
 
 
 def _stands(path: Path, out: Path) -> None:
-    """The first process's part when a checkpoint is written: its weights are the run's, an earlier run may go."""
-    publish(path, out)
+    """Make a checkpoint's weights the run's, and let an earlier run go."""
     settle(out)
+    try:
+        publish(path, out)
+    except OSError:
+        # Where it takes a second copy and there is no room: those of the last checkpoint count where there is none.
+        (out / MODEL_FILE).unlink(missing_ok=True)
 
 
 @torch.no_grad()
@@ -255,7 +267,7 @@ def _to(fabric: Fabric, tensor: Tensor) -> Tensor:
 
 
 def _mean(fabric: Fabric, losses: list[Tensor]) -> Tensor:
-    """Of each step's loss, over the processes."""
+    """Return the mean of each step's loss over the processes."""
     stacked = torch.stack(losses)
     return stacked if fabric.world_size == 1 else _sum(fabric, stacked) / fabric.world_size
 
@@ -269,7 +281,7 @@ def _sum(fabric: Fabric, tensor: Tensor) -> Tensor:
 
 
 def _any(fabric: Fabric, flag: bool) -> bool:
-    """Whether it is so in any process: a signal may reach one of them first, and all must stop at the same step."""
+    """Return whether `flag` is set in any process: a signal may reach one first, and all must stop at the same step."""
     return flag if fabric.world_size == 1 else bool(_sum(fabric, torch.tensor(int(flag))) > 0)
 
 
@@ -279,7 +291,7 @@ class _Stop:
 
 @contextmanager
 def _signals() -> Iterator[_Stop]:
-    """Notes the first SIGINT or SIGTERM; a second one acts as ever.
+    """Note the first SIGINT or SIGTERM; a second one acts as ever.
 
     Only the main thread may take signals; in another one nothing is noted.
     """

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -13,9 +14,19 @@ from tinyllm._words import option, size
 from tinyllm.estimate import PRECISIONS, Memory, estimate
 from tinyllm.presets import TrainConfig
 
+# What PyTorch's errors say when an allocation on a CPU fails, in an operator of its own and in one of ours.
+_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "aoti_torch_empty")
 _AVERAGE_BYTES = 4  # for each parameter, where the weights are averaged
 
 Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Room:
+    """Bytes of memory: what may be allocated without moving other programs' memory out, and what there is in all."""
+
+    available: int
+    total: int
 
 
 def check_memory(config: TrainConfig, vocab_size: int, device: torch.device, say: Say) -> None:
@@ -28,24 +39,27 @@ def check_memory(config: TrainConfig, vocab_size: int, device: torch.device, say
         say: called with the warning.
 
     Raises:
-        MemoryError: not even weights, gradients and optimizer fit.
+        MemoryError: weights, gradients and optimizer are more than there is in all. What is available is no reason to
+            refuse: a system may call memory used that it would give, such as the cache of some file systems.
     """
-    available = available_memory(device)
-    if available is None:
+    room = memory(device)
+    if room is None:
         return
     needed = _needed(config, vocab_size, device)
-    certain = needed.weights + needed.gradients + needed.optimizer
-    if certain > available:
+    parts = (
+        f"weights {size(needed.weights)}, gradients {size(needed.gradients)}, optimizer {size(needed.optimizer)}, "
+        f"activations {size(needed.activations)}"
+    )
+    if needed.weights + needed.gradients + needed.optimizer > room.total:
         raise MemoryError(
-            f"training {config.preset} takes {size(needed.total)} of memory: weights {size(needed.weights)}, gradients "
-            f"{size(needed.gradients)}, optimizer {size(needed.optimizer)}, activations {size(needed.activations)}; "
-            f"{size(available)} is available on {device.type}. A smaller preset takes less, and --strategy fsdp shares "
-            f"it among --devices: tinyllm estimate --preset {config.preset}"
+            f"training {config.preset} takes {size(needed.total)} of memory: {parts}; {device.type} has "
+            f"{size(room.total)}, {size(room.available)} of it free. A smaller preset takes less, and --strategy fsdp "
+            f"shares it among --devices: tinyllm estimate --preset {config.preset}"
         )
-    if needed.total > available:
+    if needed.total > room.available:
         say(
-            f"Memory: about {size(needed.total)} is needed, {size(needed.activations)} of it for activations, and "
-            f"{size(available)} is available; {_remedy(config)}"
+            f"Memory: about {size(needed.total)} is needed ({parts}), and {size(room.available)} is free; "
+            f"{_remedy(config)}"
         )
 
 
@@ -53,31 +67,33 @@ def memory_error(
     config: TrainConfig, vocab_size: int, device: torch.device, error: BaseException
 ) -> MemoryError | None:
     """Return what to raise for an error of PyTorch's that means that memory has run out; None for any other."""
-    if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and not (
-        isinstance(error, RuntimeError) and ("can't allocate memory" in str(error) or "not enough memory" in str(error))
-    ):
-        return None
     if isinstance(error, MemoryError) and error.args:  # it says itself what to do
         return error
-    needed, available = _needed(config, vocab_size, device), available_memory(device)
-    there = "" if available is None else f", {size(available)} is available"
+    if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and not (
+        isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)
+    ):
+        return None
+    needed, room = _needed(config, vocab_size, device), memory(device)
+    there = "" if room is None else f", {size(room.available)} is free now"
     return MemoryError(
         f"memory has run out on {device.type}: training {config.preset} takes about {size(needed.total)}{there}; "
         f"{_remedy(config)}"
     )
 
 
-def available_memory(device: torch.device) -> int | None:
-    """Return the bytes that may still be allocated on `device`; None if nobody knows.
+def memory(device: torch.device) -> Room | None:
+    """Return how much memory `device` has for this process; None if nobody knows.
 
-    On a CPU that is what the system can give without moving other programs' memory out, swap included, within the
-    limits of the container and of the process (`ulimit -v`).
+    For a CPU that is the system's, swap included, within the limits of the control groups (containers, batch systems)
+    and of the process (`ulimit -v`).
     """
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    limits = [_system_memory(), _container_memory(), _process_memory()]
-    known = [limit for limit in limits if limit is not None]
-    return max(0, min(known)) if known else None
+        available, total = torch.cuda.mem_get_info(device)
+        return Room(available, total)
+    known = [room for room in (_system_memory(), *_group_memory(), _process_memory()) if room is not None]
+    if not known:
+        return None
+    return Room(max(0, min(room.available for room in known)), min(room.total for room in known))
 
 
 def checkpoint_bytes(config: TrainConfig, parameters: int) -> tuple[int, int]:
@@ -94,7 +110,10 @@ def check_disk(config: TrainConfig, parameters: int, out: Path, say: Say) -> Non
     Raises:
         OSError: there is no room for the weights alone.
     """
-    free = shutil.disk_usage(_existing(out)).free
+    disk = shutil.disk_usage(_existing(out))
+    if disk.total == 0:  # a file system that does not say
+        return
+    free = disk.free
     whole, weights = checkpoint_bytes(config, parameters)
     if free < weights:
         raise OSError(
@@ -128,36 +147,55 @@ def _remedy(config: TrainConfig) -> str:
     return f"{smaller}: tinyllm estimate --preset {config.preset}"
 
 
-def _system_memory() -> int | None:
+def _system_memory() -> Room | None:
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:  # not Linux: nobody says what is free, so it is all that there is
+        found = {name: int(value.split()[0]) << 10 for name, _, value in (line.partition(":") for line in lines)}
+        swap = found.get("SwapTotal", 0)
+        total = found["MemTotal"] + swap
+        free = found.get("MemAvailable", found["MemTotal"]) + found.get("SwapFree", swap)
+        return Room(free, total)
+    except (OSError, KeyError, ValueError):  # not Linux: nobody says what is free, so it is all that there is
         try:
-            return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+            total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         except (AttributeError, OSError, ValueError):
             return None
-    found = {name: int(value.split()[0]) << 10 for name, _, value in (line.partition(":") for line in lines)}
-    return found["MemAvailable"] + found.get("SwapFree", 0)
+        return Room(total, total)
 
 
-def _container_memory() -> int | None:
-    """Read the limit of the control group that this process sees as its root: a container's."""
-    group = Path("/sys/fs/cgroup")
+def _group_memory(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> Iterator[Room]:
+    """Yield the limits of the control groups that this process is in, from its own up to the outermost it can see."""
     try:
-        if (group / "memory.max").exists():
-            limit, used = (group / name for name in ("memory.max", "memory.current"))
+        lines = [line.split(":", 2) for line in own.read_text().splitlines()]
+    except OSError:
+        return
+    for _, controllers, name in lines:
+        if controllers == "":  # version 2
+            top, limit, usage = root, "memory.max", "memory.current"
+        elif "memory" in controllers.split(","):
+            top, limit, usage = root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
         else:
-            group = group / "memory"
-            limit, used = (group / name for name in ("memory.limit_in_bytes", "memory.usage_in_bytes"))
-        most = int(limit.read_text())
+            continue
+        group = top / name.strip("/")
+        for folder in (group, *group.parents):
+            if folder.is_relative_to(top) and (room := _limit(folder, limit, usage)) is not None:
+                yield room
+
+
+def _limit(group: Path, limit: str, usage: str) -> Room | None:
+    try:
+        total = int((group / limit).read_text())
+        used = int((group / usage).read_text())
         stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        cached = int(stat.get("inactive_file", 0)) + int(stat.get("active_file", 0))  # given back when needed
-        return most - int(used.read_text()) + cached
-    except (OSError, ValueError):  # no control groups, or no limit: "max"
+    except (OSError, ValueError):  # not there, or no limit: "max"
         return None
+    # Given back when needed. In version 1 the numbers with "total_" are those of the groups below, too.
+    given = [stat.get(f"total_{name}", stat.get(name, 0)) for name in ("inactive_file", "active_file")]
+    used -= sum(map(int, [*given, stat.get("slab_reclaimable", 0)]))
+    return Room(total - max(0, used), total)
 
 
-def _process_memory() -> int | None:
+def _process_memory() -> Room | None:
     try:
         import resource
 
@@ -165,7 +203,10 @@ def _process_memory() -> int | None:
         pages = int(Path("/proc/self/statm").read_text().split()[0])
     except (ImportError, OSError):
         return None
-    return None if most == resource.RLIM_INFINITY else most - pages * resource.getpagesize()
+    if most == resource.RLIM_INFINITY:
+        return None
+    free = most - pages * resource.getpagesize()
+    return Room(free, free)  # what the program takes itself it never gives back
 
 
 def _existing(path: Path) -> Path:

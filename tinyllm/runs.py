@@ -88,7 +88,7 @@ def find_runs(directories: Sequence[str | os.PathLike[str]]) -> list[Path]:
         if real in seen:
             return
         seen.add(real)
-        if _is_run(folder):
+        if is_run(folder):
             found.append(folder)
             return
         try:
@@ -218,7 +218,8 @@ def short_number(value: float) -> str:
     return f"{value:.3g}"
 
 
-def _is_run(folder: Path) -> bool:
+def is_run(folder: Path) -> bool:
+    """Return whether a training wrote `folder`: it has a metrics.jsonl, or a config.json with a "training" object."""
     if (folder / METRICS_FILE).is_file():
         return True
     if not (folder / CONFIG_FILE).is_file():
@@ -234,7 +235,7 @@ def _state(folder: Path, step: int, steps: int) -> str:
     owner = is_owned(folder)
     if owner:
         return "running"
-    if step >= steps:
+    if step >= steps and (_last_checkpoint(folder) >= step or (folder / MODEL_FILE).exists()):
         return "finished"
     if owner is None:
         return "running?"

@@ -36,6 +36,7 @@ from tinyllm._files import fsync, is_full_disk, replacing
 from tinyllm.checkpoint import AVERAGES_FILE, MODEL_FILE, STATE_FILE, checkpoint_path, checkpoints
 from tinyllm.engine import on_rank_zero
 from tinyllm.optim import AveragedWeights
+from tinyllm.succession import settle
 
 OPTIMIZER_FILE = "optimizer.safetensors"
 _DEEPSPEED = "deepspeed"
@@ -135,15 +136,15 @@ def save_weights(
     step: int,
     ending: bool,
     done: bool,
-) -> str:
+) -> tuple[bool, str]:
     """Write `out`/model.safetensors alone, as the last resort where there is no room for a checkpoint.
 
     All processes call it; the first one writes. Where the weights do not fit beside what is there, either, something
-    has to go: the checkpoints before if the training is `done`, whose weights remain until the new ones are written;
-    and when it is `ending`, those of an earlier step, which would be all that is left of it.
+    has to go: when the training is `ending` the run that it replaces; if it is `done`, the checkpoints before, whose
+    weights remain until the new ones are written; and last those of an earlier step, which would be all that is left.
 
     Returns:
-        What came of it, in words.
+        Whether they are written, and what came of it in words.
     """
     tensors = _gather(fabric, weights(module))
     if averages is not None:
@@ -160,7 +161,8 @@ def save_weights(
         (out / MODEL_FILE).unlink()
         return True
 
-    sacrifices = [lambda: prune(out, 0, None)] if done else []
+    sacrifices = [lambda: settle(out)] if ending else []
+    sacrifices += [lambda: prune(out, 0, None)] if done else []
     sacrifices += [drop_weights] if ending else []
     said = f"the weights of step {step} alone are saved: generate and eval can use them, a resume cannot"
     while True:
@@ -168,9 +170,9 @@ def save_weights(
             _writing(fabric, write)
         except OSError as error:
             if not (is_full_disk(error) and any(on_rank_zero(fabric, sacrifices.pop(0)) for _ in list(sacrifices))):
-                return f"nor could its weights alone: {error.strerror or error}"
+                return False, f"nor could its weights alone: {error.strerror or error}"
         else:
-            return said
+            return True, said
 
 
 def load_weights(path: Path, module: nn.Module) -> None:

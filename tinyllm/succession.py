@@ -1,7 +1,7 @@
 """How a new run takes the place of the one before it in a folder, so that no moment is without a whole one.
 
     out/.tinyllm-new/       the new run's files while they are made; nothing else has changed yet
-    out/.tinyllm-replaced/  the earlier run, from then on until the new run's first checkpoint stands
+    out/.tinyllm-replaced/  the earlier run, from then on until the new run's first checkpoint stands, or weights alone
 
 A new run is begun when its config.json lies in `out`. One that fails before its first checkpoint is removed, and the
 earlier one put back. All of it needs the folder's owner, see `tinyllm._locks`.
@@ -15,9 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tinyllm._files import REPLACED
-from tinyllm.checkpoint import CONFIG_FILE, MODEL_FILE, RUN_FILES, RUN_FOLDERS, checkpoints
+from tinyllm.checkpoint import CONFIG_FILE, MODEL_FILE, NEW, RUN_FILES, RUN_FOLDERS, checkpoints
 
-NEW = ".tinyllm-new"
 _MOVING = ".tinyllm-moving"  # part of the earlier run, the other part lies in `out`
 
 
@@ -40,14 +39,16 @@ def giving_up(out: Path) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        if not checkpoints(out) and not (out / MODEL_FILE).exists():
+        if not _has_come_to_something(out):
             _put_back(out)
         raise
 
 
-def settle(out: Path) -> None:
-    """Remove the earlier run: the new one has a checkpoint."""
+def settle(out: Path) -> bool:
+    """Remove the earlier run, as the new one has a checkpoint, or weights; return whether there was one."""
+    there = (out / REPLACED).is_dir()
     shutil.rmtree(out / REPLACED, ignore_errors=True)
+    return there
 
 
 def recover(out: Path) -> None:
@@ -58,8 +59,12 @@ def recover(out: Path) -> None:
     elif (out / REPLACED).is_dir():
         if not (out / CONFIG_FILE).exists():
             _put_back(out)
-        elif checkpoints(out):
+        elif _has_come_to_something(out):
             settle(out)
+
+
+def _has_come_to_something(out: Path) -> bool:
+    return bool(checkpoints(out)) or (out / MODEL_FILE).exists()
 
 
 def _set_aside(out: Path) -> None:

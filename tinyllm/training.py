@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, fields, replace
@@ -17,7 +18,7 @@ from tinyllm._locks import owned
 from tinyllm.batches import TokenDataset
 from tinyllm.begin import begin, check_saved
 from tinyllm.data import TRAIN_FILE, VAL_FILE
-from tinyllm.engine import launch, on_rank_zero
+from tinyllm.engine import ending_others, launch, on_rank_zero
 from tinyllm.loop import Fitted, fit
 from tinyllm.model import SimpleLLM, choose_device, init_gpt2_weights
 from tinyllm.ops import _products
@@ -41,6 +42,8 @@ __all__ = [
 ]
 
 Say = Callable[[str], None]
+
+_PEER_GONE = re.compile("by peer|remote process exited|Broken pipe")  # gloo's words, and NCCL's
 
 
 @dataclass(frozen=True)
@@ -123,6 +126,7 @@ def train(
         )
     fabric = launch(config, say)
     with ExitStack() as stack:
+        stack.enter_context(ending_others(fabric))
 
         def start() -> Path:
             folder = stack.enter_context(checkpoint.new_run_folder(config.preset)) if out is None else Path(out)
@@ -171,6 +175,7 @@ def resume(
     config = _changed(saved_config(saved, out), changes, out)
     fabric = launch(config, say)
     with ExitStack() as stack:
+        stack.enter_context(ending_others(fabric))
 
         def start() -> Path:
             stack.enter_context(owned(out, "trained", say))
@@ -185,6 +190,8 @@ def resume(
                 )
             check_saved(saved, config, out, fabric.device, say)
             checkpoint.remove_unfinished(out)
+            if there:
+                checkpoint.publish_last(out)
             noted = {"training": asdict(config), "products": _products.noted(saved.get("products"))}
             checkpoint.save_config(saved | noted, out)
             from_where = f"after step {max(there):,}" if there else "from the start, as it has no checkpoint"
@@ -205,7 +212,7 @@ def _run(fabric: Fabric, config: TrainConfig, out: Path, progress: bool, say: Sa
     device = fabric.device
     with (
         torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
-        _naming_memory(config, tokenizer.vocab_size, device),
+        _naming_causes(config, tokenizer.vocab_size, fabric),
     ):
         model = _model(config, tokenizer.vocab_size)
         if fabric.is_global_zero:
@@ -218,20 +225,25 @@ def _run(fabric: Fabric, config: TrainConfig, out: Path, progress: bool, say: Sa
                 title=title, progress_bar=progress, weights=weights,
             )  # fmt: skip
         fabric.barrier()  # whoever goes on reads what the first process has written
-        if not (out / checkpoint.MODEL_FILE).exists():
+        if not (out / checkpoint.MODEL_FILE).exists() and not checkpoint.checkpoints(out):
             raise OSError(f"nothing could be written to {out}, not even the weights alone; the training is lost")
         trained = checkpoint.load_model(out, device)
     return TrainResult(out, trained, tokenizer, fitted.steps, fitted.val_loss, val_set.paths[0], fitted.signal)
 
 
 @contextmanager
-def _naming_memory(config: TrainConfig, vocab_size: int, device: torch.device) -> Iterator[None]:
-    """Say what is needed and what is there when memory runs out."""
+def _naming_causes(config: TrainConfig, vocab_size: int, fabric: Fabric) -> Iterator[None]:
+    """Say what is behind an error of PyTorch's: memory that has run out, or another process that has gone."""
     try:
         yield
     except Exception as error:
-        if (named := memory_error(config, vocab_size, device, error)) is not None:
+        if (named := memory_error(config, vocab_size, fabric.device, error)) is not None:
             raise named from error
+        if fabric.world_size > 1 and isinstance(error, RuntimeError) and _PEER_GONE.search(str(error)):
+            raise ConnectionError(
+                "another process of this training has ended, perhaps for want of memory; --resume goes on from the "
+                "last checkpoint, if there is one"
+            ) from error
         raise
 
 
@@ -250,7 +262,7 @@ def _model(config: TrainConfig, vocab_size: int) -> SimpleLLM:
 def _datasets(
     description: dict[str, Any], out: Path, tokenizer: Tokenizer, seq_len: int
 ) -> tuple[TokenDataset, TokenDataset]:
-    """What to train on and to validate with, as `_begin` described it."""
+    """What to train on and to validate with, as `begin` described it."""
     train: Sequence[Path] = (out / TRAIN_FILE,)
     val: Sequence[Path] = (out / VAL_FILE,)
     if "prepared" in description:

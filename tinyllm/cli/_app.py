@@ -88,7 +88,7 @@ def _as_typed(line: str) -> str:
     options = {parameter.name: parameter.opts[0] for parameter in command.params} if command else {}
     name, _, rest = line.partition(" ")
     about = rest.startswith("is ") or name in ("out", "init_from")  # "out runs/a is not empty"
-    if not about or not options.get(name, "").startswith("--"):  # an argument has no dashes
-        return line
+    if not about or not options.get(name, "").startswith("--") or name in sys.argv[2:]:
+        return line  # of an argument, which has no dashes; or of a file of that name, which was typed
     others = re.sub(r"(?<![\w./'\"-])[a-z]+(_[a-z]+)+(?![\w./'\"=])", lambda word: options.get(word[0], word[0]), rest)
     return f"{options[name]} {others}"

@@ -78,7 +78,7 @@ def prepare(
 ) -> None:
     """Turn any amount of text into tokens on disk, for train to read.
 
-    This is for text that is too long to tokenize at each training, or in other formats. It works on every core, in
+    This is for text that is too long to tokenize at each training, and for datasets. It works on every core, in
     memory that does not grow with the text. After an interruption the same command goes on where it stopped.
 
     For example: tinyllm prepare --data books/ --out prepared

@@ -63,6 +63,8 @@ def generate(
         from tinyllm.model import choose_device
 
         text = _prompt_text(prompt, prompt_file)
+        if seed is not None and not 0 <= seed <= 2**63 - num_samples:
+            raise ValueError(f"seed is {seed}; it must be at least 0, and at most 2**63 - num_samples")
         if seed is None:  # torch's own default is the same in every process
             seed = secrets.randbits(32)
         model, tokenizer, _ = load_run(run, choose_device(device), checkpoint=_which(checkpoint))

@@ -60,8 +60,8 @@ def train(
         list[Path] | None,
         _option(
             TEXT,
-            "Text files to train on, or directories of them (all text files below, but no "
-            "hidden ones); or one directory that `tinyllm prepare` made. Default: the source code of "
+            "Files to train on: text, .jsonl, .jsonl.gz, .jsonl.zst and .parquet, or directories of them (all below "
+            "that are not hidden); or one directory that `tinyllm prepare` made. Default: the source code of "
             "Python's own standard library, about 12 MB that every machine has.",
             metavar="PATH...",
         ),
@@ -86,7 +86,7 @@ def train(
         str | None,
         _option(
             TEXT,
-            "The name of the text in JSON lines, Parquet files and datasets. Default: text.",
+            "The name of the text in JSON lines and Parquet files. Default: text.",
             metavar="NAME",
         ),
     ] = None,

@@ -41,8 +41,8 @@ class Plan:
     def make(cls, data: Sequence[Any], out: Path, settings: dict[str, Any], skip_bad: bool, overwrite: bool) -> Plan:
         """Return the plan in `out`, if it is for the same inputs and settings; else a new one.
 
-        A new one replaces a plan of which nothing has been done: the settings may have been what was wrong. With
-        `overwrite` it replaces any, and what was done, once the inputs are found.
+        A new one replaces a plan of which nothing has been done, or which failed: the settings may have been what was
+        wrong. With `overwrite` it replaces any, and what was done, once the inputs are found.
 
         Raises:
             ValueError: there is another plan, of which something has been done (names what differs), or a damaged one.
@@ -57,7 +57,7 @@ class Plan:
             differ = _differences(content, settings, rows)
             if not differ:
                 return plan
-            if (out / MANIFEST_FILE).exists() or any(plan.folder.glob("unit-*.json")):
+            if (out / MANIFEST_FILE).exists() or (plan.has_begun() and not plan.failed.exists()):
                 more = f", and {len(differ) - 1} more" if len(differ) > 1 else ""
                 raise ValueError(
                     f"{out} holds other prepared data: {differ[0]}{more}; choose another directory, or start anew "
@@ -85,6 +85,15 @@ class Plan:
         plan = cls(out, content)
         plan.notes = found.notes()
         return plan
+
+    @property
+    def failed(self) -> Path:
+        """The mark of a plan whose inputs or settings were wrong, as far as its last call has come."""
+        return self.folder / "failed"
+
+    def has_begun(self) -> bool:
+        """Return whether any unit is finished, or a shard is there."""
+        return any(self.folder.glob("unit-*.json")) or bool(shard_files(self.out))
 
     def sidecar(self, number: int) -> Path:
         return self.folder / f"unit-{number:05d}.json"
@@ -123,9 +132,12 @@ class Plan:
 @contextmanager
 def giving_up(plan: Plan) -> Iterator[None]:
     """Put data that were moved aside back if the block fails before any of the new ones are finished."""
+    plan.failed.unlink(missing_ok=True)
     try:
         yield
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, ValueError):
+            plan.failed.touch()
         if (plan.out / REPLACED).is_dir() and not any(plan.folder.glob("unit-*.json")):
             _remove_ours(plan.out)
             _move_ours(plan.out / REPLACED, plan.out)
@@ -170,6 +182,7 @@ def _read_plan(path: Path, out: Path) -> tuple[Plan, dict[str, Any]]:
     try:
         content = json.loads(path.read_bytes())
         plan = Plan(out, content) if content["version"] == _VERSION else None
+        content["settings"].items()
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is damaged ({_damage(error)}); --overwrite starts anew") from error
     if plan is None:
