@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -286,7 +287,7 @@ def test_bad_data(name: str, content: str | None, reason: str, here: Here, tmp_p
         (["generate", "--run", "run", "--prompt", "def ", "--temperature", "-1"], "--temperature is -1.0"),
         (["generate", "--run", "run", "--prompt", "def ", "--top-k", "0"], "--top-k is 0; it must be at least 1"),
         (["generate", "--run", "run", "--prompt", "def ", "--max-new-tokens", "-5"], "--max-new-tokens is -5"),
-        (["generate", "--run", "run", "--prompt", ""], "prompt is ''"),
+        (["generate", "--run", "run", "--prompt", ""], "an argument is empty"),
         (["generate", "--run", "run", "--prompt", "a\udcff"], "not valid Unicode"),
         (["generate", "--run", "nowhere", "--prompt", "x"], "no run folder nowhere"),
     ],
@@ -330,3 +331,29 @@ def test_ctrl_c_keeps_the_model(folder: Path, here: Here, tmp_path: Path) -> Non
     assert "Interrupted: the model is saved" in out
     assert "Traceback" not in err
     assert here("generate", "--run", "out", "--prompt", "def", "--max-new-tokens", 2, cwd=tmp_path)[0] == 0
+
+
+# What the libraries would say in their own words
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["train", "--steps", "1.5"], "Invalid value for '--steps': a whole number is needed"),
+        (["train", "--lr", "abc"], "Invalid value for '--lr': a number is needed"),
+        (["train", "--preset", "foo"], "Invalid value for '--preset': 'foo' is not one of 'tutorial'"),
+        (["train", "--data", ""], "tinyllm: error: an argument is empty, as a variable leaves it that is not set"),
+        (["eval", "--run", "run"], "tinyllm: error: --data is missing"),
+    ],
+)
+def test_values_that_are_none(arguments: list[str], problem: str, here: Here, tmp_path: Path) -> None:
+    status, _, err = here(*arguments, cwd=tmp_path)
+    assert status == 2
+    assert problem in err
+
+
+def test_a_folder_called_like_an_option_is_no_option(here: Here, folder: Path, trained: object, tmp_path: Path) -> None:
+    shutil.copytree(folder / "run", tmp_path / "data")
+    assert here("train", "--data", "./data", cwd=tmp_path)[2] == (
+        "tinyllm: error: data is the folder of a training, not text\n"
+    )

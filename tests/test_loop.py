@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 
 from tests.runs import TEXT, history, losses, small
 from tinyllm import loop, recorder, state
+from tinyllm._interrupt import noting_signals
 from tinyllm.batches import TokenDataset, val_loader
 from tinyllm.checkpoint import RUN_FILES, checkpoints, load_run
 from tinyllm.engine import TrainingModule
@@ -277,7 +278,7 @@ def test_a_signal_keeps_what_was_trained(number: int, text: Path, tmp_path: Path
 def test_a_second_signal_acts_as_ever() -> None:
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background of a shell it is ignored
     try:
-        with loop._signals() as stop:
+        with noting_signals() as stop:
             signal.raise_signal(signal.SIGINT)
             assert stop.number == signal.SIGINT
             with pytest.raises(KeyboardInterrupt):

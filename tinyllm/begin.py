@@ -23,7 +23,7 @@ from tinyllm.model import SimpleLLM, SimpleLLMConfig
 from tinyllm.ops import _products
 from tinyllm.presets import TrainConfig, describe
 from tinyllm.room import check_disk, check_memory
-from tinyllm.shards import file_sha256, is_prepared, open_shards, token_dtype
+from tinyllm.shards import Shards, file_sha256, is_prepared, open_shards, token_dtype
 from tinyllm.succession import new_files, recover
 from tinyllm.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 
@@ -69,8 +69,6 @@ def begin(
     if prepared is None and init_from is None:
         _check_packing(config, config.tokenizer == "bpe")
     _check_room(config, 1, out, device, lambda line: None)  # the least: the vocabulary is not known yet
-    for line in describe(config).splitlines():
-        say(line)
     source = None if init_from is None else _load_source(Path(init_from), config, out, say)
     with new_files(out) as folder:
 
@@ -79,13 +77,19 @@ def begin(
             _check_packing(config, tokenizer.end_of_text_id is not None)
             _check_room(config, tokenizer.vocab_size, out, device, say)
 
+        found: Shards | Corpus
         if prepared is not None:
-            tokenizer, description = _describe_shards(prepared, config, source, check, say)
+            found = open_shards(prepared)
+        elif data is not None:
+            found = find_files(data, text_column=text_column, skip_bad=skip_bad)
         else:
-            corpus = (
-                standard_library() if data is None else find_files(data, text_column=text_column, skip_bad=skip_bad)
-            )
-            tokenizer, description = _tokenize(config, folder, corpus, source, check, progress, say)
+            found = standard_library()
+        for line in describe(config).splitlines():
+            say(line)
+        if isinstance(found, Shards):
+            tokenizer, description = _describe_shards(found, config, source, check, say)
+        else:
+            tokenizer, description = _tokenize(config, folder, found, source, check, progress, say)
         tokenizer.save(folder / checkpoint.TOKENIZER_FILE)
         content = {
             "model": config.model_config(tokenizer.vocab_size).to_dict(),
@@ -172,9 +176,9 @@ def _tokenize(
 
 
 def _describe_shards(
-    path: Path, config: TrainConfig, source: Source | None, check: Callable[[Tokenizer], None], say: Say
+    shards: Shards, config: TrainConfig, source: Source | None, check: Callable[[Tokenizer], None], say: Say
 ) -> tuple[Tokenizer, dict[str, Any]]:
-    shards = open_shards(path)
+    path = shards.directory
     if source is not None:
         shards.check_tokenizer(source.run / checkpoint.TOKENIZER_FILE)
     say(f"Data: {path}, {count(len(shards.train), 'shard')} to train on; comparing checksums")

@@ -88,7 +88,10 @@ def check_out(directory: str | os.PathLike[str], *, overwrite: bool) -> Path:
     if directory.exists() and not directory.is_dir():
         raise NotADirectoryError(f"out {directory} is a file; it must be a directory, or a name not yet taken")
     if not overwrite and directory.is_dir() and any(path.name != LOCK_FILE for path in directory.iterdir()):
-        raise FileExistsError(f"out {directory} is not empty; choose another directory, or overwrite (--overwrite)")
+        go_on = f", go on with its training (--resume {directory})" if (directory / CONFIG_FILE).exists() else ""
+        raise FileExistsError(
+            f"out {directory} is not empty; choose another directory{go_on}, or overwrite (--overwrite)"
+        )
     # config.json, train.bin and checkpoints are common names: those of another program are not ours to replace.
     taken = [name for name in (*RUN_FILES, *RUN_FOLDERS) if Path(directory, name).exists()]
     if taken:
@@ -318,6 +321,6 @@ def _existing(directory: str | os.PathLike[str], name: str) -> Path:
     if not path.is_file():
         earlier = ""
         if (directory / REPLACED).is_dir():
-            earlier = f"; the run before it is kept in {directory / REPLACED}"
+            earlier = f"; the run before it is kept in {directory / REPLACED}, which can be used in its place"
         raise FileNotFoundError(f"{directory} has no {name}: no training, or no whole one, has been here{earlier}")
     return path

@@ -7,13 +7,9 @@ a decay of the learning rate, gradients clipped by their global norm, next-token
 from __future__ import annotations
 
 import math
-import signal
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +17,7 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 from tinyllm._files import is_full_disk
+from tinyllm._interrupt import noting_signals
 from tinyllm.batches import Batches, ShuffledWindows, TokenDataset, train_loader, val_loader
 from tinyllm.checkpoint import MODEL_FILE, checkpoints, publish
 from tinyllm.engine import TrainingModule, accumulating, backward, clip_and_step, on_rank_zero, setup
@@ -135,7 +132,7 @@ def fit(
 
     with (
         Recorder(fabric, model.config, config, out, progress.step, title=title, shown=progress_bar) as record,
-        _signals() as stop,
+        noting_signals() as stop,
     ):
         if config.compile and progress.step < config.steps:
             record.note("Compiling the model: the first step takes longer")
@@ -283,35 +280,3 @@ def _sum(fabric: Fabric, tensor: Tensor) -> Tensor:
 def _any(fabric: Fabric, flag: bool) -> bool:
     """Return whether `flag` is set in any process: a signal may reach one first, and all must stop at the same step."""
     return flag if fabric.world_size == 1 else bool(_sum(fabric, torch.tensor(int(flag))) > 0)
-
-
-class _Stop:
-    number: int | None = None
-
-
-@contextmanager
-def _signals() -> Iterator[_Stop]:
-    """Note the first SIGINT or SIGTERM; a second one acts as ever.
-
-    Only the main thread may take signals; in another one nothing is noted.
-    """
-    stop = _Stop()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-
-    def handle(number: int, frame: Any) -> None:
-        stop.number = number
-        restore()
-
-    def restore() -> None:
-        for taken, handler in before.items():
-            signal.signal(taken, handler)
-
-    # What is ignored stays so: a program that a script has started in the background is not meant by Ctrl-C.
-    taken = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) is not signal.SIG_IGN]
-    before = {number: signal.signal(number, handle) for number in taken}
-    try:
-        yield stop
-    finally:
-        restore()

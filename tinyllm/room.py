@@ -39,8 +39,8 @@ def check_memory(config: TrainConfig, vocab_size: int, device: torch.device, say
         say: called with the warning.
 
     Raises:
-        MemoryError: weights, gradients and optimizer are more than there is in all. What is available is no reason to
-            refuse: a system may call memory used that it would give, such as the cache of some file systems.
+        MemoryError: it is more than there is in all. What is available is no reason to refuse: a system may call
+            memory used that it would give, such as the cache of some file systems.
     """
     room = memory(device)
     if room is None:
@@ -50,11 +50,11 @@ def check_memory(config: TrainConfig, vocab_size: int, device: torch.device, say
         f"weights {size(needed.weights)}, gradients {size(needed.gradients)}, optimizer {size(needed.optimizer)}, "
         f"activations {size(needed.activations)}"
     )
-    if needed.weights + needed.gradients + needed.optimizer > room.total:
+    if needed.total > room.total:
         raise MemoryError(
             f"training {config.preset} takes {size(needed.total)} of memory: {parts}; {device.type} has "
-            f"{size(room.total)}, {size(room.available)} of it free. A smaller preset takes less, and --strategy fsdp "
-            f"shares it among --devices: tinyllm estimate --preset {config.preset}"
+            f"{size(room.total)}, {size(room.available)} of it free. A smaller preset, --seq-len or --batch-size, "
+            f"--micro-batches and --checkpointing take less: tinyllm estimate --preset {config.preset}"
         )
     if needed.total > room.available:
         say(

@@ -14,6 +14,7 @@ import torch
 from lightning_fabric import Fabric
 
 from tinyllm import checkpoint
+from tinyllm._files import REPLACED
 from tinyllm._locks import owned
 from tinyllm.batches import TokenDataset
 from tinyllm.begin import begin, check_saved
@@ -196,6 +197,8 @@ def resume(
             checkpoint.save_config(saved | noted, out)
             from_where = f"after step {max(there):,}" if there else "from the start, as it has no checkpoint"
             say(f"Resuming {out} {from_where}")
+            if (out / REPLACED).is_dir():
+                say(f"The run before it is kept in {out / REPLACED} until it has a checkpoint")
             for line in describe(config).splitlines():
                 say(line)
             return out

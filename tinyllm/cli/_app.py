@@ -62,6 +62,8 @@ def one_line_errors() -> Iterator[None]:
     """Turn what the user can mend into one line on stderr and exit status 2, and Ctrl-C into one and status 130."""
     _interrupt.raise_again()
     try:
+        if "" in sys.argv[1:]:
+            raise ValueError("an argument is empty, as a variable leaves it that is not set; give it a value")
         yield
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second one ends the program without a word
@@ -88,7 +90,7 @@ def _as_typed(line: str) -> str:
     options = {parameter.name: parameter.opts[0] for parameter in command.params} if command else {}
     name, _, rest = line.partition(" ")
     about = rest.startswith("is ") or name in ("out", "init_from")  # "out runs/a is not empty"
-    if not about or not options.get(name, "").startswith("--") or name in sys.argv[2:]:
+    if not about or not options.get(name, "").startswith("--") or name in map(os.path.normpath, sys.argv[2:]):
         return line  # of an argument, which has no dashes; or of a file of that name, which was typed
     others = re.sub(r"(?<![\w./'\"-])[a-z]+(_[a-z]+)+(?![\w./'\"=])", lambda word: options.get(word[0], word[0]), rest)
     return f"{options[name]} {others}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import typer
@@ -11,11 +12,29 @@ from typer.core import TyperCommand, TyperGroup
 _COMMANDS = ("train", "generate", "eval", "runs", "plot", "prepare", "estimate", "info", "check", "bench")
 
 
+_WORDS = (  # of the library that reads values, and ours
+    (re.compile(r"Value error, "), ""),
+    (re.compile(r"Input should be a valid integer\b.*"), "a whole number is needed"),
+    (re.compile(r"Input should be a valid number\b.*"), "a number is needed"),
+)
+
+
 class Command(TyperCommand):
     """A command whose options are listed under their `rich_help_panel`, in the order in which these first come.
 
     Typer itself shows such panels in boxes only, drawn by rich, which leave half of 80 columns to the text.
     """
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse what was typed; errors speak of numbers, not of a library's types."""
+        try:
+            return super().parse_args(ctx, args)
+        except Exception as error:
+            if isinstance(message := getattr(error, "message", None), str):
+                for pattern, words in _WORDS:
+                    message = pattern.sub(words, message)
+                error.message = message  # type: ignore[attr-defined]
+            raise
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write the arguments and each group of options as a section of its own."""

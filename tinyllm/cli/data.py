@@ -142,5 +142,7 @@ def _show(done: Prepared) -> None:
         typer.echo(f"{count(manifest['skipped_count'], 'input')} left out, named in {named}:")
         for line in manifest["skipped"][:3]:
             typer.echo(f"  {line}")
+        if manifest["skipped_count"] > 3:
+            typer.echo(f"  and {manifest['skipped_count'] - 3:,} more")
     where = shlex.quote(str(shards.directory))
     typer.echo(f"Everything is in {where}. Next: tinyllm train --data {where}")

@@ -118,11 +118,13 @@ def _prompt_text(prompt: str | None, prompt_file: Path | None) -> str:
 def evaluate(
     run: Annotated[Path, typer.Option(metavar="DIR", help="The folder that a training made.")],
     data: Annotated[
-        list[Path],
+        list[Path] | None,
         typer.Option(
-            metavar="PATH...", help="Text, .jsonl, .jsonl.gz, .jsonl.zst and .parquet files, or directories of them."
+            metavar="PATH...",
+            help="Text, .jsonl, .jsonl.gz, .jsonl.zst and .parquet files, or directories of them. Needed, here or as "
+            "arguments.",
         ),
-    ],
+    ] = None,
     paths: Annotated[
         list[Path] | None, typer.Argument(metavar="PATH", help="More files or directories, as after --data.")
     ] = None,
@@ -143,13 +145,16 @@ def evaluate(
     For example: tinyllm eval --run runs/tiny-1 --data new.txt
     """
     with one_line_errors():
+        given = [*(data or []), *(paths or [])]
+        if not given:
+            raise ValueError("--data is missing: name the text to evaluate")
         prepare_process()
         from tinyllm.checkpoint import load_run
         from tinyllm.data import find_files
         from tinyllm.evaluation import evaluate_texts
         from tinyllm.model import choose_device
 
-        corpus = find_files([*data, *(paths or [])], text_column=text_column, skip_bad=skip_bad)
+        corpus = find_files(given, text_column=text_column, skip_bad=skip_bad)
         for line in corpus.notes:
             typer.echo(line)
         model, tokenizer, _ = load_run(run, choose_device(device), checkpoint=_which(checkpoint))

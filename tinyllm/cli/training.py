@@ -231,8 +231,8 @@ def train(
         _option(
             RUN,
             "Read settings from a .yaml, .toml or .json file: these options without the leading dashes, also "
-            "min_lr_ratio, decay_fraction, beta1 and beta2. A run's config.json is such a file. Options that are typed "
-            "count before the file, and the file before the preset.",
+            "min_lr_ratio, decay_fraction, beta1 and beta2. A run's config.json is such a file, but for its data. "
+            "Options that are typed count before the file, and the file before the preset.",
             metavar="FILE",
         ),
     ] = None,

@@ -1,0 +1,66 @@
+"""Ctrl-C and SIGTERM, see tinyllm._interrupt. What they do to whole commands is in tests/test_hands_training.py."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.runs import environment
+
+STUCK = """
+import hashlib
+from tinyllm import _interrupt
+_interrupt._PATIENCE = 0.2
+with _interrupt.noting_signals():
+    print("at work", flush=True)
+    hashlib.pbkdf2_hmac("sha256", b"x", b"y", 2_000_000_000)  # comes back to Python in a quarter of an hour
+"""
+
+SOON = """
+import signal, time
+from tinyllm import _interrupt
+_interrupt._PATIENCE = 60
+try:
+    with _interrupt.noting_signals() as stop:
+        print("at work", flush=True)
+        while stop.number is None:
+            time.sleep(0.01)
+        print("noted", stop.number, flush=True)
+        time.sleep(60)
+except KeyboardInterrupt:
+    print("cleaned up", flush=True)
+"""
+
+
+def start(code: str) -> subprocess.Popen[str]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "at work\n"
+    return process
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_two_signals_end_a_step_that_takes_very_long(number: signal.Signals) -> None:
+    process = start(STUCK)
+    process.send_signal(number)
+    time.sleep(0.2)  # of two at once the system delivers one
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    # Where the first one came before the step, the second one acts as ever.
+    assert (process.returncode, err) in [(128 + number, "tinyllm: interrupted\n"), (-number, "")]
+
+
+def test_a_second_ctrl_c_acts_as_ever() -> None:
+    process = start(SOON)
+    process.send_signal(signal.SIGINT)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "noted 2\n"
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (0, "cleaned up\n", "")
