@@ -53,3 +53,12 @@ def tinyllm(*arguments: object, cwd: Path, status: int = 0, **more: str) -> subp
     assert done.returncode == status, done.stdout + done.stderr
     assert "Traceback" not in done.stderr, done.stderr
     return done
+
+
+def error(done: tuple[int, str, str]) -> str:
+    """The one line of a refusal, which a progress bar may come before."""
+    status, _, err = done
+    assert status == 2, err
+    (line,) = [line for line in err.splitlines() if line and not line.startswith("tokenizing: ")]
+    assert line.startswith("tinyllm: error: ")
+    return line
