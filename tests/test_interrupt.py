@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -64,3 +65,37 @@ def test_a_second_ctrl_c_acts_as_ever() -> None:
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out, err) == (0, "cleaned up\n", "")
+
+
+FORKED = """
+import os, signal, time
+from tinyllm import _interrupt
+_interrupt._PATIENCE = 0.2
+with _interrupt.noting_signals() as stop:
+    print("at work", flush=True)
+    child = os.fork()
+    if child == 0:
+        time.sleep(60)
+    while stop.number is None:
+        time.sleep(0.01)
+    time.sleep(1)  # as a checkpoint takes
+    os.kill(child, signal.SIGKILL)
+    print("saved", flush=True)
+"""
+
+
+def test_a_signal_that_others_get_too_counts_once() -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", FORKED],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "at work\n"
+    time.sleep(0.3)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (0, "saved\n", "")
