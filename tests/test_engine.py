@@ -109,7 +109,7 @@ def test_ddp_on_two_nodes_is_one_process(folder: Path) -> None:
     ]
     outputs = [node.communicate(timeout=300) for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], outputs
-    assert outputs[1][0] == ""  # one speaks for all
+    assert outputs[1][0] == f"Node 1 of 2: waiting for 1 other node at 127.0.0.1:{port}\n"  # one speaks for all else
     assert_same_losses(folder / "nodes", folder / "one")
 
 
