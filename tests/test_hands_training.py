@@ -170,6 +170,8 @@ def test_a2_of_two_trainings_in_one_folder_one_is_refused(racers: list[subproces
         for step, checkpoint in checkpoints(out).items():
             assert json.loads((checkpoint / "state.json").read_text())["val_loss"] == by_step[step]
         assert found[winner] == f"done {by_step[30]}"
+        if number % 4:
+            continue
         found = tell("resume", out)
         for answer in found:  # one may come when the other one is done
             assert re.match("done|BlockingIOError .* is being trained|ValueError .* has just been changed", answer)
