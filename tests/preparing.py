@@ -7,17 +7,19 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
 from tinyllm.prepare import Prepared, prepare
-from tinyllm.shards import Shards, Split
+from tinyllm.shards import MANIFEST_FILE, Shards, Split
 from tinyllm.tokenizer import BPETokenizer, load_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -59,6 +61,27 @@ def run(data: Any, out: Path, **options: Any) -> Shards:
 def full_run(data: Any, out: Path, **options: Any) -> Prepared:
     given = data if isinstance(data, list) else [data]
     return prepare(given, out, **{"workers": 1, "say": lambda line: None, **options})
+
+
+def finished(folder: Path, tokenizer: Path) -> Path:
+    """Prepare DOCUMENTS in a folder below this one, and return it."""
+    return run(as_jsonl(folder), folder / "done", tokenizer=tokenizer).directory
+
+
+def unfinish(folder: Path, out: Path) -> Path:
+    """Copy prepared data to `out` as a `tinyllm prepare` that was killed leaves them."""
+    shutil.copytree(folder, out)
+    (out / MANIFEST_FILE).unlink()
+    return out
+
+
+def interrupt_before_the_manifest(data: Any, out: Path, **options: Any) -> None:
+    """Prepare data, but for the last step, as a kill there does."""
+    with (
+        patch("tinyllm.prepare.run.write_manifest", side_effect=OSError("interrupted before the manifest")),
+        pytest.raises(OSError, match="interrupted"),
+    ):
+        run(data, out, **options)
 
 
 def ids(shards: Shards, split: Split) -> list[list[int]]:

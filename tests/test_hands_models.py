@@ -1,5 +1,5 @@
-"""What was found when the command line was tried as a new user would, and is kept away: loading, writing, measuring and
-drawing. The numbers count the faults found."""
+"""Loading, writing, measuring and drawing under real hands. The numbers count the faults that were found when the
+command line was tried as a new user would."""
 
 from __future__ import annotations
 

@@ -274,7 +274,7 @@ def test_the_default_device_is_auto_in_python_and_on_the_command_line(here: Here
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """What the command asks of `training.train`, which does nothing."""
+    """Record the arguments that the command gives to `training.train`, which does nothing."""
     found: dict[str, Any] = {}
 
     def instead(config: TrainConfig, out: Path | None, data: list[Path] | None, **more: Any) -> None:

@@ -6,7 +6,6 @@ from __future__ import annotations
 import gzip
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -23,10 +22,13 @@ from tests.preparing import (
     as_jsonl,
     as_zst,
     content,
+    finished,
     full_run,
+    interrupt_before_the_manifest,
     run,
     save_tokenizer,
     start,
+    unfinish,
 )
 from tests.runs import Here, error
 from tinyllm._locks import LOCK_FILE
@@ -44,18 +46,12 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory, tokenizer: Path) -> Path:
-    """What `tinyllm prepare` made, finished."""
-    folder = tmp_path_factory.mktemp("prepared")
-    return run(as_jsonl(folder), folder / "done", tokenizer=tokenizer).directory
+    return finished(tmp_path_factory.mktemp("prepared"), tokenizer)
 
 
 @pytest.fixture
 def unfinished(prepared: Path, tmp_path: Path) -> Path:
-    """What a `tinyllm prepare` that was killed leaves."""
-    out = tmp_path / "unfinished"
-    shutil.copytree(prepared, out)
-    (out / "manifest.json").unlink()
-    return out
+    return unfinish(prepared, tmp_path / "unfinished")
 
 
 # B4: a failed attempt does not lock out its own correction
@@ -144,16 +140,9 @@ def test_b6_a_damaged_plan_is_named(unfinished: Path, tokenizer: Path) -> None:
     run(data, unfinished, tokenizer=tokenizer, overwrite=True).verify()
 
 
-def test_b6_a_damaged_sidecar_is_named(tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_b6_a_damaged_sidecar_is_named(tmp_path: Path, tokenizer: Path) -> None:
     data = as_jsonl(tmp_path)
-
-    def fail(*arguments: object) -> None:
-        raise OSError("interrupted before the manifest")
-
-    with monkeypatch.context() as patch:
-        patch.setattr("tinyllm.prepare.run.write_manifest", fail)
-        with pytest.raises(OSError, match="interrupted"):
-            run(data, tmp_path / "out", tokenizer=tokenizer, shard_size=0.04)
+    interrupt_before_the_manifest(data, tmp_path / "out", tokenizer=tokenizer, shard_size=0.04)
     path = tmp_path / "out" / ".prepare" / "unit-00001.json"
     for damaged in ("", "{", "[]", "{}", '{"tokenizer_sha256": ""}'):
         path.write_text(damaged)

@@ -1,4 +1,4 @@
-"""What text is, and what is none, for everyone who types a command.
+"""Commands tell text from what is none.
 
 The numbers count the faults that were found when the command line was tried as a new user would, and with broken
 inputs.
@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from tests.preparing import DOCUMENTS, as_gz, as_jsonl, as_parquet, as_zst, run, save_tokenizer
+from tests.preparing import DOCUMENTS, as_gz, as_jsonl, as_parquet, as_zst, finished, run, save_tokenizer, unfinish
 from tests.runs import Here, error
 from tinyllm.data import find_files, write_tokens
 from tinyllm.presets import TrainConfig
@@ -49,18 +49,12 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory, tokenizer: Path) -> Path:
-    """What `tinyllm prepare` made, finished."""
-    folder = tmp_path_factory.mktemp("prepared")
-    return run(as_jsonl(folder), folder / "done", tokenizer=tokenizer).directory
+    return finished(tmp_path_factory.mktemp("prepared"), tokenizer)
 
 
 @pytest.fixture
 def unfinished(prepared: Path, tmp_path: Path) -> Path:
-    """What a `tinyllm prepare` that was killed leaves."""
-    out = tmp_path / "unfinished"
-    shutil.copytree(prepared, out)
-    (out / "manifest.json").unlink()
-    return out
+    return unfinish(prepared, tmp_path / "unfinished")
 
 
 # A1: nothing is removed before what could be known is

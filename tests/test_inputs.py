@@ -1,4 +1,4 @@
-"""Where text comes from: which inputs count, where they are cut, how they are read, what is refused."""
+"""Finding, cutting and reading text: which inputs count, and which are refused."""
 
 from __future__ import annotations
 

@@ -24,6 +24,7 @@ from tests.preparing import (
     document,
     files,
     full_run,
+    interrupt_before_the_manifest,
     run,
     save_tokenizer,
     sidecars,
@@ -113,16 +114,9 @@ def test_a_failure_costs_only_what_was_unfinished(
     assert content(tmp_path / "out") == content(run(data, tmp_path / "whole", **options).directory)
 
 
-def test_a_lost_shard_is_made_again(tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lost_shard_is_made_again(tmp_path: Path, tokenizer: Path) -> None:
     data = as_jsonl(tmp_path)
-
-    def fail(*arguments: object) -> None:
-        raise OSError("interrupted before the manifest")
-
-    with monkeypatch.context() as patch:
-        patch.setattr("tinyllm.prepare.run.write_manifest", fail)
-        with pytest.raises(OSError, match="interrupted"):
-            run(data, tmp_path / "out", tokenizer=tokenizer, shard_size=0.02)
+    interrupt_before_the_manifest(data, tmp_path / "out", tokenizer=tokenizer, shard_size=0.02)
     (tmp_path / "out" / "train-00001.bin").unlink()
     again = full_run(data, tmp_path / "out", tokenizer=tokenizer, shard_size=0.02)
     assert again.resumed == len(again.shards.train) - 1

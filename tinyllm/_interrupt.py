@@ -1,4 +1,4 @@
-"""What Ctrl-C and SIGTERM do: before a command has begun, and while a training is at work."""
+"""Ctrl-C and SIGTERM, before a command has begun and while a training is at work."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
+
+from tinyllm._forks import in_forked_processes
 
 _PATIENCE = 3.0  # seconds from a second signal to the end, if the step under way has not come to its own
 
@@ -67,7 +69,7 @@ def noting_signals() -> Iterator[Stop]:
     taken = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) is not signal.SIG_IGN]
     before = {number: signal.signal(number, handle) for number in taken}
     # Python calls handlers between two steps of its own, and an operator may take minutes.
-    _forget_in_forks()
+    in_forked_processes(_forget)
     arrived, arriving = os.pipe()
     os.set_blocking(arriving, False)
     written_before = signal.set_wakeup_fd(arriving, warn_on_full_buffer=False)
@@ -83,18 +85,8 @@ def noting_signals() -> Iterator[Stop]:
         os.close(arrived)
 
 
-def _forget_in_forks() -> None:
-    """Have forked processes, such as those that read data, keep to themselves which signals they get."""
-    global _forgetting
-    if not _forgetting and hasattr(os, "register_at_fork"):
-        _forgetting = True
-        os.register_at_fork(after_in_child=_forget)
-
-
-_forgetting = False
-
-
 def _forget() -> None:
+    """Keep to this process which signals it gets."""
     with suppress(ValueError):  # not forked by the main thread, which alone may say so
         signal.set_wakeup_fd(-1)
 

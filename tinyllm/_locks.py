@@ -16,6 +16,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from tinyllm._forks import in_forked_processes
+
 try:
     import fcntl
 except ImportError:  # Windows
@@ -58,7 +60,7 @@ def owned(
             raise
         raise type(error)(f"out {directory} cannot be written to: {error.strerror}") from error
     _held.add(descriptor)
-    _mind_forks()
+    in_forked_processes(_close_all)
     owner = os.getpid()
     try:
         yield
@@ -152,18 +154,8 @@ def _remove_empty(folders: list[Path]) -> None:
             folder.rmdir()
 
 
-def _mind_forks() -> None:
-    """Have forked processes close their copies of the locks, with which they would outlive a killed owner's."""
-    global _minding
-    if not _minding and hasattr(os, "register_at_fork"):
-        _minding = True
-        os.register_at_fork(after_in_child=_close_all)
-
-
-_minding = False
-
-
 def _close_all() -> None:
+    """Close this process's copies of the locks, with which it would outlive a killed owner's."""
     for descriptor in _held:
         with suppress(OSError):
             os.close(descriptor)

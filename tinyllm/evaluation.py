@@ -143,7 +143,7 @@ def _pieces(texts: Iterable[str], tokenizer: Tokenizer, length: int, counts: _Co
 
 
 def _first(text: str, ids: list[int], tokenizer: Tokenizer) -> str:
-    """What the first token of `text` stands for, which its decoding does not say if it is unknown."""
+    """Return the text that the first token of `text` stands for, which its decoding does not say if it is unknown."""
     if ids[0] == tokenizer.unknown_id and isinstance(tokenizer, CharTokenizer | WordTokenizer):
         return next(iter(tokenizer.split(text)))
     return tokenizer.decode(ids[:1])

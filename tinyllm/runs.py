@@ -110,7 +110,7 @@ def find_runs(directories: Sequence[str | os.PathLike[str]]) -> list[Path]:
 
 
 def describe_run(folder: str | os.PathLike[str]) -> RunInfo:
-    """What `folder` says about its run. A broken one is described as such, so this raises nothing."""
+    """Return what `folder` says about its run. A broken one is described as such, so this raises nothing."""
     folder = Path(folder)
     when = next((_changed(folder / name) for name in (METRICS_FILE, CONFIG_FILE) if (folder / name).exists()), None)
     try:

@@ -265,7 +265,7 @@ def _model(config: TrainConfig, vocab_size: int) -> SimpleLLM:
 def _datasets(
     description: dict[str, Any], out: Path, tokenizer: Tokenizer, seq_len: int
 ) -> tuple[TokenDataset, TokenDataset]:
-    """What to train on and to validate with, as `begin` described it."""
+    """Return the tokens to train on and to validate with, as `begin` described them."""
     train: Sequence[Path] = (out / TRAIN_FILE,)
     val: Sequence[Path] = (out / VAL_FILE,)
     if "prepared" in description:

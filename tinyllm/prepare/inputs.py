@@ -31,7 +31,7 @@ OnBad = Callable[[str, str], None]
 
 
 class Skipped:
-    """What cannot be read: an error at the first, or, where that is allowed, counted and named.
+    """A record of what cannot be read: it raises at the first, or, where that is allowed, counts and names it.
 
     Attributes:
         allowed: whether to go on.
