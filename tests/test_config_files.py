@@ -222,3 +222,28 @@ def test_nothing_is_replaced_or_half_written(suffix: str, tmp_path: Path) -> Non
     with pytest.raises(FileExistsError, match="exists; --overwrite replaces it"):
         config_files.save(path, TrainConfig())
     assert path.read_text() == "mine"
+
+
+def test_a_runs_own_config_is_not_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text('{"model": {}, "training": {}}')
+    with pytest.raises(FileExistsError, match="is a run's own, which needs it"):
+        config_files.save(path, TrainConfig(), overwrite=True)
+    assert path.read_text() == '{"model": {}, "training": {}}'
+
+
+@pytest.mark.parametrize(
+    ("suffix", "text"),
+    [
+        ("json", '{"lr": 1' + 400 * "0" + "}"),
+        ("json", '{"steps": 1' + 5000 * "0" + "}"),
+        ("yaml", 'steps: !!int ""'),
+        ("yaml", 'lr: !!float ""'),
+        ("yaml", "out: !!timestamp foo"),
+        ("yaml", "steps: !!bool foo"),
+    ],
+)
+def test_values_that_a_parser_stumbles_over(suffix: str, text: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"lr is 1000|a value in it is broken|steps is") as error:
+        read(tmp_path, text, suffix)
+    assert "sys." not in str(error.value)
