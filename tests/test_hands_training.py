@@ -108,7 +108,9 @@ import torch
 torch.set_num_threads(1)
 from pathlib import Path
 from tests.runs import small
+from tinyllm import recorder
 from tinyllm.training import resume, train
+recorder.plot_run = lambda *arguments, **options: None  # most of the time of so small a training
 seed, text = int(sys.argv[1]), sys.argv[2]
 print("ready", flush=True)
 for line in sys.stdin:
@@ -338,7 +340,7 @@ def test_b9_fewer_steps_than_are_done(here: Here, here_with_run: Path) -> None:
 
 
 # What is being imported when Ctrl-C comes.
-@pytest.mark.parametrize("module", ["typer", "torch._C", "torch.nn", "lightning_fabric.utilities", "tinyllm.loop"])
+@pytest.mark.parametrize("module", ["typer", "torch.nn", "tinyllm.loop"])
 def test_b11_ctrl_c_while_torch_is_imported(module: str, folder: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "-X", "importtime", *command("train", "text.txt", *WORDS, "--out", "interrupted")[1:]],
