@@ -125,20 +125,32 @@ def _meet(fabric: Fabric, config: TrainConfig, say: Callable[[str], None]) -> No
 
 
 def _leave_ctrl_c_to_the_first(fabric: Fabric) -> None:
-    """Have the processes that are started ignore SIGINT from their first moment, which a terminal sends to all."""
+    """Have the processes that are started block SIGINT from their first moment, which a terminal sends to all."""
     launcher: Any = fabric.strategy.launcher
     start = getattr(launcher, "_call_children_scripts", None)
     if start is None or threading.current_thread() is not threading.main_thread():
         return
 
-    def start_ignoring() -> None:
-        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    def start_blocking() -> None:
+        noted = False
+
+        def note(number: int, frame: Any) -> None:  # another thread, which does not block it, may get it meanwhile
+            nonlocal noted
+            noted = True
+
+        before = signal.signal(signal.SIGINT, note)
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # what is started has the same mask
         try:
             start()
         finally:
-            signal.signal(signal.SIGINT, before)
+            try:
+                signal.signal(signal.SIGINT, before)
+            finally:
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        if noted:
+            signal.raise_signal(signal.SIGINT)
 
-    launcher._call_children_scripts = start_ignoring
+    launcher._call_children_scripts = start_blocking
 
 
 @contextmanager
