@@ -12,7 +12,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
-EMULATION := $(wildcard tests/cuda_host/*.h tests/cuda_host/*.cpp)
+EMULATION := $(wildcard tests/emulation/*.h tests/emulation/*.cpp)
 
 .PHONY: demo test bench train-bench lint abi-check gpu-compile cpu-sanitize cuda-sanitize format clean
 
@@ -52,19 +52,19 @@ lint: .venv/installed
 	$(BIN)/clang-format --dry-run --Werror $(SOURCES) $(EMULATION)
 
 abi-check: .venv/installed
-	$(BIN)/python -m tests.abi_check
+	$(BIN)/python -m tests.building.abi_check
 
 gpu-compile: .venv/installed
-	$(BIN)/python -m tests.cuda_compile
-	$(BIN)/python -m tests.gpu_compile
+	$(BIN)/python -m tests.building.cuda_compile
+	$(BIN)/python -m tests.building.gpu_compile
 
 cpu-sanitize: .venv/installed
-	$(BIN)/python -m tests.cpu_host.sanitize
+	$(BIN)/python -m tests.building.cpu_sanitize
 
 # In the other order of threads than `make test`: what asynchronous copies do then happens at once. Python itself is not
 # built with the sanitizers, so their libraries come first by force, and its own leaks are left alone.
 cuda-sanitize: .venv/installed
-	library=$$($(BIN)/python -m tests.cuda_host.build --sanitize) && \
+	library=$$($(BIN)/python -m tests.emulation.build --sanitize) && \
 	export TINYLLM_EMULATED_CUDA=$$library TINYLLM_EMULATED_SCHEDULE=backward ASAN_OPTIONS=detect_leaks=0 \
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" && \
 	$(BIN)/python -m pytest -n $(or $(WORKERS),2) tests/cuda

@@ -13,7 +13,7 @@ import pytest
 # Before torch reads it: torch.compile's worker processes would still be starting while the first rows are timed.
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
-from tinyllm import _extension
+from tinyllm.ops.backends import cpp
 
 from .harness import Measured, Row, compare, replay
 from .timing import format_time
@@ -58,8 +58,8 @@ def pytest_report_teststatus(report: pytest.TestReport) -> tuple[str, str, str] 
 @pytest.fixture(scope="session")
 def measure(request: pytest.FixtureRequest) -> Callable[[Row], dict[str, Measured]]:
     """`compare`, whose latest result is kept: the tests of a row follow each other, and share one measurement."""
-    if not _extension.loaded:
-        pytest.exit(f"there are no compiled kernels to benchmark: {_extension.why_not}", returncode=3)
+    if not cpp.loaded:
+        pytest.exit(f"there are no compiled kernels to benchmark: {cpp.why_not}", returncode=3)
     options = request.config.option
     latest: dict[str, dict[str, Measured] | None] = {}
 

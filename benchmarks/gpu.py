@@ -27,7 +27,8 @@ from typing import Any, NamedTuple
 import torch
 
 from tinyllm import ops
-from tinyllm.ops import _cuda, _triton, dispatch
+from tinyllm.ops import dispatch
+from tinyllm.ops.backends import cuda, triton
 
 from . import gpu_launch, gpu_models, gpu_operators, gpu_report, gpu_timing, machine, report
 from .gpu_row import BACKENDS, CUDA, TRITON, WALL, Function, GpuRow, Source
@@ -128,9 +129,9 @@ def absent(row: GpuRow, provider: str) -> str | None:
     ours = provider.split(", ")[0]  # of a part
     if ours not in BACKENDS or not row.operators:
         return None
-    if ours == CUDA and _cuda.why_not is not None:
+    if ours == CUDA and cuda.why_not is not None:
         return NOT_BUILT
-    if ours == TRITON and _triton.why_not is not None:
+    if ours == TRITON and triton.why_not is not None:
         return NOT_INSTALLED
     served = (dispatch.unavailable(BACKENDS[ours], operator, "cuda", row.dtype) is None for operator in row.operators)
     return None if all(served) else NOT_SERVED

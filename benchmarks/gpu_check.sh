@@ -120,14 +120,13 @@ fi
 # What is served by what; it fails where CUDA C++ was built and does not load.
 stage info "$info_s" "$python" -c '
 import sys
-from tinyllm import _extension
 from tinyllm._info import print_info
-from tinyllm.ops import _cuda
+from tinyllm.ops.backends import cpp, cuda
 print_info()
 with open(sys.argv[1], "w") as file:
-    file.write(_cuda.why_not or "")
-if _extension.build_record().get("cuda") == "built" and _cuda.why_not is not None:
-    sys.exit(f"CUDA C++ was built, but: {_cuda.why_not}")' "$work/no_cuda"
+    file.write(cuda.why_not or "")
+if cpp.build_record().get("cuda") == "built" and cuda.why_not is not None:
+    sys.exit(f"CUDA C++ was built, but: {cuda.why_not}")' "$work/no_cuda"
 no_cuda=$(cat "$work/no_cuda" 2>/dev/null || echo "tinyllm does not load")
 
 # Each of the many test processes compiles one kernel at a time, instead of starting a process for each core.

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tinyllm._files import replacing, write_text
+from tinyllm._internal.files import replacing, write_text
 
 from . import report
 from .gpu_row import CUDA, OF_CEILING, OF_PEER, OF_TRITON, OURS_ALL, TRITON, is_part

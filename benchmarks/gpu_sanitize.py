@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from tinyllm import ops
-from tinyllm.ops import _cuda
+from tinyllm.ops.backends import cuda
 
 Call = tuple[str, Callable[[], Any], list[Tensor]]  # its name, itself, what it is differentiated by
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -139,10 +139,10 @@ def run(device: str, backend: str) -> list[str]:
 
 def main() -> int:
     """Returns the exit status."""
-    if _cuda.why_not is not None and not _cuda.emulated:
-        print(f"CUDA C++ is not there: {_cuda.why_not}")
+    if cuda.why_not is not None and not cuda.emulated:
+        print(f"CUDA C++ is not there: {cuda.why_not}")
         return 1
-    failed = run("cpu" if _cuda.emulated else "cuda", "cuda")
+    failed = run("cpu" if cuda.emulated else "cuda", "cuda")
     print(f"{len(failed)} calls failed", *failed, sep="\n")
     return 1 if failed else 0
 

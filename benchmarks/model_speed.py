@@ -22,13 +22,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tinyllm import _extension, info, ops, reference, tune_allocator
-from tinyllm.batches import TokenDataset, val_loader
-from tinyllm.checkpoint import CONFIG_FILE, load_run
-from tinyllm.data import TRAIN_FILE
+from tinyllm import info, ops, reference, tune_allocator
+from tinyllm.config.saved import CONFIG_FILE
+from tinyllm.data.batches import TokenDataset, val_loader
 from tinyllm.generation import generate
 from tinyllm.model import SimpleLLM
-from tinyllm.training import TrainConfig, adamw
+from tinyllm.ops.backends import cpp
+from tinyllm.runs.folder import TRAIN_FILE
+from tinyllm.runs.load import load_run
+from tinyllm.training.trainer import TrainConfig, adamw
 
 from .timing import format_time, take_turns
 
@@ -51,8 +53,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.steps is not None and options.steps < 1:
         parser.error(f"--steps is {options.steps}; it must be at least 1")
-    if not _extension.loaded:
-        print(f"There is nothing to compare, both would be plain PyTorch: {_extension.why_not}")
+    if not cpp.loaded:
+        print(f"There is nothing to compare, both would be plain PyTorch: {cpp.why_not}")
         return 0
     tune_allocator()  # for both sides, as `tinyllm train` does
     try:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tinyllm._files import replacing, write_text
+from tinyllm._internal.files import replacing, write_text
 
 from .harness import BYTES, OURS
 from .machine import DISTURBED

@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tinyllm import _extension
+from tinyllm.ops.backends import cpp
 
 from . import machine, report
 
@@ -55,8 +55,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def bench(only: str | None = None, quick: bool = False, out: Path | None = None) -> int:
     """Measure, print the table, write what there is to write; returns the exit status."""
-    if not _extension.loaded:
-        print(f"There are no compiled kernels to benchmark: {_extension.why_not}", file=sys.stderr)
+    if not cpp.loaded:
+        print(f"There are no compiled kernels to benchmark: {cpp.why_not}", file=sys.stderr)
         return 2
     for name, value in TUNED.items():
         os.environ.setdefault(name, value)

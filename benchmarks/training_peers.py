@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tinyllm.model import SimpleLLM, SimpleLLMConfig
+from tinyllm.config.model import SimpleLLMConfig
+from tinyllm.model import SimpleLLM
 
 _NAMES = {
     r"^embedding\.embedding\.": "wte.",

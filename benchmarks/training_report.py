@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from tinyllm._files import write_text
+from tinyllm._internal.files import write_text
 
 from .harness import OURS
 from .report import README, RESULTS, is_disturbed, is_measured, machine_line, replace_blocks, section_table

@@ -37,18 +37,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tinyllm import _extension, loop, tune_allocator
-from tinyllm.allocator import allocator_state
-from tinyllm.batches import Batches, ShuffledWindows, TokenDataset, train_loader, val_loader
-from tinyllm.checkpoint import METRICS_FILE
-from tinyllm.data import Corpus, standard_library, write_tokens
-from tinyllm.engine import launch
-from tinyllm.metrics import read_metrics
-from tinyllm.model import SimpleLLM, SimpleLLMConfig, init_gpt2_weights
-from tinyllm.optim import adamw
-from tinyllm.presets import TrainConfig
-from tinyllm.shards import token_dtype
+from tinyllm import tune_allocator
+from tinyllm._internal.allocator import allocator_state
+from tinyllm.config.model import SimpleLLMConfig
+from tinyllm.config.training import TrainConfig
+from tinyllm.data.batches import Batches, ShuffledWindows, TokenDataset, train_loader, val_loader
+from tinyllm.data.corpus import Corpus, standard_library, write_tokens
+from tinyllm.data.shards import token_dtype
+from tinyllm.model import SimpleLLM, init_gpt2_weights
+from tinyllm.ops.backends import cpp
+from tinyllm.runs.folder import METRICS_FILE
+from tinyllm.runs.metrics import read_metrics
 from tinyllm.tokenizer import CharTokenizer
+from tinyllm.training import loop
+from tinyllm.training.engine import launch
+from tinyllm.training.optim import adamw
 
 from . import machine, report, training_report
 from .harness import FLOPS, OURS, STEP, relative_error
@@ -375,8 +378,8 @@ def undisturbed_ceilings(quick: bool, attempts: int = 5) -> dict[str, Any]:
 
 def bench(only: str | None = None, quick: bool = False, out: Path | None = None) -> int:
     """Measure, print the table, write what there is to write; returns the exit status."""
-    if not _extension.loaded:
-        print(f"There are no compiled kernels to benchmark: {_extension.why_not}", file=sys.stderr)
+    if not cpp.loaded:
+        print(f"There are no compiled kernels to benchmark: {cpp.why_not}", file=sys.stderr)
         return 2
     start = time.perf_counter()
     tune_allocator()  # for all sides, as the command line does

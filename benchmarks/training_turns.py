@@ -12,9 +12,9 @@ from statistics import fmean
 import torch
 from torch import Tensor
 
-from tinyllm import loop
-from tinyllm.optim import learning_rate
-from tinyllm.presets import TrainConfig
+from tinyllm.config.training import TrainConfig
+from tinyllm.training import loop
+from tinyllm.training.optim import learning_rate
 
 from .harness import OURS
 from .machine import DISTURBED, OtherLoad
@@ -98,7 +98,7 @@ def in_turns(sides: Mapping[str, Callable[[int], None]], rounds: int, steps: int
 
 
 class Turns:
-    """Stands in for `tinyllm.loop.seed_step`, the first thing that `fit` does in a step: every `steps` steps it lets
+    """Stands in for `loop.seed_step`, the first thing that `fit` does in a step: every `steps` steps it lets
     the others do as many.
 
     Attributes:

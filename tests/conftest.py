@@ -30,7 +30,7 @@ def use_emulated_cuda():
         return
     if shutil.which(os.environ.get("CXX", "c++")) is None:
         return  # the tests say that they are skipped
-    from tests.cuda_host.build import build
+    from tests.emulation.build import build
 
     os.environ["TINYLLM_EMULATED_CUDA"] = str(build())
 
@@ -38,7 +38,7 @@ def use_emulated_cuda():
 def pytest_collection_modifyitems(config, items):
     """Everything below tests/ops tests the compiled kernels, except what is marked `any_build`. Where pytest-timeout
     limits every test, those that have torch.compile compile are given two minutes."""
-    from tests.needs import needs_extension
+    from tests.helpers.needs import needs_extension
 
     for item in items:
         if "/ops/" in str(item.path) and item.get_closest_marker("any_build") is None:

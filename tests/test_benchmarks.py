@@ -18,9 +18,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from tinyllm import _extension, reference
-from tinyllm.presets import TrainConfig
-from tinyllm.training import train
+from tinyllm import reference
+from tinyllm.config.training import TrainConfig
+from tinyllm.ops.backends import cpp
+from tinyllm.training.trainer import train
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the benchmarks are not part of the installed package
 
@@ -44,9 +45,7 @@ from benchmarks.harness import (
     verify,
 )
 
-needs_extension = pytest.mark.skipif(
-    not _extension.loaded, reason=f"there are no compiled kernels: {_extension.why_not}"
-)
+needs_extension = pytest.mark.skipif(not cpp.loaded, reason=f"there are no compiled kernels: {cpp.why_not}")
 ROOT = Path(__file__).parents[1]
 
 

@@ -18,7 +18,8 @@ from benchmarks.gpu_launch import LAUNCH
 from benchmarks.gpu_operators import CUDNN, EFFICIENT, FLASH, FLEX
 from benchmarks.gpu_row import CUDA, OF_CEILING, OF_PEER, OF_TRITON, TRITON, WALL, GpuRow, Source
 from benchmarks.harness import BACKWARD, BYTES, COMPILED, EAGER, FORWARD, OURS, Case, Provider, check
-from tinyllm.ops import _cuda, _triton, dispatch
+from tinyllm.ops import dispatch
+from tinyllm.ops.backends import cuda, triton
 
 ONLY_ON_GPU = {CUDNN, EFFICIENT, FLASH}
 NAMES = [row.name for row in gpu.rows(Source("cpu", 0), small=True) if "CUDA graph" not in row.name]
@@ -33,8 +34,8 @@ def _nothing_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_every_row_computes_what_it_says(name: str) -> None:
     row = next(row for row in gpu.rows(Source("cpu", 0), small=True) if row.name == name)
-    if LAUNCH in row.providers and _triton.why_not is not None:
-        pytest.skip(f"there is nothing to launch: {_triton.why_not}")
+    if LAUNCH in row.providers and triton.why_not is not None:
+        pytest.skip(f"there is nothing to launch: {triton.why_not}")
     only_on_gpu = ONLY_ON_GPU | ({FLEX} if row.direction == BACKWARD else set())
     case = row.build()
     case = Case({name: provider for name, provider in case.providers.items() if name not in only_on_gpu}, case.exact)
@@ -130,8 +131,8 @@ def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if "cuda" were there: the clocks and the memory are a processor's."""
     monkeypatch.setattr(gpu_timing, "DeviceClock", lambda: gpu_timing.wall_clock)
     monkeypatch.setattr(gpu, "_sets", lambda row_bytes: 1)
-    monkeypatch.setattr(_cuda, "why_not", None)
-    monkeypatch.setattr(_triton, "why_not", None)
+    monkeypatch.setattr(cuda, "why_not", None)
+    monkeypatch.setattr(triton, "why_not", None)
     monkeypatch.setattr(dispatch, "_CUDA_LACKS", frozenset())
 
 
@@ -166,9 +167,9 @@ def test_a_backend_that_does_not_serve_says_so_in_a_word(monkeypatch: pytest.Mon
     assert found("layer_norm") == {CUDA: "", TRITON: "", EAGER: "", part: ""}
     assert found("layer_norm", refuses) == {CUDA: "not served", TRITON: "", EAGER: "", part: ""}
     assert found("linear_cross_entropy") == {CUDA: "not served", TRITON: "", EAGER: "", part: "not served"}
-    monkeypatch.setattr(_cuda, "why_not", "TINYLLM_CUDA=0")
+    monkeypatch.setattr(cuda, "why_not", "TINYLLM_CUDA=0")
     assert found("layer_norm") == {CUDA: "not built", TRITON: "", EAGER: "", part: "not built"}
-    monkeypatch.setattr(_triton, "why_not", "triton is not installed")
+    monkeypatch.setattr(triton, "why_not", "triton is not installed")
     assert found("layer_norm")[TRITON] == "not installed"
 
 

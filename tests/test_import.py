@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import tinyllm
-from tests.runs import environment
+from tests.helpers.runs import environment
 from tinyllm.ops._compiler import constant_for_compiler
 
 

@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 import torch
 
-from tinyllm import _extension
-from tinyllm.data import find_files
-from tinyllm.model import SimpleLLM, SimpleLLMConfig, init_gpt2_weights
+from tinyllm.config.model import SimpleLLMConfig
+from tinyllm.data.corpus import find_files
+from tinyllm.model import SimpleLLM, init_gpt2_weights
+from tinyllm.ops.backends import cpp
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the benchmarks are not part of the installed package
 
@@ -24,9 +25,7 @@ from benchmarks.harness import OURS
 from benchmarks.training_speed import BARE, COMPILED, HF, PLAIN
 from benchmarks.training_turns import LOG_INTERVAL
 
-needs_extension = pytest.mark.skipif(
-    not _extension.loaded, reason=f"there are no compiled kernels: {_extension.why_not}"
-)
+needs_extension = pytest.mark.skipif(not cpp.loaded, reason=f"there are no compiled kernels: {cpp.why_not}")
 SMALL = SimpleLLMConfig(50, 16, 32, 2, 2, True, 8, 0.0, "gelu", True, True, True, "learned")
 TINY: dict[str, Any] = {"seq_len": 8, "batch_size": 2, "eval_batches": 2, "sample_tokens": 0}
 STEPS = 3 * LOG_INTERVAL  # the first turn warms up, and what `fit` does in the last one ends with a validation

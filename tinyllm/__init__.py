@@ -14,12 +14,13 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from tinyllm import nn, ops
     from tinyllm._info import info
-    from tinyllm.allocator import tune_allocator
-    from tinyllm.checkpoint import Run, load_run
+    from tinyllm._internal.allocator import tune_allocator
+    from tinyllm.config.model import SimpleLLMConfig
+    from tinyllm.config.training import TrainConfig
     from tinyllm.generation import generate, stream_text
-    from tinyllm.model import SimpleLLM, SimpleLLMConfig
-    from tinyllm.presets import TrainConfig
-    from tinyllm.training import TrainResult, resume, train
+    from tinyllm.model import SimpleLLM
+    from tinyllm.runs.load import Run, load_run
+    from tinyllm.training.trainer import TrainResult, resume, train
 
 __all__ = [
     "Run",
@@ -41,20 +42,20 @@ __all__ = [
 
 # Each name, and the module that has it; a module's own name has none.
 _HOMES = {
-    "Run": "checkpoint",
+    "Run": "runs.load",
     "SimpleLLM": "model",
-    "SimpleLLMConfig": "model",
-    "TrainConfig": "presets",
-    "TrainResult": "training",
+    "SimpleLLMConfig": "config.model",
+    "TrainConfig": "config.training",
+    "TrainResult": "training.trainer",
     "generate": "generation",
     "info": "_info",
-    "load_run": "checkpoint",
+    "load_run": "runs.load",
     "nn": None,
     "ops": None,
-    "resume": "training",
+    "resume": "training.trainer",
     "stream_text": "generation",
-    "train": "training",
-    "tune_allocator": "allocator",
+    "train": "training.trainer",
+    "tune_allocator": "_internal.allocator",
 }
 
 

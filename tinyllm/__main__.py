@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from tinyllm import _interrupt
+from tinyllm._internal import interrupt
 
 
 def main() -> None:
     """Run the command line; exits with 0, with 2 for bad input, with 130 after Ctrl-C."""
-    _interrupt.end_at_once()
+    interrupt.end_at_once()
     from tinyllm.cli import app
 
     app()

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from tinyllm import _extension, hardware
-from tinyllm.allocator import allocator_state
-from tinyllm.ops import _cuda, _products, _triton, dispatch
+from tinyllm._internal.allocator import allocator_state
+from tinyllm.ops import _products, dispatch
+from tinyllm.ops.backends import cpp, cuda, hardware, triton
 
 
 def info() -> dict[str, Any]:
@@ -21,17 +21,17 @@ def info() -> dict[str, Any]:
     built."""
     from tinyllm import __version__
 
-    record = _extension.build_record()
-    library = _extension.library
+    record = cpp.build_record()
+    library = cpp.library
     return {
         "tinyllm": __version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "extension": {
-            "loaded": _extension.loaded,
-            "why_not": _extension.why_not,
-            "repair": _extension.repair(),
+            "loaded": cpp.loaded,
+            "why_not": cpp.why_not,
+            "repair": cpp.repair(),
             "built_with": {key: record[key] for key in ("compiler", "torch") if key in record},
         },
         "cpu": {
@@ -65,18 +65,18 @@ def _gpu(record: dict[str, str]) -> dict[str, Any]:
     except metadata.PackageNotFoundError:
         version = None
     devices = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
-    old = [_cuda.too_old(i) for i in range(len(devices))]
-    no_kernels = _triton.why_not if _cuda.why_not is not None else None
+    old = [cuda.too_old(i) for i in range(len(devices))]
+    no_kernels = triton.why_not if cuda.why_not is not None else None
     return {
         "devices": [f"{d.name}, {d.major}.{d.minor}, {d.total_memory / 2**30:.0f} GiB" for d in devices],
         "cuda_library": {
-            "why_not": _cuda.why_not,
-            "emulated": _cuda.emulated,
+            "why_not": cuda.why_not,
+            "emulated": cuda.emulated,
             "built_with": {key: record[key] for key in ("nvcc", "cuda_arch_list") if key in record},
         },
         "triton": version,
         "why_not": no_kernels or next(filter(None, old), None) or (None if devices else "there is no GPU"),
-        "interpreted": _triton.interpreted,
+        "interpreted": triton.interpreted,
     }
 
 

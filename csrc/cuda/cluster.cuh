@@ -1,5 +1,5 @@
 // Blocks of a cluster, which wait for each other and read each other's shared memory (compute capability 9.0 and
-// later). tests/cuda_host has the same functions for the CPU.
+// later). tests/emulation has the same functions for the CPU.
 #pragma once
 #include "platform.cuh"
 

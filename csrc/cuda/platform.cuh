@@ -1,5 +1,5 @@
 // What the kernels ask of the hardware, and the only file (with platform_sm90.cuh) that has inline assembly. Everything
-// above it is plain C++ with threadIdx and blockIdx, which tests/cuda_host compiles for the CPU as well, with a header
+// above it is plain C++ with threadIdx and blockIdx, which tests/emulation compiles for the CPU as well, with a header
 // of this name's functions that runs a block's threads as fibers.
 #pragma once
 

@@ -2,8 +2,8 @@
 candidates, the default first.
 
 With the Triton of constraints.txt all keep their registers in the loops over tiles: `make gpu-compile` looks at each
-candidate on one chip, and `python -m tests.gpu_compile --every-tile` on all. None has been timed yet; the defaults are
-near those that PyTorch's FlexAttention found for the same chips.
+candidate on one chip, and `python -m tests.building.gpu_compile --every-tile` on all. None has been timed yet; the
+defaults are near those that PyTorch's FlexAttention found for the same chips.
 """
 
 from __future__ import annotations

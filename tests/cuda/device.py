@@ -1,13 +1,13 @@
-"""Where the CUDA C++ kernels are tested: on the GPU, or on the CPU with emulated threads (tests/cuda_host)."""
+"""Where the CUDA C++ kernels are tested: on the GPU, or on the CPU with emulated threads (tests/emulation)."""
 
 import torch
 
 from tests.gpu.device import draw  # which has the same devices to choose from
-from tinyllm.ops import _cuda
+from tinyllm.ops.backends import cuda
 
-ON_GPU = torch.cuda.is_available() and not _cuda.emulated
+ON_GPU = torch.cuda.is_available() and not cuda.emulated
 DEVICE = "cuda" if ON_GPU else "cpu"
-why_not = None if _cuda.emulated else _cuda.why_not or (None if ON_GPU else "there is no GPU")
+why_not = None if cuda.emulated else cuda.why_not or (None if ON_GPU else "there is no GPU")
 __all__ = ["DEVICE", "DTYPES", "ON_GPU", "draw", "raw", "why_not"]
 # What they take.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -15,4 +15,4 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 def raw():
     """The namespace of the operators."""
-    return _cuda.operators()
+    return cuda.operators()

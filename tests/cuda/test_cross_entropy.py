@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests import losses
 from tests.cuda.device import DEVICE, DTYPES, ON_GPU, draw, raw
-from tests.losses import values
+from tests.helpers import losses
+from tests.helpers.losses import values
 from tinyllm import ops
 
 # A warp a row and four rows a block (up to 2 KB), then a block a row; rows of odd lengths begin at any element, so that

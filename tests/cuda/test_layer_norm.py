@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from tests.cuda.device import DEVICE, DTYPES, ON_GPU, draw, raw
 from tests.ops.parity import check_parity
 from tinyllm import ops, reference
-from tinyllm.ops import _cuda
+from tinyllm.ops.backends import cuda
 
 # Rows and columns: parts of a warp, a warp, several, a cluster of two and of four; elements one by one where the width
 # is odd. More rows than run at a time, of the first widths, so that loops wrap.
@@ -21,7 +21,7 @@ def make(rows, columns, dtype):
 
 
 def has_clusters():
-    return _cuda.most_columns(torch.empty(0, device=DEVICE)) > 16_384
+    return cuda.most_columns(torch.empty(0, device=DEVICE)) > 16_384
 
 
 def check_layer_norm(x, weight, bias):
@@ -103,13 +103,13 @@ def test_a_later_gpu_that_runs_code_for_an_earlier_one_refuses_rows_that_it_woul
     monkeypatch.setenv("TINYLLM_EMULATED_CAPABILITY", "120")
     for code, columns in (("80", 16_384), ("90", 131_072)):
         monkeypatch.setenv("TINYLLM_EMULATED_CODE", code)
-        _cuda._norm_columns.cache_clear()
-        assert _cuda.most_columns(draw(1)) == columns
+        cuda._norm_columns.cache_clear()
+        assert cuda.most_columns(draw(1)) == columns
         with pytest.raises(RuntimeError, match=f"at most {columns}"):
             ops.layer_norm(draw(1, columns + 1), columns + 1)
         with pytest.raises(ValueError, match=f"at most {columns}"):
             raw().layer_norm_fwd(draw(1, columns + 1), [columns + 1], None, None, 1e-5)
-    _cuda._norm_columns.cache_clear()
+    cuda._norm_columns.cache_clear()
 
 
 @pytest.mark.parametrize("columns", [33, 2048], ids=str)

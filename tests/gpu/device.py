@@ -2,10 +2,10 @@
 
 import torch
 
-from tinyllm.ops import _triton
+from tinyllm.ops.backends import triton
 
-why_not = _triton.why_not
-DEVICE = "cpu" if _triton.interpreted or not torch.cuda.is_available() else "cuda"
+why_not = triton.why_not
+DEVICE = "cpu" if triton.interpreted or not torch.cuda.is_available() else "cuda"
 ON_GPU = DEVICE == "cuda"
 
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests import losses
 from tests.gpu.device import DEVICE, draw
-from tests.losses import values
+from tests.helpers import losses
+from tests.helpers.losses import values
 from tests.ops.parity import DTYPES
 from tinyllm import ops
 

@@ -3,10 +3,9 @@
 import pytest
 import torch
 
-from tinyllm import _extension
-from tinyllm.ops import _triton
+from tinyllm.ops.backends import cpp, triton
 
-LAUNCHERS = [name for names in _triton._LAUNCHERS.values() for name in names]
+LAUNCHERS = [name for names in triton._LAUNCHERS.values() for name in names]
 
 
 def type_of(argument):
@@ -14,7 +13,7 @@ def type_of(argument):
     return str(argument.type).replace("SymInt", "int")
 
 
-@pytest.mark.skipif(not _extension.loaded, reason=f"nothing to compare with: {_extension.why_not}")
+@pytest.mark.skipif(not cpp.loaded, reason=f"nothing to compare with: {cpp.why_not}")
 @pytest.mark.parametrize("name", LAUNCHERS)
 def test_schema(name):
     if not hasattr(torch.ops.tinyllm, name):

@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests import losses
-from tests.losses import values
+from tests.helpers import losses
+from tests.helpers.losses import values
 from tests.ops.parity import DTYPES
 from tinyllm import ops
 

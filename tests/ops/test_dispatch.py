@@ -8,9 +8,10 @@ import pytest
 import torch
 
 import tinyllm
-from tinyllm import _extension, ops
+from tinyllm import ops
 from tinyllm._info import format_info
-from tinyllm.ops import _cuda, _triton, dispatch
+from tinyllm.ops import dispatch
+from tinyllm.ops.backends import cpp, cuda, triton
 
 
 def python(code, **environment):
@@ -79,7 +80,7 @@ print(tinyllm.info()["cpu"]["chosen_isa"])
 
 @pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512"])
 def test_every_instruction_set(isa):
-    if isa not in _extension.library.usable_isas():
+    if isa not in cpp.library.usable_isas():
         pytest.skip(f"this processor does not run {isa}")
     result = python(PARITY, TINYLLM_CPU_ISA=isa)
     assert result.returncode == 0, result.stderr
@@ -116,7 +117,7 @@ def test_forcing_a_backend():
         ops.layer_norm(x, 3)
         assert ops.last_backend() == "reference"
     ops.layer_norm(x, 3)
-    assert ops.last_backend() == ("cpp" if _extension.loaded else "reference")
+    assert ops.last_backend() == ("cpp" if cpp.loaded else "reference")
     with (
         pytest.raises(ValueError, match="name is 'cuda2'; backends are cpp, cuda, triton, reference"),
         ops.backend("cuda2"),
@@ -131,9 +132,9 @@ def test_forcing_some_operators():
         ops.layer_norm(x, 3)
         assert ops.last_backend() == "reference"
         ops.rms_norm(x, 3)
-        assert ops.last_backend() == ("cpp" if _extension.loaded else "reference")
+        assert ops.last_backend() == ("cpp" if cpp.loaded else "reference")
     ops.layer_norm(x, 3)
-    assert ops.last_backend() == ("cpp" if _extension.loaded else "reference")
+    assert ops.last_backend() == ("cpp" if cpp.loaded else "reference")
     says = "operators has 'norm'; operators are layer_norm,"
     with pytest.raises(ValueError, match=says), ops.backend("reference", "norm"):
         pass
@@ -201,14 +202,14 @@ print_info()
     for interpret in ("0", "1"):
         result = python(code, TRITON_INTERPRET=interpret)
         assert result.returncode == 0, result.stderr
-        says = "not in use here: triton is not installed" if _cuda.why_not else "triton: triton is not installed"
+        says = "not in use here: triton is not installed" if cuda.why_not else "triton: triton is not installed"
         assert says in result.stdout
 
 
 @pytest.mark.any_build
 def test_a_gpu_that_is_too_old(monkeypatch):
-    monkeypatch.setattr(_cuda, "_capability", lambda index: (7, 5))
-    assert _cuda.too_old(0) == "it needs compute capability 8.0 or later; cuda:0 has 7.5"
+    monkeypatch.setattr(cuda, "_capability", lambda index: (7, 5))
+    assert cuda.too_old(0) == "it needs compute capability 8.0 or later; cuda:0 has 7.5"
 
 
 @pytest.mark.any_build
@@ -226,7 +227,7 @@ def test_a_forced_backend_says_every_reason(name):
 
 @pytest.mark.any_build
 def test_info_names_a_backend_for_every_operator(monkeypatch):
-    monkeypatch.setattr(_cuda, "why_not", "the CUDA library was not built")
+    monkeypatch.setattr(cuda, "why_not", "the CUDA library was not built")
     facts = json.loads(json.dumps(tinyllm.info()))
     assert set(facts["operators"]) == set(dispatch.OPERATORS)
     for devices in facts["operators"].values():
@@ -263,11 +264,11 @@ print_info()
 @pytest.fixture
 def cuda_build(monkeypatch):
     """As if the CUDA library and Triton were there, and a GPU."""
-    monkeypatch.setattr(_cuda, "why_not", None)
-    monkeypatch.setattr(_cuda, "emulated", False)
-    monkeypatch.setattr(_cuda, "_capability", lambda index: (8, 0))
+    monkeypatch.setattr(cuda, "why_not", None)
+    monkeypatch.setattr(cuda, "emulated", False)
+    monkeypatch.setattr(cuda, "_capability", lambda index: (8, 0))
     monkeypatch.setattr(dispatch, "_CUDA_LACKS", frozenset())
-    monkeypatch.setattr(_triton, "why_not", None)
+    monkeypatch.setattr(triton, "why_not", None)
 
 
 def on_a_gpu(dtype=torch.float32):
@@ -285,10 +286,10 @@ def test_cuda_cpp_comes_before_triton(cuda_build, monkeypatch):
     assert dispatch.choose("linear_cross_entropy", on_a_gpu()) == "triton"
     for operator in ("linear", "feed_forward", "transformer_block", "transformer"):
         assert dispatch.choose(operator, on_a_gpu()) == "reference"
-    monkeypatch.setattr(_triton, "why_not", "triton is not installed")
+    monkeypatch.setattr(triton, "why_not", "triton is not installed")
     assert dispatch.choose("rms_norm", on_a_gpu()) == "cuda"
     assert dispatch.choose("rms_norm", on_a_gpu(torch.float64)) == "reference"
-    monkeypatch.setattr(_cuda, "_capability", lambda index: (7, 0))
+    monkeypatch.setattr(cuda, "_capability", lambda index: (7, 0))
     assert dispatch.choose("rms_norm", on_a_gpu()) == "reference"
 
 
@@ -304,8 +305,8 @@ def test_a_library_without_some_kernels(cuda_build, monkeypatch):
 @pytest.mark.any_build
 def test_the_width_of_rows_is_what_the_library_says_of_the_gpu(cuda_build, monkeypatch):
     for columns in (16_384, 131_072):
-        monkeypatch.setattr(_cuda, "_norm_columns", {0: columns}.__getitem__)
-        assert _cuda.most_columns(on_a_gpu()) == columns
+        monkeypatch.setattr(cuda, "_norm_columns", {0: columns}.__getitem__)
+        assert cuda.most_columns(on_a_gpu()) == columns
 
 
 @pytest.mark.any_build
@@ -335,7 +336,7 @@ def test_info_on_a_cuda_build(cuda_build):
 
 @pytest.mark.any_build
 def test_info_on_a_cuda_build_without_triton(cuda_build, monkeypatch):
-    monkeypatch.setattr(_triton, "why_not", "triton is not installed")
+    monkeypatch.setattr(triton, "why_not", "triton is not installed")
     row = dispatch.describe("attention", "cuda")
     assert (row["backend"], row["rest"], row["not"]["triton"]) == ("cuda", None, "triton is not installed")
     assert "CUDA tensors, which are not in use here: triton" not in format_info()
@@ -343,8 +344,8 @@ def test_info_on_a_cuda_build_without_triton(cuda_build, monkeypatch):
 
 @pytest.mark.any_build
 def test_info_says_why_there_is_no_cuda_library(monkeypatch):
-    monkeypatch.setattr(_cuda, "why_not", "the CUDA library was not built: there is no nvcc")
-    monkeypatch.setattr(_cuda, "emulated", False)
+    monkeypatch.setattr(cuda, "why_not", "the CUDA library was not built: there is no nvcc")
+    monkeypatch.setattr(cuda, "emulated", False)
     text = format_info()
     assert "CUDA C++             not loaded: the CUDA library was not built: there is no nvcc" in text
     assert text.count("there is no nvcc") == 1
@@ -374,12 +375,12 @@ def emulated(monkeypatch):
     def raw(name):
         return lambda *arguments: calls.append((name, arguments)) or getattr(torch.ops.tinyllm, name)(*arguments)
 
-    monkeypatch.setattr(_cuda, "emulated", True)
-    monkeypatch.setattr(_cuda, "_norm_columns", lambda index: 131_072)  # there may be no library to ask
-    monkeypatch.setattr(_cuda, "why_not", "it is emulated, for CPU tensors")
+    monkeypatch.setattr(cuda, "emulated", True)
+    monkeypatch.setattr(cuda, "_norm_columns", lambda index: 131_072)  # there may be no library to ask
+    monkeypatch.setattr(cuda, "why_not", "it is emulated, for CPU tensors")
     monkeypatch.setattr(dispatch, "_CUDA_LACKS", frozenset())
     names = [f"{operator}_{way}" for operator in dispatch.OPERATORS for way in ("fwd", "bwd")]
-    monkeypatch.setattr(_cuda, "operators", lambda: SimpleNamespace(**{name: raw(name) for name in names}))
+    monkeypatch.setattr(cuda, "operators", lambda: SimpleNamespace(**{name: raw(name) for name in names}))
     return calls
 
 
@@ -424,7 +425,7 @@ def test_what_cuda_cpp_does_not_take(emulated):
 def test_cuda_cpp_is_given_the_lengths_of_keys(emulated, monkeypatch):
     x, lengths, given = torch.ones(2, 2, 3, 64).half(), torch.tensor([1, 3]), []
     kernel = SimpleNamespace(attention_fwd=lambda *arguments: given.append(arguments) or (x, x))
-    monkeypatch.setattr(_cuda, "operators", lambda: kernel)
+    monkeypatch.setattr(cuda, "operators", lambda: kernel)
     with ops.backend("cuda"):
         ops.scaled_dot_product_attention(x, x, x, key_lengths=lengths)
     assert given[0][3] is None
@@ -448,10 +449,11 @@ def test_tritons_kernel_corrects_early_gradients_of_other_kernels():
     code = """
 import torch
 from tinyllm import ops
-from tinyllm.ops import _cuda, cross_entropy, dispatch
+from tinyllm.ops import cross_entropy, dispatch
+from tinyllm.ops.backends import cuda
 import sys
 module = sys.modules["tinyllm.ops.cross_entropy"]
-_cuda.emulated, _cuda.operators, dispatch._CUDA_LACKS = True, lambda: torch.ops.tinyllm, frozenset()
+cuda.emulated, cuda.operators, dispatch._CUDA_LACKS = True, lambda: torch.ops.tinyllm, frozenset()
 module._corrects_on_the_gpu = lambda input: True
 target, weight = torch.tensor([0, 6, -100, 3]), torch.rand(7)
 for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 1e-2)):
@@ -470,8 +472,8 @@ for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 1e-2)):
 
 
 def test_cuda_cpp_under_the_compiler(emulated, monkeypatch):
-    monkeypatch.setattr(_cuda, "operators", lambda: torch.ops.tinyllm)
-    monkeypatch.setattr(_cuda, "_norm_columns", lambda index: 16_384)
+    monkeypatch.setattr(cuda, "operators", lambda: torch.ops.tinyllm)
+    monkeypatch.setattr(cuda, "_norm_columns", lambda index: 16_384)
     x, target = torch.randn(4, 8, requires_grad=True), torch.tensor([0, 6, -100, 3])
 
     def run(x):

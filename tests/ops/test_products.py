@@ -10,8 +10,9 @@ import torch
 
 from tests.ops.operations import Operations
 from tests.ops.parity import DTYPES
-from tinyllm import _extension, ops
+from tinyllm import ops
 from tinyllm.ops import _products
+from tinyllm.ops.backends import cpp
 
 CPP = {dtype: dict.fromkeys(_products.CLASSES, "cpp") for dtype in _products.DTYPES}
 
@@ -36,7 +37,7 @@ def on(monkeypatch):
             cpu_isa = staticmethod(lambda: isa)
             cpu_family = staticmethod(lambda: family)
 
-        monkeypatch.setattr(_products._extension, "library", Library)
+        monkeypatch.setattr(_products.cpp, "library", Library)
         _products.forget()
 
     return on
@@ -300,8 +301,8 @@ def test_a_row_does_not_depend_on_the_others(dtype, monkeypatch):
 
 
 def test_the_machine_has_a_name():
-    assert _products.machine() == f"{_extension.library.cpu_isa()} {_extension.library.cpu_family()}"
-    assert _extension.library.cpu_family().split("-")[0] in ("amd", "intel", "other")
+    assert _products.machine() == f"{cpp.library.cpu_isa()} {cpp.library.cpu_family()}"
+    assert cpp.library.cpu_family().split("-")[0] in ("amd", "intel", "other")
 
 
 @pytest.mark.parametrize("who", _products.WHO)

@@ -17,8 +17,9 @@ from typing import IO, Any
 
 import torch
 
-from tinyllm import _extension, ops
+from tinyllm import ops
 from tinyllm.ops import dispatch
+from tinyllm.ops.backends import cpp
 
 PASSED, FAILED, HUNG, NOT_HERE = "passed", "FAILED", "HUNG", "not here"
 QUICK_CALLS, FULL_CALLS = 6, 60  # in each dtype
@@ -87,8 +88,8 @@ def _checks(operator: str, backend: str, device: str, full: bool) -> Iterator[Ch
     if device == "cuda" and not torch.cuda.is_available():
         not_here = "there is no GPU"
     isas: list[str | None] = [None]
-    if backend == "cpp" and _extension.library is not None:
-        isas = list(_extension.library.usable_isas()) if full else [_extension.library.cpu_isa()]
+    if backend == "cpp" and cpp.library is not None:
+        isas = list(cpp.library.usable_isas()) if full else [cpp.library.cpu_isa()]
     for isa in isas:
         yield Check(operator, backend, device, isa, not_here)
 

@@ -10,10 +10,23 @@ from typing import Annotated
 
 import typer
 
-from tinyllm.cli import data, machine, models, runs, training
+from tinyllm.cli import bench, check, estimate, evaluate, generate, info, plot, prepare, runs, train
 from tinyllm.cli._app import PresetName, app
 
-__all__ = ["PresetName", "app", "data", "machine", "models", "runs", "training"]
+__all__ = [
+    "PresetName",
+    "app",
+    "bench",
+    "check",
+    "estimate",
+    "evaluate",
+    "generate",
+    "info",
+    "plot",
+    "prepare",
+    "runs",
+    "train",
+]
 
 
 @app.callback(invoke_without_command=True)

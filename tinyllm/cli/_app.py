@@ -8,11 +8,11 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
 
-from tinyllm import _interrupt
+from tinyllm._internal import interrupt
 from tinyllm.cli._help import App, Group
 
 SAMPLE_TOKENS = 200
@@ -21,6 +21,14 @@ _TRACEBACK = "TINYLLM_TRACEBACK"  # set it to see where an error comes from
 
 # The keys of PRESETS: a test compares them.
 PresetName = Literal["tutorial", "tiny", "small", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "gpt3"]
+
+Checkpoint = Annotated[
+    str,
+    typer.Option(metavar="last|best|STEP", help="The weights of this checkpoint: the last, the best, or a step's."),
+]
+
+if TYPE_CHECKING:
+    from tinyllm.runs.load import Which
 
 app = App(
     name="tinyllm",
@@ -37,7 +45,7 @@ def prepare_process() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a model may write what the terminal cannot show
             stream.reconfigure(errors="replace")
-    from tinyllm.allocator import tune_allocator
+    from tinyllm._internal.allocator import tune_allocator
 
     tune_allocator()  # where it does not apply, `tinyllm info` says why
 
@@ -60,7 +68,7 @@ def write(text: str) -> None:
 @contextmanager
 def one_line_errors() -> Iterator[None]:
     """Turn what the user can mend into one line on stderr and exit status 2, and Ctrl-C into one and status 130."""
-    _interrupt.raise_again()
+    interrupt.raise_again()
     try:
         if "" in sys.argv[1:]:
             raise ValueError("an argument is empty, as a variable leaves it that is not set; give it a value")
@@ -94,3 +102,7 @@ def _as_typed(line: str) -> str:
         return line  # of an argument, which has no dashes; or of a file of that name, which was typed
     others = re.sub(r"(?<![\w./'\"-])[a-z]+(_[a-z]+)+(?![\w./'\"=])", lambda word: options.get(word[0], word[0]), rest)
     return f"{options[name]} {others}"
+
+
+def which(checkpoint: str) -> Which:
+    return int(checkpoint) if checkpoint.isdecimal() else cast("Which", checkpoint)  # load_run checks the name

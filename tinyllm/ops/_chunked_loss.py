@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tinyllm import _extension
+from tinyllm.ops.backends import cpp
 from tinyllm.ops.cross_entropy import REDUCTIONS
 
 NAMESPACE = "tinyllm_products"
@@ -42,7 +42,7 @@ def _backward(grad: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 def register() -> torch.library.Library | None:
     """Define the operators, with the schemas of the compiled ones, where these are there."""
-    if not _extension.loaded:
+    if not cpp.loaded:
         return None
     library = torch.library.Library(NAMESPACE, "DEF")
     for name, function in (("linear_cross_entropy_fwd", _forward), ("linear_cross_entropy_bwd", _backward)):

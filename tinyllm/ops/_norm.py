@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tinyllm.ops import _cuda
+from tinyllm.ops.backends import cuda
 from tinyllm.ops.dispatch import no_kernel
 
 
@@ -53,8 +53,8 @@ def limits(
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None and tensor.dtype != input.dtype and tensor.dtype != torch.float32:
             return no_kernel(f"{name} is {tensor.dtype}; the kernel takes input's dtype, {input.dtype}, or float32")
-    if _cuda.may_serve(input):
-        columns, most = math.prod(shape), _cuda.most_columns(input)
+    if cuda.may_serve(input):
+        columns, most = math.prod(shape), cuda.most_columns(input)
         if columns > most:
             return {"cuda": f"normalized_shape has {columns} elements; the kernel takes at most {most} on this GPU"}
     return None

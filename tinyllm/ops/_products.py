@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from tinyllm import _extension
 from tinyllm.ops._compiler import constant_for_compiler
+from tinyllm.ops.backends import cpp
 
 # Classes of products by the rows of the input: a token or few, a small batch, and all others.
 _FEW, _SOME = 4, 32
@@ -53,7 +53,7 @@ _training: Choices | None = None
 
 def machine() -> str:
     """Return the name of this processor's row: its instruction set and family."""
-    library = _extension.library
+    library = cpp.library
     return f"{library.cpu_isa()} {library.cpu_family()}" if library else "no kernels"
 
 
@@ -237,8 +237,8 @@ def tune() -> dict[str, Any]:
         RuntimeError: there are no compiled kernels to compare with.
         OSError: the file cannot be written.
     """
-    if not _extension.loaded:
-        raise RuntimeError(f"there are no compiled kernels to compare PyTorch with: {_extension.why_not}")
+    if not cpp.loaded:
+        raise RuntimeError(f"there are no compiled kernels to compare PyTorch with: {cpp.why_not}")
     found: dict[str, dict[str, float]] = {}
     for dtype, name in zip(_DTYPES, DTYPES, strict=True):
         found[name] = {

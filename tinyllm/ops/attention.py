@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from tinyllm import reference
-from tinyllm.ops import _cuda, _plain
+from tinyllm.ops import _plain
 from tinyllm.ops._autograd import autocast_dtype, differs_from_kernels, grads_by_reference, needs_grad
 from tinyllm.ops._fake import register_fake
 from tinyllm.ops._random import draw_rng, dropout_factors
+from tinyllm.ops.backends import cuda
 from tinyllm.ops.dispatch import choose, kernels, no_kernel
 
 
@@ -196,7 +197,7 @@ def _limits(
     reasons = {}
     if head_dim > 1024 or value_dim > 1024:
         reasons["cpp"] = f"head_dim is {max(head_dim, value_dim)}; the kernel takes at most 1024"
-    if _cuda.may_serve(query):
+    if cuda.may_serve(query):
         reason = _cuda_limit(head_dim, value_dim, attn_mask, dropout_p, scale)
         if reason is not None:
             reasons["cuda"] = reason

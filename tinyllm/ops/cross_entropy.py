@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from tinyllm import reference
-from tinyllm.ops import _triton
 from tinyllm.ops._autograd import autocast_dtype, differs_from_kernels, grads_by_reference, needs_grad
 from tinyllm.ops._fake import register_fake
+from tinyllm.ops.backends import triton
 from tinyllm.ops.dispatch import choose, kernels, no_kernel
 
 REDUCTIONS = ("none", "mean", "sum")  # in the order of PyTorch's numbers for them
@@ -184,7 +184,7 @@ _CACHED = 1 << 25
 def _corrects_on_the_gpu(input: Tensor) -> bool:
     """Whether the CUDA C++ kernel should write the gradient early: Triton's kernel, which knows the same statistics of
     the rows, then corrects it, if need be, without the host's knowing."""
-    return input.is_cuda and _triton.why_not is None and input.numel() * input.element_size() >= _CACHED
+    return input.is_cuda and triton.why_not is None and input.numel() * input.element_size() >= _CACHED
 
 
 @register_fake("cross_entropy_fwd")

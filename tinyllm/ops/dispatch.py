@@ -18,10 +18,9 @@ from typing import Any
 
 import torch
 
-from tinyllm import _extension
-from tinyllm.ops import _cuda, _triton
 from tinyllm.ops._compiler import constant_for_compiler
 from tinyllm.ops._transforms import active_transform
+from tinyllm.ops.backends import cpp, cuda, triton
 
 # Best first.
 BACKENDS = ("cpp", "cuda", "triton", "reference")
@@ -65,7 +64,7 @@ _TRITON: dict[str, tuple[torch.dtype, ...] | str] = {
 }
 OPERATORS = tuple(_TRITON)
 # Those of which a library that is there lacks the kernels, as a build of only some of its sources does.
-_CUDA_LACKS = frozenset(name for name in OPERATORS if not (_cuda.has(f"{name}_fwd") and _cuda.has(f"{name}_bwd")))
+_CUDA_LACKS = frozenset(name for name in OPERATORS if not (cuda.has(f"{name}_fwd") and cuda.has(f"{name}_bwd")))
 
 _forced: str | None = None
 _forced_operators: tuple[str, ...] = ()  # none: all
@@ -79,7 +78,7 @@ def _only_scalar() -> bool:
 
 @functools.cache  # not the function above itself: the compiler would look through the cache
 def _chosen_isa() -> str | None:
-    return None if _extension.library is None else _extension.library.cpu_isa()
+    return None if cpp.library is None else cpp.library.cpu_isa()
 
 
 class CannotServeError(RuntimeError):
@@ -113,19 +112,19 @@ def unavailable(
     if backend_name == "cpp":
         if device_type != "cpu":
             return f"it serves CPU tensors, not {device_type} ones"
-        if here and _extension.why_not is not None:
-            return _extension.why_not
+        if here and cpp.why_not is not None:
+            return cpp.why_not
         if here and _only_scalar() and forced_backend(operator) != "cpp":
             return "there are only the scalar kernels for this processor; PyTorch is faster"
         dtypes = _CPP.get(operator, _FLOATS)
     elif backend_name == "cuda":
-        if device_type == "cpu" and _cuda.emulated:
+        if device_type == "cpu" and cuda.emulated:
             if forced_backend(operator) != "cuda":
                 return "it serves CUDA tensors; emulated, CPU tensors where it is forced"
         elif device_type != "cuda":
             return f"it serves CUDA tensors, not {device_type} ones"
-        elif _cuda.why_not is not None:
-            return _cuda.why_not
+        elif cuda.why_not is not None:
+            return cuda.why_not
         found = _CUDA[operator]
         if isinstance(found, str):
             return found
@@ -133,13 +132,13 @@ def unavailable(
             return "this build of the CUDA library has no kernel for it"
         dtypes = found
     else:
-        if device_type == "cpu" and _triton.interpreted:
+        if device_type == "cpu" and triton.interpreted:
             if forced_backend(operator) != "triton":
                 return "it serves CUDA tensors; in its interpreter, CPU tensors where it is forced"
         elif device_type != "cuda":
             return f"it serves CUDA tensors, not {device_type} ones"
-        if here and _triton.why_not is not None:
-            return _triton.why_not
+        if here and triton.why_not is not None:
+            return triton.why_not
         found = _TRITON[operator]
         if isinstance(found, str):
             return found
@@ -151,7 +150,7 @@ def describe(operator: str, device_type: str) -> dict[str, Any]:
     """What serves an operator on a device type, of which this machine may have none: `backend`, the `dtypes` and
     `shapes` that it takes, and for the others the reason why `not`. `rest`: the same three of the backend that serves
     what CUDA C++ leaves to it; None where there is nothing, or only PyTorch."""
-    here = device_type == "cpu" or _cuda.why_not is None or _triton.why_not is None
+    here = device_type == "cpu" or cuda.why_not is None or triton.why_not is None
     reasons = {name: unavailable(name, operator, device_type, here=here) for name in BACKENDS}
 
     def row(name: str) -> dict[str, Any]:
@@ -175,7 +174,7 @@ def kernels(backend_name: str) -> Any:
     """The namespace of a backend's raw operators."""
     if backend_name == "triton":
         return torch.ops.tinyllm_triton
-    return _cuda.operators() if backend_name == "cuda" else torch.ops.tinyllm
+    return cuda.operators() if backend_name == "cuda" else torch.ops.tinyllm
 
 
 def choose(operator: str, tensor: torch.Tensor, limits: Mapping[str, str] | None = None) -> str:
@@ -187,8 +186,8 @@ def choose(operator: str, tensor: torch.Tensor, limits: Mapping[str, str] | None
     name = _choose(operator, tensor, limits or {})
     if not torch.compiler.is_compiling():
         _last = name
-        if _extension.why_not is not None:
-            _extension.warn_if_absent()
+        if cpp.why_not is not None:
+            cpp.warn_if_absent()
     return name
 
 
@@ -219,7 +218,7 @@ def _why_not(name: str, operator: str, tensor: torch.Tensor, limits: Mapping[str
     if reason is None and name != _REFERENCE:
         reason = active_transform()
     if reason is None and name in ("cuda", "triton") and tensor.is_cuda:
-        return _cuda.too_old(tensor.get_device())
+        return cuda.too_old(tensor.get_device())
     return reason
 
 

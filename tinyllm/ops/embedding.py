@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from tinyllm import reference
-from tinyllm.ops import _cuda
 from tinyllm.ops._autograd import differs_from_kernels, grads_by_reference, needs_grad
 from tinyllm.ops._fake import register_fake
 from tinyllm.ops._random import draw_rng, dropout_factors
 from tinyllm.ops._transforms import active_transform
+from tinyllm.ops.backends import cuda
 from tinyllm.ops.dispatch import choose, kernels, no_kernel
 
 
@@ -125,7 +125,7 @@ def _limits(
         return no_kernel("the kernel's gradient is dense and not scaled")
     if positions is not None and positions.dtype != weight.dtype:
         return no_kernel(f"positions is {positions.dtype}; the kernel takes weight's dtype, {weight.dtype}")
-    if dropout_p > 0.0 and _cuda.may_serve(weight):
+    if dropout_p > 0.0 and cuda.may_serve(weight):
         return {"cuda": f"dropout_p is {dropout_p}; the kernel drops nothing"}
     return None
 

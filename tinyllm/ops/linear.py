@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tinyllm import _extension, reference
+from tinyllm import reference
 from tinyllm.ops import _products
 from tinyllm.ops._autograd import autocast_dtype, differs_from_kernels, grads_by_reference, needs_grad
+from tinyllm.ops.backends import cpp
 from tinyllm.ops.dispatch import choose, forced_backend
 from tinyllm.reference import ACTIVATIONS
 
@@ -150,7 +151,7 @@ def _check_tensor(
 
 def limits(operator: str, input: Tensor) -> dict[str, str] | None:
     """Why the compiled products do not serve this input, for `choose`."""
-    if input.device.type != "cpu" or not _extension.loaded:
+    if input.device.type != "cpu" or not cpp.loaded:
         return None
     setting = _products.setting()
     if setting == "cpp":
@@ -259,7 +260,7 @@ def _where(wanted: Sequence[bool], grads: Sequence[Tensor]) -> list[Tensor | Non
     return [grad if want else None for want, grad in zip(wanted, grads, strict=True)]
 
 
-if _extension.loaded:
+if cpp.loaded:
 
     def _if(wanted: bool, like: Tensor, *shape: int) -> Tensor:
         return like.new_empty(shape if wanted else (0,))

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tinyllm import _extension, reference
+from tinyllm import reference
 from tinyllm.ops._autograd import differs_from_kernels, grads_by_reference, needs_grad
+from tinyllm.ops.backends import cpp
 from tinyllm.ops.dispatch import choose, serves
 from tinyllm.ops.embedding import raise_for_ids
 from tinyllm.ops.transformer_block import block_limits, block_misfit, saved_by_block
@@ -202,7 +203,7 @@ class _Transformer(torch.autograd.Function):
         return None, grad_positions if wanted[1] else None, None, None, *found
 
 
-if _extension.loaded:
+if cpp.loaded:
 
     @torch.library.register_fake("tinyllm::transformer_fwd")
     def _(input, parameters, positions, target, num_layers, num_heads, causal, norm_first, activation, eps, save):  # type: ignore[no-untyped-def]

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tinyllm import _extension, reference
+from tinyllm import reference
 from tinyllm.ops._autograd import autocast_dtype, differs_from_kernels, grads_by_reference, needs_grad
+from tinyllm.ops.backends import cpp
 from tinyllm.ops.dispatch import choose, serves
 from tinyllm.ops.linear import limits as linear_limits
 from tinyllm.reference import BLOCK_PARAMETERS
@@ -162,7 +163,7 @@ def saved_by_block(width: int, hidden: int, num_heads: int, activation: str) -> 
     return 7 * width + (1 if activation == "relu" else 2) * hidden + num_heads + 4
 
 
-if _extension.loaded:
+if cpp.loaded:
 
     @torch.library.register_fake("tinyllm::transformer_block_fwd")
     def _(input, parameters, num_heads, causal, norm_first, activation, eps1, eps2, save):  # type: ignore[no-untyped-def]

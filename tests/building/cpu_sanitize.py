@@ -1,0 +1,122 @@
+"""Runs every instruction set's CPU kernels that this machine can under the address and undefined-behaviour sanitizers:
+
+    python -m tests.building.cpu_sanitize [--calls N] [--seed N]
+
+All of the C++ extension is compiled once more, the torch side with it: how it splits work into blocks, threads and
+scratch memory is part of what can go wrong. Its operators then take the random calls of `tinyllm check`, whose tensors
+have memory of their own that ends with their last element; leases of scratch memory are exact to the byte too, and
+whatever is allocated begins as NaN. Results are compared with PyTorch's, so that a use of such memory shows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.machinery
+import importlib.util
+import os
+import subprocess
+import sys
+import sysconfig
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from tests.emulation.host_build import ROOT, build_library, sanitizer_environment
+
+LIMIT_S = 170  # for all calls of an instruction set: one that hangs is ended
+_CALL = "call: "
+
+
+def build() -> Path:
+    """Return the path of a sanitized `tinyllm._C`."""
+    import pybind11
+
+    includes = [f"-isystem{path}" for path in (pybind11.get_include(), sysconfig.get_path("include"))]
+    # The compiler's own intrinsics begin with vectors that are not initialised, on purpose.
+    flags = ["-fno-math-errno", "-Wno-uninitialized", "-Wno-maybe-uninitialized", "-DTINYLLM_SANITIZED", *includes]
+    sources = [*ROOT.glob("csrc/*.cpp"), *ROOT.glob("csrc/cpu/*.cpp")]
+    return build_library("cpu_host", sources, ROOT.glob("csrc/**/*.h"), flags, sanitize=True)
+
+
+def load(path: str) -> None:
+    """Let `import tinyllm`, which must come later, find this library as its own."""
+    import torch  # noqa: F401  # whose symbols the library needs
+
+    name = "tinyllm._C"
+    loader = importlib.machinery.ExtensionFileLoader(name, path)
+    spec = importlib.util.spec_from_file_location(name, path, loader=loader)
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    loader.exec_module(module)
+    sys.modules[name] = module
+
+
+def run_calls(library: str, calls: int, seed: int) -> int:
+    """Check every operator with a sanitized library, naming each call before it is made; the exit status."""
+    load(library)
+    from tinyllm.check.worker import WrongResultError, check_operator
+    from tinyllm.ops.backends import cpp
+    from tinyllm.ops.dispatch import OPERATORS
+
+    assert cpp.library is sys.modules["tinyllm._C"]
+    isa = cpp.library.cpu_isa()
+    for operator in OPERATORS:
+        start = time.perf_counter()
+        try:
+            done = check_operator(operator, "cpp", "cpu", calls, seed, lambda text: print(f"{_CALL}{text}", flush=True))
+        except WrongResultError as error:
+            print(f"{isa:<8}{operator:<22}{error}")
+            return 1
+        print(f"{isa:<8}{operator:<22}{done['calls']:>4} calls, {time.perf_counter() - start:.1f} s", flush=True)
+    return 0
+
+
+def run_isa(library: Path, isa: str, options: argparse.Namespace) -> bool:
+    """Check one instruction set in a process of its own; whether all went well."""
+    command = [sys.executable, "-m", "tests.building.cpu_sanitize", "--library", str(library)]
+    command += ["--calls", str(options.calls), "--seed", str(options.seed)]
+    environment = {**os.environ, **sanitizer_environment(), "TINYLLM_CPU_ISA": isa}
+    # 0xff everywhere is NaN in every dtype.
+    environment["ASAN_OPTIONS"] += ":malloc_fill_byte=255:max_malloc_fill_size=1073741824"
+    environment["OMP_WAIT_POLICY"] = "passive"  # several of these processes share the cores
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    watch = threading.Timer(LIMIT_S, process.kill)
+    watch.start()
+    last = "nothing"
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith(_CALL):
+            last = line.removeprefix(_CALL).strip()
+        else:
+            print(line, end="", flush=True)
+    watch.cancel()
+    if process.wait() != 0:
+        print(f"{isa}: ended with status {process.returncode} in the call {last}", flush=True)
+    return process.returncode == 0
+
+
+def main() -> int:
+    """Return the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m tests.building.cpu_sanitize", description=__doc__.split(":", 1)[0])
+    parser.add_argument("--calls", type=int, default=40, help="of each operator in each dtype")
+    parser.add_argument("--seed", type=int, default=0, help="of the first call")
+    parser.add_argument("--library", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.library:
+        return run_calls(options.library, options.calls, options.seed)
+    library = build()
+    from tinyllm.ops.backends import cpp
+
+    if cpp.library is None:
+        print(cpp.why_not, file=sys.stderr)
+        return 1
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        passed = list(pool.map(lambda isa: run_isa(library, isa, options), cpp.library.usable_isas()))
+    return 0 if all(passed) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

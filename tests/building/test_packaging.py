@@ -1,0 +1,151 @@
+"""The package as it is installed: what the archives hold, and an installation without compiled kernels."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+TRACKED = ("benchmarks", "csrc", "kernels", "tinyllm", "pyproject.toml", "setup.py", "MANIFEST.in", "README.md")
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory):
+    """A copy of what the archives are made from, without anything built in it."""
+    root = tmp_path_factory.mktemp("checkout")
+    ignore = shutil.ignore_patterns("*.so", "__pycache__", "_build.json")
+    for name in TRACKED:
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, root / name, ignore=ignore)
+        else:
+            shutil.copy(source, root / name)
+    return root
+
+
+def build(checkout, kind, out, **environment):
+    result = subprocess.run(
+        [sys.executable, "-m", "build", "--no-isolation", f"--{kind}", "--outdir", out, checkout],
+        env={**os.environ, "TINYLLM_EXT": "auto", "TINYLLM_CUDA": "auto", **environment},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    return result, result.stdout + result.stderr
+
+
+def run(site, code, folder):
+    """Return what a program prints whose tinyllm is the one unpacked in `site`."""
+    # The editable installation under test would lend its compiled library to the wheel's modules.
+    start = f"SITE = {str(site)!r}; import sys; sys.path.insert(0, SITE)\n"
+    start += "sys.meta_path = [finder for finder in sys.meta_path if 'editable' not in repr(finder).lower()]\n"
+    done = subprocess.run([sys.executable, "-c", start + code], cwd=folder, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_sdist_holds_what_the_build_needs(checkout, tmp_path):
+    result, output = build(checkout, "sdist", tmp_path)
+    assert result.returncode == 0, output
+    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
+        names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
+    sources = {str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*") if path.is_file()}
+    assert sources <= names
+    assert {"kernels/__init__.py", "setup.py", "pyproject.toml", "tinyllm/ops/attention.py"} <= names
+    assert not [name for name in names if name.endswith(".so")]
+
+
+def test_a_wheel_without_the_extension_works_and_says_why(checkout, tmp_path):
+    result, output = build(checkout, "wheel", tmp_path, TINYLLM_EXT="0")
+    assert result.returncode == 0, output
+    assert "skipping the C++ extension: TINYLLM_EXT=0" in output
+    assert "skipping the CUDA library: the C++ extension, which declares its operators, is not built" in output
+    wheel = next(tmp_path.glob("*.whl"))
+    assert wheel.name.endswith("-py3-none-any.whl")
+    site = tmp_path / "site"
+    with zipfile.ZipFile(wheel) as archive:
+        assert {"tinyllm/kernels/__init__.py", "tinyllm/benchmarks/run.py"} <= set(archive.namelist())
+        archive.extractall(site)
+    # It is larger than PyTorch for CPUs, whose users have no use for it; PyTorch for GPUs brings it.
+    needed = Path(next(site.glob("*.dist-info")), "METADATA").read_text().splitlines()
+    triton = [line for line in needed if line.startswith("Requires-Dist: triton")]
+    assert triton
+    assert all("extra == " in line for line in triton)
+    code = """
+import warnings
+warnings.simplefilter("error")
+import torch, tinyllm, tinyllm.kernels
+assert tinyllm.__file__.startswith(SITE), tinyllm.__file__
+tinyllm.SimpleLLM(6, 16, 32, 2)(torch.zeros(1, 3, dtype=torch.long))
+facts = tinyllm.info()["extension"]
+print(tinyllm.ops.last_backend(), facts["why_not"], facts["repair"], sep=" | ")
+"""
+    # It was left out deliberately: nothing warns, and nothing is to be mended.
+    said = run(site, code, tmp_path).strip()
+    assert said == "reference | the C++ extension was not built: TINYLLM_EXT=0 | None"
+
+
+@pytest.fixture(scope="module")
+def site_without_a_compiler(checkout, tmp_path_factory):
+    """The unpacked wheel of a machine that has no compiler."""
+    folder = tmp_path_factory.mktemp("no_compiler")
+    result, output = build(checkout, "wheel", folder, CXX="no-such-compiler", CC="no-such-compiler")
+    assert result.returncode == 0, output
+    says = "skipping the C++ extension: there is no C++ compiler: no-such-compiler is not on PATH"
+    assert f"tinyllm: {says}" in output
+    assert len(re.findall(f"(?i)warning:? {re.escape(says)}", output)) == 1  # which pip passes on
+    with zipfile.ZipFile(next(folder.glob("*.whl"))) as archive:
+        assert not [name for name in archive.namelist() if name.endswith(".so")]
+        archive.extractall(folder / "site")
+    return folder / "site"
+
+
+def test_without_a_compiler_the_first_call_warns_once_and_info_says_what_mends_it(site_without_a_compiler, tmp_path):
+    code = """
+import warnings, torch, tinyllm
+from tinyllm._info import format_info
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    for _ in range(2):
+        tinyllm.SimpleLLM(6, 16, 32, 2)(torch.zeros(1, 3, dtype=torch.long))
+ours = [warning for warning in caught if "tinyllm" in str(warning.message)]
+assert [warning.category for warning in ours] == [RuntimeWarning], ours
+print(ours[0].message)
+print(format_info())
+"""
+    warning, *rest = run(site_without_a_compiler, code, tmp_path).splitlines()
+    reason = "the C++ extension was not built: there is no C++ compiler: no-such-compiler is not on PATH"
+    command = "pip install --no-cache-dir --force-reinstall --no-deps "
+    assert warning.startswith(
+        f"tinyllm runs on plain PyTorch, without its compiled kernels: {reason}. To install them: {command}"
+    )
+    at = rest.index(f"compiled extension   not loaded: {reason}")
+    assert rest[at + 1].strip().startswith(f"to install it: {command}")
+
+
+def test_an_unknown_choice_is_refused(checkout, tmp_path):
+    result, output = build(checkout, "wheel", tmp_path, TINYLLM_EXT="yes")
+    assert result.returncode != 0
+    assert "TINYLLM_EXT is 'yes'; auto, 0 or 1 is needed" in output
+
+
+def test_kernels_are_installed_as_tinyllm_kernels():
+    import tinyllm.kernels
+
+    assert Path(tinyllm.kernels.__file__) == ROOT / "kernels" / "__init__.py"
+
+
+@pytest.mark.parametrize("setting", ["auto", "1"])
+def test_without_what_the_build_needs_the_installation_fails(checkout, tmp_path, setting):
+    """A wheel without kernels would go unnoticed; with TINYLLM_EXT=0 it is what was asked for."""
+    (tmp_path / "pybind11.py").write_text("raise ModuleNotFoundError('absent', name='pybind11')")
+    result, output = build(checkout, "wheel", tmp_path / "out", TINYLLM_EXT=setting, PYTHONPATH=str(tmp_path))
+    assert result.returncode != 0
+    assert "pybind11 is not installed" in output
+    assert "pip install torch setuptools pybind11 ninja" in output

@@ -1,0 +1,64 @@
+"""Small trainings, for the tests that need one."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tinyllm.runs.metrics import read_metrics
+from tinyllm.training.trainer import TrainConfig
+
+TEXT = "the cat sat on the mat and the dog sat on the cat .\n" * 60
+ROOT = Path(__file__).parents[2]
+
+Here = Callable[..., tuple[int, str, str]]  # what the fixture `here` gives
+
+
+def small(**changes: Any) -> TrainConfig:
+    """The article's model on words: learns TEXT in some dozen steps."""
+    values = {"preset": "tutorial", "tokenizer": "word", "steps": 40, "seq_len": 8, "lr": 1e-2, "sample_tokens": 3}
+    values["device"] = "cpu"  # where there is a GPU, too
+    return TrainConfig.from_preset(**{**values, **changes})
+
+
+def losses(out: Path, split: str = "train") -> list[float]:
+    return [line["loss"] for line in read_metrics(out / "metrics.jsonl") if line["split"] == split]
+
+
+def history(out: Path) -> list[tuple[Any, ...]]:
+    """All of the metrics but the times."""
+    keys = ("step", "split", "loss", "lr", "grad_norm", "skipped")
+    return [tuple(line.get(key) for key in keys) for line in read_metrics(out / "metrics.jsonl")]
+
+
+def environment(**more: str) -> dict[str, str]:
+    """For a process of its own, which finds the package like this one."""
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "COLUMNS": "200", **more}
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "tinyllm", *map(str, arguments)]
+
+
+def tinyllm(*arguments: object, cwd: Path, status: int = 0, **more: str) -> subprocess.CompletedProcess[str]:
+    """Run the command line in a process of its own, which others may be started from."""
+    done = subprocess.run(
+        command(*arguments), cwd=cwd, env=environment(**more), capture_output=True, encoding="utf-8", timeout=300
+    )
+    assert done.returncode == status, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr, done.stderr
+    return done
+
+
+def error(done: tuple[int, str, str]) -> str:
+    """The one line of a refusal, which a progress bar may come before."""
+    status, _, err = done
+    assert status == 2, err
+    (line,) = [line for line in err.splitlines() if line and not line.startswith("tokenizing: ")]
+    assert line.startswith("tinyllm: error: ")
+    return line

@@ -1,0 +1,115 @@
+"""The commands that use a trained model: generate and eval."""
+
+from __future__ import annotations
+
+import secrets
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tinyllm._internal.words import count
+from tinyllm.cli._app import (
+    SAMPLE_TEMPERATURE,
+    SAMPLE_TOKENS,
+    Checkpoint,
+    app,
+    one_line_errors,
+    prepare_process,
+    which,
+    write,
+)
+
+
+@app.command()
+def generate(
+    run: Annotated[Path, typer.Option(metavar="DIR", help="The folder that a training made.")],
+    prompt: Annotated[
+        str | None,
+        typer.Option(metavar="TEXT", help="The text to go on from; - reads it from a pipe, as does no prompt at all."),
+    ] = None,
+    prompt_file: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="A UTF-8 file with the text to go on from."),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="The most tokens to write.")] = SAMPLE_TOKENS,
+    num_samples: Annotated[
+        int, typer.Option(help="How many texts to write, each with the next seed, under a line that names it.")
+    ] = 1,
+    temperature: Annotated[
+        float,
+        typer.Option(help="0: always the likeliest token; 1: as the model expects; above: wilder."),
+    ] = SAMPLE_TEMPERATURE,
+    top_k: Annotated[
+        int | None, typer.Option(help="Choose among the k likeliest tokens only. Default: among all.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="The same seed writes the same text. Default: a new one.")] = None,
+    checkpoint: Checkpoint = "last",
+    device: Annotated[str, typer.Option(help="cpu, cuda, or auto: a GPU if there is one.")] = "auto",
+) -> None:
+    """Let a trained model go on from a text.
+
+    A prompt from a file or a pipe is taken without its last line break. For example: tinyllm
+    generate --run runs/tiny-1 --prompt "def"
+    """
+    with one_line_errors():
+        for name, value in (("max_new_tokens", max_new_tokens), ("num_samples", num_samples)):
+            if value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1")
+        prepare_process()
+        from tinyllm.generation import encode_prompt, stream_text
+        from tinyllm.model import choose_device
+        from tinyllm.runs.load import load_run
+
+        text = _prompt_text(prompt, prompt_file)
+        if seed is not None and not 0 <= seed <= 2**63 - num_samples:
+            raise ValueError(f"seed is {seed}; it must be at least 0, and at most 2**63 - num_samples")
+        if seed is None:  # torch's own default is the same in every process
+            seed = secrets.randbits(32)
+        model, tokenizer, _ = load_run(run, choose_device(device), checkpoint=which(checkpoint))
+        ids = encode_prompt(tokenizer, text)
+        samples = [  # all arguments are checked here, and nothing is written yet
+            stream_text(model, tokenizer, ids, max_new_tokens, temperature, top_k, seed=seed + index)
+            for index in range(num_samples)
+        ]
+        if unknown := ids.count(-1 if tokenizer.unknown_id is None else tokenizer.unknown_id):
+            typer.echo(
+                f"tinyllm: the {tokenizer.kind} tokenizer does not know {unknown:,} of the prompt's "
+                f"{count(len(ids), 'token')}; the model sees its unknown token there",
+                err=True,
+            )
+        start = time.perf_counter()
+        for index, pieces in enumerate(samples):
+            if num_samples > 1:
+                write(f"--- {index + 1} of {num_samples}, --seed {seed + index} ---\n")
+            try:
+                write(text)
+                for piece in pieces:
+                    write(piece)
+            finally:  # what comes next, an error included, begins a line
+                write("\n")
+        seconds, tokens = time.perf_counter() - start, sum(sample.num_tokens for sample in samples)
+        typer.echo(f"{count(tokens, 'token')}, {seconds:.1f} s, {tokens / seconds:,.1f} tokens/s", err=True)
+
+
+def _prompt_text(prompt: str | None, prompt_file: Path | None) -> str:
+    """The text to go on from: an option's, a file's or standard input's. A last line break of the latter two belongs to
+    the file, not to the text: `echo "def" |` is the prompt "def"."""
+    if prompt is not None and prompt_file is not None:
+        raise ValueError("--prompt and --prompt-file are both given; one is allowed")
+    if prompt is not None and prompt != "-":
+        return prompt
+    from tinyllm.data.corpus import decode_text, read_text
+
+    if prompt_file is not None:
+        text = read_text(prompt_file)
+    else:
+        ways = "--prompt TEXT, --prompt-file FILE, or text from a pipe"
+        if sys.stdin is None or (prompt is None and sys.stdin.isatty()):
+            raise ValueError(f"there is no prompt; give {ways}")
+        text = decode_text(sys.stdin.buffer, "standard input")
+        if not text:
+            raise ValueError(f"there is no prompt: standard input is empty; give {ways}")
+    return text.removesuffix("\n")

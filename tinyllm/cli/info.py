@@ -1,0 +1,39 @@
+"""The commands about this machine and others: bench, check, estimate, info."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from tinyllm.cli._app import app, one_line_errors, prepare_process
+
+if TYPE_CHECKING:
+    pass
+
+
+@app.command()
+def info(
+    tune: Annotated[
+        bool,
+        typer.Option(
+            "--tune",
+            help="First measure for some seconds whose matrix products are faster here, best while nothing else runs, "
+            "and write that down.",
+        ),
+    ] = False,
+) -> None:
+    """Show versions, what is built, and what serves each operator.
+
+    For each operator: the backend that serves it here, and why the others do not.
+    """
+    with one_line_errors():
+        prepare_process()
+        from tinyllm._info import print_info
+
+        if tune:
+            from tinyllm.ops import _products
+
+            _products.tune()
+            typer.echo(f"Wrote {_products.tuned_file()}\n")
+        print_info()

@@ -1,0 +1,356 @@
+"""Preparing data, from the first look at the inputs to the manifest."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from threading import Lock
+from typing import Any
+
+from tqdm import tqdm
+
+from tinyllm._internal.files import replacing
+from tinyllm._internal.locks import owned
+from tinyllm._internal.words import count
+from tinyllm.data.prepare.documents import Part
+from tinyllm.data.prepare.inputs import Input, Skipped
+from tinyllm.data.prepare.manifest import write_manifest
+from tinyllm.data.prepare.plan import MEGABYTE, Plan, giving_up, recover
+from tinyllm.data.prepare.pool import Worker, WorkerPool, usable_cores
+from tinyllm.data.prepare.streams import stream_lines
+from tinyllm.data.prepare.worker import naming_full_disk
+from tinyllm.data.shards import MANIFEST_FILE, TOKENIZER_FILE, Shards, file_sha256, open_shards, token_dtype
+from tinyllm.tokenizer import check_vocab_size
+
+VOCAB_SIZE = 50257  # GPT-2's
+TRAINED = ("bpe", "word", "char")
+
+_LEAST_SAMPLE = MEGABYTE  # bytes of a long part that are worth opening it for
+_STREAM_EXPANDS = 4  # about: text in a compressed file, for each of its bytes
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What `prepare` did.
+
+    Attributes:
+        shards: the result.
+        seconds: how long tokenizing took in this call.
+        num_bytes: bytes of text tokenized in this call.
+        resumed: units that an earlier call had finished.
+    """
+
+    shards: Shards
+    seconds: float
+    num_bytes: int
+    resumed: int
+
+
+def prepare(
+    data: Sequence[str | os.PathLike[str]],
+    out: str | os.PathLike[str],
+    *,
+    tokenizer: str | os.PathLike[str] = "bpe",
+    vocab_size: int | None = None,
+    text_column: str = "text",
+    workers: int | None = None,
+    shard_size: float = 64.0,
+    val_fraction: float = 0.01,
+    tokenizer_sample: float = 64.0,
+    skip_bad: bool = False,
+    seed: int = 0,
+    overwrite: bool = False,
+    say: Say = print,
+) -> Prepared:
+    """Tokenize text into a directory of shards. After a kill, the same call goes on where that one stopped.
+
+    Args:
+        data: text files, directories of them, .jsonl, .jsonl.gz, .jsonl.zst, .parquet, and Hugging Face datasets as
+            `hf:NAME[:CONFIG][@SPLIT]`. A text file is one document, as are a line and a row.
+        out: the directory of the result.
+        tokenizer: "bpe", "word" or "char", trained on the data; or a file or directory with a tokenizer, as
+            `tinyllm.tokenizer.formats.load_vocabulary` reads it.
+        vocab_size: the largest vocabulary to train; None: 50,257, and every character for "char".
+        text_column: under which name JSON lines, Parquet files and datasets hold the text.
+        workers: processes that tokenize; None: one for each core.
+        shard_size: megabytes of text in a shard, about.
+        val_fraction: the share of documents for validation, chosen by `seed`. If these come to less than half of
+            that share of the tokens, the end of the largest training shard makes up for it.
+        tokenizer_sample: megabytes of text that a tokenizer is trained on, from all over the input. Training takes
+            about three times as much memory.
+        skip_bad: leave out what cannot be read, count it and name it in the manifest.
+        seed: chooses the documents for validation.
+        overwrite: start anew where other data has been prepared. Finished data are moved aside, and removed when the
+            new data are finished; should these fail before a part of them is, they are put back. Other files stay.
+        say: called with each line of a report.
+
+    Returns:
+        The shards, and how long it took.
+
+    Raises:
+        FileNotFoundError: an input does not exist.
+        ImportError: a library for some kind of input is missing; says what to install.
+        BlockingIOError: another process is preparing data in `out`; names it.
+        NotADirectoryError: `out` is a file.
+        ValueError: a setting is wrong, an input cannot be read (names it), `out` holds other data (names what
+            differs), or the text is too short.
+        OSError: a file cannot be read or written; a full disk is named.
+        RuntimeError: a worker died; names what it was at.
+    """
+    _check_settings(workers, shard_size, val_fraction, tokenizer_sample)
+    out = Path(out)
+    with naming_full_disk(out), owned(out, "prepared", say), closing(Worker(parallel=True)) as helper:
+        settings = {
+            **_tokenizer_settings(helper, tokenizer, vocab_size, tokenizer_sample),
+            "text_column": text_column,
+            "shard_size": shard_size,
+            "val_fraction": val_fraction,
+            "seed": seed,
+        }
+        recover(out)
+        plan = Plan.make(data, out, settings, skip_bad, overwrite)
+        for line in plan.notes:
+            say(line)
+        if (out / MANIFEST_FILE).is_file():
+            say(f"{out} is ready: the same data was prepared there before")
+            return Prepared(open_shards(out), 0.0, 0, len(plan.units))
+        with giving_up(plan):
+            vocabulary = _make_tokenizer(helper, plan, tokenizer, skip_bad, say)
+            helper.close()  # it has no more to do, and training took memory
+            plan.tokenizer_sha256 = file_sha256(out / TOKENIZER_FILE)
+            start = time.perf_counter()
+            num_bytes, resumed = _tokenize(plan, vocabulary, workers or usable_cores(), skip_bad, say)
+            seconds = time.perf_counter() - start
+            left_out, names = plan.skipped
+            write_manifest(
+                out, settings, vocabulary, plan.sidecars(), (left_out + len(plan.damaged), names + plan.damaged)
+            )
+            plan.clean_up()
+            return Prepared(open_shards(out), seconds, num_bytes, resumed)
+
+
+def _check_settings(workers: int | None, shard_size: float, val_fraction: float, tokenizer_sample: float) -> None:
+    if workers is not None and workers < 1:
+        raise ValueError(f"workers is {workers}; it must be at least 1")
+    for name, value in (("shard_size", shard_size), ("tokenizer_sample", tokenizer_sample)):
+        if not 0 < value < float("inf"):
+            raise ValueError(f"{name} is {value}; a positive number of megabytes is needed")
+    if not 0 < val_fraction < 1:
+        raise ValueError(f"val_fraction is {val_fraction}; it must be above 0 and below 1")
+
+
+def _tokenizer_settings(
+    helper: Worker, tokenizer: str | os.PathLike[str], vocab_size: int | None, sample: float
+) -> dict[str, Any]:
+    """What of the tokenizer decides the result: how it is trained, or what is in its files."""
+    if tokenizer in TRAINED:
+        check_vocab_size(str(tokenizer), vocab_size)
+        size = VOCAB_SIZE if vocab_size is None and tokenizer != "char" else vocab_size
+        return {"tokenizer": tokenizer, "vocab_size": size, "tokenizer_sample": sample}
+    if vocab_size is not None:
+        raise ValueError(f"vocab_size is {vocab_size}, but {tokenizer} has its own; it is for one that is trained")
+    with TemporaryDirectory() as folder:  # hashed as it will lie beside the shards
+        path = Path(folder, TOKENIZER_FILE)
+        size = _write_tokenizer(helper, path, path=str(tokenizer))["vocab_size"]
+        return {"tokenizer": "given", "vocab_size": size, "tokenizer_sha256": file_sha256(path)}
+
+
+# The tokenizer
+
+
+def _write_tokenizer(helper: Worker, to: Path, **task: Any) -> dict[str, Any]:
+    """Its vocab_size and end_of_text_id. Left to a process that ends soon: a vocabulary takes a lot of memory."""
+    return helper.run({"task": "tokenizer", "to": str(to), **task}, "making the tokenizer", lambda num_bytes: None)
+
+
+def _make_tokenizer(
+    helper: Worker, plan: Plan, tokenizer: str | os.PathLike[str], skip_bad: bool, say: Say
+) -> dict[str, Any]:
+    """Write tokenizer.json, unless an earlier call has; what `_write_tokenizer` returns."""
+    path = plan.out / TOKENIZER_FILE
+    if path.is_file():
+        with TemporaryDirectory() as folder:  # read only: the shards that are finished depend on the file
+            return _write_tokenizer(helper, Path(folder, TOKENIZER_FILE), path=str(path))
+    if tokenizer not in TRAINED:
+        return _write_tokenizer(helper, path, path=str(tokenizer))
+    settings = plan.settings
+    size = "" if settings["vocab_size"] is None else f" of up to {settings['vocab_size']:,} tokens"
+    sample_size = int(settings["tokenizer_sample"] * MEGABYTE)
+    say(f"Training a {tokenizer} tokenizer{size} on up to {settings['tokenizer_sample']:g} MB of the text")
+    start = time.perf_counter()
+    vocabulary = _write_tokenizer(
+        helper,
+        path,
+        kind=tokenizer,
+        vocab_size=settings["vocab_size"],
+        samples=_samples(plan, sample_size),
+        sample_size=sample_size,
+        text_column=settings["text_column"],
+        skip_bad=skip_bad,
+    )
+    say(f"{vocabulary['vocab_size']:,} tokens learnt in {time.perf_counter() - start:.0f} s")
+    return vocabulary
+
+
+def _samples(plan: Plan, size: int) -> list[tuple[dict[str, Any], int]]:
+    """Parts and streams, and how many bytes to take from the beginning of each: `size` in all, spread evenly.
+
+    Each part brings its share of credit; one is opened when there is credit for all of it, or for a megabyte. What of
+    it is left over goes to the streams, see `sample_texts`.
+    """
+    sources = [(asdict(part), part.size) for unit in plan.units for part in unit]
+    sources += [(asdict(entry), entry.size * _STREAM_EXPANDS) for entry in plan.streams]
+    known = sum(weight for _, weight in sources)
+    datasets = sum(entry.kind == "hf" for entry in plan.streams)
+    # Of a dataset nobody knows the size: it gets what the others leave if that is most of the sample, else a share as
+    # if it were as long as the sample.
+    unknown = (size - known) // max(1, datasets) if 2 * known <= size else size
+    sources = [(source, unknown if source["kind"] == "hf" else weight) for source, weight in sources]
+    share = min(1.0, size / max(1, sum(weight for _, weight in sources)))
+    credit = 0.0
+    samples = []
+    for source, weight in sources:
+        credit += share * weight
+        if round(credit) >= min(weight, _LEAST_SAMPLE, size):
+            quota = min(round(credit), weight)
+            samples.append((source, quota))
+            credit -= quota
+    return samples
+
+
+# The units
+
+
+def _tokenize(plan: Plan, vocabulary: dict[str, Any], workers: int, skip_bad: bool, say: Say) -> tuple[int, int]:
+    """Do the units that are not finished: the bytes of text in them, and how many were finished before."""
+    settings = {
+        "directory": str(plan.out),
+        "dtype": token_dtype(vocabulary["vocab_size"]).newbyteorder("<").str,
+        "end_of_text_id": vocabulary["end_of_text_id"],
+        "text_column": plan.settings["text_column"],
+        "val_fraction": plan.settings["val_fraction"],
+        "seed": plan.settings["seed"],
+        "skip_bad": skip_bad,
+    }
+    _remove_leftovers(plan)
+    known = None if plan.streams else sum(part.size for unit in plan.units for part in unit)
+    done = {"bytes": 0, "resumed": 0}
+    lock = Lock()
+    with (
+        tqdm(total=known, desc="tokenizing", unit="B", unit_scale=True, mininterval=0.5, smoothing=0.05) as bar,
+        closing(WorkerPool(workers)) as pool,
+    ):
+
+        def advance(num_bytes: int) -> None:
+            with lock:
+                bar.update(num_bytes)
+
+        def run(number: int, parts: list[Part], extra: dict[str, Any]) -> None:
+            task = {
+                "task": "unit",
+                "number": number,
+                "parts": [part.as_json() for part in parts],
+                "settings": settings,
+                "sidecar": str(plan.sidecar(number)),
+                "extra": {**extra, "tokenizer_sha256": plan.tokenizer_sha256},
+            }
+            names = list(dict.fromkeys(part.name or part.path for part in parts))
+            what = names[0] if len(names) == 1 else f"{names[0]} and {count(len(names) - 1, 'more file')}"
+            result = pool.run(task, f"tokenizing {what} (unit {number})", advance)
+            with lock:
+                done["bytes"] += result["bytes"]
+            if known is not None:  # text is not all that a file holds
+                advance(sum(part.size for part in parts) - result["bytes"])
+            for part in parts:
+                if part.path.startswith(str(plan.folder)):
+                    os.unlink(part.path)
+
+        running: set[Future[None]] = set()
+        with ThreadPoolExecutor(workers) as threads:
+            try:
+                for number, parts, extra in _units(plan, skip_bad):
+                    if parts is None:
+                        done["resumed"] += 1
+                        advance(extra.get("size", 0))
+                        continue
+                    running.add(threads.submit(run, number, parts, extra))
+                    if len(running) > workers:  # one more waits than works, so that none waits for its reading
+                        running = _wait(running)
+                while running:
+                    running = _wait(running)
+            except BaseException:
+                pool.close()  # ends the threads' waiting
+                for future in running:
+                    future.cancel()
+                raise
+    if done["resumed"]:
+        say(f"{count(done['resumed'], 'unit')} {'was' if done['resumed'] == 1 else 'were'} finished before")
+    return done["bytes"], done["resumed"]
+
+
+def _wait(running: set[Future[None]]) -> set[Future[None]]:
+    finished, waiting = wait(running, return_when=FIRST_COMPLETED)
+    for future in finished:
+        future.result()
+    return waiting
+
+
+def _remove_leftovers(plan: Plan) -> None:
+    """What a killed call left half-written."""
+    for folder, pattern in ((plan.out, ".*.tmp"), (plan.folder, ".*.tmp"), (plan.folder, "lines-*")):
+        for path in folder.glob(pattern):
+            path.unlink(missing_ok=True)
+
+
+def _units(plan: Plan, skip_bad: bool) -> Iterator[tuple[int, list[Part] | None, dict[str, Any]]]:
+    """Number, parts and what its sidecar is to say, of each unit; None for the parts of one that is finished."""
+    for number, parts in enumerate(plan.units):
+        finished = plan.finished(number) is not None
+        yield number, None if finished else parts, {"size": sum(part.size for part in parts)}
+    number = len(plan.units)
+    for entry in plan.streams:
+        for unit in _stream_units(plan, entry, number, skip_bad):
+            number = unit[0] + 1
+            yield unit
+
+
+def _stream_units(
+    plan: Plan, entry: Input, number: int, skip_bad: bool
+) -> Iterator[tuple[int, list[Part] | None, dict[str, Any]]]:
+    """Units of a stream, from `number` on: runs of lines, each written to a file for a worker."""
+    lines = 0
+    while (before := plan.finished(number)) is not None and before["stream"] == entry.path:
+        yield number, None, {}
+        lines = before["line"]
+        number += 1
+    skipped = Skipped(skip_bad)
+    source = stream_lines(entry, plan.settings["text_column"], skipped, lines)
+    size = int(plan.settings["shard_size"] * MEGABYTE)
+    while True:
+        path = plan.folder / f"lines-{number:05d}.jsonl"
+        first, num_bytes = lines, 0
+        with replacing(path) as temporary, temporary.open("wb") as file:
+            while num_bytes < size and (line := next(source, None)) is not None:
+                lines += 1
+                num_bytes += len(line)
+                file.write(line if line.endswith(b"\n") else line + b"\n")
+        stop = path.stat().st_size
+        if lines == first:
+            path.unlink()
+            plan.damaged += skipped.named
+            return
+        extra = {"stream": entry.path, "line": lines}
+        if plan.finished(number) is None:
+            yield number, [Part("jsonl", str(path), 0, stop, stop, name=entry.path, line=first)], extra
+        else:
+            path.unlink()
+            yield number, None, {}
+        number += 1

@@ -1,0 +1,115 @@
+"""Loads the compiled libraries `_C` and `_C_cuda` once and remembers, when it cannot, why not."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import warnings
+from importlib import metadata
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+from types import ModuleType
+
+_PACKAGE = Path(__file__).parents[2]  # where setup.py puts the libraries
+
+
+def build_record() -> dict[str, str]:
+    """What the installation wrote about its build: `extension` (built|skipped), `reason`, `compiler`, `torch`, and
+    `cuda` (built|skipped), `cuda_reason`, `nvcc`, `cuda_arch_list`."""
+    path = _PACKAGE / "_build.json"
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        never = "tinyllm is imported from a source tree that was never installed"
+        return {"extension": "skipped", "reason": never, "cuda": "skipped", "cuda_reason": never}
+
+
+def _load() -> tuple[ModuleType | None, str | None]:
+    try:
+        # torch must be in the process first: _C finds libtorch's symbols there, and needs no rpath of its own.
+        import torch  # noqa: F401
+
+        library = importlib.import_module("tinyllm._C")
+    except ImportError as error:
+        record = build_record()
+        if record["extension"] == "skipped":
+            return None, f"the C++ extension was not built: {record['reason']}"
+        return None, f"the C++ extension does not load: {error}"
+    return library, None
+
+
+def _load_cuda() -> str | None:
+    """Why the CUDA library is not there. It has no Python module: it gives operators that _C declares their kernels."""
+    import torch
+
+    if why_not is not None:
+        return why_not
+    record = build_record()
+    # Not by the file alone: one of an earlier build may still lie in a source tree.
+    if record.get("cuda") != "built":
+        return f"the CUDA library was not built: {record.get('cuda_reason', 'tinyllm was installed before it had one')}"
+    if torch.version.cuda is None:
+        return "the CUDA library does not load: this build of torch has no CUDA"
+    path = cuda_path()
+    if path is None:
+        return f"the CUDA library does not load: there is no _C_cuda{EXTENSION_SUFFIXES[0]} in {_PACKAGE}"
+    failure = load_operators(path)
+    return failure and f"the CUDA library does not load: {failure}"
+
+
+def cuda_path() -> Path | None:
+    """The CUDA library's file, or None where there is none."""
+    return next(filter(Path.is_file, (_PACKAGE / f"_C_cuda{suffix}" for suffix in EXTENSION_SUFFIXES)), None)
+
+
+def load_operators(path: str | Path) -> str | None:
+    """Loads a library that registers operators; what is wrong with it, or None."""
+    import torch
+
+    try:
+        torch.ops.load_library(path)
+    except OSError as error:
+        return str(error.__cause__ or error)  # the cause is the loader's own message
+    return None
+
+
+library, why_not = _load()
+loaded = library is not None
+cuda_why_not = _load_cuda()
+_warned = False
+
+
+def deliberately_absent() -> bool:
+    """Return whether the installation was asked to leave the compiled kernels out (TINYLLM_EXT=0)."""
+    return build_record().get("reason") == "TINYLLM_EXT=0"
+
+
+def repair() -> str | None:
+    """Return the command that installs the missing compiled kernels, or None where nothing is amiss."""
+    if why_not is None or deliberately_absent():
+        return None
+    origin = "tinyllm"
+    try:
+        # Where pip had it from, if not from an index (PEP 610).
+        direct = json.loads(metadata.distribution("tinyllm").read_text("direct_url.json") or "{}")
+    except metadata.PackageNotFoundError:
+        direct = {}
+    if "url" in direct:
+        vcs = direct.get("vcs_info", {}).get("vcs")
+        origin = f"{vcs}+{direct['url']}" if vcs else direct["url"].removeprefix("file://")
+        if direct.get("dir_info", {}).get("editable"):
+            origin = f"-e {origin}"
+    # pip would install the wheel in its cache, which has no kernels either, again.
+    return f"pip install --no-cache-dir --force-reinstall --no-deps {origin}"
+
+
+def warn_if_absent() -> None:
+    """Warn once in a process that compiled kernels are missing though nobody left them out."""
+    global _warned
+    if why_not is None or _warned:
+        return
+    _warned = True
+    command = repair()
+    if command is not None:
+        text = f"tinyllm runs on plain PyTorch, without its compiled kernels: {why_not}. To install them: {command}"
+        warnings.warn(text, RuntimeWarning, stacklevel=4)

@@ -1,0 +1,186 @@
+"""The run folder: what a training leaves behind, and what `load_run` needs to bring it back.
+
+    config.json        model (SimpleLLMConfig), training (TrainConfig), data, versions, products (who multiplies)
+    tokenizer.json     see tinyllm.tokenizer
+    model.safetensors  the weights of the last checkpoint; tied ones are stored once
+    checkpoints/       what a training needs to go on, see tinyllm.training.checkpoint
+    metrics.jsonl      one JSON object a line, see tinyllm.runs.metrics
+    metrics.csv        the same as a table
+    loss_curve.png     a picture of it
+    samples.jsonl      what the model wrote at each validation: step, prompt, text
+    tensorboard/       TensorBoard's files, if they were asked for
+    train.bin val.bin  the tokens, see tinyllm.data; data that were prepared stay where they are
+
+Weights are safetensors, never pickles: loading a file that a stranger sent cannot run code.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from tinyllm._internal.files import replacing
+from tinyllm._internal.locks import LOCK_FILE, is_owned
+from tinyllm.config.saved import CONFIG_FILE, read_config
+
+TOKENIZER_FILE = "tokenizer.json"
+MODEL_FILE = "model.safetensors"
+METRICS_FILE = "metrics.jsonl"
+TABLE_FILE = "metrics.csv"
+CURVE_FILE = "loss_curve.png"
+SAMPLES_FILE = "samples.jsonl"
+CHECKPOINTS = "checkpoints"
+TENSORBOARD = "tensorboard"
+TRAIN_FILE = "train.bin"
+VAL_FILE = "val.bin"
+
+# In a checkpoint, besides the weights.
+AVERAGES_FILE = "averages.safetensors"
+STATE_FILE = "state.json"
+_NAME = re.compile(r"step-(\d{8,})")
+
+RUN_FILES = (  # config.json is the mark of a run: it comes last into a folder, and goes first
+    CONFIG_FILE,
+    TOKENIZER_FILE,
+    MODEL_FILE,
+    METRICS_FILE,
+    TABLE_FILE,
+    CURVE_FILE,
+    SAMPLES_FILE,
+    TRAIN_FILE,
+    VAL_FILE,
+)
+RUN_FOLDERS = (CHECKPOINTS, TENSORBOARD)
+RUNS = Path("runs")
+NEW = ".tinyllm-new"  # in it, a run's files are made, see tinyllm.runs.succession
+
+
+def check_out(directory: str | os.PathLike[str], *, overwrite: bool) -> Path:
+    """The run folder to write to, or an error if that would touch what is there. Changes nothing.
+
+    Raises:
+        FileExistsError: the directory is not empty and `overwrite` is off; or it is on, but files
+            of a run's names are there that no run wrote.
+        NotADirectoryError: there is a file of that name.
+    """
+    directory = Path(directory)
+    if directory.exists() and not directory.is_dir():
+        raise NotADirectoryError(f"out {directory} is a file; it must be a directory, or a name not yet taken")
+    if not overwrite and directory.is_dir() and any(path.name != LOCK_FILE for path in directory.iterdir()):
+        go_on = f", go on with its training (--resume {directory})" if (directory / CONFIG_FILE).exists() else ""
+        raise FileExistsError(
+            f"out {directory} is not empty; choose another directory{go_on}, or overwrite (--overwrite)"
+        )
+    # config.json, train.bin and checkpoints are common names: those of another program are not ours to replace.
+    taken = [name for name in (*RUN_FILES, *RUN_FOLDERS) if Path(directory, name).exists()]
+    if taken:
+        try:
+            has_training = "training" in read_config(directory, parts=["model"])
+        except (OSError, ValueError):
+            has_training = False
+        if not has_training:
+            raise FileExistsError(
+                f"out {directory} has a {taken[0]} that no training wrote; choose another directory, or move it away"
+            )
+    return directory
+
+
+@contextmanager
+def new_run_folder(preset: str) -> Iterator[Path]:
+    """runs/PRESET-NUMBER with the first free number, made; gone again if nothing has come into it."""
+    number = 1
+    while True:
+        folder = RUNS / f"{preset}-{number}"
+        try:  # made at once, so that a training that starts meanwhile takes another number
+            folder.mkdir(parents=True)
+            break
+        except FileExistsError:
+            # What a kill left of one that had no run yet; whoever is at work there holds its lock.
+            if set(os.listdir(folder)) == {LOCK_FILE, NEW} and is_owned(folder) is False:
+                shutil.rmtree(folder, ignore_errors=True)
+            else:
+                number += 1
+    try:
+        yield folder
+    finally:
+        for path in (folder, RUNS):
+            with suppress(OSError):  # not empty
+                path.rmdir()
+
+
+def checkpoint_path(out: Path, step: int) -> Path:
+    """The folder of the checkpoint of that step."""
+    return out / CHECKPOINTS / f"step-{step:08d}"
+
+
+def checkpoints(out: str | os.PathLike[str]) -> dict[int, Path]:
+    """step -> folder of each checkpoint of a run, in order."""
+    folder = Path(out, CHECKPOINTS)
+    names = sorted(os.listdir(folder)) if folder.is_dir() else []
+    found = {int(match[1]): folder / name for name in names if (match := _NAME.fullmatch(name))}
+    return dict(sorted(found.items()))
+
+
+def best_step(out: str | os.PathLike[str]) -> int | None:
+    """The step of the checkpoint with the lowest validation loss; None if none was validated, or none is there.
+
+    Raises:
+        ValueError: the state.json of the last checkpoint, which says so, is truncated or another program's.
+    """
+    there = checkpoints(out)
+    if not there:
+        return None
+    path = there[max(there)] / STATE_FILE
+    try:
+        best: int | None = json.loads(path.read_text(encoding="utf-8"))["best_step"]
+        return best if best in there else None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is truncated, or not a training's: it does not say which step was best") from error
+
+
+def remove_unfinished(out: Path) -> None:
+    """Remove what a kill left of a checkpoint that was being written."""
+    for path in Path(out, CHECKPOINTS).glob(".step-*.tmp"):
+        shutil.rmtree(path)
+
+
+def publish(checkpoint: Path, out: Path) -> None:
+    """Make the checkpoint's weights (the averages, if there are any) `out`/model.safetensors, without a second copy."""
+    source = weights_in(checkpoint)
+    with replacing(out / MODEL_FILE) as temporary:
+        try:
+            temporary.hardlink_to(source)
+        except OSError:  # a file system without them
+            shutil.copyfile(source, temporary)
+
+
+def publish_last(out: Path) -> None:
+    """Publish the last checkpoint where a kill came between: nothing newer is `out`/model.safetensors."""
+    there = checkpoints(out)
+    last, published = there[max(there)], out / MODEL_FILE
+    if not published.exists() or published.stat().st_mtime_ns < weights_in(last).stat().st_mtime_ns:
+        publish(last, out)
+
+
+def weights_in(checkpoint: Path) -> Path:
+    """The averages, if there are any."""
+    averages = checkpoint / AVERAGES_FILE
+    return averages if averages.is_file() else checkpoint / MODEL_FILE
+
+
+def is_run(folder: Path) -> bool:
+    """Return whether a training wrote `folder`: it has a metrics.jsonl, or a config.json with a "training" object."""
+    if (folder / METRICS_FILE).is_file():
+        return True
+    if not (folder / CONFIG_FILE).is_file():
+        return False
+    try:
+        read_config(folder)
+    except (OSError, ValueError):
+        return False
+    return True

@@ -1,0 +1,335 @@
+"""Checkpoints: all that a training needs to go on as if it had never stopped.
+
+    checkpoints/step-00000200/
+        model.safetensors      the weights
+        averages.safetensors   their moving averages, if there are any
+        optimizer.safetensors  AdamW's state, by the names of the weights
+        state.json             the step, what the validations found, what belongs to which run
+
+A checkpoint is written beside its name and renamed when all of it is on the disk, so one that has its name is whole.
+Its files do not depend on how many processes wrote them, or by which strategy. There is no random state in it: the
+order of the data and each step's random numbers follow from the seed and the step. Nor is there a pickle: loading a
+checkpoint cannot run code. (DeepSpeed's optimizer is the exception: it is stored in its own format.)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning_fabric import Fabric
+from lightning_fabric.strategies import DeepSpeedStrategy
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from tinyllm._internal.files import fsync, is_full_disk, replacing
+from tinyllm.runs.folder import AVERAGES_FILE, MODEL_FILE, STATE_FILE, checkpoint_path, checkpoints
+from tinyllm.runs.succession import settle
+from tinyllm.training.engine import on_rank_zero
+from tinyllm.training.optim import AveragedWeights
+
+OPTIMIZER_FILE = "optimizer.safetensors"
+_DEEPSPEED = "deepspeed"
+_VERSION = 1
+
+
+@dataclass
+class Progress:
+    """Where a training is, besides its weights.
+
+    Attributes:
+        step: steps done.
+        val_loss: the last validation loss.
+        best_loss, best_step: the lowest validation loss, and when it was.
+        losses: of the steps since the last line of metrics.
+        skipped: steps whose loss or gradient was not finite, since the last line of metrics.
+        skipped_in_a_row: how many of them came last.
+        average_updates: see `AveragedWeights.updates`.
+    """
+
+    step: int = 0
+    val_loss: float | None = None
+    best_loss: float | None = None
+    best_step: int | None = None
+    losses: list[float] = field(default_factory=list)
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    average_updates: int = 0
+
+
+def save_checkpoint(
+    fabric: Fabric,
+    out: Path,
+    module: nn.Module,
+    optimizer: Any,
+    averages: AveragedWeights | None,
+    progress: Progress,
+    *,
+    keep: int,
+    wrapped: nn.Module,
+) -> Path:
+    """Write `out`/checkpoints/step-N, and remove all but the best, this one and the `keep` - 1 before it.
+
+    All processes call it; the first one writes.
+
+    Args:
+        fabric: the engine.
+        out: the run folder.
+        module: the model, sharded or not: its own parameters' names are the files'.
+        optimizer: AdamW, as Fabric wrapped it.
+        averages: of the weights.
+        progress: becomes state.json.
+        keep: at least 1.
+        wrapped: the model as Fabric wrapped it, which DeepSpeed needs.
+
+    Returns:
+        The checkpoint's folder.
+
+    Raises:
+        OSError: it could not be written, in all processes; the checkpoints before it are untouched.
+    """
+    path = checkpoint_path(out, progress.step)
+    if on_rank_zero(fabric, path.exists):
+        return path
+    tensors = {MODEL_FILE: _gather(fabric, weights(module))}
+    if averages is not None:  # with buffers, so that the file is a model's, too
+        tensors[AVERAGES_FILE] = tensors[MODEL_FILE] | _gather(fabric, averages.averages.items())
+    own_format = isinstance(fabric.strategy, DeepSpeedStrategy)
+    if not own_format:
+        tensors[OPTIMIZER_FILE] = _gather(fabric, _optimizer_state(module, optimizer))
+
+    with _new_folder(fabric, path) as folder:
+        if own_format:
+            fabric.save(folder / _DEEPSPEED, {"model": wrapped, "optimizer": optimizer})
+
+        def write() -> None:
+            for name, values in tensors.items():
+                save_file(values, folder / name, metadata={"format": "pt"})
+            state = {"version": _VERSION, "world_size": fabric.world_size, **asdict(progress)}
+            (folder / STATE_FILE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+            for file in folder.iterdir():
+                if file.is_file():
+                    file.chmod(0o666 & ~_umask())  # safetensors leaves files to their owner only
+                    fsync(file)
+
+        _writing(fabric, write)
+    on_rank_zero(fabric, lambda: prune(out, keep, progress.best_step))
+    return path
+
+
+def save_weights(
+    fabric: Fabric,
+    out: Path,
+    module: nn.Module,
+    averages: AveragedWeights | None,
+    *,
+    step: int,
+    ending: bool,
+    done: bool,
+) -> tuple[bool, str]:
+    """Write `out`/model.safetensors alone, as the last resort where there is no room for a checkpoint.
+
+    All processes call it; the first one writes. Where the weights do not fit beside what is there, either, something
+    has to go: when the training is `ending` the run that it replaces; if it is `done`, the checkpoints before, whose
+    weights remain until the new ones are written; and last those of an earlier step, which would be all that is left.
+
+    Returns:
+        Whether they are written, and what came of it in words.
+    """
+    tensors = _gather(fabric, weights(module))
+    if averages is not None:
+        tensors |= _gather(fabric, averages.averages.items())
+
+    def write() -> None:
+        with replacing(out / MODEL_FILE) as temporary:
+            save_file(tensors, temporary, metadata={"format": "pt"})
+            temporary.chmod(0o666 & ~_umask())
+
+    def drop_weights() -> bool:
+        if checkpoints(out) or not (out / MODEL_FILE).exists():
+            return False
+        (out / MODEL_FILE).unlink()
+        return True
+
+    sacrifices = [lambda: settle(out)] if ending else []
+    sacrifices += [lambda: prune(out, 0, None)] if done else []
+    sacrifices += [drop_weights] if ending else []
+    said = f"the weights of step {step} alone are saved: generate and eval can use them, a resume cannot"
+    while True:
+        try:
+            _writing(fabric, write)
+        except OSError as error:
+            if not (is_full_disk(error) and any(on_rank_zero(fabric, sacrifices.pop(0)) for _ in list(sacrifices))):
+                return False, f"nor could its weights alone: {error.strerror or error}"
+        else:
+            return True, said
+
+
+def load_weights(path: Path, module: nn.Module) -> None:
+    """Fill `module`, sharded or not, with a run's weights. All processes call it. Raises as `load_checkpoint`."""
+    _load(path, weights(module))
+
+
+def load_checkpoint(
+    fabric: Fabric,
+    path: Path,
+    module: nn.Module,
+    optimizer: Any,
+    averages: AveragedWeights | None,
+    *,
+    wrapped: nn.Module,
+) -> Progress:
+    """Take up what `save_checkpoint` left, with whatever strategy and number of processes. All processes call it.
+
+    Raises:
+        ValueError: a file is truncated or missing, or holds other weights than the model's; the message names it.
+    """
+    progress = _read_state(path / STATE_FILE)
+    _load(path / MODEL_FILE, weights(module))
+    if averages is not None:
+        _load(path / AVERAGES_FILE, averages.averages.items())
+        averages.updates = progress.average_updates
+    if isinstance(fabric.strategy, DeepSpeedStrategy):
+        if not (path / _DEEPSPEED).is_dir():
+            raise ValueError(f"{path} was not written by strategy 'deepspeed', which can only take up its own")
+        fabric.load(path / _DEEPSPEED, {"model": wrapped, "optimizer": optimizer})
+        return progress
+    if not (path / OPTIMIZER_FILE).is_file() and (path / _DEEPSPEED).is_dir():
+        raise ValueError(f"{path} was written by strategy 'deepspeed', and has to be taken up by it")
+    _make_optimizer_state(optimizer)
+    _load(path / OPTIMIZER_FILE, _optimizer_state(module, optimizer))
+    return progress
+
+
+def weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and stored buffers by their names in a state_dict; tied ones once."""
+    seen: set[int] = set()
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            yield name, tensor.detach()
+
+
+def _optimizer_state(module: nn.Module, optimizer: Any) -> Iterator[tuple[str, Tensor]]:
+    for name, parameter in module.named_parameters():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            yield f"{key}.{name}", value
+
+
+def _make_optimizer_state(optimizer: Any) -> None:
+    """AdamW makes its state at the first step; here it is needed before."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            state = optimizer.state[parameter]
+            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+            state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+            state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+
+
+def _gather(fabric: Fabric, tensors: Any) -> dict[str, Tensor]:
+    """Each tensor whole, on the CPU of the first process; one at a time, so that no device needs room for all."""
+    found = {}
+    for name, tensor in tensors:
+        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if fabric.is_global_zero:
+            found[name] = whole.to("cpu").contiguous()
+    return found
+
+
+@torch.no_grad()
+def _load(path: Path, tensors: Any) -> None:
+    """Fill each tensor with the part of the file's that it has to hold."""
+    try:
+        with safe_open(path, "pt") as file:
+            there = set(file.keys())
+            for name, tensor in tensors:
+                if name not in there:
+                    raise ValueError(f"{path} has no {name}: it is of another model")
+                value = file.get_tensor(name)
+                if value.shape != tensor.shape:
+                    raise ValueError(f"{path} has {name} of {list(value.shape)}; the model's is {list(tensor.shape)}")
+                if isinstance(tensor, DTensor):
+                    # Every process reads the file: there is nothing to send.
+                    value = distribute_tensor(
+                        value.to(tensor.device), tensor.device_mesh, tensor.placements, src_data_rank=None
+                    )
+                tensor.copy_(value)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} cannot be read, or is truncated") from error
+
+
+def _read_state(path: Path) -> Progress:
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+        if state["version"] == _VERSION:
+            return Progress(**{item.name: state[item.name] for item in fields(Progress)})
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} cannot be read, or is not the state of a training") from error
+    raise ValueError(f"{path} is of version {state['version']!r}; this program reads version {_VERSION}")
+
+
+@contextmanager
+def _new_folder(fabric: Fabric, path: Path) -> Iterator[Path]:
+    """A folder beside `path` that gets its name when the block is done; it is gone if the block fails."""
+    temporary = path.with_name(f".{path.name}.tmp")
+
+    def begin() -> None:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+
+    def finish() -> None:
+        fsync(temporary)
+        temporary.rename(path)
+        fsync(path.parent)
+
+    _writing(fabric, begin)
+    try:
+        yield temporary
+        _writing(fabric, finish)
+    except BaseException:
+        if fabric.is_global_zero:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _writing(fabric: Fabric, work: Callable[[], None]) -> None:
+    """`work` in the first process; a full disk is an OSError, whichever library meets it."""
+
+    def attempt() -> None:
+        try:
+            work()
+        except SafetensorError as error:
+            number = re.search(r"\(os error (\d+)\)", str(error))
+            if number:
+                raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
+            raise OSError(str(error)) from error
+
+    on_rank_zero(fabric, attempt)
+
+
+def prune(out: Path, keep: int, best: int | None) -> bool:
+    """Remove all checkpoints but the last `keep` and the best one; return whether there were any."""
+    there = checkpoints(out)
+    gone = [step for step in list(there)[: len(there) - keep] if step != best]
+    for step in gone:
+        # First out of sight: what has a checkpoint's name is whole, also if the removal is cut short.
+        hidden = there[step].with_name(f".{there[step].name}.tmp")
+        there[step].rename(hidden)
+        shutil.rmtree(hidden)
+    return bool(gone)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

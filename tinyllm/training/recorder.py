@@ -1,0 +1,227 @@
+"""What a training shows and writes while it runs: the progress bar, metrics, a picture, samples."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning_fabric import Fabric
+from lightning_fabric.loggers import CSVLogger, Logger, TensorBoardLogger
+from tqdm import tqdm
+
+from tinyllm._internal.files import write_text
+from tinyllm.config.model import SimpleLLMConfig
+from tinyllm.config.training import TrainConfig
+from tinyllm.data.batches import TokenDataset
+from tinyllm.generation import generate
+from tinyllm.runs.folder import CURVE_FILE, METRICS_FILE, SAMPLES_FILE, TABLE_FILE, TENSORBOARD
+from tinyllm.runs.metrics import MetricsWriter, read_metrics
+from tinyllm.runs.plot import plot_run
+from tinyllm.tokenizer import Tokenizer
+from tinyllm.training.engine import TrainingModule, peak_flops
+from tinyllm.training.estimate import estimate
+
+_PROMPT_TOKENS = 8
+_PICTURE_SHARE = 0.01  # of the time, that drawing may take
+_SAMPLE_TEMPERATURE = 0.7
+
+
+class Recorder:
+    """Writes in the first process and does nothing in the others, but for what all must do together.
+
+    What cannot be written, on a full disk, is said once, and does not end the training.
+
+    Args:
+        fabric: launched.
+        model: what trains.
+        config: how.
+        out: the run folder.
+        first_step: the steps done before; lines of later ones, which will come again, are removed.
+        title: of the picture.
+        shown: whether there is a progress bar.
+    """
+
+    def __init__(
+        self,
+        fabric: Fabric,
+        model: SimpleLLMConfig,
+        config: TrainConfig,
+        out: Path,
+        first_step: int,
+        *,
+        title: str,
+        shown: bool,
+    ) -> None:
+        self._fabric, self._config, self._out, self._title = fabric, config, out, title
+        self._step_tokens = config.batch_size * config.seq_len
+        self._writes = fabric.is_global_zero
+        self._shown = shown and self._writes
+        self._waited = self._drawn = 0.0
+        self._start = time.perf_counter()
+        self._failed = False
+        if not self._writes:
+            return
+        self._metrics = MetricsWriter(out / METRICS_FILE, first_step if first_step else None)
+        self._loggers = _loggers(out, config.tensorboard, read_metrics(out / METRICS_FILE))
+        _keep_samples(out / SAMPLES_FILE, first_step)
+        dtypes = {torch.float32} if config.precision == "32-true" else {torch.float32, torch.bfloat16}
+        self._peak = max(peak_flops(fabric.device, dtype) for dtype in dtypes) * fabric.world_size
+        self._token_flops = estimate(model, seq_len=config.seq_len).flops_per_token
+        self._bar = tqdm(
+            total=config.steps,
+            initial=first_step,
+            desc="Training",
+            disable=not self._shown,
+            dynamic_ncols=True,
+            mininterval=0.1 if sys.stderr.isatty() else 10,  # a log file keeps every state of the bar
+            bar_format="{desc} {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} steps{postfix} [{remaining} left]",
+        )
+        self._metrics.restart()
+
+    def __enter__(self) -> Recorder:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._writes:
+            self._bar.close()
+            self._try(lambda: self._metrics.__exit__(*exception))
+            for logger in self._loggers:
+                self._try(partial(logger.finalize, "success" if exception[0] is None else "failed"))
+
+    def restart(self) -> None:
+        """Count the time for the next line's speed from now on."""
+        if self._writes:
+            self._metrics.restart()
+
+    def waiting(self, batches: Iterator[Any]) -> Any:
+        """The next batch; the time that it takes counts as waiting for data."""
+        start = time.perf_counter()
+        batch = next(batches)
+        self._waited += time.perf_counter() - start
+        return batch
+
+    def advance(self) -> None:
+        """One step more is done."""
+        if self._writes:
+            self._bar.update()
+
+    def note(self, line: str) -> None:
+        """Say a line without disturbing the bar."""
+        if self._shown:
+            self._bar.write(line, file=sys.stderr)
+
+    def train(self, step: int, loss: float, lr: float, norm: float, *, steps: int, skipped: int) -> None:
+        """A line about the steps since the last one: `steps` of them counted, `skipped` did not."""
+        if not self._writes:
+            return
+        tokens = (steps + skipped) * self._step_tokens
+        extra = {"grad_norm": norm, "wait_s": round(self._waited, 6), "skipped": skipped}
+        self._waited = 0.0
+        speed = self._write(step, "train", loss, lr, tokens, extra)
+        peak = f"{self._peak_fraction(speed):.0%} of peak"
+        self._bar.set_postfix_str(f"loss {loss:.3f}, lr {lr:.1e}, {speed:,.0f} tokens/s, {peak}", refresh=False)
+
+    def validation(self, step: int, loss: float, lr: float, *, tokens: int, last: bool) -> None:
+        """A line about a validation, and the picture anew; unless drawing has taken too much of the time."""
+        if not self._writes:
+            return
+        self._write(step, "val", loss, lr, tokens, {})
+        self.note(f"step {step}: validation loss {loss:.3f}")
+        begun = time.perf_counter()
+        if last or self._drawn <= _PICTURE_SHARE * (begun - self._start):
+            self.draw()
+            self._drawn += time.perf_counter() - begun
+
+    def draw(self) -> None:
+        """The picture of what is known so far."""
+        self._try(lambda: plot_run(self._out / METRICS_FILE, self._out / CURVE_FILE, title=self._title))
+
+    def sample(self, step: int, module: TrainingModule, tokenizer: Tokenizer, text: TokenDataset) -> None:
+        """Let the model go on from the beginning of `text`; all processes of a sharded model take part."""
+        if self._config.sample_tokens == 0 or not (self._writes or self._config.strategy == "fsdp"):
+            return
+        prompt = text[0][0][:_PROMPT_TOKENS]
+        ids = generate(
+            module,  # type: ignore[arg-type]
+            prompt.to(self._fabric.device),
+            self._config.sample_tokens,
+            _SAMPLE_TEMPERATURE,
+            seed=self._config.seed,
+            suppress_id=tokenizer.unknown_id,
+        ).tolist()
+        line = {"step": step, "prompt": tokenizer.decode(ids[: len(prompt)])}
+        line["text"] = tokenizer.decode(ids[len(prompt) :])
+        if self._writes:
+            self._try(lambda: _append(self._out / SAMPLES_FILE, json.dumps(line, ensure_ascii=False)))
+
+    def _write(self, step: int, split: str, loss: float, lr: float, tokens: int, extra: dict[str, float]) -> float:
+        """Returns tokens a second."""
+        speed = 0.0
+
+        def write() -> None:
+            nonlocal speed
+            now = self._metrics.speed(tokens)
+            known = {"peak_fraction": round(self._peak_fraction(now), 4)} if split == "train" else {}
+            speed = self._metrics.write(step, split, loss, lr, tokens=tokens, **extra, **known)
+            values = {"loss": loss, "lr": lr, "tokens_per_s": speed, **extra, **known}
+            for logger in self._loggers:
+                logger.log_metrics({f"{split}/{name}": value for name, value in values.items()}, step)
+                logger.save()
+
+        self._try(write)
+        return speed
+
+    def _peak_fraction(self, tokens_per_s: float) -> float:
+        """The fraction of what all devices can do, which is at least what they have done: when the peak was measured,
+        another program may have had a part of them."""
+        flops = tokens_per_s * self._token_flops
+        self._peak = max(self._peak, flops)
+        return flops / self._peak
+
+    def _try(self, write: Callable[[], None]) -> None:
+        try:
+            write()
+        except OSError as error:
+            if not self._failed:
+                self._failed = True
+                self.note(f"not everything about this training can be written: {error}")
+
+
+def _loggers(out: Path, tensorboard: bool, lines: list[dict[str, Any]]) -> list[Logger]:
+    """CSV always, and TensorBoard's. A resumed run's table begins with the lines that it had."""
+    (out / TABLE_FILE).unlink(missing_ok=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the folder is not empty
+        table = CSVLogger(out, name="", version="")
+        for line in lines:
+            step, split = line.pop("step"), line.pop("split")
+            line.pop("elapsed_s", None)
+            table.log_metrics({f"{split}/{name}": value for name, value in line.items()}, step)
+        table.save()
+    if not tensorboard:
+        return [table]
+    return [table, TensorBoardLogger(out, name=TENSORBOARD, version="")]
+
+
+def _keep_samples(path: Path, last_step: int) -> None:
+    """Remove the samples of later steps, which will come again, and what a kill left of a line."""
+    if not path.exists():
+        return
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if last_step else []
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= last_step]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged, or not the samples of a training") from error
+    write_text(path, "".join(kept))
+
+
+def _append(path: Path, line: str) -> None:
+    with path.open("a", encoding="utf-8", newline="\n") as file:
+        file.write(line + "\n")
