@@ -41,8 +41,8 @@ def softmax_exp(x):
 
 @triton.jit
 def vectors_of(offset, columns, VECTOR: tl.constexpr):
-    """Where the whole vectors of a row that begins at `offset` are: their offset, how many elements come before them,
-    and how many elements they are."""
+    """Return the part of a row beginning at `offset` that consists of whole vectors: its offset, the number of elements
+    before it, and its number of elements."""
     first = (offset + (VECTOR - 1)) // VECTOR * VECTOR
     head = tl.minimum(first - offset, columns).to(tl.int32)
     return first, head, (columns - head) // VECTOR * VECTOR
@@ -50,7 +50,7 @@ def vectors_of(offset, columns, VECTOR: tl.constexpr):
 
 @triton.jit
 def edges_of(head, whole, columns, VECTOR: tl.constexpr):
-    """The columns before and behind the whole vectors, and which of these are there."""
+    """Return the columns before and after the whole vectors, and which of them exist."""
     i = tl.arange(0, 2 * VECTOR)
     column = tl.where(i < VECTOR, i, head + whole + i - VECTOR)
     return column, tl.where(i < VECTOR, i < head, column < columns)
@@ -70,7 +70,7 @@ def zero_row(out, offset, columns, SAME: tl.constexpr, VECTOR: tl.constexpr, BLO
 
 @triton.jit
 def gradient_of(logit, column, inside, target, weight, row_max, factor, at_target, everywhere, SMOOTHING: tl.constexpr):
-    """The gradient of some of a row's logits."""
+    """Compute the gradient of some of a row's logits."""
     value = softmax_exp(logit - row_max) * factor
     if SMOOTHING > 0:
         if weight is not None:
@@ -133,7 +133,7 @@ def write_gradient(
 
 @triton.jit
 def weight_of(weight, target, columns, COMPUTE: tl.constexpr):
-    """Of a target's class; NaN for what is none."""
+    """Load the weight of a target's class; NaN for an invalid target."""
     is_class = (target >= 0) & (target < columns)
     if weight is not None:
         return tl.load(weight + target, is_class, other=float("nan")).to(COMPUTE)
@@ -364,7 +364,7 @@ def write_losses(
     *,
     averaged: bool,
 ) -> None:
-    """The rows' losses and, where wanted, the gradients of their logits.
+    """Return the rows' losses and, on request, the gradients of their logits.
 
     For these upstream gradients of the losses (None: 1), and divided by what the mean divides by if `averaged`.
     `grad_input` may be `input`.
@@ -408,12 +408,12 @@ def _backward(
 
 
 def _as_rows(x: Tensor) -> Tensor:
-    """With neighbouring columns next to each other; a copy only where the strides ask for one."""
+    """Return `x` with contiguous rows, copied only if its strides require it."""
     return x if x.size(1) < 2 or x.stride(1) == 1 else x.contiguous()
 
 
 def _layout(x: Tensor, grad_x: Tensor | None, label_smoothing: float) -> dict[str, int | bool]:
-    """How rows are taken: constants of the kernels."""
+    """Return the constants by which the kernels divide rows."""
     widest = 16 // x.element_size()
     vector = widest if x.data_ptr() % 16 == 0 else 1
     columns, row = x.size(1), x.stride(0)

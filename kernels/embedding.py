@@ -37,7 +37,7 @@ def factors(
     N: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):
-    """What dropout multiplies the elements (row, first ... first + N) by, (M, N)."""
+    """Return the factors by which dropout multiplies the elements (row, first ... first + N), (M, N)."""
     return tl.where(kept_elements(rng, row, first, columns, threshold, N), scale, 0.0).to(COMPUTE)
 
 
@@ -81,7 +81,7 @@ def forward_kernel(
 def gradient_of_token(
     grad, rng, token, grad_row, first, columns, threshold, scale, BLOCK: tl.constexpr, COMPUTE: tl.constexpr
 ):
-    """What a token adds to the gradient of its row, (BLOCK)."""
+    """Return a token's contribution to the gradient of its row, (BLOCK)."""
     column = first + tl.arange(0, BLOCK)
     value = tl.load(grad + token * grad_row + column, column < columns, other=0.0).to(COMPUTE)
     if rng is not None:
@@ -92,7 +92,7 @@ def gradient_of_token(
 
 @triton.jit
 def store_if(condition, to, value, column, columns):
-    """Stores a row's part, or nothing of it."""
+    """Store part of a row, or nothing."""
     tl.store(to, value.to(to.dtype.element_ty), column < tl.where(condition, columns, 0))
 
 
@@ -285,12 +285,12 @@ def embedding_bwd(
 
 
 def _as_rows(x: Tensor) -> Tensor:
-    """With neighbouring columns next to each other; a copy only where the strides ask for one."""
+    """Return `x` with contiguous rows, copied only if its strides require it."""
     return x if x.size(1) < 2 or x.stride(1) == 1 else x.contiguous()
 
 
 def _block(columns: int, most: int) -> int:
-    """Columns of a program: at least what shares a counter of random bits."""
+    """Return the columns of a program, at least those that share a counter of random bits."""
     return max(4, min(most, next_power_of_2(columns)))
 
 

@@ -1,4 +1,4 @@
-"""What the launchers share."""
+"""Helpers of the launchers."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _INTERPRETED_CAPABILITY = (9, 0)
 
 
 def interpreted() -> bool:
-    """Whether kernels run in Triton's interpreter, on the CPU; decided by TRITON_INTERPRET when they are imported."""
+    """Return whether kernels run in Triton's interpreter, on the CPU, which TRITON_INTERPRET decides at import."""
     return bool(triton.knobs.runtime.interpret)
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What sums and statistics are in: float64 for float64, else float32."""
+    """Return the dtype of sums and statistics: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -32,7 +32,7 @@ def triton_compute_dtype(dtype: torch.dtype) -> tl.dtype:
 
 
 def multiprocessors(tensor: Tensor) -> int:
-    """How many multiprocessors the tensor's device has."""
+    """Return the number of multiprocessors of the tensor's device."""
     return _multiprocessors(tensor.get_device()) if tensor.is_cuda else _INTERPRETED_MULTIPROCESSORS
 
 
@@ -42,7 +42,7 @@ def _multiprocessors(index: int) -> int:
 
 
 def capability(tensor: Tensor) -> tuple[int, int]:
-    """The compute capability, (major, minor), of the tensor's device."""
+    """Return the compute capability, (major, minor), of the tensor's device."""
     return _capability(tensor.get_device()) if tensor.is_cuda else _INTERPRETED_CAPABILITY
 
 
@@ -58,15 +58,15 @@ def cdiv(a: int, b: int) -> int:
 
 
 def next_power_of_2(n: int) -> int:
-    """The least power of two that is not below n."""
+    """Return the least power of two that is at least n."""
     return 1 << max(0, n - 1).bit_length()
 
 
 def warps_for(elements: int, per_thread: int, most: int = 16) -> int:
-    """Warps for a tile of so many elements, a power of two, when each thread should hold `per_thread` of them."""
+    """Return the number of warps, a power of two, with which each thread holds `per_thread` elements of a tile."""
     return max(1, min(most, elements // (32 * per_thread)))
 
 
 def launch_options(warps: int) -> dict[str, Any]:
-    """Options of a launch. Multiplications fuse with additions, which later versions of Triton do on demand only."""
+    """Return the options of a launch. Multiply-adds are fused, which later versions of Triton do only on request."""
     return {"num_warps": warps, "enable_fp_fusion": True}

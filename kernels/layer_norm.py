@@ -403,12 +403,12 @@ def _flat(parameter: Tensor | None) -> Tensor | None:
 
 
 def _held(elements: int, compute: torch.dtype) -> int:
-    """How many fit where so many float32 elements do, without spills."""
+    """Return how many elements fit into the registers that hold so many float32 elements without spills."""
     return elements // 4 if compute == torch.float64 else elements
 
 
 def _tile(columns: int, elements: int, compute: torch.dtype) -> tuple[int, int, int]:
-    """Rows and columns of a tile, powers of two, and its warps."""
+    """Return the rows and columns of a tile, powers of two, and its number of warps."""
     block = next_power_of_2(columns)
     rows = max(1, min(64, _held(elements, compute) // block))
     return rows, block, warps_for(rows * block, _held(PER_THREAD, compute))

@@ -65,7 +65,7 @@ def linear_cross_entropy_bwd(
 
 
 def block_rows(rows: int) -> int:
-    """How many rows' logits are held at once; blocks are as equal as whole tiles allow."""
+    """Return the number of rows whose logits are in memory at once; blocks are as equal as whole tiles allow."""
     most = max(LEAST_ROWS, _round_up(-(-rows // MOST_BLOCKS), ROWS_MULTIPLE))
     blocks = max(1, -(-rows // most))
     return _round_up(-(-rows // blocks), ROWS_MULTIPLE)
@@ -88,7 +88,7 @@ def _run(
     label_smoothing: float,
     wanted: tuple[bool, bool, bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The loss, and the gradients for these upstream gradients of the rows' losses, or for 1."""
+    """Return the loss, and the gradients for the given upstream gradients of the rows' losses, or for 1."""
     compute, dtype, device = compute_dtype(input.dtype), input.dtype, input.device
     rows, classes = input.size(0), linear_weight.size(0)
     need_input, need_weight, need_bias = wanted

@@ -1,5 +1,4 @@
-"""What the losses share on NVIDIA GPUs: what the mean divides by, the sum of the rows' losses, and the gradient that
-comes back for it.
+"""Reductions of the losses on NVIDIA GPUs: the divisor of the mean, the sum of the rows' losses, and its gradient.
 
 The sums take one program each, so that their bits do not depend on the device. And nothing waits for the device, so
 that a loss can be captured in a CUDA graph.
@@ -29,7 +28,7 @@ def totals_kernel(
     ignore_index,
     BLOCK: tl.constexpr,
 ):
-    """The sum of the weights of all targets that are not ignored, and that of all classes."""
+    """Return the sum of the weights of all targets that are not ignored, and the sum over all classes."""
     i = tl.arange(0, BLOCK)
     sums = tl.zeros([BLOCK], tl.float64)
     for begin in range(0, rows, BLOCK):
@@ -93,7 +92,7 @@ def totals_of(
     ignore_index: int,
     label_smoothing: float,
 ) -> Tensor:
-    """What the mean divides by, and the sum of the class weights; only what is needed of them is computed."""
+    """Return the divisor of the mean and the sum of the class weights, computing only what is needed of them."""
     totals = torch.empty(2, dtype=compute_dtype(input.dtype), device=input.device)
     if reduction == MEAN or (weight is not None and label_smoothing > 0.0):
         totals_kernel[(1,)](
@@ -103,7 +102,7 @@ def totals_of(
 
 
 def reduced(losses: Tensor, totals: Tensor, reduction: int) -> Tensor:
-    """The mean or the sum of the rows' losses, in their order; without a reduction, themselves."""
+    """Return the mean or the sum of the rows' losses, taken in order, or the losses themselves without a reduction."""
     if reduction == NONE:
         return losses
     out = torch.empty((), dtype=losses.dtype, device=losses.device)

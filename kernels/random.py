@@ -27,7 +27,7 @@ def kept_elements(
     threshold,
     N: tl.constexpr,
 ):
-    """Whether dropout keeps the elements (row, first ... first + N), (M, N)."""
+    """Return whether dropout keeps the elements (row, first ... first + N), (M, N)."""
     seed, offset = tl.load(rng), tl.load(rng + 1)
     counter = row[:, None] * ((columns + 63) // 64 * 16) + (first // 4 + tl.arange(0, N // 4))[None, :]
     low = counter.to(tl.uint32)
@@ -42,12 +42,13 @@ def kept_elements(
 
 
 def drop_threshold(p: float) -> int:
-    """Elements whose 32 bits are below it are dropped. An int64: a kernel must not take it for a constant."""
+    """Return the threshold below which an element's 32 random bits drop it. An int64, which a kernel takes as an
+    argument, not as a constant."""
     return min(round(p * 2**32), 2**32 - 1)
 
 
 def kept_scale(p: float) -> float:
-    """What kept elements are multiplied by."""
+    """Return the factor by which kept elements are multiplied."""
     return 1.0 / (1.0 - p) if p < 1.0 else 0.0
 
 
@@ -72,7 +73,7 @@ def factors_kernel(
 
 
 def dropout_factors(rng: Tensor, rows: int, columns: int, p: float) -> Tensor:
-    """What dropout with this state, (seed, offset), multiplies a (rows, columns) matrix by. float32."""
+    """Return the float32 factors of dropout with this state, (seed, offset), for a (rows, columns) matrix."""
     out = torch.empty((rows, columns), dtype=torch.float32, device=rng.device)
     if out.numel() > 0:
         grid = (cdiv(rows, 16) * cdiv(columns, 64),)

@@ -1,4 +1,4 @@
-"""Which tile a kernel runs with: the first of its candidates, or the one that was fastest when it was tried.
+"""The choice of a kernel's tile: the first of its candidates, or the fastest when they were timed.
 
 With TINYLLM_AUTOTUNE=1 the first call of a kind times every candidate (some seconds, mostly compilation) and remembers
 the fastest in a file beside Triton's cache, from which later processes take it, with or without the variable.
@@ -31,14 +31,14 @@ _chosen: dict[str, Tile] | None = None
 
 
 def path() -> Path:
-    """The file of choices."""
+    """Return the path of the file of choices."""
     return Path(triton.knobs.cache.dir) / "tinyllm_tiles.json"
 
 
 def choose_tile(
     kernel: str, like: Tensor, key: Sequence[Any], tiles: Sequence[Tile], run: Callable[[Tile], Any]
 ) -> Tile:
-    """The tile for a launch.
+    """Return the tile for a launch.
 
     Args:
         kernel: its name.
@@ -63,7 +63,7 @@ def choose_tile(
 
 @functools.lru_cache(4096)
 def _name(kernel: str, key: tuple[Any, ...], device: torch.device) -> str:
-    """The line of a choice in the file."""
+    """Return the line of a choice in the file."""
     return " ".join(map(str, (kernel, *key, torch.cuda.get_device_name(device), triton.__version__)))
 
 

@@ -1,4 +1,4 @@
-"""How well a model predicts text: loss, perplexity, and bits per byte, which also compares tokenizers."""
+"""Measures of how well a model predicts text: loss, perplexity, and bits per byte, which also compares tokenizers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _NOTHING = -100  # the target where there is none
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `evaluate_texts` finds.
+    """Result of `evaluate_texts`.
 
     Attributes:
         documents, tokens, num_bytes: how much was predicted; bytes of UTF-8.
@@ -45,7 +45,7 @@ class Evaluation:
 
     @property
     def bits_per_byte(self) -> float:
-        """What a byte of the text takes when the model's predictions compress it."""
+        """Return the bits that a byte of the text takes when the model's predictions compress it."""
         return self.loss * self.tokens / self.num_bytes / math.log(2)
 
 
@@ -123,7 +123,7 @@ class _Counts:
 
 
 def _pieces(texts: Iterable[str], tokenizer: Tokenizer, length: int, counts: _Counts) -> Iterator[list[int]]:
-    """Runs of at most length + 1 ids: the inputs, and each one's successor."""
+    """Yield pieces of at most length + 1 ids: the inputs, and the successor of each."""
     begin = tokenizer.end_of_text_id
     for group in _batches(texts, _DOCUMENTS):
         for text, ids in zip(group, tokenizer.encode_batch(group), strict=True):
@@ -161,7 +161,7 @@ def _batches(items: Iterable[_T], size: int) -> Iterator[list[_T]]:
 
 
 def _padded(pieces: list[list[int]]) -> tuple[Tensor, Tensor]:
-    """Inputs and targets, (pieces, longest). What follows a piece's end is seen by none of its tokens."""
+    """Return inputs and targets, (pieces, longest). No token of a piece sees the padding after its end."""
     longest = max(map(len, pieces)) - 1
     inputs = torch.zeros(len(pieces), longest, dtype=torch.int64)
     targets = torch.full((len(pieces), longest), _NOTHING)

@@ -120,7 +120,7 @@ def iter_tokens(
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """The ids of a prompt. Raises ValueError if it is empty or no token of it is known."""
+    """Return the ids of a prompt. Raises ValueError if it is empty or none of its tokens is known."""
     ids = tokenizer.encode(prompt)
     shown = prompt if len(prompt) <= 60 else f"{prompt[:57]}..."
     if not ids:
@@ -192,7 +192,7 @@ class TextStream(Iterator[str]):
 
 
 def _decode_stream(decode: Callable[[list[int]], str], prompt: list[int], ids: Iterator[int]) -> Iterator[str]:
-    """The text that `ids` add to `prompt`, in pieces of whole characters.
+    """Yield the text that `ids` add to `prompt`, in pieces of whole characters.
 
     Decoding each id by itself would be wrong (words need spaces between them, bytes make up
     characters), and decoding everything again for each id slow. So only a window is decoded: the

@@ -201,7 +201,7 @@ class _Call:
         return tuning.choose_tile(kernel, self.query, (*key, *lengths), candidates, run)
 
     def sources(self, tile: Tile, *tensors: tuple[Tensor, int]) -> list[Tensor | TensorDescriptor]:
-        """What kernels load tiles from, for queries, keys, values and the gradient, each with its tiles' columns."""
+        """Return what tiles of queries, keys, values and gradient are loaded from, each with its number of columns."""
         if not self.descriptors:
             return [tensor for tensor, _ in tensors]
         heights = (tile.rows, tile.columns, tile.columns, tile.rows)
@@ -211,7 +211,7 @@ class _Call:
         ]
 
     def strides(self, *tensors: Tensor) -> list[int]:
-        """Of the tensors, each by batch, head, row and column, and then of the mask."""
+        """Return the strides of the tensors over batch, head, row and column, followed by those of the mask."""
         mask = (0, 0, 0, 0) if self.mask is None else self.mask.stride()
         return [stride for tensor in tensors for stride in tensor.stride()] + list(mask)
 
@@ -240,8 +240,8 @@ class _Call:
 
 
 def _describable(tensor: Tensor) -> bool:
-    """Whether a tensor descriptor can stand for it: rows of neighbours, everything at multiples of 16 bytes, and no
-    dimension that is one row repeated."""
+    """Return whether a TMA descriptor can describe `x`: contiguous rows, every offset a multiple of 16 bytes, and no
+    dimension of stride 0."""
     size = tensor.element_size()
     return (
         tensor.stride(-1) == 1

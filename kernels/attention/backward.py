@@ -124,7 +124,7 @@ def queries_pass(
     LENGTHS: tl.constexpr,
     AGAIN: tl.constexpr = False,
 ):
-    """Goes through the keys [begin, end).
+    """Accumulate over the keys [begin, end).
 
     LENGTHS: whether some of all_keys may not be visible.
     AGAIN: whether keys that are NaN or infinite count as 0 in the last product, and hidden values not at all.
@@ -237,7 +237,7 @@ def queries_rows(
     LENGTHS: tl.constexpr,
     AGAIN: tl.constexpr,
 ):
-    """Makes the gradients of the queries [first, first + ROWS) of a head, whose first row mask and grad_query point to.
+    """Compute the gradients of the queries [first, first + ROWS) of a head; mask and grad_query point to its first row.
 
     Returns whether they have to be made AGAIN, because of what hidden keys and values may have been: then none is
     stored.

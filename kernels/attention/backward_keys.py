@@ -64,7 +64,7 @@ def keys_pass(
     DESCRIPTORS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Goes through the queries [begin, end) of one head."""
+    """Accumulate over the queries [begin, end) of one head."""
     column = first_key + tl.arange(0, COLUMNS)
     for first in range(begin, end, ROWS):
         row = first + tl.arange(0, ROWS)

@@ -152,7 +152,7 @@ class Widths(NamedTuple):
 
 @functools.lru_cache
 def widths(kernel: str, head_dim: int, value_dim: int, element_size: int) -> Widths:
-    """How a kernel divides heads of these sizes."""
+    """Return how a kernel divides heads of these sizes."""
     widest, chunk = _WIDEST[kernel, element_size]
     if max(head_dim, value_dim) > widest:
         return Widths(cdiv(max(head_dim, value_dim), chunk), chunk, chunk)
@@ -168,7 +168,7 @@ def tiles(
     queries: int,
     capability: tuple[int, int],
 ) -> list[Tile]:
-    """Candidates for a launch; never none.
+    """Return the candidate tiles of a launch, at least one.
 
     Args:
         descriptors: tiles come by tensor descriptors.
@@ -205,13 +205,13 @@ def _tiles_of(
 
 
 def fits(kernel: str, width: Widths, element_size: int, tile: Tile, busy: bool, capability: tuple[int, int]) -> bool:
-    """Whether a chip has the shared memory for a tile."""
+    """Return whether a chip has the shared memory for a tile."""
     most = _SHARED_MEMORY.get(capability, _LEAST_SHARED_MEMORY)
     return _shared_memory(kernel, width, element_size, tile, busy) <= most
 
 
 def _shared_memory(kernel: str, width: Widths, element_size: int, tile: Tile, busy: bool) -> int:
-    """Bytes a program needs at most: what it keeps, and the tiles on their way."""
+    """Return the most shared memory, in bytes, that a program needs: what it keeps, and the tiles being loaded."""
     columns = width.d + width.dv
     scores = tile.rows * tile.columns
     if kernel == FORWARD:
@@ -226,6 +226,6 @@ def _shared_memory(kernel: str, width: Widths, element_size: int, tile: Tile, bu
 
 
 def decode_tile(width: Widths, element_size: int) -> Tile:
-    """Of few queries: little to compute, so many keys on their way."""
+    """Return the tiles for few queries, which compute little and therefore keep many keys in flight."""
     columns = max(16, min(128, (16 << 10) // (max(width.d, width.dv) * element_size)))
     return Tile(DECODE_ROWS, columns, 4, 2 if element_size == 4 else 3)

@@ -83,7 +83,7 @@ def attend(
     LENGTHS: tl.constexpr,
     AGAIN: tl.constexpr = False,
 ):
-    """Goes through the keys [begin, end).
+    """Accumulate over the keys [begin, end).
 
     LENGTHS: whether some of all_keys may not be visible.
     AGAIN: whether hidden values may be NaN or infinite, also those that other rows of the tile see.
@@ -205,7 +205,7 @@ def forward_rows(
     LENGTHS: tl.constexpr,
     AGAIN: tl.constexpr,
 ):
-    """Makes the results of the queries [first, first + ROWS) of a head, to whose first row mask and results point.
+    """Compute the results of the queries [first, first + ROWS) of a head; mask and results point to its first row.
 
     Returns whether they have to be made AGAIN, because of what hidden values may have been: then none is stored.
     """

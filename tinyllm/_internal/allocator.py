@@ -43,7 +43,7 @@ def tune_allocator() -> str | None:
 
 
 def allocator_state() -> str:
-    """What `tinyllm.info()` says of it."""
+    """Return the description of the allocator that `tinyllm.info()` shows."""
     if _tuned:
         return "glibc, tuned: it keeps the memory of large tensors"
     reason = _why_not()

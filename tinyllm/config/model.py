@@ -76,12 +76,12 @@ class SimpleLLMConfig:
         check_heads(self.embedding_dim, self.num_heads)
 
     def to_dict(self) -> dict[str, Any]:
-        """Every field by its name; plain ints, floats, bools and strings."""
+        """Return every field by its name, as plain ints, floats, bools and strings."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> SimpleLLMConfig:
-        """The config with these fields; fields that have a default may be left out.
+        """Return the config with these fields; fields that have a default may be left out.
 
         Raises:
             TypeError: `values` is no mapping, or a value is of the wrong type.
@@ -99,12 +99,12 @@ class SimpleLLMConfig:
         return cls(**values)
 
     def to_json(self) -> str:
-        """The fields as a JSON object, one on a line."""
+        """Return the fields as a JSON object, one on each line."""
         return json.dumps(self.to_dict(), indent=2)
 
     @classmethod
     def from_json(cls, text: str) -> SimpleLLMConfig:
-        """The config of a `to_json` text. ValueError if it is no JSON object; else see `from_dict`."""
+        """Return the config of a `to_json` text. Raises ValueError if it is not a JSON object; else see `from_dict`."""
         try:
             values = json.loads(text)
         except ValueError as error:

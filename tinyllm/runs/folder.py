@@ -61,7 +61,7 @@ NEW = ".tinyllm-new"  # in it, a run's files are made, see tinyllm.runs.successi
 
 
 def check_out(directory: str | os.PathLike[str], *, overwrite: bool) -> Path:
-    """The run folder to write to, or an error if that would touch what is there. Changes nothing.
+    """Return the run folder to write to, or raise an error if writing would touch what is there. Changes nothing.
 
     Raises:
         FileExistsError: the directory is not empty and `overwrite` is off; or it is on, but files
@@ -92,7 +92,7 @@ def check_out(directory: str | os.PathLike[str], *, overwrite: bool) -> Path:
 
 @contextmanager
 def new_run_folder(preset: str) -> Iterator[Path]:
-    """runs/PRESET-NUMBER with the first free number, made; gone again if nothing has come into it."""
+    """Make runs/PRESET-NUMBER with the first free number; remove it afterwards if nothing has come into it."""
     number = 1
     while True:
         folder = RUNS / f"{preset}-{number}"
@@ -114,12 +114,12 @@ def new_run_folder(preset: str) -> Iterator[Path]:
 
 
 def checkpoint_path(out: Path, step: int) -> Path:
-    """The folder of the checkpoint of that step."""
+    """Return the folder of the checkpoint of that step."""
     return out / CHECKPOINTS / f"step-{step:08d}"
 
 
 def checkpoints(out: str | os.PathLike[str]) -> dict[int, Path]:
-    """step -> folder of each checkpoint of a run, in order."""
+    """Return the folder of each checkpoint of a run by its step, in order."""
     folder = Path(out, CHECKPOINTS)
     names = sorted(os.listdir(folder)) if folder.is_dir() else []
     found = {int(match[1]): folder / name for name in names if (match := _NAME.fullmatch(name))}
@@ -127,7 +127,7 @@ def checkpoints(out: str | os.PathLike[str]) -> dict[int, Path]:
 
 
 def best_step(out: str | os.PathLike[str]) -> int | None:
-    """The step of the checkpoint with the lowest validation loss; None if none was validated, or none is there.
+    """Return the step of the checkpoint with the lowest validation loss; None if none was validated or none is left.
 
     Raises:
         ValueError: the state.json of the last checkpoint, which says so, is truncated or another program's.
@@ -168,7 +168,7 @@ def publish_last(out: Path) -> None:
 
 
 def weights_in(checkpoint: Path) -> Path:
-    """The averages, if there are any."""
+    """Return the file of a checkpoint's weights: the averaged ones, if there are any."""
     averages = checkpoint / AVERAGES_FILE
     return averages if averages.is_file() else checkpoint / MODEL_FILE
 

@@ -1,4 +1,4 @@
-"""What the folders of runs say about themselves, read without torch: `tinyllm runs`.
+"""Find and describe run folders without torch, for `tinyllm runs`.
 
 running      a process owns the folder, see tinyllm._internal.locks
 running?     it may be so, but the folder's file system cannot lock files
@@ -26,7 +26,7 @@ from tinyllm.runs.metrics import read_metrics
 
 @dataclass(frozen=True)
 class RunInfo:
-    """What a run folder says.
+    """Description of a run folder.
 
     Attributes:
         path: the folder.
@@ -67,7 +67,7 @@ class RunInfo:
 
 
 def find_runs(directories: Sequence[str | os.PathLike[str]]) -> list[Path]:
-    """The run folders among and below `directories`, each once, in the order of their names.
+    """Return the run folders among and below `directories`, each once, in the order of their names.
 
     A run folder has a metrics.jsonl, or a config.json with a "training" object. What lies below one is its own. Hidden
     folders are passed over.
@@ -141,14 +141,14 @@ def describe_run(folder: str | os.PathLike[str]) -> RunInfo:
 
 
 def tokens_per_step(config: dict[str, Any]) -> int | None:
-    """How many tokens a step of the run with this config.json has; None if it does not say."""
+    """Return the number of tokens in a step of the run with this config.json; None if it does not say."""
     training = config["training"]
     sizes = training.get("batch_size"), training.get("seq_len")
     return sizes[0] * sizes[1] if all(type(size) is int for size in sizes) else None
 
 
 def count_parameters(model: dict[str, Any]) -> int | None:
-    """How many numbers the model with this config learns, tied ones once; None if it does not say.
+    """Return the number of weights of the model with this config, tied ones once; None if it does not say.
 
     That is `SimpleLLM.num_parameters()`, without building the model, and before anything was saved.
     """
@@ -172,7 +172,7 @@ def count_parameters(model: dict[str, Any]) -> int | None:
 
 
 def run_names(folders: Sequence[str | os.PathLike[str]]) -> list[str]:
-    """A name for each folder: the end of its path, as short as tells it from the others."""
+    """Return a name for each folder: the shortest end of its path that differs from the others'."""
     parts = [Path(folder).resolve().parts for folder in folders]
     names = []
     for own in parts:

@@ -1,4 +1,4 @@
-"""How a new run takes the place of the one before it in a folder, so that no moment is without a whole one.
+"""Replace the run in a folder by a new one, such that the folder holds a whole run at every moment.
 
     out/.tinyllm-new/       the new run's files while they are made; nothing else has changed yet
     out/.tinyllm-replaced/  the earlier run, from then on until the new run's first checkpoint stands, or weights alone
@@ -23,7 +23,7 @@ _MOVING = ".tinyllm-moving"  # part of the earlier run, the other part lies in `
 
 @contextmanager
 def new_files(out: Path) -> Iterator[Path]:
-    """A folder to make a new run's files in; when the block is done they are `out`'s, and an earlier run is aside."""
+    """Give the block a folder for a new run's files; afterwards move them to `out`, and an earlier run aside."""
     folder = out / NEW
     folder.mkdir()
     try:

@@ -18,7 +18,7 @@ FORMAT_KEY = "tinyllm_tokenizer"
 
 
 class Tokenizer(Protocol):
-    """What training and generation ask of a tokenizer."""
+    """Protocol that training and generation expect of a tokenizer."""
 
     kind: ClassVar[str]
 
@@ -28,20 +28,20 @@ class Tokenizer(Protocol):
 
     @property
     def unknown_id(self) -> int | None:
-        """The id that text outside the vocabulary gets, or None if there is no such text."""
+        """Return the id of text outside the vocabulary, or None if there is no such text."""
 
     @property
     def end_of_text_id(self) -> int | None:
-        """The id that ends a document, or None."""
+        """Return the id that ends a document, or None."""
 
     def encode(self, text: str) -> list[int]:
-        """The ids of `text`; `[]` for empty text."""
+        """Return the ids of `text`; `[]` for empty text."""
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`[encode(text) for text in texts]`, in parallel where the tokenizer can."""
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`. Raises ValueError for an id outside `0 .. vocab_size - 1`."""
+        """Return the text of `ids`. Raises ValueError for an id outside `0 .. vocab_size - 1`."""
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one JSON file that `load_tokenizer` reads back."""

@@ -115,7 +115,7 @@ class BPETokenizer:
         return self._end_of_text_id
 
     def encode(self, text: str) -> list[int]:
-        """The ids of `text`. Raises ValueError if it holds lone surrogates: no UTF-8 text does."""
+        """Return the ids of `text`. Raises ValueError if it holds lone surrogates, which no UTF-8 text does."""
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -129,7 +129,7 @@ class BPETokenizer:
         return [encoding.ids for encoding in encodings]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`; bytes that are not whole UTF-8 characters come out as U+FFFD."""
+        """Return the text of `ids`; bytes that are not whole UTF-8 characters become U+FFFD."""
         ids = list(ids)
         for index in ids:  # the library leaves unknown ids out without a word
             if not 0 <= index < self._vocab_size:

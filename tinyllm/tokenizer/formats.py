@@ -1,4 +1,4 @@
-"""Vocabularies in other programs' formats: GPT-2's vocab.json and merges.txt, and tiktoken's."""
+"""Load vocabularies in other programs' formats: GPT-2's vocab.json and merges.txt, and tiktoken's."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def _load_gpt2(vocab: Path, merges: Path) -> BPETokenizer:
 
 
 def _load_tiktoken(path: Path) -> BPETokenizer:
-    """Each line is a token in base64 and its rank, which is its id; merges are found again from the ranks."""
+    """Load a file of which each line is a token in base64 and its rank, which is its id; the ranks give the merges."""
     from tokenizers import models
 
     if path.name.startswith(_OTHER_RULES):
@@ -103,7 +103,7 @@ def _load_tiktoken(path: Path) -> BPETokenizer:
 
 
 def _merge(token: bytes, ranks: dict[bytes, int], limit: int) -> list[bytes]:
-    """What byte-pair encoding makes of `token` with the merges of ranks below `limit`."""
+    """Return the parts into which byte-pair encoding with the merges of ranks below `limit` divides `token`."""
     parts = [token[i : i + 1] for i in range(len(token))]
     while len(parts) > 1:
         rank, place = min((ranks.get(parts[i] + parts[i + 1], limit), i) for i in range(len(parts) - 1))
@@ -114,7 +114,7 @@ def _merge(token: bytes, ranks: dict[bytes, int], limit: int) -> list[bytes]:
 
 
 def _byte_letters() -> list[str]:
-    """The letter by which GPT-2's files write each byte: itself if it can be seen, else one from U+0100 on."""
+    """Return the letter by which GPT-2's files write each byte: itself if it is visible, else one from U+0100 on."""
     seen = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
     others = iter(range(256, 512))
     return [chr(byte) if byte in seen else chr(next(others)) for byte in range(256)]

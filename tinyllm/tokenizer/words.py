@@ -65,7 +65,7 @@ class _VocabTokenizer:
 
     @staticmethod
     def split(text: str) -> Iterable[str]:
-        """The tokens of `text`, known or not."""
+        """Return the tokens of `text`, known or not."""
         raise NotImplementedError
 
     @property
