@@ -39,7 +39,7 @@ def train(model: SimpleLLM) -> None:
 
 
 def predict(model: SimpleLLM, text: str) -> str:
-    """The word that the model finds likeliest after `text`."""
+    """Return the word that the model finds likeliest after `text`."""
     tokens = torch.tensor(tokenize(text, VOCAB)).unsqueeze(0)
     with torch.no_grad():
         output = model(tokens)

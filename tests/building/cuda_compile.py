@@ -139,7 +139,7 @@ PAIRS = Claim(
 
 
 def before_the_second_wait(kernel: Kernel) -> int:
-    """Exponentials between the first wait that leaves a group of products under way, and the next wait."""
+    """Count exponentials between the first wait that leaves a group of matmuls running and the next wait."""
     waits = [i for i, instruction in enumerate(kernel.code) if instruction.startswith("WARPGROUP.DEPBAR")]
     for wait, following in itertools.pairwise(waits):
         if kernel.code[wait].endswith("0x1"):
@@ -171,7 +171,7 @@ ONE_BARRIER = Claim(
 
 
 def in_vectors(says: str, *instructions: str) -> Claim:
-    """Of the instances that take 16 bytes at a time: their second argument is how many numbers that are."""
+    """Return the instances that load 16 bytes at a time, whose second argument is the number of elements in them."""
 
     def holds(kernel: Kernel) -> bool:
         alone = kernel.case.strip("<>").split(", ")[1] == "1"
@@ -201,7 +201,7 @@ CLAIMS: dict[str, list[Claim]] = {
 
 
 def plain_name(demangled: str) -> str:
-    """A function's name and template arguments, which the compilers for GPU and CPU spell alike then."""
+    """Return a function's name and template arguments, spelled alike for the compilers for GPU and CPU."""
     for wordy in ("tinyllm::cuda::", "(anonymous namespace)::"):
         demangled = demangled.replace(wordy, "")
     demangled = demangled.replace("__nv_bfloat16", "bf16").replace("__half", "f16").removeprefix("void ")
@@ -216,7 +216,7 @@ def plain_name(demangled: str) -> str:
 def compile_file(
     nvcc: str, source: Path, arch: int, sass: Path | None
 ) -> list[tuple[str, int, int, list[str], int | None]]:
-    """The kernels of a file for an architecture: name, registers, bytes of local memory, instructions, barriers."""
+    """Return a file's kernels for an architecture: name, registers, bytes of local memory, instructions, barriers."""
     target = f"{arch}a" if arch == 90 else str(arch)
     with tempfile.TemporaryDirectory() as folder:
         binary = Path(folder, "kernels.cubin")
@@ -242,7 +242,7 @@ def kernels_of(
     compiled: list[tuple[str, int, int, list[str], int | None]],
     launched: dict[int, dict[str, Launch]],
 ) -> Iterator[tuple[Kernel, list[str]]]:
-    """Each kernel and what is wrong with its launch."""
+    """Return each kernel with what is wrong with its launch."""
     names = subprocess.run(
         ["c++filt"], input="\n".join(name for name, *_ in compiled), capture_output=True, text=True, check=True
     ).stdout.splitlines()
@@ -261,7 +261,7 @@ def kernels_of(
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Returns the exit status."""
+    """Compile the files and report; return the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m tests.building.cuda_compile", description=__doc__.split("\n", 1)[0]
     )

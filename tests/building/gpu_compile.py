@@ -58,7 +58,7 @@ Call = Callable[[], object]
 
 
 def tensor(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """Of any content: nothing runs. A few rows do: their number decides nothing but the grid."""
+    """Return a tensor of any content, since nothing runs. A few rows suffice: their number decides only the grid."""
     return torch.empty(shape, dtype=dtype)
 
 
@@ -206,8 +206,8 @@ SPILLING_APART = (
 
 
 class NoGPU:
-    """As much of a Triton driver as compiling asks for. Its device's number is the architecture: Triton keeps the
-    target, and what it has compiled, by device."""
+    """The part of a Triton driver that compiling needs. The number of its device is the architecture, because Triton
+    keeps the target and what it has compiled by device."""
 
     def __init__(self, arch: int) -> None:
         self.arch = arch
@@ -227,7 +227,7 @@ class NoGPU:
 
 @contextmanager
 def recorded(arch: int, every_tile: bool) -> Iterator[dict[str, tuple[str, Any]]]:
-    """Launches compile their kernels and do not run them: hash -> name and what was compiled."""
+    """Make launches compile their kernels without running them; yield name and result by hash."""
     kernels: dict[str, tuple[str, Any]] = {}
     compiled_by = JITFunction.run
 
@@ -251,7 +251,7 @@ def recorded(arch: int, every_tile: bool) -> Iterator[dict[str, tuple[str, Any]]
 
 
 def compile_case(file: str, index: int, arch: int, every_tile: bool, sass: Path | None) -> list[tuple[Kernel, str]]:
-    """The kernels that a case launches, and their hashes."""
+    """Return the kernels that a case launches, and their hashes."""
     case, call = CASES[file][index]
     with recorded(arch, every_tile) as kernels:
         call()
@@ -271,7 +271,7 @@ def _read(name: str, case: str, arch: int, kernel: Any, sass: Path | None) -> Ke
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Returns the exit status."""
+    """Compile the kernels and report; return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m tests.building.gpu_compile", description=__doc__.split("\n", 1)[0])
     parser.add_argument("--only", default="", metavar="PATTERN", help="cases whose file or name contains this")
     parser.add_argument("--arch", type=int, choices=SHARED_LIMIT, help=f"one architecture instead of {ARCHITECTURES}")

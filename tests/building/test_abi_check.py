@@ -19,7 +19,7 @@ def _jit_compile():
 
 @pytest.fixture
 def torch_of_c17(tmp_path):
-    """The folder of a torch's headers whose cpp_extension compiles C++17."""
+    """Make a folder of torch headers whose cpp_extension compiles C++17."""
     (tmp_path / "torch" / "include").mkdir(parents=True)
     path = tmp_path / abi_check.CPP_EXTENSION
     path.parent.mkdir()

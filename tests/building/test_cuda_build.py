@@ -1,4 +1,4 @@
-"""What setup.py decides about the CUDA library, without a build: torch and nvcc are stand-ins."""
+"""Tests of what setup.py decides about the CUDA library, without a build: torch and nvcc are stand-ins."""
 
 import json
 import os
@@ -269,7 +269,7 @@ def test_without_a_compiler_it_installs_plainly_and_says_so(machine, lacks):
 
 @pytest.mark.parametrize("arches", ["9.0;9.0a", "8.0 9.0+PTX 9.0a", "9.0a,Hopper"])
 def test_9_0_beside_9_0a_is_refused(machine, arches):
-    """The loader may take the code of 9.0, whose attention kernels for Hopper are traps."""
+    """Refuse 9.0 beside 9.0a: the loader may take the code of 9.0, whose attention kernels for Hopper are traps."""
     status, output = machine.setup(CUDA_HOME=str(machine.add_nvcc().parents[1]), TORCH_CUDA_ARCH_LIST=arches)
     assert status != 0
     assert f"TORCH_CUDA_ARCH_LIST is {arches!r}: " in output

@@ -11,7 +11,7 @@ MULTIPLY, EXP = "HMMA.16816.F32.BF16 R8, R4, R6, R8", "MUFU.EX2 R3, R3"
 
 
 def listing(*lines):
-    """A kernel's disassembly: labels end with a colon, all others are instructions."""
+    """Return a kernel's disassembly of the given lines: labels end with a colon, all others are instructions."""
     text = [".text.kernel:"]
     for i, line in enumerate(lines):
         text.append(line if line.endswith(":") else f"        /*{16 * i:04x}*/                   {line} ;")
@@ -19,7 +19,7 @@ def listing(*lines):
 
 
 def loop(name, *body):
-    """A loop with its branch back to the beginning."""
+    """Return a loop with its branch back to the beginning."""
     return (f".L_x_{name}:", *body, f"@P0 BRA `(.L_x_{name})")
 
 

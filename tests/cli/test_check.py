@@ -21,7 +21,7 @@ LAYER_NORM, RMS_NORM = (Check(name, "cpp", "cpu") for name in ("layer_norm", "rm
 
 @pytest.fixture
 def command(capsys, monkeypatch):
-    """Runs `tinyllm check` in this process: exit status and output."""
+    """Run `tinyllm check` in this process; return the exit status and the output."""
 
     def call(*arguments):
         monkeypatch.setattr(sys, "argv", ["tinyllm", "check", *arguments])
@@ -35,7 +35,7 @@ def command(capsys, monkeypatch):
 
 @pytest.fixture
 def layer_norm_does(tmp_path, monkeypatch):
-    """Has `layer_norm` do something else in every process that is started from now on."""
+    """Make `layer_norm` do something else in every process that is started from now on."""
 
     def patch(what):
         lines = [
@@ -57,7 +57,7 @@ def layer_norm_does(tmp_path, monkeypatch):
 
 @pytest.fixture
 def no_emulation(monkeypatch):
-    """The GPU kernels' emulations, which the tests run under, would be checked like kernels, and take minutes."""
+    """Turn off the emulations of GPU kernels, which would be checked like kernels and take minutes."""
     for emulation, switch in ((triton, "interpreted"), (cuda, "emulated")):
         monkeypatch.setattr(emulation, switch, False)
 

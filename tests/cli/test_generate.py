@@ -42,7 +42,7 @@ CHARS = {"preset": "tiny", "tokenizer": "char", "steps": 100, "batch_size": 2, "
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """A run that was never trained, with two checkpoints; the command line finds it as "run"."""
+    """Make a run that was never trained, with two checkpoints; the command line finds it as "run"."""
     return make_run(tmp_path / "run", "char")
 
 
@@ -378,7 +378,7 @@ def test_encode_of_what_is_no_text_names_its_argument() -> None:
 
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
-    """The texts of the figure that was drawn last, and the rectangles that they fill."""
+    """Return the texts of the figure that was drawn last, and the rectangles that they fill."""
     from matplotlib.figure import Figure
     from matplotlib.text import Text
 

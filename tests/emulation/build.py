@@ -18,14 +18,14 @@ SOURCES = ROOT / "csrc" / "cuda"
 
 
 def build(sanitize: bool = False) -> Path:
-    """The library's path; RuntimeError with the compiler's words where it does not compile."""
+    """Build the library and return its path. Raises RuntimeError with the compiler's message if it does not compile."""
     sources = [*SOURCES.glob("**/*.cu"), *HERE.glob("*.cpp")]
     headers = [*ROOT.glob("csrc/*.h"), *SOURCES.glob("**/*.cuh"), *HERE.glob("*.h")]
     return build_library("cuda_host", sources, headers, [f"-I{HERE}", "-Wno-unknown-pragmas"], sanitize)
 
 
 def main() -> int:
-    """Returns the exit status."""
+    """Build the library and print its path; return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m tests.emulation.build", description=__doc__.split("\n", 1)[0])
     parser.add_argument("--sanitize", action="store_true", help="with the address and undefined-behaviour sanitizers")
     try:

@@ -19,7 +19,7 @@ Here = Callable[..., tuple[int, str, str]]  # what the fixture `here` gives
 
 
 def small(**changes: Any) -> TrainConfig:
-    """The article's model on words: learns TEXT in some dozen steps."""
+    """Return the config of the article's model on words, which learns TEXT in some dozen steps."""
     values = {"preset": "tutorial", "tokenizer": "word", "steps": 40, "seq_len": 8, "lr": 1e-2, "sample_tokens": 3}
     values["device"] = "cpu"  # where there is a GPU, too
     return TrainConfig.from_preset(**{**values, **changes})
@@ -36,7 +36,7 @@ def history(out: Path) -> list[tuple[Any, ...]]:
 
 
 def environment(**more: str) -> dict[str, str]:
-    """For a process of its own, which finds the package like this one."""
+    """Return the environment of a process that finds the package where this one does."""
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "COLUMNS": "200", **more}
 
@@ -56,7 +56,7 @@ def tinyllm(*arguments: object, cwd: Path, status: int = 0, **more: str) -> subp
 
 
 def error(done: tuple[int, str, str]) -> str:
-    """The one line of a refusal, which a progress bar may come before."""
+    """Return the one line of a refusal, which may follow a progress bar."""
     status, _, err = done
     assert status == 2, err
     (line,) = [line for line in err.splitlines() if line and not line.startswith("tokenizing: ")]

@@ -1,4 +1,4 @@
-"""What run folders say about themselves, and the commands `tinyllm runs` and `tinyllm plot`."""
+"""Tests of how run folders are described, and of the commands `tinyllm runs` and `tinyllm plot`."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def line(step: int, split: str = "train", loss: float | None = 2.5, **more: Any)
 
 
 def make(folder: Path, metrics: list[dict[str, Any]] | None = None, *, steps: Any = 20, age: float = 0) -> Path:
-    """A run folder whose last line is `age` seconds old."""
+    """Make a run folder whose last line is `age` seconds old."""
     folder.mkdir(parents=True)
     training = {"preset": "tiny", "steps": steps, "batch_size": 2, "seq_len": 8}
     (folder / "config.json").write_text(json.dumps({"model": MODEL, "training": training, "data": {"name": "a text"}}))
@@ -47,7 +47,7 @@ def make(folder: Path, metrics: list[dict[str, Any]] | None = None, *, steps: An
 
 @pytest.fixture
 def here(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
-    """Runs the command line in `tmp_path`: (exit status, stdout, stderr)."""
+    """Return a function that runs the command line in `tmp_path`: (exit status, stdout, stderr)."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
 

@@ -1,4 +1,4 @@
-"""How a new run takes the place of an earlier one, see tinyllm.runs.succession."""
+"""Tests of `tinyllm.runs.succession`: a new run takes the place of an earlier one."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def make_run(folder: Path, name: str, *, checkpoint: bool) -> None:
 
 
 def content(folder: Path) -> dict[str, str]:
-    """The files of a run by their names, and what they say; hidden ones are not among them."""
+    """Return the content of each file of a run by its name, without hidden files."""
     return {
         str(path.relative_to(folder)): path.read_text()
         for path in sorted(folder.rglob("*"))

@@ -29,7 +29,7 @@ def gpt2(original: BPETokenizer, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def tiktoken(original: BPETokenizer, tmp_path: Path) -> Path:
-    """The same tokens in tiktoken's format: without <|endoftext|>, the id 0 of the original."""
+    """Write the same tokens in tiktoken's format: without <|endoftext|>, the id 0 of the original."""
     byte_of = {letter: byte for byte, letter in enumerate(formats._byte_letters())}
     ids = original._tokenizer.get_vocab()
     lines = [

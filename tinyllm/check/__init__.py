@@ -1,1 +1,1 @@
-"""Whether the kernels compute what PyTorch does, on the machine at hand: `tinyllm check`."""
+"""Comparison of every kernel with PyTorch on the machine at hand: `tinyllm check`."""

@@ -57,7 +57,7 @@ class Draw:
         return self.random.choice(choices)
 
     def size(self, most: int) -> int:
-        """A size from 1 to `most`: often tiny, often a multiple of 16, which fills whole vectors."""
+        """Draw a size from 1 to `most`: often tiny, often a multiple of 16, which fills whole vectors."""
         sixteens = 16 * self.random.randint(1, max(1, most // 16))
         found: int = self.one_of(
             1, 2, 3, self.random.randint(1, 9), sixteens, *self.random.choices(range(1, most + 1), k=3)
@@ -74,7 +74,7 @@ class Draw:
         return self.laid_out(torch.randint(below, shape, generator=self.numbers).to(self.one_of(*dtypes)))
 
     def laid_out(self, values: Tensor) -> Tensor:
-        """The values in memory that ends with the last of them."""
+        """Return the values in memory that ends with the last of them."""
         order = list(range(values.dim()))
         if self.chance(0.3):
             self.random.shuffle(order)
@@ -141,7 +141,7 @@ def _embedding(draw: Draw) -> Case:
 
 
 def _factors(draw: Draw, rows: int, columns: int, dropout_p: float) -> Tensor:
-    """What our operator, called after the same seed, multiplies by; float64, whatever the kernels make."""
+    """Return the float64 factors by which our operator, called after the same seed, multiplies."""
     torch.manual_seed(draw.seed)
     kept = dropout_factors(draw.backend, draw_rng(torch.device(draw.device)), rows, columns, dropout_p) > 0
     return kept.double() / (1 - dropout_p)
@@ -271,8 +271,8 @@ def _given(inputs: Sequence[Tensor | None], names: str) -> str:
 
 
 def _loss_options(draw: Draw, rows: int, classes: int) -> tuple[Tensor, dict[str, Any], str]:
-    """Targets, of which the first is not ignored (the mean over none is NaN), for two classes or more (the gradient of
-    one is nothing but rounding)."""
+    """Draw targets for two classes or more, of which the first is not ignored: the mean over none is NaN (the gradient
+    of one class is nothing but rounding)."""
     target = draw.ints(classes, rows)
     ignored = draw.one_of(-100, -100, classes - 1)
     if draw.chance(0.4):

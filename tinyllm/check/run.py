@@ -48,7 +48,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a check: PASSED, FAILED, HUNG or NOT_HERE, and the details."""
+    """Outcome of a check: PASSED, FAILED, HUNG or NOT_HERE, and the details."""
 
     check: Check
     result: str
@@ -174,7 +174,7 @@ def _text(file: IO[str]) -> str:
 
 
 def _said(file: IO[str]) -> list[dict[str, Any]]:
-    """The worker's lines; the last may be torn."""
+    """Return the worker's lines, of which the last may be incomplete."""
     lines: list[dict[str, Any]] = []
     for line in _text(file).splitlines():
         try:

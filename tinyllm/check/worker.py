@@ -102,7 +102,7 @@ def _compare(case: Case, draw: Draw) -> float:
 def _results(
     function: Function, case: Case, dtype: torch.dtype, draw: Draw, grads: list[Tensor] | None = None
 ) -> tuple[dict[str, Tensor], list[Tensor]]:
-    """Outputs and gradients of a call in a dtype by their names, and the outputs' gradients that were used."""
+    """Return outputs and gradients of a call in a dtype by their names, and the outputs' gradients that were used."""
     inputs = [None if x is None else (x.detach() if x.dtype == dtype else x.to(dtype)) for x in case.inputs]
     leaves = [x.requires_grad_() for x in inputs if x is not None]
     found = function(*inputs)

@@ -95,8 +95,8 @@ def generate(
 
 
 def _prompt_text(prompt: str | None, prompt_file: Path | None) -> str:
-    """The text to go on from: an option's, a file's or standard input's. A last line break of the latter two belongs to
-    the file, not to the text: `echo "def" |` is the prompt "def"."""
+    """Return the prompt: an option's text, a file's or standard input's. The last line break of the latter two belongs
+    to the file, not to the text: `echo "def" |` is the prompt "def"."""
     if prompt is not None and prompt_file is not None:
         raise ValueError("--prompt and --prompt-file are both given; one is allowed")
     if prompt is not None and prompt != "-":

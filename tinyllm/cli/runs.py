@@ -75,7 +75,7 @@ def list_runs(
 
 
 def _show(found: list[RunInfo], sort: str) -> None:
-    """A table as wide as the terminal, or as it needs to be for a file; and what is wrong with broken runs."""
+    """Print a table as wide as the terminal, or as wide as needed in a file, and what is wrong with broken runs."""
     from rich.console import Console
 
     terminal = sys.stdout.isatty() or "COLUMNS" in os.environ
