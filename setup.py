@@ -27,7 +27,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
@@ -319,5 +319,27 @@ def libraries() -> tuple[list[Extension], dict[str, Any]]:
     return [module for _, module in modules], {"build_ext": BuildExt}
 
 
+def long_description() -> str:
+    """Return README.md without the pictures and links that lead into the repository, where a package index has none."""
+    inside = r"\((?!https?://|mailto:)[^)]*\)"
+    code, picture = r"^```.*?^```|`[^`\n]+`", rf"!\[[^]]*\]{inside}|<img[^>]*>"
+    link = rf"\[(?P<text>(?:`[^`]*`|[^]`[])*)\]{inside}"
+    pattern = re.compile(rf"(?P<code>{code})|{picture}|{link}", re.MULTILINE | re.DOTALL)
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    return pattern.sub(lambda match: match["code"] or match["text"] or "", text)
+
+
 modules, commands = libraries()
-setup(ext_modules=modules, cmdclass={"build_py": BuildPy, **commands})
+# The kernels and the benchmarks stand beside tinyllm in the repository, and are installed inside it.
+beside = ["kernels", "benchmarks"]
+setup(
+    long_description=long_description(),
+    long_description_content_type="text/markdown",
+    packages=[
+        *find_packages(include=["tinyllm", "tinyllm.*"]),
+        *(f"tinyllm.{name}" for root in beside for name in find_packages(include=[root, f"{root}.*"])),
+    ],
+    package_dir={f"tinyllm.{name}": name for name in beside},
+    ext_modules=modules,
+    cmdclass={"build_py": BuildPy, **commands},
+)

@@ -30,7 +30,7 @@ from tinyllm import ops
 from tinyllm.ops import dispatch
 from tinyllm.ops.backends import cuda, triton
 
-from . import gpu_launch, gpu_models, gpu_operators, gpu_report, gpu_timing, machine, report
+from . import gpu_launch, gpu_models, gpu_operators, gpu_report, gpu_timing, machine, proven, report
 from .gpu_row import BACKENDS, CUDA, TRITON, WALL, Function, GpuRow, Source
 from .harness import BYTES, Case, Provider, check
 from .timing import format_time, take_turns
@@ -392,6 +392,7 @@ def main(arguments: list[str] | None = None) -> int:
         adopt(options.adopt)
     if report.README.exists():
         gpu_report.update_readme()
+        proven.write()
     return 0
 
 

@@ -56,10 +56,9 @@ class Machine:
     def __init__(self, root):
         self.root, self.site, self.source = root, root / "site", root / "source"
         shutil.copytree(ROOT / "tinyllm", self.source / "tinyllm", ignore=shutil.ignore_patterns("*.so", "_build.json"))
-        for name in ("setup.py", "pyproject.toml", "README.md"):
+        for name in ("setup.py", "pyproject.toml", "LICENSE", "README.md"):
             shutil.copy(ROOT / name, self.source / name)
-        for name in ("kernels", "kernels/attention", "benchmarks/results", "csrc/cuda"):
-            (self.source / name).mkdir(parents=True)
+        (self.source / "csrc" / "cuda").mkdir(parents=True)
         (self.source / "csrc" / "ops.cpp").touch()
         (self.source / "csrc" / "cuda" / "layer_norm.cu").touch()
         for name, text in (("torch/__init__.py", TORCH), ("torch/utils/cpp_extension.py", CPP_EXTENSION)):

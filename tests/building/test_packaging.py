@@ -1,5 +1,6 @@
 """The package as it is installed: what the archives hold, and an installation without compiled kernels."""
 
+import email
 import os
 import re
 import shutil
@@ -10,9 +11,14 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import readme_renderer.markdown
+import yaml
+
+import tinyllm
 
 ROOT = Path(__file__).parents[2]
-TRACKED = ("benchmarks", "csrc", "kernels", "tinyllm", "pyproject.toml", "setup.py", "MANIFEST.in", "README.md")
+BESIDE = ("benchmarks", "kernels")  # tinyllm in the repository; in the wheel they are inside it
+TRACKED = ("benchmarks", "csrc", "docs", "kernels", "tinyllm", "LICENSE", "MANIFEST.in", "README.md", "pyproject.toml")
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +26,7 @@ def checkout(tmp_path_factory):
     """A copy of what the archives are made from, without anything built in it."""
     root = tmp_path_factory.mktemp("checkout")
     ignore = shutil.ignore_patterns("*.so", "__pycache__", "_build.json")
-    for name in TRACKED:
+    for name in (*TRACKED, "setup.py"):
         source = ROOT / name
         if source.is_dir():
             shutil.copytree(source, root / name, ignore=ignore)
@@ -55,10 +61,52 @@ def test_the_sdist_holds_what_the_build_needs(checkout, tmp_path):
     assert result.returncode == 0, output
     with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
         names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
-    sources = {str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*") if path.is_file()}
-    assert sources <= names
-    assert {"kernels/__init__.py", "setup.py", "pyproject.toml", "tinyllm/ops/attention.py"} <= names
+        metadata = archive.extractfile(next(name for name in archive.getnames() if name.endswith("/PKG-INFO"))).read()
+    kept = {path for name in ("csrc", "docs") for path in ROOT.glob(f"{name}/**/*") if path.is_file()}
+    assert {str(path.relative_to(ROOT)) for path in kept} <= names
+    assert {"kernels/__init__.py", "setup.py", "pyproject.toml", "tinyllm/ops/attention.py", "LICENSE"} <= names
     assert not [name for name in names if name.endswith(".so")]
+    fields = email.message_from_bytes(metadata)
+    assert fields["License-Expression"] == "MIT"
+    assert fields["License-File"] == "LICENSE"
+    assert fields["Author"] == "the tinyllm authors"
+
+
+def test_the_long_description_leads_nowhere_inside_the_repository(checkout, tmp_path):
+    """A package index has neither the repository's pictures nor its files."""
+    (checkout / "README.md").write_text(
+        "A [page](docs/training.md), [`a.file`](tinyllm/model.py#L3), a [site](https://example.org/a) and `a[0](b)`.\n"
+        "![picture](docs/loss_curve.png)\n<img src='docs/loss_curve.png'>\n```\nx = table[name](argument)\n```\n"
+        "```\n[not a link](code)\n```\n"
+    )
+    try:
+        lines = described(checkout, tmp_path / "made").splitlines()
+    finally:
+        shutil.copy(ROOT / "README.md", checkout)
+    assert lines[0] == "A page, `a.file`, a [site](https://example.org/a) and `a[0](b)`."
+    assert lines[1:3] == ["", ""]
+    assert lines[3:] == ["```", "x = table[name](argument)", "```", "```", "[not a link](code)", "```"]
+    html = readme_renderer.markdown.render(described(checkout, tmp_path / "ours"))
+    assert html
+    links = re.findall(r"""(?:href|src)=["']([^"']*)""", html)
+    # Those to #user-content- are the headings' own.
+    assert [link for link in links if "://" not in link and not link.startswith("#user-content-")] == []
+
+
+def described(checkout, out):
+    """Return the long description of a checkout's wheel."""
+    result, output = build(checkout, "wheel", out, TINYLLM_EXT="0")
+    assert result.returncode == 0, output
+    with zipfile.ZipFile(next(out.glob("*.whl"))) as archive:
+        metadata = archive.read(next(name for name in archive.namelist() if name.endswith(".dist-info/METADATA")))
+    return email.message_from_bytes(metadata).get_payload(decode=True).decode()
+
+
+def test_versions_agree():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert citation["version"] == tinyllm.__version__
+    assert f"## [{tinyllm.__version__}] - {citation['date-released']}\n" in changelog
 
 
 def test_a_wheel_without_the_extension_works_and_says_why(checkout, tmp_path):
@@ -70,7 +118,15 @@ def test_a_wheel_without_the_extension_works_and_says_why(checkout, tmp_path):
     assert wheel.name.endswith("-py3-none-any.whl")
     site = tmp_path / "site"
     with zipfile.ZipFile(wheel) as archive:
-        assert {"tinyllm/kernels/__init__.py", "tinyllm/benchmarks/run.py"} <= set(archive.namelist())
+        names = {name for name in archive.namelist() if ".dist-info/" not in name}
+        modules = {name for name in names if name.endswith(".py")}
+        assert names - modules == {"tinyllm/_build.json", "tinyllm/ops/backends/proven.json", "tinyllm/py.typed"}
+        sources = {
+            f"{target}/{path.relative_to(ROOT / source)}"
+            for source, target in (("tinyllm", "tinyllm"), *((name, f"tinyllm/{name}") for name in BESIDE))
+            for path in ROOT.glob(f"{source}/**/*.py")
+        }
+        assert modules == sources
         archive.extractall(site)
     # It is larger than PyTorch for CPUs, whose users have no use for it; PyTorch for GPUs brings it.
     needed = Path(next(site.glob("*.dist-info")), "METADATA").read_text().splitlines()

@@ -1,12 +1,11 @@
 """On which GPUs the kernels are said to be proven."""
 
 import json
-from importlib import resources
 
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_report
+from benchmarks import gpu, proven
 from benchmarks.gpu_row import CUDA, TRITON, Source
 from tinyllm._info import format_info
 from tinyllm.ops.backends import hardware
@@ -23,7 +22,7 @@ def measured(monkeypatch):
             for name in (CUDA, TRITON)
             for measured in [name == provider and row.operators and set(row.operators) <= set(operators)]
         ]
-        found = hardware.measured_in({"gpu": {"capability": capability}, "rows": entries})
+        found = proven.proven([{"gpu": {"capability": capability}, "rows": entries}])
         monkeypatch.setattr(hardware, "_measured", lambda: found)
 
     return commit
@@ -39,9 +38,8 @@ def gpus(monkeypatch):
     return have
 
 
-def test_the_committed_results_are_installed():
-    installed = resources.files("tinyllm.benchmarks") / "results" / "gpu.json"
-    assert json.loads(installed.read_text(encoding="utf-8")) == gpu_report.load()
+def test_what_is_installed_is_what_the_committed_results_prove():
+    assert json.loads(hardware.PROVEN.read_text(encoding="utf-8")) == proven.committed(), "run benchmarks.proven"
 
 
 def test_what_was_not_measured_is_not_proven(measured, gpus):
@@ -64,11 +62,11 @@ def test_another_family_proves_nothing_for_this_one(measured, gpus):
 
 def test_results_without_a_gpu_prove_nothing():
     rows = [{"provider": TRITON, "operators": ["attention"]}]
-    assert hardware.measured_in({"gpu": None, "rows": rows}) == frozenset()
+    assert proven.proven([{"gpu": None, "rows": rows}]) == {}
 
 
 def test_info_says_what_is_not_proven(monkeypatch, measured, gpus):
-    monkeypatch.setattr(hardware, "_measured", frozenset)
+    monkeypatch.setattr(hardware, "_measured", dict)
     lines = format_info().splitlines()
     at = lines.index("not proven on hardware:")
     assert all(name in lines[at + 1] for name in ("layer_norm", "attention", "linear_cross_entropy"))

@@ -1,29 +1,26 @@
-"""Which GPU kernels have run on which chips, from the benchmarks' committed results."""
+"""On which GPUs the GPU kernels have run, as the project's benchmarks found."""
 
 from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Mapping
-from importlib import resources
-from typing import Any
+from pathlib import Path
 
 import torch
 
-# What the results call the two families of kernels.
-_PROVIDERS = {"cuda": "CUDA C++", "triton": "Triton"}
+PROVEN = Path(__file__).with_name("proven.json")  # which `python -m benchmarks.proven` writes
 
 
 def proven(operator: str, backend: str) -> list[int]:
-    """Return the major compute capabilities of the chips on which a backend's kernels of an operator were measured,
-    which benchmarks/gpu_check.sh does only where their results are right."""
-    return sorted(major for major, found in _measured() if found == (operator, backend))
+    """Return the major compute capabilities of the GPUs on which a backend's kernels of an operator were measured and
+    gave right results."""
+    return sorted(int(major) for major, backends in _measured().items() if operator in backends.get(backend, ()))
 
 
 def remark(operator: str, backend: str) -> str | None:
-    """Return what is to be said of a backend's kernels of an operator: nothing where they have run on such GPUs as this
-    machine has, or, where it has none, on some."""
-    if backend not in _PROVIDERS:
+    """Return on which GPUs a backend's kernels of an operator have run or have not, or None where they have run on all
+    families of GPU that this machine has."""
+    if backend not in ("cuda", "triton"):
         return None
     majors = proven(operator, backend)
     here = {torch.cuda.get_device_capability(i)[0] for i in range(torch.cuda.device_count())}
@@ -40,24 +37,6 @@ def _numbers(majors: list[int]) -> str:
 
 
 @functools.cache
-def _measured() -> frozenset[tuple[int, tuple[str, str]]]:
-    """What `measured_in` finds in the committed results, which are installed with the package."""
-    try:
-        text = (resources.files("tinyllm.benchmarks") / "results" / "gpu.json").read_text(encoding="utf-8")
-    except (ModuleNotFoundError, FileNotFoundError):  # in a source tree that was not installed
-        return frozenset()
-    return measured_in(json.loads(text))
-
-
-def measured_in(results: Mapping[str, Any]) -> frozenset[tuple[int, tuple[str, str]]]:
-    """Return (major compute capability, (operator, backend)) of every row of results that was measured."""
-    if results["gpu"] is None:
-        return frozenset()
-    major = int(results["gpu"]["capability"].split(".")[0])
-    return frozenset(
-        (major, (operator, backend))
-        for row in results["rows"]
-        for backend, provider in _PROVIDERS.items()
-        if row["provider"] == provider and "failed" not in row
-        for operator in row.get("operators", ())
-    )
+def _measured() -> dict[str, dict[str, list[str]]]:
+    """Return operators by major compute capability and backend."""
+    return dict(json.loads(PROVEN.read_text(encoding="utf-8")))
