@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from setuptools import Extension, find_packages, setup
+from setuptools.command.build import build
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
@@ -293,9 +294,14 @@ def libraries() -> tuple[list[Extension], dict[str, Any]]:
         """Build one library after the other, so that a failure names its own."""
 
         inplace: bool
+        build_temp: str
         compiler: Any
 
         def run(self) -> None:
+            # An editable build would throw its objects away, and the next one compile everything again.
+            ordinary = build(self.distribution)
+            ordinary.ensure_finalized()
+            self.build_temp = ordinary.build_temp
             inplace, compiler, jobs = self.inplace, self.compiler, os.environ.get("MAX_JOBS")
             for library, module in modules:
                 self.extensions, self.inplace, self.compiler = [module], inplace, compiler
@@ -331,15 +337,12 @@ def long_description() -> str:
 
 modules, commands = libraries()
 # The kernels and the benchmarks stand beside tinyllm in the repository, and are installed inside it.
-beside = ["kernels", "benchmarks"]
+found = find_packages(include=["tinyllm*", "kernels*", "benchmarks*"])
 setup(
     long_description=long_description(),
     long_description_content_type="text/markdown",
-    packages=[
-        *find_packages(include=["tinyllm", "tinyllm.*"]),
-        *(f"tinyllm.{name}" for root in beside for name in find_packages(include=[root, f"{root}.*"])),
-    ],
-    package_dir={f"tinyllm.{name}": name for name in beside},
+    packages=[name if name.startswith("tinyllm") else f"tinyllm.{name}" for name in found],
+    package_dir={"tinyllm.kernels": "kernels", "tinyllm.benchmarks": "benchmarks"},
     ext_modules=modules,
     cmdclass={"build_py": BuildPy, **commands},
 )
