@@ -21,7 +21,7 @@ pybind11::list as_list(const std::vector<std::string>& names) {
 }  // namespace
 
 // Introspection only: tensors go through the dispatcher.
-PYBIND11_MODULE(_C, m) {
+PYBIND11_MODULE(_C, m, pybind11::mod_gil_not_used()) {
   m.doc() = "tinyllm's compiled operators (torch.ops.tinyllm.*) and what was built.";
   m.def(
       "built_isas", [] { return as_list(tinyllm::cpu::built_isas()); }, "Instruction sets in this build, best first.");
