@@ -154,7 +154,7 @@ void linear_cross_entropy_logits(const LinearCrossEntropy& a, int64_t range) {
   const T* weight = static_cast<const T*>(a.linear_weight);
   for (int64_t c0 = begin; c0 < end; c0 += kClassGroup) {
     const int64_t classes = std::min(kClassGroup, end - c0);
-    const OperandA<S> a_weight = [&]() -> OperandA<S> {
+    const OperandA<S> a_weight = [&, group = group]() -> OperandA<S> {
       if constexpr (std::is_same_v<T, S>) {
         if (!copied) return {weight + c0 * depth, depth, 1};
       }

@@ -192,7 +192,7 @@ void product_part(const Product& p, int64_t begin, int64_t end, int64_t column_b
     do {  // once for depth 0, which must still write out
       const int64_t chunk = std::min(kDepth, p.depth - k);
       const bool last = k + chunk == p.depth;
-      const auto multiply = [&](int64_t first, int64_t m, int64_t column) {
+      const auto multiply = [&, sums = sums](int64_t first, int64_t m, int64_t column) {
         const int64_t n = std::min(kPanel<S>, c1 - column);
         const OperandB<S> b = p.packed == nullptr
                                   ? row_major(static_cast<const S*>(p.b.data) + k * p.b.row + column, p.b.row)

@@ -244,7 +244,7 @@ std::tuple<Tensor, Tensor> transformer_block_fwd(Tensor input, std::vector<Tenso
                                                  double eps2, bool save) {
   const auto [s, w] = prepare("transformer_block", input, parameters, num_heads, causal, norm_first, activation);
   const Tensor x = as_contiguous(input), out = empty(x.sizes(), x.scalar_type());
-  return with_compute_type(s.dtype, [&](auto zero) -> std::tuple<Tensor, Tensor> {
+  return with_compute_type(s.dtype, [&, &s = s, &w = w](auto zero) -> std::tuple<Tensor, Tensor> {
     using S = decltype(zero);
     Parts<S> counted;
     BlockSaved<S>(s, counted);
@@ -275,7 +275,7 @@ std::tuple<Tensor, std::vector<Tensor>> transformer_block_bwd(Tensor grad, Tenso
     grads.push_back(empty(extents.shape(), x.scalar_type()));
     at = data_of(grads.back());
   });
-  with_compute_type(s.dtype, [&](auto zero) {
+  with_compute_type(s.dtype, [&, &s = s, &w = w](auto zero) {
     using S = decltype(zero);
     Parts<S> counted;
     BlockSaved<S>(s, counted);
