@@ -105,8 +105,9 @@ def complaint(source: Path, folder: Path) -> str | None:
     standard, for_nvcc = options(folder)
     common = [f"-I{folder / 'torch' / 'include'}", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
     if source.suffix == ".cu":
-        # PTX of one architecture: front ends of host and device and all templates, without an assembler.
-        command = ["nvcc", "--ptx", "-o", os.devnull, "-arch=sm_90a", "-DUSE_CUDA", "-DTINYLLM_SM90A", "-std=c++17"]
+        # PTX of one architecture, not optimized: the front ends of host and device and all templates, no more.
+        command = ["nvcc", "--ptx", "-o", os.devnull, "-Xcicc=-O0", "-arch=sm_90a", "-std=c++17"]
+        command += ["-DUSE_CUDA", "-DTINYLLM_SM90A"]
         command += [*common, *for_nvcc]
     else:
         includes = [f"-I{path}" for path in (pybind11.get_include(), sysconfig.get_paths()["include"])]
