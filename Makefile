@@ -19,11 +19,17 @@ EMULATION := $(wildcard tests/emulation/*.h tests/emulation/*.cpp)
 # What building and checking need; torch is pinned, so that no other one is downloaded.
 .venv/tools: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(PIP) install -q -c constraints.txt torch numpy setuptools wheel pybind11 ninja
+	$(PIP) install -q -c constraints.txt torch numpy "setuptools>=77" wheel pybind11 ninja
 	touch $@
 
+# What using tinyllm needs. One that is built again compiles what has changed.
 .venv/installed: .venv/tools setup.py $(SOURCES)
 	@echo "Building and installing tinyllm (about a minute)"
+	$(PIP) install -q -c constraints.txt --no-build-isolation -e .
+	touch $@
+
+# What developing it needs besides; tinyllm itself is installed once more by the way, which takes seconds.
+.venv/dev: .venv/tools | .venv/installed
 	$(PIP) install -q -c constraints.txt --no-build-isolation -e ".[dev]"
 	touch $@
 
@@ -35,41 +41,41 @@ demo: .venv/installed
 
 # Two processes, since most of the tests' time is Python's; a file's tests stay in one, for what they share. Threads that
 # wait leave their core to the other process.
-test: .venv/installed
+test: .venv/installed .venv/dev
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(or $(WORKERS),2) --dist loadfile
 
-bench: .venv/installed
+bench: .venv/installed .venv/dev
 	$(BIN)/tinyllm bench
 
-train-bench: .venv/installed
+train-bench: .venv/installed .venv/dev
 	$(PIP) install -q -c constraints.txt transformers
 	$(BIN)/python -m benchmarks.training_speed
 
-lint: .venv/installed
+lint: .venv/installed .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(SOURCES) $(EMULATION)
 
-abi-check: .venv/installed
+abi-check: .venv/installed .venv/dev
 	$(BIN)/python -m tests.building.abi_check
 
-gpu-compile: .venv/installed
+gpu-compile: .venv/installed .venv/dev
 	$(BIN)/python -m tests.building.cuda_compile
 	$(BIN)/python -m tests.building.gpu_compile
 
-cpu-sanitize: .venv/installed
+cpu-sanitize: .venv/installed .venv/dev
 	$(BIN)/python -m tests.building.cpu_sanitize
 
 # In the other order of threads than `make test`: what asynchronous copies do then happens at once. Python itself is not
 # built with the sanitizers, so their libraries come first by force, and its own leaks are left alone.
-cuda-sanitize: .venv/installed
+cuda-sanitize: .venv/installed .venv/dev
 	library=$$($(BIN)/python -m tests.emulation.build --sanitize) && \
 	export TINYLLM_EMULATED_CUDA=$$library TINYLLM_EMULATED_SCHEDULE=backward ASAN_OPTIONS=detect_leaks=0 \
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" && \
 	$(BIN)/python -m pytest -n $(or $(WORKERS),2) tests/cuda
 
-format: .venv/installed
+format: .venv/installed .venv/dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(SOURCES) $(EMULATION)
