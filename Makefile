@@ -7,6 +7,7 @@
 #   make abi-check      all sources against the headers of torch 2.10, 2.11 and the newest torch
 #   make gpu-compile    the GPU kernels' registers, spills and shared memory, read without a GPU
 #   make cpu-sanitize   the CPU kernels of every instruction set that this machine has, watched by the sanitizers
+#   make wheel-check    builds the archives, installs the wheel elsewhere and uses it
 #   make cuda-sanitize  the CUDA C++ kernels on emulated threads, watched by the sanitizers
 PYTHON ?= python3
 BIN := .venv/bin
@@ -14,7 +15,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 EMULATION := $(wildcard tests/emulation/*.h tests/emulation/*.cpp)
 
-.PHONY: demo test bench train-bench lint abi-check gpu-compile cpu-sanitize cuda-sanitize format clean
+.PHONY: demo test bench train-bench lint abi-check gpu-compile cpu-sanitize cuda-sanitize wheel-check format clean
 
 # What building and checking need; torch is pinned, so that no other one is downloaded.
 .venv/tools: pyproject.toml constraints.txt
@@ -74,6 +75,10 @@ cuda-sanitize: .venv/installed .venv/dev
 	export TINYLLM_EMULATED_CUDA=$$library TINYLLM_EMULATED_SCHEDULE=backward ASAN_OPTIONS=detect_leaks=0 \
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" && \
 	$(BIN)/python -m pytest -n $(or $(WORKERS),2) tests/cuda
+
+# The archives as users get them, in an environment that has nothing else.
+wheel-check: .venv/installed .venv/dev
+	$(BIN)/python tests/building/wheel_check.py
 
 format: .venv/installed .venv/dev
 	$(BIN)/ruff check --fix .
