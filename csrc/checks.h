@@ -1,5 +1,5 @@
-// Argument checks shared by the CPU and CUDA sides. The Python functions check first and say more; these keep a direct
-// call of torch.ops.tinyllm.* from touching memory that is not there.
+// Argument checks shared by the CPU and CUDA sides. The Python functions check first and with better messages; these
+// checks keep a direct call of torch.ops.tinyllm.* from accessing memory out of bounds.
 #pragma once
 #include <torch/csrc/stable/tensor.h>
 
@@ -48,7 +48,7 @@ inline void check_shape(const char* op, const char* name, const Tensor& t, std::
   fail(op, ": ", name, " has shape ", shape_of(t), "; [", text.str(), "] is needed");
 }
 
-// What a dtype is accumulated in.
+// The dtype in which a dtype is computed and accumulated.
 inline ScalarType compute_dtype(ScalarType dtype) {
   return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }

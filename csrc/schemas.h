@@ -1,4 +1,4 @@
-// Every operator's schema, on one screen. Each device's file registers its own implementation.
+// The schemas of all operators. Each file of a device registers its own implementations.
 #pragma once
 
 namespace tinyllm {
@@ -28,7 +28,7 @@ void define_operators(Library& m) {
   m.def(
       "embedding_bwd(Tensor grad, Tensor input, SymInt num_embeddings, int? padding_idx, bool weight_grad,"
       " bool positions_grad, float dropout_p=0., Tensor? rng=None) -> (Tensor grad_weight, Tensor grad_positions)");
-  // lse: (B H T), or (2 B H T) with an additive mask: then lse[1] is what rounding took from lse[0].
+  // lse is (B, H, T), or (2, B, H, T) with an additive mask: then lse[1] is the rounding error of lse[0].
   m.def(
       "attention_fwd(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, bool is_causal, float scale,"
       " float dropout_p=0., Tensor? rng=None, Tensor? key_lengths=None) -> (Tensor out, Tensor lse)");
@@ -37,14 +37,14 @@ void define_operators(Library& m) {
       " bool is_causal, float scale, float dropout_p=0., Tensor? rng=None, Tensor? key_lengths=None)"
       " -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)");
   m.def("dropout_factors(Tensor rng, SymInt rows, SymInt columns, float p) -> Tensor");
-  // reduction: 0 none, 1 mean, 2 sum, as in PyTorch. grad_input is empty unless with_grad.
+  // reduction is 0 (none), 1 (mean) or 2 (sum), as in PyTorch. grad_input is empty unless with_grad.
   m.def(
       "cross_entropy_fwd(Tensor input, Tensor target, Tensor? weight, int reduction, int ignore_index,"
       " float label_smoothing, bool with_grad) -> (Tensor loss, Tensor max_and_sum, Tensor grad_input)");
   m.def(
       "cross_entropy_bwd(Tensor grad, Tensor input, Tensor target, Tensor? weight, Tensor max_and_sum, int reduction,"
       " int ignore_index, float label_smoothing) -> Tensor grad_input");
-  // Gradients are in the compute dtype, and empty where not wanted.
+  // Gradients are in the compute dtype, and empty if they are not wanted.
   m.def(
       "linear_cross_entropy_fwd(Tensor input, Tensor linear_weight, Tensor target, Tensor? linear_bias, Tensor? weight,"
       " int reduction, int ignore_index, float label_smoothing, bool need_input, bool need_weight, bool need_bias)"
@@ -53,7 +53,7 @@ void define_operators(Library& m) {
       "linear_cross_entropy_bwd(Tensor grad, Tensor input, Tensor linear_weight, Tensor target, Tensor? linear_bias,"
       " Tensor? weight, int reduction, int ignore_index, float label_smoothing, bool need_input, bool need_weight,"
       " bool need_bias) -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)");
-  // activation: none, relu, gelu, gelu_tanh
+  // activation is none, relu, gelu or gelu_tanh.
   m.def(
       "linear_fwd(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, str activation, bool pre_activation)"
       " -> (Tensor out, Tensor pre_activation)");
@@ -69,16 +69,16 @@ void define_operators(Library& m) {
       " str activation, bool input_grad, bool weight_grads, bool bias1_grad, bool bias2_grad) -> (Tensor grad_input, "
       "Tensor grad_weight1,"
       " Tensor grad_bias1, Tensor grad_weight2, Tensor grad_bias2)");
-  // parameters: the weights of query, key, value, out_proj (only with several heads), linear1, linear2, norm1, norm2,
-  // then, if there are biases, those in the same order.
+  // parameters are the weights of query, key, value, out_proj (only with several heads), linear1, linear2, norm1 and
+  // norm2, followed, if there are biases, by the biases in the same order.
   m.def(
       "transformer_block_fwd(Tensor input, Tensor[] parameters, int num_heads, bool causal, bool norm_first,"
       " str activation, float eps1, float eps2, bool save) -> (Tensor out, Tensor saved)");
   m.def(
       "transformer_block_bwd(Tensor grad, Tensor input, Tensor[] parameters, Tensor saved, int num_heads, bool causal,"
       " bool norm_first, str activation) -> (Tensor grad_input, Tensor[] grads)");
-  // parameters: table, those of each block, the final norm's (norm_first), output's; see cpu/transformer.cpp. With a
-  // target (B T) the output is the mean loss, else the logits.
+  // parameters are listed in cpu/transformer.cpp. With a target (B, T) the output is the mean loss, otherwise the
+  // logits.
   m.def(
       "transformer_fwd(Tensor input, Tensor[] parameters, Tensor? positions, Tensor? target, int num_layers,"
       " int num_heads, bool causal, bool norm_first, str activation, float eps, bool save)"

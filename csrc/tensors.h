@@ -1,4 +1,4 @@
-// What the torch side of every operator needs of tensors, whatever their device.
+// Helpers for tensors, shared by the torch side of the operators on all devices.
 #pragma once
 #include <torch/csrc/stable/ops.h>
 
@@ -18,8 +18,8 @@ inline void* data_or_null(const OptionalTensor& t) { return t.has_value() ? data
 
 inline Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
-// An uninitialised tensor. torch::stable::new_empty goes through the dispatcher, boxed, which takes as long as a small
-// layer norm.
+// Allocates an uninitialised tensor. torch::stable::new_empty goes through the boxed dispatcher, which takes as long as
+// a small layer norm.
 inline Tensor empty_strided(IntArray sizes, IntArray strides, ScalarType dtype, int32_t device_type,
                             int32_t device_index) {
   AtenTensorHandle made = nullptr;

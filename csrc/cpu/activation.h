@@ -1,10 +1,10 @@
-// The activations of feed-forward layers, and their derivatives, a vector at a time.
+// The activations of feed-forward layers and their derivatives, one vector at a time.
 #pragma once
 #include <cmath>
 #include <limits>
 
-#include "dispatch.h"
-#include "simd.h"
+#include "kernel_args.h"
+#include "vector_math.h"
 
 namespace tinyllm::TINYLLM_ISA {
 
@@ -13,7 +13,7 @@ using cpu::Activation;
 #if defined(TINYLLM_AVX512) || defined(TINYLLM_AVX2)
 
 // erf(x) = x P(x^2) / Q(x^2), to about two units in the last place: the rational minimax approximation of Eigen's
-// generic_fast_erf_float. Beyond |x| = 4 it is 1 in single precision.
+// generic_fast_erf_float. For |x| >= 4 it is 1 in single precision.
 inline Vec<float> erf(Vec<float> x) {
   using V = Vec<float>;
   x = max(V::set1(-4.0f), min(V::set1(4.0f), x));
@@ -30,7 +30,7 @@ inline Vec<float> erf(Vec<float> x) {
 
 #endif
 
-// Double precision is for checking, not for speed.
+// Double precision is used to check results, so it need not be fast.
 template <class S>
 inline Vec<S> erf(Vec<S> x) {
   S values[Vec<S>::size];
@@ -39,15 +39,16 @@ inline Vec<S> erf(Vec<S> x) {
   return Vec<S>::load(values);
 }
 
-// Phi(x), the share of a standard normal distribution below x: gelu(x) = x Phi(x) (Hendrycks and Gimpel 2016).
+// Phi(x), the cumulative distribution function of the standard normal distribution: gelu(x) = x Phi(x) (Hendrycks &
+// Gimpel 2016).
 template <class S>
 inline Vec<S> normal_cdf(Vec<S> x) {
   using V = Vec<S>;
   return fma(V::set1(S(0.5)), erf(x * V::set1(S(0.70710678118654752))), V::set1(S(0.5)));
 }
 
-// gelu's tanh form: x (1 + tanh(u)) / 2 = x sigmoid(2u), u = sqrt(2 / pi) (x + 0.044715 x^3). This has sigmoid(2u), and
-// 1 - sigmoid(2u) without the cancellation.
+// The tanh approximation of gelu: x (1 + tanh(u)) / 2 = x sigmoid(2u) with u = sqrt(2 / pi) (x + 0.044715 x^3). `open`
+// is sigmoid(2u), and `closed` is 1 - sigmoid(2u) computed without cancellation.
 template <class S>
 struct TanhGate {
   Vec<S> open, closed;
@@ -55,7 +56,8 @@ struct TanhGate {
   explicit TanhGate(Vec<S> x) {
     using V = Vec<S>;
     const V cubic = fma(V::set1(S(-2 * 0.7978845608028654 * 0.044715)), x * x, V::set1(S(-2 * 0.7978845608028654)));
-    // Where exp would overflow the gate is shut for good: the largest x times the least gate that is left would show.
+    // Where exp would overflow the gate must be exactly 0: its smallest other value times the largest x would not be
+    // negligible.
     const V most = V::set1(std::numeric_limits<S>::max() / 4);
     const V e = min(most, exp(x * cubic));
     open = (V::set1(S(1)) / (V::set1(S(1)) + e)).where_positive(most - e);
@@ -67,7 +69,7 @@ template <class S>
 inline Vec<S> activate(Activation activation, Vec<S> x) {
   switch (activation) {
     case Activation::relu:
-      return max(Vec<S>::zero(), x);  // NaN stays
+      return max(Vec<S>::zero(), x);  // max returns its second argument for NaN
     case Activation::gelu:
       return x * normal_cdf(x);
     case Activation::gelu_tanh:
@@ -78,7 +80,7 @@ inline Vec<S> activate(Activation activation, Vec<S> x) {
   return x;
 }
 
-// grad times the activation's derivative at x. For relu x may be its output as well as its input.
+// grad times the derivative of the activation at x. For relu, x may be its output as well as its input.
 template <class S>
 inline Vec<S> activation_grad(Activation activation, Vec<S> x, Vec<S> grad) {
   using V = Vec<S>;

@@ -1,4 +1,4 @@
-// scaled_dot_product_attention on the CPU: check, allocate, split over threads. The arithmetic is in
+// scaled_dot_product_attention on the CPU: checks, allocation, and distribution over threads. The arithmetic is in
 // attention_{fwd,decode,bwd}_kernel.h.
 #include <torch/csrc/stable/library.h>
 
@@ -10,15 +10,16 @@
 
 #include "attention.h"
 #include "random.h"
+#include "scratch.h"
 #include "torch_side.h"
 
 namespace tinyllm::cpu {
 namespace {
 
 constexpr int64_t kMaxHeadDim = 1024;
-// Tasks of backward that keep as many threads busy as most machines have.
+// This many tasks of backward keep the threads of most machines busy.
 constexpr int64_t kBackwardItems = 32;
-// Below this, memory for dQ is not worth saving.
+// Up to this many bytes, the memory for the sums of dQ is not worth saving.
 constexpr int64_t kSmallSums = int64_t{16} << 20;
 
 Strided strided(const Tensor& t) {
@@ -26,8 +27,8 @@ Strided strided(const Tensor& t) {
   return {data_of(t), strides[0], strides[1], strides[2], strides[3]};
 }
 
-// (B, H, T, D) over memory in the order (B, T, H, D): joining the heads afterwards is free.
-Tensor new_heads_inside(const Tensor& like, int64_t batch, int64_t heads, int64_t rows, int64_t columns) {
+// Allocates a (B, H, T, D) tensor whose memory is in the order (B, T, H, D), so that merging the heads is a view.
+Tensor empty_heads(const Tensor& like, int64_t batch, int64_t heads, int64_t rows, int64_t columns) {
   const int64_t row = std::max<int64_t>(1, heads) * std::max<int64_t>(1, columns);
   const std::vector<int64_t> shape{batch, heads, rows, columns};
   const std::vector<int64_t> strides{std::max<int64_t>(1, rows) * row, std::max<int64_t>(1, columns), row, 1};
@@ -73,7 +74,7 @@ Attention arguments(const char* op, const Tensor& query, const Tensor& key, cons
   return a;
 }
 
-// key_lengths, int32 or int64, as what the kernels read; it must live as long as they run.
+// Converts key_lengths, int32 or int64, to int64 and lets `a` point to it; the result must outlive the kernels.
 std::vector<int64_t> lengths_of(const char* op, const OptionalTensor& key_lengths, const Tensor& query, Attention& a) {
   if (!key_lengths) return {};
   check_device(op, "key_lengths", *key_lengths, query);
@@ -87,10 +88,10 @@ std::vector<int64_t> lengths_of(const char* op, const OptionalTensor& key_length
   else
     fail(op, ": key_lengths has dtype ", torch::headeronly::toString(t.scalar_type()), "; int32 or int64 is needed");
   a.key_lengths = lengths.data();
-  return lengths;  // moved: the same memory
+  return lengths;  // A move or an elided copy, so that the pointer stays valid.
 }
 
-// With an additive mask lse_rest follows.
+// Sets lse and, behind it in the same tensor if there is an additive mask, lse_rest.
 void set_lse(Attention& a, const Tensor& lse) {
   a.lse = data_of(lse);
   const int64_t bytes = a.batch * a.heads * a.queries * static_cast<int64_t>(lse.element_size());
@@ -102,13 +103,13 @@ std::tuple<Tensor, Tensor> attention_fwd(Tensor query, Tensor key, Tensor value,
                                          OptionalTensor key_lengths) {
   Attention a = arguments("attention", query, key, value, attn_mask, is_causal, scale, dropout_p, rng);
   const std::vector<int64_t> lengths = lengths_of("attention", key_lengths, query, a);
-  const Tensor out = new_heads_inside(query, a.batch, a.heads, a.queries, a.value_dim);
+  const Tensor out = empty_heads(query, a.batch, a.heads, a.queries, a.value_dim);
   std::vector<int64_t> lse_shape{a.batch, a.heads, a.queries};
   if (a.mask_kind == MaskKind::additive) lse_shape.insert(lse_shape.begin(), 2);
   const Tensor lse = empty(lse_shape, compute_dtype(query.scalar_type()));
   a.out = strided(out);
   set_lse(a, lse);
-  attention_forward(dtype_index("attention", query), a);
+  attention_forward(dtype_of("attention", query), a);
   return {out, lse};
 }
 
@@ -131,82 +132,82 @@ std::tuple<Tensor, Tensor, Tensor> attention_bwd(Tensor grad, Tensor query, Tens
   else
     check_shape(op, "lse", lse, {a.batch, a.heads, a.queries});
   if (!lse.is_contiguous()) fail(op, ": lse must be contiguous");
-  const Tensor grad_query = new_heads_inside(query, a.batch, a.heads, a.queries, a.head_dim);
-  const Tensor grad_key = new_heads_inside(query, a.batch, a.kv_heads, a.keys, a.head_dim);
-  const Tensor grad_value = new_heads_inside(query, a.batch, a.kv_heads, a.keys, a.value_dim);
+  const Tensor grad_query = empty_heads(query, a.batch, a.heads, a.queries, a.head_dim);
+  const Tensor grad_key = empty_heads(query, a.batch, a.kv_heads, a.keys, a.head_dim);
+  const Tensor grad_value = empty_heads(query, a.batch, a.kv_heads, a.keys, a.value_dim);
   a.out = strided(out);
   set_lse(a, lse);
   a.grad_out = strided(grad);
   a.grad_query = strided(grad_query);
   a.grad_key = strided(grad_key);
   a.grad_value = strided(grad_value);
-  attention_backward(dtype_index(op, query), a);
+  attention_backward(dtype_of(op, query), a);
   return {grad_query, grad_key, grad_value};
 }
 
-// Memory for the ranges' shares: outputs, and behind them two numbers of the softmax.
-std::unique_ptr<char[]> new_shares(int dtype, Attention& a) {
+// Allocates the partial results of the ranges: for each row its output, then its maximum and sum.
+std::unique_ptr<char[]> new_partials(DType dtype, Attention& a) {
   constexpr int64_t line = 64;
   const int64_t vector = kernels().vector[dtype];
-  a.share_row = (a.value_dim + vector - 1) / vector * vector + std::max<int64_t>(vector, 2);
-  const int64_t element = dtype == static_cast<int>(DType::f64) ? sizeof(double) : sizeof(float);
-  const int64_t bytes = a.batch * a.heads * a.parts * a.queries * a.share_row * element;
-  std::unique_ptr<char[]> shares(new char[bytes + line]);
-  a.shares = shares.get() + line - reinterpret_cast<uintptr_t>(shares.get()) % line;
-  return shares;
+  a.partial_row = (a.value_dim + vector - 1) / vector * vector + std::max<int64_t>(vector, 2);
+  const int64_t bytes = a.batch * a.heads * a.ranges * a.queries * a.partial_row * compute_size(dtype);
+  std::unique_ptr<char[]> memory(new char[bytes + line]);
+  a.partials = memory.get() + line - reinterpret_cast<uintptr_t>(memory.get()) % line;
+  return memory;
 }
 
-// Whether keys and values are used so few times that packing them would not pay, and a head is worth splitting.
-bool decodes(const Attention& a) {
+// Whether keys and values are used so few times that packing them would not pay.
+bool is_decoding(const Attention& a) {
   return a.keys >= 64 && a.queries > 0 && !a.causal && a.key.column == 1 && a.value.column == 1 &&
          a.heads / std::max<int64_t>(a.kv_heads, 1) * a.queries <= 8;
 }
 
-void attention_decode(int dtype, Attention a) {
-  a.part = 512;
-  a.parts = (a.keys + a.part - 1) / a.part;
-  const std::unique_ptr<char[]> shares = new_shares(dtype, a);
+void attention_decode(DType dtype, Attention a) {
+  a.range_keys = 512;
+  a.ranges = (a.keys + a.range_keys - 1) / a.range_keys;
+  const std::unique_ptr<char[]> partials = new_partials(dtype, a);
   const Kernels& table = kernels();
   const int64_t heads = a.batch * a.kv_heads;
-  parallel_items(heads * a.parts, [&](int64_t item) {
-    const int64_t head = item / a.parts;
-    table.attention_decode[dtype](a, head / a.kv_heads, head % a.kv_heads, item % a.parts);
+  parallel_items(heads * a.ranges, [&](int64_t item) {
+    const int64_t head = item / a.ranges;
+    table.attention_decode[dtype](a, head / a.kv_heads, head % a.kv_heads, item % a.ranges);
   });
-  // Waking the threads again would cost more than this takes.
+  // This takes less time than waking the threads again.
   for (int64_t head = 0; head < heads; ++head)
-    table.attention_decode_sum[dtype](a, head / a.kv_heads, head % a.kv_heads);
+    table.attention_decode_combine[dtype](a, head / a.kv_heads, head % a.kv_heads);
 }
 
 }  // namespace
 
-void attention_forward(int dtype, const Attention& a) {
-  if (decodes(a)) return attention_decode(dtype, a);
+void attention_forward(DType dtype, const Attention& a) {
+  if (is_decoding(a)) return attention_decode(dtype, a);
   const auto kernel = kernels().attention_fwd[dtype];
-  // A head is one item while there are heads for every thread. Else its queries are split: each part packs the keys
-  // again, so parts are not made smaller than 256 queries.
+  // A head is one item if there are enough heads for all threads; otherwise its queries are split. Each split packs the
+  // keys again, so a split has at least 256 queries.
   const int64_t heads = a.batch * a.heads;
   const int64_t wanted = 4 * static_cast<int64_t>(torch::stable::get_num_threads());
-  int64_t parts = heads >= wanted ? 1 : (wanted + heads - 1) / std::max<int64_t>(heads, 1);
-  parts = std::clamp<int64_t>(parts, 1, std::max<int64_t>(1, a.queries / 256));
-  // Whole groups of queries, so that no part begins inside one.
-  const int64_t part = ((a.queries + parts - 1) / parts + 63) / 64 * 64;
-  if (a.queries > 0) parts = (a.queries + part - 1) / part;
-  parallel_items(a.queries == 0 ? 0 : heads * parts, [&](int64_t item) {
-    // The last part of a causal head costs most: it goes first.
-    const int64_t begin = (parts - 1 - item % parts) * part, head = item / parts;
-    kernel(a, head / a.heads, head % a.heads, begin, std::min(a.queries, begin + part));
+  int64_t splits = heads >= wanted ? 1 : (wanted + heads - 1) / std::max<int64_t>(heads, 1);
+  splits = std::clamp<int64_t>(splits, 1, std::max<int64_t>(1, a.queries / 256));
+  // A split consists of whole blocks of queries.
+  const int64_t split_queries = ((a.queries + splits - 1) / splits + 63) / 64 * 64;
+  if (a.queries > 0) splits = (a.queries + split_queries - 1) / split_queries;
+  parallel_items(a.queries == 0 ? 0 : heads * splits, [&](int64_t item) {
+    // The last split of a causal head takes longest, so it goes first.
+    const int64_t begin = (splits - 1 - item % splits) * split_queries, head = item / splits;
+    kernel(a, head / a.heads, head % a.heads, begin, std::min(a.queries, begin + split_queries));
   });
 }
 
-// dQ is summed in the compute type: where it is, if it has that type and whole vectors, else in memory of its own. All
-// of that is more than grad_query itself where elements have 16 bits, so there are never more heads at work than may
-// be: the extra memory of long sequences stays within a fifth of the gradients' own, unless one head alone takes more.
-void attention_backward(int dtype, const Attention& arguments) {
+// dQ is accumulated in the compute type: in grad_query itself if that has this type and rows of whole vectors,
+// otherwise in extra memory. For 16-bit elements that would be twice the size of grad_query, so the number of heads
+// processed at once is limited: the extra memory of long sequences stays within a fifth of the size of all gradients,
+// unless a single head takes more.
+void attention_backward(DType dtype, const Attention& arguments) {
   Attention a = arguments;
   const Kernels& table = kernels();
   const int64_t heads = a.batch * a.kv_heads, group = a.heads / std::max<int64_t>(1, a.kv_heads);
   const int64_t block = bwd_key_block(a), vector = table.vector[dtype];
-  const int64_t element = dtype == static_cast<int>(DType::f64) ? sizeof(double) : sizeof(float);
+  const int64_t element = compute_size(dtype);
   const bool in_place = element_size(dtype) == element && a.grad_query.column == 1 && a.head_dim % vector == 0;
   a.query_sums = a.grad_query;
   int64_t heads_at_once = std::max<int64_t>(1, heads);
@@ -216,28 +217,28 @@ void attention_backward(int dtype, const Attention& arguments) {
                               a.batch * element_size(dtype);
     heads_at_once = std::clamp<int64_t>(gradients / 5 / head_bytes, 1, heads_at_once);
   }
-  // One range of keys for each head while there are many heads, else ranges of one block. Not by the threads at hand:
-  // the ranges decide how dQ is summed.
-  a.part = heads_at_once >= kBackwardItems ? std::max(a.keys, block) : block;
-  a.parts = std::max<int64_t>(1, (a.keys + a.part - 1) / a.part);
+  // With many heads, all keys of a head form one range; otherwise a range is one block. The number of threads must not
+  // matter here, because the ranges determine the order in which dQ is summed.
+  a.range_keys = heads_at_once >= kBackwardItems ? std::max(a.keys, block) : block;
+  a.ranges = std::max<int64_t>(1, (a.keys + a.range_keys - 1) / a.range_keys);
   const Scratch sums(in_place ? 0 : static_cast<size_t>(heads_at_once * head_bytes));
   const Scratch delta(static_cast<size_t>(a.batch * a.heads * a.queries * element));
   a.delta = delta.data();
-  std::vector<std::atomic<int64_t>> turns(static_cast<size_t>(a.parts > 1 ? heads * a.parts : 0));
-  if (a.parts > 1) a.turns = turns.data();
+  std::vector<std::atomic<int64_t>> turns(static_cast<size_t>(a.ranges > 1 ? heads * a.ranges : 0));
+  if (a.ranges > 1) a.turns = turns.data();
   for (int64_t first = 0; first < heads; first += heads_at_once) {
     const int64_t count = std::min(heads_at_once, heads - first);
     if (!in_place) {
-      const int64_t head = a.queries * row;  // of a query head; the first of these heads has the first place
+      const int64_t head = a.queries * row;  // elements of a query head; the memory begins with the head `first`
       a.query_sums = {sums.data() - first * group * head * element, a.heads * head, head, row, 1};
     }
-    parallel_items(count * a.parts, [&](int64_t item) {
-      // The first range of a causal head costs most: all heads' first ranges go first.
-      const int64_t head = first + item % count, part = item / count;
+    parallel_items(count * a.ranges, [&](int64_t item) {
+      // The first range of a causal head takes longest, so the first ranges of all heads go first.
+      const int64_t head = first + item % count, range = item / count;
       try {
-        table.attention_bwd[dtype](a, head / a.kv_heads, head % a.kv_heads, part);
+        table.attention_bwd[dtype](a, head / a.kv_heads, head % a.kv_heads, range);
       } catch (...) {
-        if (a.turns != nullptr) a.turns[head * a.parts + part] = kNoTurn;
+        if (a.turns != nullptr) a.turns[head * a.ranges + range] = kNoTurn;
         throw;
       }
     });

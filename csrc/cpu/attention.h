@@ -1,13 +1,13 @@
-// Attention over raw memory, split over threads: for attention.cpp, and for operators that contain an attention.
+// Attention over raw memory, distributed over threads, for attention.cpp and for operators that contain attention.
 #pragma once
 #include "dispatch.h"
 
 namespace tinyllm::cpu {
 
 // Writes a.out and a.lse.
-void attention_forward(int dtype, const Attention& a);
+void attention_forward(DType dtype, const Attention& a);
 
 // Writes a.grad_query, a.grad_key and a.grad_value.
-void attention_backward(int dtype, const Attention& a);
+void attention_backward(DType dtype, const Attention& a);
 
 }  // namespace tinyllm::cpu

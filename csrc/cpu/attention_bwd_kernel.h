@@ -1,13 +1,15 @@
-// Attention's backward pass: P is recomputed from the saved log-sum-exp; key blocks outside, query blocks inside.
-// dV += P^T dO, dS = P (dO V^T - rowsum(dO O)), dK += dS^T Q, dQ += dS K.
+// The backward pass of attention (Dao 2023, "FlashAttention-2"): P is recomputed from the saved log-sum-exp, with an
+// outer loop over blocks of keys and an inner loop over blocks of queries.
 //
-// The work is split into ranges of keys of one key/value head. dK and dV of a range are its own. All ranges add to one
-// dQ: to a block of queries in the order of their keys, each when the one before has finished with the block. They
-// begin with the last queries, which causal ranges all see, so that none has to wait long. The ranges and the order
-// follow from the shape alone, so the bits do not depend on the threads.
+//   dV += P^T dO        dS = P (dO V^T - rowsum(dO O))        dK += dS^T Q        dQ += dS K
 //
-// Keys and values that a query may not see cannot touch it, and are not touched by a finite query: where P is 0, dS is
-// 0 whatever dP is, and keys that are not finite leave the matrix product dS K to weigh_rows.
+// The work is split into ranges of keys of one key/value head. Each range owns its rows of dK and dV, while all ranges
+// add to the same dQ. They add to a block of queries in the order of their keys: a range waits until the one before it
+// has finished the block. All ranges begin with the last queries, which every causal range sees, so that none waits
+// long. The ranges and their order follow from the shape alone, so results do not depend on the number of threads.
+//
+// Hidden keys and values cannot influence the gradient of a query, and their own gradients are 0: where P is 0, dS is 0
+// whatever dP is, and if any key is not finite, weigh_rows takes the place of the matmul dS K.
 #pragma once
 #include <atomic>
 #include <thread>
@@ -19,19 +21,19 @@ namespace tinyllm::TINYLLM_ISA {
 template <class T>
 struct BackwardBuffers {
   using S = compute_t<T>;
-  // One block of keys.
+  // A block of keys.
   S *keys, *keys_t, *values_t, *grad_key, *grad_value;
-  // One block of queries: scaled for the scores, which must be forward's to the bit, and as they are for dK, which
-  // would be rounded more often otherwise.
+  // A block of queries, twice: scaled for the scores, which must repeat those of forward exactly, and unscaled for dK,
+  // which spares it a rounding.
   S *scaled_queries, *queries, *grad_out;
-  // One block of queries against one of keys: P and dS.
+  // P and dS of a block of queries and a block of keys.
   S *probs, *grad_scores, *factors;
   int64_t row, value_row, score_row;
-  bool finite;  // keys and values are
+  bool finite;  // whether all keys and values are finite
 
-  size_t carve(char* base, const Attention& a, int64_t block) {
+  size_t layout(char* base, const Attention& a, int64_t block) {
     cpu::Arena arena(base);
-    const int64_t padded_block = (block + kPanel<S> - 1) / kPanel<S> * kPanel<S>;
+    const int64_t padded_block = (block + kNR<S> - 1) / kNR<S> * kNR<S>;
     row = leading_dimension<S>(a.head_dim);
     value_row = leading_dimension<S>(a.value_dim);
     score_row = leading_dimension<S>(padded_block);
@@ -50,7 +52,7 @@ struct BackwardBuffers {
   }
 };
 
-// delta = rowsum(dO * O) for the queries [first, end) of a head.
+// Computes delta = rowsum(dO * O) for the queries [first, end) of a head.
 template <class T>
 inline void row_dots(const Attention& a, int64_t b, int64_t h, int64_t first, int64_t end, compute_t<T>* delta) {
   using S = compute_t<T>;
@@ -72,19 +74,19 @@ inline void row_dots(const Attention& a, int64_t b, int64_t h, int64_t first, in
   }
 }
 
-// A row of P and of dP becomes P and dS = P (dP - delta), zeros beyond the `seen` keys up to `end`. delta: where all of
-// the row's keys are here, nothing; rowsum(dO O) = rowsum(P dP) / rowsum(P) is then taken in the second form, which has
-// the rounding errors of this very P and dP, so that the rows of dS sum to almost exactly 0. kExact: also where
-// something is not finite, which only visible keys may then be touched by. kRest: where lse_rest counts.
+// Turns a row of scores and of dP into P and dS = P (dP - delta), followed by zeros from the `seen` keys up to `end`.
+// delta is null if all keys of the row are in this block. It is then computed as rowsum(P dP) / rowsum(P), which equals
+// rowsum(dO O) but has the rounding errors of the same P and dP, so that rows of dS sum to almost exactly 0. kExact
+// also handles numbers that are not finite, which must not spread to hidden keys. kRest adds lse_rest.
 template <bool kExact, bool kRest, class S>
 inline void backward_row(S* probs, S* grad_scores, int64_t seen, int64_t end, S lse, S lse_rest, const S* delta) {
   using V = Vec<S>;
   constexpr S inf = std::numeric_limits<S>::infinity();
   const int64_t whole = hide_rest(probs, seen);
-  const V vlse = V::set1(lse == -inf ? inf : lse), vrest = V::set1(lse_rest);  // a query that sees nothing has P = 0
+  const V vlse = V::set1(lse == -inf ? inf : lse), vrest = V::set1(lse_rest);  // P = 0 if the query sees no key
   const auto probability = [&](int64_t j) {
     const V score = V::load(probs + j);
-    // A hidden score stays -inf where the log-sum-exp is NaN.
+    // A hidden score must stay -inf even if the log-sum-exp is NaN.
     const V difference = kRest ? score - vlse - vrest : score - vlse;
     const V p = exp2(kExact ? V::where_finite(score, difference, score) : difference);
     p.store(probs + j);
@@ -114,12 +116,12 @@ inline void backward_row(S* probs, S* grad_scores, int64_t seen, int64_t end, S 
   }
 }
 
-// Adds what queries [q0, q0 + rows) of head h and keys [k0, k0 + block_keys) give each other to dQ, dK and dV.
+// Adds the contributions of queries [q0, q0 + rows) of head h and keys [k0, k0 + block_keys) to dQ, dK and dV.
 template <class T>
 inline void backward_block(const Attention& a, const BackwardBuffers<T>& buf, int64_t b, int64_t h, int64_t q0,
                            int64_t rows, int64_t k0, int64_t block_keys, const compute_t<T>* delta) {
   using S = compute_t<T>;
-  const KeyRange keys = keys_seen<S>(a, b, h, q0, rows, k0, block_keys);
+  const KeyRange keys = visible_key_range<S>(a, b, h, q0, rows, k0, block_keys);
   const int64_t first = k0 + keys.begin, count = keys.end - keys.begin;
   if (count <= 0) return;
   const int64_t padded = round_up_to_vector<S>(count);
@@ -131,11 +133,11 @@ inline void backward_block(const Attention& a, const BackwardBuffers<T>& buf, in
   pack_rows(row_of<T>(a.query, b, h, q0), a.query.row, a.query.column, rows, a.head_dim, S(1), buf.queries, buf.row);
   pack_rows(row_of<T>(a.grad_out, b, h, q0), a.grad_out.row, a.grad_out.column, rows, a.value_dim, S(1), buf.grad_out,
             buf.value_row);
-  for (int64_t g = 0; g < rows; g += kRows) {
-    const int64_t m = std::min<int64_t>(kRows, rows - g);
+  for (int64_t g = 0; g < rows; g += kMR) {
+    const int64_t m = std::min<int64_t>(kMR, rows - g);
     const int64_t n = visible(a, q0 + g + m - 1, first, count);
-    prefetch_rows<T>(a.query, b, h, q0 + g + kQueryBlock, m, a.head_dim, a.queries);
-    prefetch_rows<T>(a.grad_out, b, h, q0 + g + kQueryBlock, m, a.value_dim, a.queries);
+    prefetch_head_rows<T>(a.query, b, h, q0 + g + kQueryBlock, m, a.head_dim, a.queries);
+    prefetch_head_rows<T>(a.grad_out, b, h, q0 + g + kQueryBlock, m, a.value_dim, a.queries);
     if (n == 0) continue;
     S* probs = buf.probs + g * buf.score_row;
     S* grad_scores = buf.grad_scores + g * buf.score_row;
@@ -152,8 +154,8 @@ inline void backward_block(const Attention& a, const BackwardBuffers<T>& buf, in
       const bool drops = a.dropout.p > 0;
       const S* factors = drops ? row_factors(a, b, h, row, first, whole, buf.factors) : nullptr;
       if (drops) multiply(row_grads, factors, whole);
-      // The products below go by kRows keys and take a row from the first of these that it sees.
-      const int64_t row_end = std::min(padded, round_up_to_vector<S>(seen + kRows));
+      // The matmuls below take groups of kMR keys, and need a row to the end of the last group in which it sees a key.
+      const int64_t row_end = std::min(padded, round_up_to_vector<S>(seen + kMR));
       const S* row_delta = delta == nullptr ? nullptr : delta + row;
       const bool exact = !buf.finite || std::isnan(lse[row]) || (row_delta != nullptr && !std::isfinite(*row_delta));
       const S row_rest = rest == nullptr ? S(0) : rest[row];
@@ -171,9 +173,9 @@ inline void backward_block(const Attention& a, const BackwardBuffers<T>& buf, in
     else
       weigh_rows(m, n, a.head_dim, grad_scores, buf.score_row, packed, buf.row, grad_query, a.query_sums.row, true);
   }
-  for (int64_t g = 0; g < count; g += kRows) {
-    const int64_t m = std::min<int64_t>(kRows, count - g), key = keys.begin + g;
-    // Causal: queries before the group's first key contribute nothing.
+  for (int64_t g = 0; g < count; g += kMR) {
+    const int64_t m = std::min<int64_t>(kMR, count - g), key = keys.begin + g;
+    // With a causal mask, queries before the first key of the group contribute nothing.
     const int64_t skip = a.causal ? std::clamp<int64_t>(first + g - q0, 0, rows) : 0;
     if (skip == rows) break;
     const int64_t at = skip * buf.score_row + g;
@@ -185,19 +187,20 @@ inline void backward_block(const Attention& a, const BackwardBuffers<T>& buf, in
   }
 }
 
-// The turns of a range at the blocks of queries of all its query heads, in one order for all ranges of a head.
+// Orders the additions of the ranges of a head to dQ. A turn is a block of queries of one of its query heads; all
+// ranges take the turns in the same order.
 class Turns {
  public:
-  Turns(const Attention& a, int64_t b, int64_t kv_head, int64_t part)
-      : own_(a.turns == nullptr ? nullptr : a.turns + (b * a.kv_heads + kv_head) * a.parts + part),
-        before_(own_ == nullptr || part == 0 ? nullptr : own_ - 1) {}
+  Turns(const Attention& a, int64_t b, int64_t kv_head, int64_t range)
+      : own_(a.turns == nullptr ? nullptr : a.turns + (b * a.kv_heads + kv_head) * a.ranges + range),
+        before_(own_ == nullptr || range == 0 ? nullptr : own_ - 1) {}
 
-  // Until the range before this one has finished its first `turn` + 1 blocks.
+  // Waits until the previous range has finished its first `turn` + 1 turns.
   void wait(int64_t turn) const {
-    constexpr int kPatience = 1000;
+    constexpr int kSpins = 1000;
     if (before_ == nullptr) return;
     for (int i = 0; before_->load(std::memory_order_acquire) <= turn; ++i)
-      if (i >= kPatience) std::this_thread::yield();
+      if (i >= kSpins) std::this_thread::yield();
   }
   void finish(int64_t turn) const {
     if (own_ != nullptr) own_->store(turn + 1, std::memory_order_release);
@@ -209,24 +212,25 @@ class Turns {
 };
 
 template <class T>
-void attention_bwd(const Attention& a, int64_t b, int64_t kv_head, int64_t part) {
+void attention_bwd(const Attention& a, int64_t b, int64_t kv_head, int64_t range) {
   using S = compute_t<T>;
-  const int64_t begin = part * a.part, stop = std::min(a.keys, begin + a.part), keys = keys_of(a, b);
+  const int64_t begin = range * a.range_keys, stop = std::min(a.keys, begin + a.range_keys), keys = keys_of(a, b);
   const int64_t end = std::clamp(keys, begin, std::max(begin, stop)), group = a.heads / a.kv_heads;
   const int64_t block = std::clamp<int64_t>(end - begin, 1, cpu::bwd_key_block(a));
   const int64_t query_blocks = (a.queries + kQueryBlock - 1) / kQueryBlock;
+  static_assert(128 % kNR<S> == 0 && 128 % kQueryBlock == 0, "bwd_key_block must be a multiple of both");
   BackwardBuffers<T> buf;
-  const cpu::Scratch scratch(buf.carve(nullptr, a, block));
-  buf.carve(scratch.data(), a, block);
-  const Turns turns(a, b, kv_head, part);
+  const cpu::Scratch scratch(buf.layout(nullptr, a, block));
+  buf.layout(scratch.data(), a, block);
+  const Turns turns(a, b, kv_head, range);
   const bool whole_rows = a.keys <= cpu::bwd_key_block(a);
-  for (int64_t k0 = begin; k0 < end || k0 == 0; k0 += block) {  // once without keys: dQ is 0
+  for (int64_t k0 = begin; k0 < end || k0 == 0; k0 += block) {  // runs once even without keys, to set dQ to 0
     const int64_t block_keys = std::clamp<int64_t>(end - k0, 0, block);
     const T* key = row_of<T>(a.key, b, kv_head, k0);
     pack_rows(key, a.key.row, a.key.column, block_keys, a.head_dim, S(1), buf.keys, buf.row);
-    pack_panels(key, a.key.row, a.key.column, block_keys, a.head_dim, buf.keys_t);
-    pack_panels(row_of<T>(a.value, b, kv_head, k0), a.value.row, a.value.column, block_keys, a.value_dim, buf.values_t);
-    const int64_t panels_of_keys = (block_keys + kPanel<S> - 1) / kPanel<S> * kPanel<S>;
+    pack_b(key, a.key.row, a.key.column, block_keys, a.head_dim, buf.keys_t);
+    pack_b(row_of<T>(a.value, b, kv_head, k0), a.value.row, a.value.column, block_keys, a.value_dim, buf.values_t);
+    const int64_t panels_of_keys = (block_keys + kNR<S> - 1) / kNR<S> * kNR<S>;
     buf.finite = all_finite(buf.keys, block_keys * buf.row) && all_finite(buf.values_t, panels_of_keys * a.value_dim);
     std::fill(buf.grad_key, buf.grad_key + block_keys * buf.row, S(0));
     std::fill(buf.grad_value, buf.grad_value + block_keys * buf.value_row, S(0));
@@ -244,7 +248,8 @@ void attention_bwd(const Attention& a, int64_t b, int64_t kv_head, int64_t part)
           if (!whole_rows) row_dots<T>(a, b, h, q0, q0 + rows, delta);
         }
         backward_block<T>(a, buf, b, h, q0, rows, k0, block_keys, whole_rows ? nullptr : delta);
-        if (k0 + block >= (a.causal ? std::min(keys, q0 + rows) : keys))  // no later key is seen
+        // The queries see no later key, so their dQ is complete.
+        if (k0 + block >= (a.causal ? std::min(keys, q0 + rows) : keys))
           for (int64_t r = q0; r < q0 + rows; ++r)
             unpack_row(row_of<S>(a.query_sums, b, h, r), static_cast<S>(a.scale), a.head_dim,
                        const_cast<T*>(row_of<T>(a.grad_query, b, h, r)), a.grad_query.column);

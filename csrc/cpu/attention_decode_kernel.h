@@ -1,7 +1,8 @@
-// Attention's forward pass for few queries, such as the one of a token being generated. Every key and value is read
-// once and used hardly more often, so nothing is packed: time is that of reading them. The keys are split into ranges
-// by their number alone, for the threads; each range leaves its unnormalised output, its maximum and its sum, which
-// are put together in order (Dao et al. 2023, "Flash-Decoding").
+// The forward pass of attention for few queries, such as the single one of a token being generated (Dao et al. 2023,
+// "Flash-Decoding"). Each key and value is read once and used hardly more often, so packing them would not pay: the
+// time is that of reading memory. To keep all threads busy, the keys are split into ranges. Each range writes its
+// unnormalised output, its maximum and its sum, and a second step combines the ranges in order. The split depends on
+// the number of keys alone, so the result does not depend on the number of threads.
 //
 // The rows of a task are all queries of all heads that share a key/value head.
 #pragma once
@@ -9,8 +10,8 @@
 
 namespace tinyllm::TINYLLM_ISA {
 
-// How far ahead keys and values are asked for.
-constexpr int64_t kAheadBytes = 32768;
+// The distance at which keys and values are prefetched.
+constexpr int64_t kPrefetchBytes = 32768;
 
 template <class T>
 struct DecodeBuffers {
@@ -18,10 +19,10 @@ struct DecodeBuffers {
   S *queries, *scores, *factors;
   int64_t query_row, score_row;
 
-  size_t carve(char* base, const Attention& a, int64_t rows) {
+  size_t layout(char* base, const Attention& a, int64_t rows) {
     cpu::Arena arena(base);
     query_row = round_up_to_vector<S>(a.head_dim);
-    score_row = round_up_to_vector<S>(a.part);
+    score_row = round_up_to_vector<S>(a.range_keys);
     queries = arena.take<S>(rows * query_row);
     scores = arena.take<S>(rows * score_row);
     factors = arena.take<S>(factors_size(a, score_row));
@@ -29,15 +30,15 @@ struct DecodeBuffers {
   }
 };
 
-// A range's share of one row: the output, then the maximum and the sum.
+// The partial result of a range for one row: the unnormalised output, then the maximum and the sum.
 template <class S>
-inline S* decode_share(const Attention& a, int64_t b, int64_t kv_head, int64_t part, int64_t row) {
+inline S* decode_partial(const Attention& a, int64_t b, int64_t kv_head, int64_t range, int64_t row) {
   const int64_t rows = a.heads / a.kv_heads * a.queries;
-  return static_cast<S*>(a.shares) + (((b * a.kv_heads + kv_head) * a.parts + part) * rows + row) * a.share_row;
+  return static_cast<S*>(a.partials) + (((b * a.kv_heads + kv_head) * a.ranges + range) * rows + row) * a.partial_row;
 }
 
-// The scores of n <= Vec::size keys for every row. One vector of sums for each key, then all of them turned at once, in
-// chunks of the depth as in gemm.h.
+// Computes the scores of n <= Vec::size keys for every row. Each key accumulates one vector of sums; a transpose then
+// reduces all of them at once. The depth is processed in chunks of kKC as in gemm.h.
 template <class T>
 inline void decode_scores(const Attention& a, const DecodeBuffers<T>& buf, const T* key, int64_t n, int64_t rows,
                           compute_t<T>* scores) {
@@ -45,8 +46,8 @@ inline void decode_scores(const Attention& a, const DecodeBuffers<T>& buf, const
   using V = Vec<S>;
   for (int64_t r = 0; r < rows; ++r, scores += buf.score_row) {
     int64_t begin = 0;
-    do {  // once for head_dim 0
-      const int64_t depth = std::min(kDepth, a.head_dim - begin);
+    do {  // The body runs once even for head_dim 0.
+      const int64_t depth = std::min(kKC, a.head_dim - begin);
       const S* query = buf.queries + r * buf.query_row + begin;
       V sums[V::size];
       for (int i = 0; i < V::size; ++i) sums[i] = V::zero();
@@ -72,7 +73,7 @@ inline void decode_scores(const Attention& a, const DecodeBuffers<T>& buf, const
   }
 }
 
-// out[0, value_dim) += P V for n keys.
+// out += P V for n keys and N vectors of columns; with N = 1, for the first `columns` columns.
 template <class T, int N>
 inline void decode_values(const T* value, int64_t value_row, const compute_t<T>* probs, int64_t n, int64_t columns,
                           compute_t<T>* out) {
@@ -93,7 +94,7 @@ inline void decode_values(const T* value, int64_t value_row, const compute_t<T>*
   for (int i = 0; i < N; ++i) (V::load(out + i * V::size) + sums[i]).store(out + i * V::size);
 }
 
-// Scores of n keys become 2^(scores - max), zeros to the end of a vector.
+// Replaces the scores of n keys by 2^(score - max), followed by zeros up to a whole vector.
 template <class S>
 inline void decode_softmax(S* scores, int64_t n, S& row_max, S& row_sum) {
   using V = Vec<S>;
@@ -112,41 +113,41 @@ inline void decode_softmax(S* scores, int64_t n, S& row_max, S& row_sum) {
 }
 
 template <class T>
-void attention_decode(const Attention& a, int64_t b, int64_t kv_head, int64_t part) {
+void attention_decode(const Attention& a, int64_t b, int64_t kv_head, int64_t range) {
   using S = compute_t<T>;
   using V = Vec<S>;
   const int64_t group = a.heads / a.kv_heads, rows = group * a.queries;
-  const int64_t begin = part * a.part, n = std::clamp<int64_t>(keys_of(a, b) - begin, 0, a.part);
+  const int64_t begin = range * a.range_keys, n = std::clamp<int64_t>(keys_of(a, b) - begin, 0, a.range_keys);
   DecodeBuffers<T> buf;
-  const cpu::Scratch scratch(buf.carve(nullptr, a, rows));
-  buf.carve(scratch.data(), a, rows);
+  const cpu::Scratch scratch(buf.layout(nullptr, a, rows));
+  buf.layout(scratch.data(), a, rows);
   for (int64_t h = 0; h < group; ++h)
     pack_rows(row_of<T>(a.query, b, kv_head * group + h, 0), a.query.row, a.query.column, a.queries, a.head_dim,
               static_cast<S>(a.scale * kLog2e), buf.queries + h * a.queries * buf.query_row, buf.query_row);
-  const int64_t ahead = std::max<int64_t>(V::size, kAheadBytes / std::max<int64_t>(1, a.head_dim * sizeof(T)));
-  const int64_t values_ahead = std::max<int64_t>(1, kAheadBytes / std::max<int64_t>(1, a.value_dim * sizeof(T)));
+  const int64_t ahead = std::max<int64_t>(V::size, kPrefetchBytes / std::max<int64_t>(1, a.head_dim * sizeof(T)));
+  const int64_t values_ahead = std::max<int64_t>(1, kPrefetchBytes / std::max<int64_t>(1, a.value_dim * sizeof(T)));
   for_each_vector<V>(n, [&](int64_t j, int64_t inside) {
-    prefetch_rows<T>(a.key, b, kv_head, begin + j + ahead, V::size, a.head_dim, a.keys);
+    prefetch_head_rows<T>(a.key, b, kv_head, begin + j + ahead, V::size, a.head_dim, a.keys);
     decode_scores<T>(a, buf, row_of<T>(a.key, b, kv_head, begin + j), inside, rows, buf.scores + j);
   });
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t h = kv_head * group + r / a.queries, row = r % a.queries, padded = round_up_to_vector<S>(n);
     S* scores = buf.scores + r * buf.score_row;
-    S* share = decode_share<S>(a, b, kv_head, part, r);
-    S* statistics = share + a.share_row - 2;
+    S* partial = decode_partial<S>(a, b, kv_head, range, r);
+    S* statistics = partial + a.partial_row - 2;
     if (a.mask_kind != MaskKind::none) apply_mask<T>(a, b, h, row, begin, n, scores);
     decode_softmax(scores, n, statistics[0], statistics[1]);
     if (a.dropout.p > 0) multiply(scores, row_factors(a, b, h, row, begin, padded, buf.factors), padded);
-    std::fill(share, statistics, S(0));
+    std::fill(partial, statistics, S(0));
   }
-  // Few keys at a time, so that all rows find their values in the first-level cache.
+  // A step has few keys, so that all rows find their values in the first-level cache.
   constexpr int64_t keys = 32;
   for (int64_t j = 0; j < n; j += keys) {
     const T* value = row_of<T>(a.value, b, kv_head, begin + j);
-    prefetch_rows<T>(a.value, b, kv_head, begin + j + values_ahead, keys, a.value_dim, a.keys);
+    prefetch_head_rows<T>(a.value, b, kv_head, begin + j + values_ahead, keys, a.value_dim, a.keys);
     for (int64_t r = 0; r < rows; ++r) {
       const S* probs = buf.scores + r * buf.score_row + j;
-      S* out = decode_share<S>(a, b, kv_head, part, r);
+      S* out = decode_partial<S>(a, b, kv_head, range, r);
       int64_t d = 0;
       for (; d + 4 * V::size <= a.value_dim; d += 4 * V::size)
         decode_values<T, 4>(value + d, a.value.row, probs, std::min(keys, n - j), 0, out + d);
@@ -155,34 +156,34 @@ void attention_decode(const Attention& a, int64_t b, int64_t kv_head, int64_t pa
                             std::min<int64_t>(V::size, a.value_dim - d), out + d);
     }
   }
-  // Values that are not finite may be hidden ones, whose weights of 0 made NaN of them.
+  // An output that is not finite may come from hidden values: 0 times infinity is NaN.
   for (int64_t r = 0; r < rows; ++r) {
-    S* out = decode_share<S>(a, b, kv_head, part, r);
+    S* out = decode_partial<S>(a, b, kv_head, range, r);
     if (!all_finite(out, a.value_dim))
       weigh_rows(1, n, a.value_dim, buf.scores + r * buf.score_row, 0, row_of<T>(a.value, b, kv_head, begin),
                  a.value.row, out, 0, false);
   }
 }
 
-// Puts the ranges' shares of all rows of a key/value head together, in the order of the keys.
+// Combines the partial results of the ranges, in the order of the keys, for all rows of a key/value head.
 template <class T>
-void attention_decode_sum(const Attention& a, int64_t b, int64_t kv_head) {
+void attention_decode_combine(const Attention& a, int64_t b, int64_t kv_head) {
   using S = compute_t<T>;
   using V = Vec<S>;
   constexpr S inf = std::numeric_limits<S>::infinity();
   const int64_t group = a.heads / a.kv_heads;
   for (int64_t r = 0; r < group * a.queries; ++r) {
-    const int64_t h = kv_head * group + r / a.queries, row = r % a.queries, statistics = a.share_row - 2;
-    S* out = decode_share<S>(a, b, kv_head, 0, r);
+    const int64_t h = kv_head * group + r / a.queries, row = r % a.queries, statistics = a.partial_row - 2;
+    S* out = decode_partial<S>(a, b, kv_head, 0, r);
     S row_max = out[statistics], row_sum = out[statistics + 1];
-    for (int64_t p = 1; p < a.parts; ++p) {
-      const S* share = decode_share<S>(a, b, kv_head, p, r);
-      const S new_max = share[statistics] > row_max ? share[statistics] : row_max;
+    for (int64_t p = 1; p < a.ranges; ++p) {
+      const S* partial = decode_partial<S>(a, b, kv_head, p, r);
+      const S new_max = partial[statistics] > row_max ? partial[statistics] : row_max;
       const S shift = new_max == -inf ? S(0) : new_max;
-      const S before = std::exp2(row_max - shift), added = std::exp2(share[statistics] - shift);
+      const S before = std::exp2(row_max - shift), added = std::exp2(partial[statistics] - shift);
       for (int64_t d = 0; d < a.value_dim; d += V::size)
-        fma(V::load(share + d), V::set1(added), V::load(out + d) * V::set1(before)).store(out + d);
-      row_sum = row_sum * before + share[statistics + 1] * added;
+        fma(V::load(partial + d), V::set1(added), V::load(out + d) * V::set1(before)).store(out + d);
+      row_sum = row_sum * before + partial[statistics + 1] * added;
       row_max = new_max;
     }
     unpack_row(out, row_sum == S(0) ? S(0) : S(1) / row_sum, a.value_dim, const_cast<T*>(row_of<T>(a.out, b, h, row)),

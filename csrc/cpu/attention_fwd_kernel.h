@@ -1,29 +1,30 @@
-// Flash attention on a CPU (Dao et al. 2022, "FlashAttention"; Dao 2023, "FlashAttention-2"): no queries x keys matrix
-// exists; scores live in a tile that fits the first-level cache.
+// Flash attention on a CPU (Dao et al. 2022, "FlashAttention"; Dao 2023, "FlashAttention-2"). The (queries, keys)
+// matrix of scores is never stored; a tile of scores stays in the first-level cache.
 //
-// For one head and a range of queries: keys are transposed once into panels, values copied once into padded rows (which
-// also takes care of strides and 16-bit types). Then for each block of queries, each block of keys and each group of
-// kRows queries: scores = Q K^T, softmax, out = out * correction + P V. A block of keys is as long as the caches allow
-// (512 at head_dim 64), so that short sequences have whole rows of scores at hand, and the running maximum of long ones
-// (Milakov & Gimelshein 2018) moves rarely. Causal attention computes a group's columns only up to its last query,
-// rounded up to one vector, so hardly any work is spent above the diagonal.
+// For one head and a range of queries, the keys are packed once into panels and the values copied once into padded
+// rows, which also handles strides and 16-bit types. For each block of queries, each block of keys and each group of
+// kMR queries, the kernel then computes scores = Q K^T, the softmax, and out = out * correction + P V. A block of keys
+// is as long as the caches allow (512 at head_dim 64), so that short sequences need a single pass and the running
+// maximum of long ones (Milakov & Gimelshein 2018) changes rarely. Causal attention computes the columns of a group
+// only up to its last query, rounded up to one vector, so that hardly any work is spent above the diagonal.
 //
-// A query with no key (all masked) has lse = -inf and output 0. What a query may not see cannot touch it: values that
-// are not finite leave the matrix product, in which their weights of 0 would make NaN of them, to weigh_rows.
+// A query whose keys are all masked has lse = -inf and output 0. Hidden values cannot influence a query: if any value
+// is not finite, weigh_rows takes the place of the matmul, in which a weight of 0 would turn it into NaN.
 #pragma once
 #include "attention_scores.h"
 
 namespace tinyllm::TINYLLM_ISA {
 
-constexpr int64_t kGroups = (kQueryBlock + kRows - 1) / kRows;
+constexpr int64_t kGroups = (kQueryBlock + kMR - 1) / kMR;
 
-// A group's rows in whole vectors, one element a row.
+// The length of an array with one element for each row of a group, in whole vectors.
 template <class S>
-constexpr int64_t kGroupLanes = (kRows + Vec<S>::size - 1) / Vec<S>::size * Vec<S>::size;
+constexpr int64_t kGroupLanes = (kMR + Vec<S>::size - 1) / Vec<S>::size * Vec<S>::size;
 
-// Keys in a block: as many as leave a block of K and V in a quarter of a 1 MB second-level cache, and a group's scores
-// in half of the first-level one. A multiple of every kPanel.
+// The number of keys in a block: K and V of a block take a quarter of a second-level cache of 1 MB, and the scores of a
+// group half of the first-level cache. A multiple of kNR, so that a block begins with a panel.
 inline int64_t fwd_key_block(const Attention& a) {
+  static_assert(64 % kNR<float> == 0 && 64 % kNR<double> == 0);
   return std::clamp<int64_t>(65536 / std::max<int64_t>(1, a.head_dim + a.value_dim) / 64 * 64, 64, 512);
 }
 
@@ -32,20 +33,20 @@ struct ForwardBuffers {
   using S = compute_t<T>;
   S *keys, *values, *queries, *out, *scores, *max, *sum, *factors;
   int64_t value_row, out_row, query_row, score_row;
-  bool finite;  // the values are
+  bool finite;  // whether all values are finite
 
-  size_t carve(char* base, const Attention& a, int64_t keys_used, int64_t block) {
+  size_t layout(char* base, const Attention& a, int64_t keys_used, int64_t block) {
     cpu::Arena arena(base);
     value_row = leading_dimension<S>(a.value_dim);
     out_row = round_up_to_vector<S>(a.value_dim);
     query_row = round_up_to_vector<S>(a.head_dim);
     score_row = leading_dimension<S>(std::min(block, keys_used));
-    const int64_t padded_keys = (keys_used + kPanel<S> - 1) / kPanel<S> * kPanel<S>;
+    const int64_t padded_keys = (keys_used + kNR<S> - 1) / kNR<S> * kNR<S>;
     keys = arena.take<S>(padded_keys * a.head_dim);
     values = arena.take<S>(keys_used * value_row);
     queries = arena.take<S>(kQueryBlock * query_row);
     out = arena.take<S>(kQueryBlock * out_row);
-    scores = arena.take<S>(kRows * score_row);
+    scores = arena.take<S>(kMR * score_row);
     max = arena.take<S>(kQueryBlock + kGroupLanes<S>);
     sum = arena.take<S>(kQueryBlock);
     factors = arena.take<S>(factors_size(a, score_row));
@@ -53,10 +54,11 @@ struct ForwardBuffers {
   }
 };
 
-// A group's m rows of scores of the n keys from `first` on become 2^(scores - max), zeros where a row sees less than n;
-// the running maxima and sums are kept. Row r's earlier results must shrink by correction[r].
+// The online softmax of a group of m rows: replaces their scores against the keys [first, first + n) by 2^(score -
+// max), or 0 where a row does not see a key, and updates the running maxima and sums. The caller must multiply earlier
+// results of row r by correction[r].
 //
-// Step by step for all rows, because the steps of one row wait for each other.
+// Each step runs over all rows before the next one begins, because the steps of one row depend on each other.
 template <class T>
 inline void softmax_group(const Attention& a, int64_t b, int64_t h, int64_t row, int64_t m, int64_t first, int64_t n,
                           bool masked, const ForwardBuffers<T>& buf, int64_t g, compute_t<T>* correction) {
@@ -74,7 +76,7 @@ inline void softmax_group(const Attention& a, int64_t b, int64_t h, int64_t row,
     V vmax = V::set1(max_of[r]);
     for (int64_t j = 0; j < whole; j += V::size) vmax = max(vmax, V::load(scores + j));
     const S row_max = vmax.max_element();
-    // Nothing visible yet: 2^(-inf - 0) = 0 where -inf - -inf would be NaN.
+    // A row that has seen no key yet: 2^(-inf - 0) is 0, while -inf - -inf would be NaN.
     shift[r] = row_max == -inf ? S(0) : row_max;
   }
   for (int64_t i = 0; i < kGroupLanes<S>; i += V::size)
@@ -96,14 +98,14 @@ inline void softmax_group(const Attention& a, int64_t b, int64_t h, int64_t row,
   }
 }
 
-// Adds to a group's m rows of `out` what the block of keys [k0, k0 + block_keys) gives them. Returns whether any did:
-// `started` says whether `out` holds anything yet.
+// Adds the contribution of the block of keys [k0, k0 + block_keys) to the m rows of a group in `out`. `started` tells
+// whether `out` holds anything yet; returns its new value.
 template <class T>
 inline bool forward_group(const Attention& a, const ForwardBuffers<T>& buf, int64_t b, int64_t h, int64_t q0, int64_t g,
                           int64_t m, int64_t k0, int64_t block_keys, bool started) {
   using S = compute_t<T>;
   using V = Vec<S>;
-  const KeyRange keys = keys_seen<S>(a, b, h, q0 + g, m, k0, block_keys);
+  const KeyRange keys = visible_key_range<S>(a, b, h, q0 + g, m, k0, block_keys);
   const int64_t n = keys.end - keys.begin, first = k0 + keys.begin;
   if (n <= 0) return started;
   gemm<S>(m, n, a.head_dim, {buf.queries + g * buf.query_row, buf.query_row, 1},
@@ -129,13 +131,13 @@ void attention_fwd(const Attention& a, int64_t b, int64_t h, int64_t begin, int6
   using S = compute_t<T>;
   constexpr S inf = std::numeric_limits<S>::infinity();
   const int64_t kv_head = h / (a.heads / a.kv_heads);
-  const int64_t keys_used = keys_seen<S>(a, b, h, begin, end - begin, 0, keys_of(a, b)).end;
+  const int64_t keys_used = visible_key_range<S>(a, b, h, begin, end - begin, 0, keys_of(a, b)).end;
   const int64_t block = fwd_key_block(a);
 
   ForwardBuffers<T> buf;
-  const cpu::Scratch scratch(buf.carve(nullptr, a, keys_used, block));
-  buf.carve(scratch.data(), a, keys_used, block);
-  pack_panels(row_of<T>(a.key, b, kv_head, 0), a.key.row, a.key.column, keys_used, a.head_dim, buf.keys);
+  const cpu::Scratch scratch(buf.layout(nullptr, a, keys_used, block));
+  buf.layout(scratch.data(), a, keys_used, block);
+  pack_b(row_of<T>(a.key, b, kv_head, 0), a.key.row, a.key.column, keys_used, a.head_dim, buf.keys);
   pack_rows(row_of<T>(a.value, b, kv_head, 0), a.value.row, a.value.column, keys_used, a.value_dim, S(1), buf.values,
             buf.value_row);
   buf.finite = all_finite(buf.values, keys_used * buf.value_row);
@@ -149,17 +151,17 @@ void attention_fwd(const Attention& a, int64_t b, int64_t h, int64_t begin, int6
     bool started[kGroups] = {};
     const int64_t last_key = visible(a, q0 + rows - 1, 0, keys_used);
     for (int64_t k0 = 0; k0 < last_key; k0 += block)
-      for (int64_t g = 0; g < rows; g += kRows) {
-        const int64_t m = std::min<int64_t>(kRows, rows - g);
-        prefetch_rows<T>(a.query, b, h, q0 + g + kQueryBlock, m, a.head_dim, end);
-        prefetch_rows<T, 1>(a.out, b, h, q0 + g, m, a.value_dim, end);
-        started[g / kRows] = forward_group<T>(a, buf, b, h, q0, g, std::min<int64_t>(kRows, rows - g), k0,
-                                              std::min(block, keys_used - k0), started[g / kRows]);
+      for (int64_t g = 0; g < rows; g += kMR) {
+        const int64_t m = std::min<int64_t>(kMR, rows - g);
+        prefetch_head_rows<T>(a.query, b, h, q0 + g + kQueryBlock, m, a.head_dim, end);
+        prefetch_head_rows<T, 1>(a.out, b, h, q0 + g, m, a.value_dim, end);
+        started[g / kMR] = forward_group<T>(a, buf, b, h, q0, g, std::min<int64_t>(kMR, rows - g), k0,
+                                            std::min(block, keys_used - k0), started[g / kMR]);
       }
     for (int64_t r = 0; r < rows; ++r) {
       const S sum = buf.sum[r];
       S* out = buf.out + r * buf.out_row;
-      if (!started[r / kRows]) std::fill(out, out + buf.out_row, S(0));
+      if (!started[r / kMR]) std::fill(out, out + buf.out_row, S(0));
       unpack_row(out, sum == S(0) ? S(0) : S(1) / sum, a.value_dim, const_cast<T*>(row_of<T>(a.out, b, h, q0 + r)),
                  a.out.column);
       store_log_sum(a, b, h, q0 + r, buf.max[r], sum);

@@ -1,15 +1,17 @@
-// What attention's kernels share: where rows lie, which keys a query may see, masks.
+// Shared by the attention kernels: addressing of rows, the keys that a query may see, masks, and dropout.
 //
-// Scores are kept in units of log2(e), so that their exponential is 2^x: queries are scaled by scale * log2(e).
+// Scores are multiplied by log2(e), by scaling the queries by scale * log2(e), so that the softmax needs 2^x only.
 #pragma once
 #include <cmath>
 #include <cstring>
 #include <limits>
 
-#include "dispatch.h"
 #include "gemm.h"
+#include "kernel_args.h"
 #include "pack.h"
 #include "random_kernel.h"
+#include "scratch.h"
+#include "vector_math.h"
 
 namespace tinyllm::TINYLLM_ISA {
 
@@ -25,11 +27,10 @@ inline const T* row_of(const Strided& t, int64_t b, int64_t h, int64_t row) {
   return static_cast<const T*>(t.data) + b * t.batch + h * t.head + row * t.row;
 }
 
-// Asks for rows of a tensor before they are needed: the few lines of a row are too short a stream for the processor to
-// see it coming.
+// Prefetches rows of a head. A row has too few cache lines for the hardware prefetcher to recognise the stream.
 template <class T, int Write = 0>
-inline void prefetch_rows(const Strided& t, int64_t b, int64_t h, int64_t row, int64_t rows, int64_t columns,
-                          int64_t end) {
+inline void prefetch_head_rows(const Strided& t, int64_t b, int64_t h, int64_t row, int64_t rows, int64_t columns,
+                               int64_t end) {
   const int64_t bytes = columns * static_cast<int64_t>(sizeof(T));
   for (const int64_t last = std::min(row + rows, end); row < last; ++row) {
     const char* at = reinterpret_cast<const char*>(row_of<T>(t, b, h, row));
@@ -37,23 +38,23 @@ inline void prefetch_rows(const Strided& t, int64_t b, int64_t h, int64_t row, i
   }
 }
 
-// How many keys a sequence has.
+// The number of keys of sequence b.
 inline int64_t keys_of(const Attention& a, int64_t b) {
   return a.key_lengths == nullptr ? a.keys : std::clamp<int64_t>(a.key_lengths[b], 0, a.keys);
 }
 
-// How many of the keys [first, first + count) query `row` may see by causality.
+// The number of keys of [first, first + count) that the causal mask lets query `row` see.
 inline int64_t visible(const Attention& a, int64_t row, int64_t first, int64_t count) {
   return a.causal ? std::clamp<int64_t>(row + 1 - first, 0, count) : count;
 }
 
-// Keys [begin, end) of a block, and whether the mask has anything to say about them.
+// Keys [begin, end) of a block, and whether the mask must be applied to their scores.
 struct KeyRange {
   int64_t begin, end;
   bool masked;
 };
 
-// The first of n keys that is visible, or n. A mask's bytes hide where they are 0, whatever else they hold.
+// The index of the first visible key of n, or n. A byte of 0 hides its key; any other value shows it.
 inline int64_t first_visible(const uint8_t* mask, int64_t n) {
   uint64_t word = 0;
   int64_t i = 0;
@@ -62,7 +63,7 @@ inline int64_t first_visible(const uint8_t* mask, int64_t n) {
   return i;
 }
 
-// The end of the last run of visible keys.
+// The index behind the last visible key of n, or 0.
 inline int64_t last_visible(const uint8_t* mask, int64_t n) {
   uint64_t word = 0;
   while (n >= 8 && (std::memcpy(&word, mask + n - 8, 8), word == 0)) n -= 8;
@@ -70,12 +71,12 @@ inline int64_t last_visible(const uint8_t* mask, int64_t n) {
   return n;
 }
 
-// The keys of [first, first + count) that any of the queries [row, row + rows) may see, relative to `first`. What a
-// bool mask hides from all of them costs nothing: padding, windows, blocks of documents. The beginning is a whole
-// panel's.
+// The range of keys of [first, first + count), relative to `first`, outside of which none of the queries
+// [row, row + rows) sees a key. Keys that a bool mask hides from all these queries (padding, sliding windows, other
+// documents) thus cost nothing. The range begins with a panel of packed keys.
 template <class S>
-inline KeyRange keys_seen(const Attention& a, int64_t b, int64_t h, int64_t row, int64_t rows, int64_t first,
-                          int64_t count) {
+inline KeyRange visible_key_range(const Attention& a, int64_t b, int64_t h, int64_t row, int64_t rows, int64_t first,
+                                  int64_t count) {
   KeyRange keys{0, visible(a, row + rows - 1, first, count), a.mask_kind != MaskKind::none};
   if (a.mask_kind != MaskKind::boolean || a.mask.column != 1) return keys;
   const int64_t n = keys.end, distinct = a.mask.row == 0 ? 1 : rows;
@@ -85,7 +86,7 @@ inline KeyRange keys_seen(const Attention& a, int64_t b, int64_t h, int64_t row,
     keys.begin = first_visible(mask, keys.begin);
     keys.end = std::max(keys.end, last_visible(mask, n));
   }
-  keys.begin = keys.begin / kPanel<S> * kPanel<S>;
+  keys.begin = keys.begin / kNR<S> * kNR<S>;
   for (int64_t r = row; r < row + distinct && keys.begin < keys.end && !keys.masked; ++r) {
     const uint8_t* mask = row_of<uint8_t>(a.mask, b, h, r) + first + keys.begin;
     keys.masked = std::memchr(mask, 0, static_cast<size_t>(keys.end - keys.begin)) != nullptr;
@@ -93,8 +94,9 @@ inline KeyRange keys_seen(const Attention& a, int64_t b, int64_t h, int64_t row,
   return keys;
 }
 
-// A score with an additive mask's element: -inf hides the key, whatever its score, and no finite element does. Scores
-// are in units of log2(e), in which the lowest numbers, by which many hide, would overflow.
+// Adds an element of an additive mask to a score. An element of -inf hides the key whatever its score is, and a finite
+// one never does. The mask is clamped first, because the lowest finite number, a common mask value, overflows when it
+// is multiplied by log2(e).
 template <class S>
 inline Vec<S> masked_score(Vec<S> mask, Vec<S> score) {
   using V = Vec<S>;
@@ -103,7 +105,7 @@ inline Vec<S> masked_score(Vec<S> mask, Vec<S> score) {
   return V::where_finite(mask, fma(bounded, V::set1(log2e), score), mask);
 }
 
-// Applies the mask to n scores of query `row` from key `first` on.
+// Applies the mask to the scores of query `row` and the keys [first, first + n).
 template <class T>
 inline void apply_mask(const Attention& a, int64_t b, int64_t h, int64_t row, int64_t first, int64_t n,
                        compute_t<T>* scores) {
@@ -127,7 +129,7 @@ inline void apply_mask(const Attention& a, int64_t b, int64_t h, int64_t row, in
   }
 }
 
-// The scores of a row from its n-th on become -inf, to the end of a vector; returns that end.
+// Sets the scores of a row behind the first n to -inf, up to a whole vector, and returns the end of that vector.
 template <class S>
 inline int64_t hide_rest(S* scores, int64_t n) {
   using V = Vec<S>;
@@ -139,12 +141,13 @@ inline int64_t hide_rest(S* scores, int64_t n) {
   return round_up_to_vector<S>(n);
 }
 
-// Whether n elements are all finite.
+// Whether all n elements are finite.
 template <class T>
 inline bool all_finite(const T* x, int64_t n) {
   using V = Vec<compute_t<T>>;
-  constexpr int64_t kStep = 4 * V::size;                    // sums that do not wait for each other
-  V sum[4] = {V::zero(), V::zero(), V::zero(), V::zero()};  // NaN from the first element on that is not
+  constexpr int64_t kStep = 4 * V::size;  // four independent sums hide the latency of the additions
+  // 0 x is 0 for a finite x and NaN otherwise, and a sum stays NaN.
+  V sum[4] = {V::zero(), V::zero(), V::zero(), V::zero()};
   int64_t i = 0;
   for (; i + kStep <= n; i += kStep)
 #pragma GCC unroll 4
@@ -154,9 +157,9 @@ inline bool all_finite(const T* x, int64_t n) {
   return ((sum[0] + sum[1]) + (sum[2] + sum[3])).sum() == 0;
 }
 
-// out (+)= W X as gemm's, W (m, n) and X (n, columns), where X holds infinities or NaN: rows of X whose weight is 0,
-// since hidden, add nothing, where 0 times them would be NaN. Out of line, so that the usual path compiles as if it
-// were not there. `out` has room for whole vectors.
+// out (+)= W X, with W (m, n) and X (n, columns), for an X that holds infinities or NaN. Unlike gemm, this skips rows
+// of X whose weight is 0 because they are hidden; 0 times infinity would be NaN. It is not inlined, so that the usual
+// path compiles as if it did not exist. Rows of `out` have room for whole vectors.
 template <class T>
 __attribute__((noinline, cold)) void weigh_rows(int64_t m, int64_t n, int64_t columns, const compute_t<T>* weights,
                                                 int64_t weights_row, const T* x, int64_t x_row, compute_t<T>* out,
@@ -173,7 +176,7 @@ __attribute__((noinline, cold)) void weigh_rows(int64_t m, int64_t n, int64_t co
   }
 }
 
-// Saves for backward what a row's softmax is divided by, as max + log2(sum).
+// Saves lse = max + log2(sum) of a row for backward, and its rounding error if that is wanted.
 template <class S>
 inline void store_log_sum(const Attention& a, int64_t b, int64_t h, int64_t row, S max, S sum) {
   const int64_t index = (b * a.heads + h) * a.queries + row;
@@ -182,10 +185,10 @@ inline void store_log_sum(const Attention& a, int64_t b, int64_t h, int64_t row,
   if (a.lse_rest != nullptr) static_cast<S*>(a.lse_rest)[index] = sum == S(0) ? S(0) : max - lse + log_sum;
 }
 
-// Room for the dropout factors of a row of n scores.
+// The size of a buffer for the dropout factors of n scores of a row.
 inline int64_t factors_size(const Attention& a, int64_t n) { return a.dropout.p > 0 ? n + 2 * kRandomBlock : 0; }
 
-// The dropout factors of query `row` for n keys from `first` on.
+// The dropout factors of query `row` for the keys [first, first + n).
 template <class S>
 inline const S* row_factors(const Attention& a, int64_t b, int64_t h, int64_t row, int64_t first, int64_t n,
                             S* factors) {
@@ -193,7 +196,7 @@ inline const S* row_factors(const Attention& a, int64_t b, int64_t h, int64_t ro
   return dropout_factors(a.dropout, static_cast<uint64_t>(index), n, factors);
 }
 
-// x[0, n) *= factors[0, n), by whole vectors.
+// x[i] *= factors[i] for i in [0, n), rounded up to whole vectors.
 template <class S>
 inline void multiply(S* x, const S* factors, int64_t n) {
   using V = Vec<S>;

@@ -1,10 +1,12 @@
-// cross_entropy on the CPU: check, allocate, split over threads, reduce. The arithmetic is in cross_entropy_kernel.h.
+// cross_entropy on the CPU: checks, allocation, distribution over threads, and reduction. The arithmetic is in
+// cross_entropy_kernel.h.
 #include <torch/csrc/stable/library.h>
 
 #include <optional>
 #include <tuple>
 #include <vector>
 
+#include "cpu_info.h"
 #include "losses.h"
 
 namespace tinyllm::cpu {
@@ -17,10 +19,10 @@ struct Call {
   Tensor input;
   Targets targets;
   CrossEntropy args;
-  int dtype;
+  DType dtype;
 
   int64_t rows() const { return input.size(0); }
-  // Rows for a thread to be worth waking: about 32 KB.
+  // The number of rows for which waking a thread pays: about 32 KB.
   int64_t grain() const { return std::max<int64_t>(1, 8192 / std::max<int64_t>(1, args.classes)); }
 };
 
@@ -30,7 +32,7 @@ Call prepare(const char* op, const Tensor& input, const Tensor& target, const Op
   Call call{as_contiguous(input),
             read_targets(op, input, target, weight, input.size(0), input.size(1), ignore_index),
             {},
-            dtype_index(op, input)};
+            dtype_of(op, input)};
   call.args.input = data_of(call.input);
   call.args.target = call.targets.data();
   call.args.weight = call.targets.weight_data();
@@ -44,7 +46,7 @@ Call prepare(const char* op, const Tensor& input, const Tensor& target, const Op
 
 void set_grad_input(Call& call, const Tensor& grad_input) {
   call.args.grad_input = data_of(grad_input);
-  // Past the caches, where the gradient could not stay in them anyway.
+  // A gradient that does not fit the caches is written past them.
   call.args.stream = grad_input.numel() * static_cast<int64_t>(grad_input.element_size()) > last_level_cache() / 2;
 }
 

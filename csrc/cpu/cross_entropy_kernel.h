@@ -1,29 +1,30 @@
 // Cross-entropy over rows of logits.
 //
-// Memory is the limit, so a row of logits is read from it once. The row then stays in the second-level cache while it
-// is gone over for its maximum, for the sum of exp(x - max), while the next row is already on its way, and, where a
-// gradient is wanted, once more to write it: loss and gradient together cost one read and one write of the logits.
-// (Exponentials kept for the third pass take longer to come from the cache than to be computed again.) Gradients larger
-// than the caches are streamed past them. Backward, for an upstream gradient that forward could not know, is the third
-// pass alone.
+// Memory bandwidth is the limit, so a row of logits is read from memory once. It then stays in the second-level cache
+// for a pass that finds the maximum, a pass that sums exp(x - max) while the next row is prefetched, and, if a gradient
+// is wanted, a pass that writes it. Loss and gradient together cost one read and one write of the logits. (To keep the
+// exponentials for the third pass would take longer than to compute them again.) Gradients larger than the caches are
+// written past them. Backward, for an upstream gradient that forward could not know, is the third pass alone.
 //
-// With p = softmax(x), t the target, w the class weights (ones), s the label smoothing and C classes
-//   loss    = (1 - s) w_t (lse - x_t) + s / C sum_c w_c (lse - x_c)
+// With p = softmax(x), the target t, the class weights w (ones by default), the label smoothing s and C classes
+//
+//   loss       = (1 - s) w_t (lse - x_t) + s / C sum_c w_c (lse - x_c)
 //   dloss/dx_c = ((1 - s) w_t + s / C sum w) p_c - s / C w_c - (c == t) (1 - s) w_t
-// Maximum and sum stay apart: max + log(sum) rounded to one number would lose the digits of a loss that is small beside
-// large logits.
+//
+// Maximum and sum are kept apart: in max + log(sum), a single number, a loss that is small beside large logits would
+// lose its digits.
 #pragma once
 #include <cmath>
 #include <limits>
 
-#include "dispatch.h"
-#include "simd.h"
+#include "kernel_args.h"
+#include "vector_math.h"
 
 namespace tinyllm::TINYLLM_ISA {
 
 using cpu::CrossEntropy;
 
-// n elements of p, and `padding` behind them.
+// Loads n elements, followed by `padding`.
 template <class V, class T>
 inline V load_padded(const T* p, int64_t n, compute_t<T> padding) {
   if (n == V::size) return V::load(p);
@@ -32,7 +33,8 @@ inline V load_padded(const T* p, int64_t n, compute_t<T> padding) {
   return V::load(buffer);
 }
 
-// f(j, i, n) for each vector of a row, j in [0, 4) in turn: sums in four chains hide each other's latency.
+// Calls f(j, i, n) for each vector of a row with j in [0, 4) in turn, for sums in four chains that hide each other's
+// latency.
 template <class V, class F>
 inline void for_each_of_four(int64_t size, F&& f) {
   int64_t i = 0;
@@ -51,8 +53,8 @@ inline compute_t<T> row_max(const T* x, int64_t size) {
   return max(max(m[0], m[1]), max(m[2], m[3])).max_element();
 }
 
-// e^x for x <= 0. The rounding of x log2(e) costs digits in proportion to |x|, where e^x is as much smaller than the
-// largest one, 1.
+// e^x for x <= 0. The rounding error of x log2(e) grows with |x|, but e^x shrinks by more, relative to the largest
+// term, 1.
 template <class S>
 inline Vec<S> softmax_exp(Vec<S> x) {
   return exp2(x * Vec<S>::set1(static_cast<S>(1.4426950408889634)));
@@ -66,7 +68,8 @@ inline compute_t<T> sum_exps(const T* x, int64_t size, compute_t<T> max) {
   const V vmax = V::set1(max);
   V s[4] = {V::zero(), V::zero(), V::zero(), V::zero()};
   for_each_of_four<V>(size, [&](int j, int64_t i, int64_t n) {
-    __builtin_prefetch(x + size + i / 2);  // the first half of the next row; the gradient's pass brings the second
+    __builtin_prefetch(x + size +
+                       i / 2);  // the first half of the next row; the pass of the gradient prefetches the second
     s[j] = s[j] + softmax_exp(load_padded<V>(x + i, n, -std::numeric_limits<S>::infinity()) - vmax);
   });
   return ((s[0] + s[1]) + (s[2] + s[3])).sum();
@@ -85,12 +88,12 @@ inline compute_t<T> sum_distances(const T* x, int64_t size, compute_t<T> max, co
   return ((s[0] + s[1]) + (s[2] + s[3])).sum();
 }
 
-// The numbers that make a row's loss and gradient of its target.
+// The coefficients of the loss and the gradient of a row, which depend on its target.
 struct TargetTerms {
   double hard;      // (1 - s) w_t
   double uniform;   // s / C
-  double total;     // hard + s / C sum w: what p is multiplied by
-  double upstream;  // the gradient that comes back for the row's loss
+  double total;     // hard + s / C sum w, the coefficient of p
+  double upstream;  // the upstream gradient of the loss of the row
 };
 
 template <class S>
@@ -104,7 +107,7 @@ inline TargetTerms terms_of(const CrossEntropy& a, int64_t row) {
   return {hard, uniform, a.label_smoothing == 0.0 ? hard : hard + uniform * a.weight_sum, a.scale * upstream};
 }
 
-// f(i, n) -> a vector, written for each of a row; `stream`: past the caches, where whole aligned vectors are written.
+// Writes a row of vectors f(i, n); if `stream`, whole aligned vectors are written past the caches.
 template <class T, class F>
 inline void write_row(T* out, int64_t size, bool stream, F&& f) {
   using S = compute_t<T>;
@@ -127,7 +130,7 @@ inline void write_row(T* out, int64_t size, bool stream, F&& f) {
   if (i < size) store_partial(f(i, size - i), out + i, size - i);
 }
 
-// grad_input of row r.
+// Writes grad_input of row r.
 template <class T>
 inline void write_gradient(const CrossEntropy& a, int64_t r, compute_t<T> max, compute_t<T> sum) {
   using S = compute_t<T>;

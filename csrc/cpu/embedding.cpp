@@ -1,5 +1,5 @@
-// embedding on the CPU: check, allocate, sort the tokens by id for backward, split over threads. The arithmetic is in
-// embedding_kernel.h.
+// embedding on the CPU: checks, allocation, sorting of the tokens by id for backward, and distribution over threads.
+// The arithmetic is in embedding_kernel.h.
 #include <torch/csrc/stable/library.h>
 
 #include <cstring>
@@ -8,7 +8,8 @@
 #include <tuple>
 #include <vector>
 
-#include "../embedding.h"
+#include "../embedding_checks.h"
+#include "cpu_info.h"
 #include "embedding.h"
 #include "random.h"
 
@@ -18,10 +19,10 @@ namespace {
 using torch::stable::parallel_for;
 using Index = std::vector<int64_t>;
 
-// Rows for a thread to be worth waking: about 32 KB.
+// The number of rows for which waking a thread pays: about 32 KB.
 int64_t grain(int64_t size) { return std::max<int64_t>(1, 8192 / std::max<int64_t>(1, size)); }
 
-// The tokens in the order of their ids, those of the same id in their own order: a radix sort.
+// Returns the tokens in the order of their ids, and tokens of the same id in their own order, by a radix sort.
 Index sorted_by_id(const int64_t* ids, int64_t tokens, int64_t rows) {
   constexpr int kBits = 11;
   Index order(tokens), other(tokens);
@@ -39,7 +40,6 @@ Index sorted_by_id(const int64_t* ids, int64_t tokens, int64_t rows) {
 
 }  // namespace
 
-// The ids as contiguous int64, each in [0, rows).
 Tensor checked_ids(const char* op, const Tensor& input, const Tensor& like, int64_t rows) {
   check_ids(op, input, like);
   const bool is_long = input.scalar_type() == ScalarType::Long;
@@ -50,18 +50,18 @@ Tensor checked_ids(const char* op, const Tensor& input, const Tensor& like, int6
   return ids;
 }
 
-void embedding_forward(int dtype, const Embedding& args, int64_t tokens) {
+void embedding_forward(DType dtype, const Embedding& args, int64_t tokens) {
   const auto kernel = kernels().embedding_fwd[dtype];
   parallel_for(0, tokens, grain(args.size), [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
 }
 
-// Each row of the gradient is the sum, in the order of the tokens, of the gradients of those that read it; the others
-// are zero. A row belongs to one thread, so that the bits do not depend on how many there are.
-void embedding_weight_grad(int dtype, const void* grad, const int64_t* id, int64_t tokens,
+// The gradient of a row is the sum, in the order of the tokens, of the gradients of those that read it; rows that no
+// token read are zero. A row belongs to one thread, so the result does not depend on the number of threads.
+void embedding_weight_grad(DType dtype, const void* grad, const int64_t* id, int64_t tokens,
                            std::optional<int64_t> padding_idx, void* out, int64_t rows, int64_t size,
                            const Dropout& dropout) {
   const Index order = sorted_by_id(id, tokens, rows);
-  Index starts, targets;  // of the rows that were read
+  Index starts, targets;  // one for each row that was read
   for (int64_t i = 0; i < tokens; ++i)
     if (i == 0 || id[order[i]] != id[order[i - 1]]) {
       starts.push_back(i);
@@ -71,12 +71,12 @@ void embedding_weight_grad(int dtype, const void* grad, const int64_t* id, int64
   const SumRows args{grad, order.data(), starts.data(), targets.data(), out, size, dropout};
   const auto kernel = kernels().sum_rows[dtype];
   const int64_t row_bytes = size * element_size(dtype);
-  const bool stream = rows * row_bytes > last_level_cache() / 2;  // the gradient could not stay in the caches
+  const bool stream = rows * row_bytes > last_level_cache() / 2;  // the gradient does not fit the caches
   char* const base = static_cast<char*>(out);
   const int64_t chunk = std::max<int64_t>(grain(size), (rows + 63) / 64);
   parallel_items((rows + chunk - 1) / chunk, [&](int64_t c) {
     const int64_t begin = c * chunk, end = std::min(rows, begin + chunk);
-    int64_t zeros = begin;  // rows from here on are not written yet
+    int64_t zeros = begin;  // the first row that is not written yet
     const auto zero_until = [&](int64_t row) {
       char* const from = base + zeros * row_bytes;
       stream ? kernels().stream_zeros(from, (row - zeros) * row_bytes)
@@ -93,7 +93,7 @@ void embedding_weight_grad(int dtype, const void* grad, const int64_t* id, int64
   });
 }
 
-void embedding_positions_grad(int dtype, const void* grad, int64_t batch, void* out, int64_t seq_len, int64_t size,
+void embedding_positions_grad(DType dtype, const void* grad, int64_t batch, void* out, int64_t seq_len, int64_t size,
                               const Dropout& dropout) {
   const int64_t tokens = batch * seq_len;
   Index order(tokens), starts(seq_len + 1), targets(seq_len);
@@ -114,7 +114,7 @@ namespace {
 Tensor embedding_fwd(Tensor input, Tensor weight, OptionalTensor positions, double dropout_p, OptionalTensor rng) {
   const char* const op = "embedding";
   check_table(op, weight);
-  const int dtype = dtype_index(op, weight);
+  const DType dtype = dtype_of(op, weight);
   const int64_t size = weight.size(1);
   const Tensor ids = checked_ids(op, input, weight, weight.size(0)), table = as_contiguous(weight);
   const int64_t seq_len = checked_seq_len(op, input, weight, positions);
@@ -134,7 +134,7 @@ std::tuple<Tensor, Tensor> embedding_bwd(Tensor grad, Tensor input, int64_t num_
                                          std::optional<int64_t> padding_idx, bool weight_grad, bool positions_grad,
                                          double dropout_p, OptionalTensor rng) {
   const char* const op = "embedding_bwd";
-  const int dtype = dtype_index(op, grad);
+  const DType dtype = dtype_of(op, grad);
   const Tensor ids = checked_ids(op, input, grad, num_embeddings), dy = as_contiguous(grad);
   check_grad(op, grad, input, positions_grad);
   const int64_t size = grad.size(grad.dim() - 1), tokens = ids.numel();

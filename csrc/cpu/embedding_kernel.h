@@ -1,16 +1,17 @@
-// Rows of a table by their index, with a row of a second table added: weight[ids] + positions. Backward is the reverse:
-// each row of a gradient is the sum of the rows that came from it, in their order.
+// Rows of a table looked up by index, plus a row of a second table: weight[ids] + positions. Backward is the reverse:
+// each row of a gradient is the sum, in order, of the rows that contribute to it.
 //
-// Memory is the limit: a row is read and written once, nothing is scattered, and no two threads write the same row.
-// With dropout the random bits are: a block of columns is worked on as soon as its factors are made, in backward again.
+// Memory bandwidth is the limit. A row is read and written once, nothing is scattered, and no two threads write the
+// same row. With dropout, generating the random bits is the limit; a block of columns is processed as soon as its
+// factors are generated, in backward once more.
 #pragma once
-#include "dispatch.h"
+#include "kernel_args.h"
 #include "random_kernel.h"
 #include "simd.h"
 
 namespace tinyllm::TINYLLM_ISA {
 
-// What dropout multiplies the n <= kRandomBlock columns of a row from `first`, a multiple of kRandomBlock, by.
+// The dropout factors of the n <= kRandomBlock columns of a row from `first` on, a multiple of kRandomBlock.
 template <class S>
 inline void block_factors(const cpu::Dropout& dropout, int64_t row, int64_t size, int64_t first, int64_t n,
                           S* factors) {
@@ -81,7 +82,7 @@ template <class T>
 void sum_rows(const cpu::SumRows& a, int64_t begin, int64_t end) {
   if (a.dropout.p > 0) return sum_dropped_rows<T>(a, begin, end);
   using V = Vec<compute_t<T>>;
-  constexpr int64_t kWidth = 4 * V::size;  // columns whose sums stay in registers
+  constexpr int64_t kWidth = 4 * V::size;  // columns whose sums fit the registers
   const int64_t size = a.size;
   const T* rows = static_cast<const T*>(a.rows);
   for (int64_t s = begin; s < end; ++s) {
@@ -108,7 +109,7 @@ void sum_rows(const cpu::SumRows& a, int64_t begin, int64_t end) {
   }
 }
 
-// Zeroes that are not read soon are written past the caches.
+// Writes zeros past the caches, for memory that is not read soon.
 inline void stream_zeros(char* data, int64_t bytes) {
   using V = Vec<float>;
   constexpr int64_t kBytes = V::size * static_cast<int64_t>(sizeof(float));

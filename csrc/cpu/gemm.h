@@ -1,10 +1,10 @@
-// The micro-kernel that every matrix product of the CPU kernels goes through.
+// The register-blocked micro-kernel of all matmuls on the CPU: C[M x N] (+)= A[M x K] B[K x N].
 //
-// C[M x N] (+)= A[M x K] B[K x N]. A tile of kRows x kVecs vectors of C stays in registers while k runs: each step
-// loads kVecs vectors of B and broadcasts kRows elements of A, so that kRows * kVecs multiply-adds hide kRows + kVecs
-// loads and enough independent sums are in flight to hide their latency. Each element of C is a sum over k in order, in
-// chunks of kDepth that start from zero (which bounds the rounding error of long sums), whatever the tile it falls in:
-// results do not depend on how rows are grouped.
+// The names are those of BLIS: a tile of MR x NR elements of C stays in registers while k runs through a chunk of KC.
+// Each step loads NR / Vec::size vectors of B and broadcasts MR elements of A. Its multiply-adds outnumber its loads,
+// and enough independent sums are in flight to hide their latency. Each element of C is a sum over k in order, in
+// chunks of KC that start from zero (which bounds the rounding error of long sums), whatever tile it belongs to, so
+// that results do not depend on how rows are grouped.
 #pragma once
 #include <algorithm>
 
@@ -13,26 +13,28 @@
 namespace tinyllm::TINYLLM_ISA {
 
 #if defined(TINYLLM_AVX512)
-constexpr int kRows = 8, kVecs = 2;  // 16 of 32 registers hold C
+constexpr int kMR = 8, kNV = 2;  // C takes 16 of 32 registers
 #elif defined(TINYLLM_AVX2)
-constexpr int kRows = 6, kVecs = 2;  // 12 of 16 registers hold C
+constexpr int kMR = 6, kNV = 2;  // C takes 12 of 16 registers
 #else
-constexpr int kRows = 4, kVecs = 4;
+constexpr int kMR = 4, kNV = 4;
 #endif
 
-constexpr int64_t kDepth = 256;
+static_assert(kMR <= 8 && kNV <= 4, "the micro-kernel must unroll its loops, so that C stays in registers");
 
-// Width of a panel of B, in elements.
+constexpr int64_t kKC = 256;
+
+// NR, the number of columns of a tile and of a packed panel of B: kNV vectors.
 template <class S>
-constexpr int64_t kPanel = int64_t{kVecs} * Vec<S>::size;
+constexpr int64_t kNR = int64_t{kNV} * Vec<S>::size;
 
 template <class S>
 inline int64_t round_up_to_vector(int64_t n) {
   return (n + Vec<S>::size - 1) / Vec<S>::size * Vec<S>::size;
 }
 
-// Row length for a row-major operand of n columns: whole vectors, and not a multiple of 512 bytes, which would map the
-// rows of a panel to a few sets of the first-level cache.
+// The row length of a row-major operand with n columns: whole vectors, but not a multiple of 512 bytes, with which the
+// rows of a panel would fall into a few sets of the first-level cache.
 template <class S>
 inline int64_t leading_dimension(int64_t n) {
   const int64_t padded = round_up_to_vector<S>(n);
@@ -40,32 +42,32 @@ inline int64_t leading_dimension(int64_t n) {
 }
 
 template <class S>
-struct OperandA {  // element (m, k) at data[m * row + k * step]
+struct OperandA {  // element (m, k) is data[m * row + k * step]
   const S* data;
   int64_t row, step;
 };
 
 template <class S>
-struct OperandB {  // element (k, n) at data[(n / kPanel) * panel + k * row + n % kPanel]
+struct OperandB {  // element (k, n) is data[(n / kNR) * panel + k * row + n % kNR]
   const S* data;
   int64_t row, panel;
 };
 
-// B as a row-major matrix, and as panels of kPanel columns each stored whole.
+// B as a row-major matrix, and as panels packed by pack_b.
 template <class S>
 inline OperandB<S> row_major(const S* data, int64_t leading) {
-  return {data, leading, kPanel<S>};
+  return {data, leading, kNR<S>};
 }
 template <class S>
 inline OperandB<S> panels(const S* data, int64_t depth) {
-  return {data, kPanel<S>, kPanel<S> * depth};
+  return {data, kNR<S>, kNR<S> * depth};
 }
 
-// A's three numbers come one by one: as a structure on the stack they would be stored in halves and read back whole,
-// which waits until every store before has left for the cache.
+// The micro-kernel for a tile of M x N vectors. The fields of A are separate parameters: a structure would be passed on
+// the stack, where it is stored in halves and loaded whole, which defeats store-to-load forwarding.
 template <class S, int M, int N>
-__attribute__((noinline)) void gemm_tile(int64_t depth, const S* a, int64_t a_row, int64_t a_step, const S* b,
-                                         int64_t b_row, S* c, int64_t c_row, bool accumulate) {
+__attribute__((noinline)) void micro_kernel(int64_t depth, const S* a, int64_t a_row, int64_t a_step, const S* b,
+                                            int64_t b_row, S* c, int64_t c_row, bool accumulate) {
   using V = Vec<S>;
   V sum[M][N];
 #pragma GCC unroll 8
@@ -94,18 +96,18 @@ __attribute__((noinline)) void gemm_tile(int64_t depth, const S* a, int64_t a_ro
     }
 }
 
-// One block of at most kRows rows against one panel.
-template <class S, int N, int M = kRows>
+// Multiplies m <= kMR rows by N vectors of a panel.
+template <class S, int N, int M = kMR>
 inline void gemm_rows(int64_t m, int64_t depth, OperandA<S> a, const S* b, int64_t b_row, S* c, int64_t c_row,
                       bool accumulate) {
   if constexpr (M > 1) {
     if (m < M) return gemm_rows<S, N, M - 1>(m, depth, a, b, b_row, c, c_row, accumulate);
   }
-  gemm_tile<S, M, N>(depth, a.data, a.row, a.step, b, b_row, c, c_row, accumulate);
+  micro_kernel<S, M, N>(depth, a.data, a.row, a.step, b, b_row, c, c_row, accumulate);
 }
 
-// n columns of a panel, n a multiple of the vector's size.
-template <class S, int N = kVecs>
+// Multiplies m <= kMR rows by n columns of a panel; n is a multiple of the vector size.
+template <class S, int N = kNV>
 inline void gemm_panel(int64_t m, int64_t n, int64_t depth, OperandA<S> a, const S* b, int64_t b_row, S* c,
                        int64_t c_row, bool accumulate) {
   if constexpr (N > 1) {
@@ -114,18 +116,18 @@ inline void gemm_panel(int64_t m, int64_t n, int64_t depth, OperandA<S> a, const
   gemm_rows<S, N>(m, depth, a, b, b_row, c, c_row, accumulate);
 }
 
-// C (+)= A B with n rounded up to whole vectors: C's rows and B's must have room for that.
+// C (+)= A B. n is rounded up to whole vectors, for which the rows of B and C must have room.
 template <class S>
 inline void gemm(int64_t m, int64_t n, int64_t depth, OperandA<S> a, OperandB<S> b, S* c, int64_t c_row,
                  bool accumulate) {
   n = round_up_to_vector<S>(n);
   int64_t k = 0;
-  do {  // once for depth 0, which must still write C
-    const int64_t chunk = std::min(kDepth, depth - k);
-    for (int64_t col = 0; col < n; col += kPanel<S>) {
-      const S* panel = b.data + col / kPanel<S> * b.panel + k * b.row;
-      for (int64_t row = 0; row < m; row += kRows)
-        gemm_panel<S>(std::min<int64_t>(kRows, m - row), std::min(kPanel<S>, n - col), chunk,
+  do {  // runs once even for depth 0, which must still write C
+    const int64_t chunk = std::min(kKC, depth - k);
+    for (int64_t col = 0; col < n; col += kNR<S>) {
+      const S* panel = b.data + col / kNR<S> * b.panel + k * b.row;
+      for (int64_t row = 0; row < m; row += kMR)
+        gemm_panel<S>(std::min<int64_t>(kMR, m - row), std::min(kNR<S>, n - col), chunk,
                       {a.data + row * a.row + k * a.step, a.row, a.step}, panel, b.row, c + row * c_row + col, c_row,
                       accumulate || k > 0);
     }

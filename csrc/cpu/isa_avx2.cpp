@@ -1,16 +1,20 @@
-// Every CPU kernel for AVX2. The target is switched in the source, not by a compiler flag, and only after the standard
-// headers: their inline functions, which the linker shares between files, must still run on any processor.
+// All CPU kernels compiled for AVX2. The target is switched in the source instead of by a compiler flag, and only after
+// the standard headers: the linker shares their inline functions between files, so these must run on any processor.
 #if defined(__x86_64__)
 #include <immintrin.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <string>
+#include <thread>
 #include <type_traits>
 #include <vector>
 
 #include "dispatch.h"
+#include "scratch.h"
 
 #define TINYLLM_ISA avx2
 #define TINYLLM_AVX2

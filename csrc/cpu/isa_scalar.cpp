@@ -1,4 +1,4 @@
-// Every CPU kernel in plain C++, for processors that have none of the other sets.
+// All CPU kernels in plain C++, for processors without the other instruction sets.
 #include <algorithm>
 #include <cmath>
 #include <limits>

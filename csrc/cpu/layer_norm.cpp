@@ -1,13 +1,14 @@
-// layer_norm, add_layer_norm and rms_norm on the CPU: check, allocate, split over threads. The arithmetic is in
-// layer_norm_kernel.h.
+// layer_norm, add_layer_norm and rms_norm on the CPU: checks, allocation, and distribution over threads. The arithmetic
+// is in layer_norm_kernel.h.
 #include <torch/csrc/stable/library.h>
 
 #include <optional>
 #include <tuple>
 #include <vector>
 
-#include "../norms.h"
+#include "../norm_checks.h"
 #include "layer_norm.h"
+#include "scratch.h"
 #include "torch_side.h"
 
 namespace tinyllm::cpu {
@@ -17,7 +18,7 @@ using torch::stable::parallel_for;
 using torch::stable::to;
 using Shape = std::vector<int64_t>;
 
-// Rows for a thread to be worth waking: about 32 KB.
+// The number of rows for which waking a thread pays: about 32 KB.
 int64_t grain(int64_t size) { return std::max<int64_t>(1, 8192 / std::max<int64_t>(1, size)); }
 
 using Forward = void (*)(const LayerNormFwd&, int64_t begin, int64_t end);
@@ -27,44 +28,45 @@ void run_forward(Forward kernel, const LayerNormFwd& args, int64_t rows) {
   parallel_for(0, rows, grain(args.size), [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
 }
 
-// The rows are split into chunks by their number alone, each chunk sums its share of the parameters' gradients in row
-// order, and the shares are added in chunk order: the same bits whatever the number of threads.
+// The rows are split into chunks by their number alone. Each chunk sums its part of the gradients of the parameters in
+// row order, and the partial sums are added in chunk order, so the result does not depend on the number of threads.
 template <class S>
 void run_backward(Backward kernel, const LayerNormBwd& args, int64_t rows, std::initializer_list<void*> grads) {
   const int64_t chunk_rows = std::max<int64_t>(grain(args.size), (rows + 63) / 64);
   const int64_t chunks = (rows + chunk_rows - 1) / chunk_rows;
-  const int64_t share = static_cast<int64_t>(grads.size()) * args.size;  // elements for a chunk
-  const Scratch scratch(static_cast<size_t>(chunks * share) * sizeof(S));
-  S* const shares = reinterpret_cast<S*>(scratch.data());
+  const int64_t partial_size = static_cast<int64_t>(grads.size()) * args.size;  // elements of a partial sum
+  const Scratch scratch(static_cast<size_t>(chunks * partial_size) * sizeof(S));
+  S* const partials = reinterpret_cast<S*>(scratch.data());
   parallel_items(chunks, [&](int64_t c) {
-    S* const own = shares + c * share;
-    std::fill(own, own + share, S(0));
-    kernel(args, c * chunk_rows, std::min(rows, (c + 1) * chunk_rows), own);
+    S* const partial = partials + c * partial_size;
+    std::fill(partial, partial + partial_size, S(0));
+    kernel(args, c * chunk_rows, std::min(rows, (c + 1) * chunk_rows), partial);
   });
-  const int64_t columns = std::max<int64_t>(512, 32768 / std::max<int64_t>(1, chunks));  // that are worth a thread
+  const int64_t columns =
+      std::max<int64_t>(512, 32768 / std::max<int64_t>(1, chunks));  // for which waking a thread pays
   int64_t first = 0;
   for (void* const grad : grads) {
     S* const out = static_cast<S*>(grad);
     parallel_for(0, args.size, columns, [&](int64_t begin, int64_t end) {
       std::fill(out + begin, out + end, S(0));
       for (int64_t c = 0; c < chunks; ++c)
-        for (int64_t i = begin; i < end; ++i) out[i] += shares[c * share + first + i];
+        for (int64_t i = begin; i < end; ++i) out[i] += partials[c * partial_size + first + i];
     });
     first += args.size;
   }
 }
 
-void run_backward(Backward kernel, int dtype, const LayerNormBwd& args, int64_t rows,
+void run_backward(Backward kernel, DType dtype, const LayerNormBwd& args, int64_t rows,
                   std::initializer_list<void*> grads) {
   if (*grads.begin() == nullptr)
     parallel_for(0, rows, grain(args.size), [&](int64_t begin, int64_t end) { kernel(args, begin, end, nullptr); });
-  else if (dtype == static_cast<int>(DType::f64))
+  else if (dtype == DType::f64)
     run_backward<double>(kernel, args, rows, grads);
   else
     run_backward<float>(kernel, args, rows, grads);
 }
 
-// Contiguous weight or bias in the compute dtype.
+// Checks a weight or bias and makes it contiguous in the compute dtype.
 OptionalTensor parameter(const char* op, const char* name, const OptionalTensor& t, const Tensor& input, int64_t size) {
   if (!t.has_value()) return std::nullopt;
   check_parameter(op, name, *t, input, size);
@@ -86,7 +88,7 @@ struct Normed {
 Normed forward(const char* op, const Tensor& input, const OptionalTensor& residual, const Shape& normalized_shape,
                const OptionalTensor& weight, const OptionalTensor& bias, double eps) {
   const NormRows rows = split_rows(op, input, normalized_shape);
-  const int dtype = dtype_index(op, input);
+  const DType dtype = dtype_of(op, input);
   const Tensor x = as_contiguous(input);
   const OptionalTensor r = residual ? OptionalTensor(same_shape(op, "residual", *residual, input)) : std::nullopt;
   const OptionalTensor w = parameter(op, "weight", weight, input, rows.size);
@@ -134,7 +136,7 @@ Grads backward(const char* op, const Tensor& grad_normed, const OptionalTensor& 
                const Shape& normalized_shape, const OptionalTensor& weight, const Tensor& mean, const Tensor& rstd,
                bool parameter_grads) {
   const NormRows rows = split_rows(op, input, normalized_shape);
-  const int dtype = dtype_index(op, input);
+  const DType dtype = dtype_of(op, input);
   const Tensor x = as_contiguous(input), dy = same_shape(op, "grad_normed", grad_normed, input);
   const OptionalTensor ds = grad_sum ? OptionalTensor(same_shape(op, "grad_sum", *grad_sum, input)) : std::nullopt;
   const OptionalTensor w = parameter(op, "weight", weight, input, rows.size);
@@ -165,7 +167,7 @@ Grads add_layer_norm_bwd(Tensor grad_normed, OptionalTensor grad_sum, Tensor sum
 std::tuple<Tensor, Tensor> rms_norm_fwd(Tensor input, Shape normalized_shape, OptionalTensor weight, double eps) {
   const char* const op = "rms_norm";
   const NormRows rows = split_rows(op, input, normalized_shape);
-  const int dtype = dtype_index(op, input);
+  const DType dtype = dtype_of(op, input);
   const Tensor x = as_contiguous(input);
   const OptionalTensor w = parameter(op, "weight", weight, input, rows.size);
   const Tensor normed = empty(x.sizes(), x.scalar_type());
@@ -186,7 +188,7 @@ std::tuple<Tensor, Tensor> rms_norm_bwd(Tensor grad, Tensor input, Shape normali
                                         Tensor rstd, bool parameter_grads) {
   const char* const op = "rms_norm_bwd";
   const NormRows rows = split_rows(op, input, normalized_shape);
-  const int dtype = dtype_index(op, input);
+  const DType dtype = dtype_of(op, input);
   const Tensor x = as_contiguous(input), dy = same_shape(op, "grad", grad, input);
   const OptionalTensor w = parameter(op, "weight", weight, input, rows.size);
   check_statistic(op, "rstd", rstd, input, rows.count);
@@ -206,19 +208,19 @@ std::tuple<Tensor, Tensor> rms_norm_bwd(Tensor grad, Tensor input, Shape normali
 
 }  // namespace
 
-void layer_norm_forward(int dtype, const LayerNormFwd& args, int64_t rows) {
+void layer_norm_forward(DType dtype, const LayerNormFwd& args, int64_t rows) {
   run_forward(kernels().layer_norm_fwd[dtype], args, rows);
 }
 
-void layer_norm_backward(int dtype, const LayerNormBwd& args, int64_t rows, void* grad_weight, void* grad_bias) {
+void layer_norm_backward(DType dtype, const LayerNormBwd& args, int64_t rows, void* grad_weight, void* grad_bias) {
   run_backward(kernels().layer_norm_bwd[dtype], dtype, args, rows, {grad_weight, grad_bias});
 }
 
-void rms_norm_forward(int dtype, const LayerNormFwd& args, int64_t rows) {
+void rms_norm_forward(DType dtype, const LayerNormFwd& args, int64_t rows) {
   run_forward(kernels().rms_norm_fwd[dtype], args, rows);
 }
 
-void rms_norm_backward(int dtype, const LayerNormBwd& args, int64_t rows, void* grad_weight) {
+void rms_norm_backward(DType dtype, const LayerNormBwd& args, int64_t rows, void* grad_weight) {
   run_backward(kernels().rms_norm_bwd[dtype], dtype, args, rows, {grad_weight});
 }
 

@@ -1,20 +1,22 @@
-// Layer normalisation and root mean square normalisation over raw memory, split over threads: for layer_norm.cpp, and
-// for operators that contain a norm.
+// Layer normalisation and root mean square normalisation over raw memory, distributed over threads, for layer_norm.cpp
+// and for operators that contain a norm.
 #pragma once
+#include "cpu_info.h"
 #include "dispatch.h"
 
 namespace tinyllm::cpu {
 
-void layer_norm_forward(int dtype, const LayerNormFwd& args, int64_t rows);
+void layer_norm_forward(DType dtype, const LayerNormFwd& args, int64_t rows);
 
-// The gradients of weight and bias, args.size elements of the compute type, are both wanted or both null.
-void layer_norm_backward(int dtype, const LayerNormBwd& args, int64_t rows, void* grad_weight, void* grad_bias);
+// The gradients of weight and bias have args.size elements of the compute type; both are null if they are not wanted.
+void layer_norm_backward(DType dtype, const LayerNormBwd& args, int64_t rows, void* grad_weight, void* grad_bias);
 
-// The same without mean and bias, and without a residual.
-void rms_norm_forward(int dtype, const LayerNormFwd& args, int64_t rows);
-void rms_norm_backward(int dtype, const LayerNormBwd& args, int64_t rows, void* grad_weight);
+// The same without mean, bias and residual.
+void rms_norm_forward(DType dtype, const LayerNormFwd& args, int64_t rows);
+void rms_norm_backward(DType dtype, const LayerNormBwd& args, int64_t rows, void* grad_weight);
 
-// Outputs are streamed past the caches when an operation moves more bytes than could stay in them anyway.
+// Whether an operation moves so many bytes that its outputs could not stay in the caches anyway. They are then written
+// by streaming stores.
 inline bool larger_than_caches(int64_t bytes) { return bytes > last_level_cache() / 2; }
 
 }  // namespace tinyllm::cpu

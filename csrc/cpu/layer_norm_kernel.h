@@ -1,15 +1,16 @@
-// Layer normalisation over the last dimension, with an optional residual added first, and its sibling without mean and
-// bias, the root mean square norm: kCentered is false there.
+// Layer normalisation over the last dimension, with an optional residual added first, and without mean and bias
+// (kCentered is false) root mean square normalisation.
 //
-// Memory is the limit: each row is read once, stays in the first-level cache while its mean and its variance are taken
-// in two exact passes, and is written once, while the next rows are already on their way. Outputs larger than the
-// caches are streamed past them, which saves reading each line before it is overwritten. Backward reads a block of rows
-// once for the two sums that grad_input needs, and again, from the cache, to write grad_input and to add up the
-// gradients of weight and bias.
+// Memory bandwidth is the limit. Each row is read once, stays in the first-level cache while mean and variance are
+// computed in two exact passes, and is written once while the next rows are prefetched. Outputs larger than the caches
+// are written by streaming stores, which saves reading each line before it is overwritten. Backward reads a block of
+// rows once for the two sums that grad_input needs, and again, from the cache, to write grad_input and to accumulate
+// the gradients of weight and bias.
 #pragma once
 #include <cmath>
 
-#include "dispatch.h"
+#include "kernel_args.h"
+#include "scratch.h"
 #include "simd.h"
 
 namespace tinyllm::TINYLLM_ISA {
@@ -25,7 +26,7 @@ inline void write(Vec<compute_t<T>> x, T* p, int64_t n, bool stream) {
   stream ? x.stream(p) : store_n(x, p, n);
 }
 
-// Zeroes the elements of x beyond n.
+// Zeroes the elements of x behind the first n.
 template <class V>
 inline V keep(V x, int64_t n) {
   if (n == V::size) return x;
@@ -39,7 +40,7 @@ struct Pair {
   V first, second;
 };
 
-// Two sums over a row in four independent chains: f(i, n, pair) adds elements i .. i + n to a pair.
+// Computes two sums over a row in four independent chains: f(i, n, pair) adds the elements [i, i + n) to a pair.
 template <class V, class F>
 inline Pair<V> sum_row(int64_t size, F&& f) {
   Pair<V> s[4] = {};
@@ -76,7 +77,7 @@ void norm_fwd(const cpu::LayerNormFwd& a, int64_t begin, int64_t end) {
       const V total = sum_row<V>(size, [&](int64_t i, int64_t n, Pair<V>& s) {
                         if constexpr (kAdd) {
                           V x = load_n<V>(input + i, n) + load_n<V>(residual + i, n);
-                          // What is normalised is the sum as stored, so that backward sees the same numbers.
+                          // The sum is normalised as it is stored, so that backward sees the same numbers.
                           if constexpr (!std::is_same_v<T, S>) x = rounded<T>(x);
                           x.store(sums + i);
                         }
@@ -97,7 +98,7 @@ void norm_fwd(const cpu::LayerNormFwd& a, int64_t begin, int64_t end) {
     const V rstd = V::set1(scale);
     T* normed = static_cast<T*>(a.normed) + r * size;
     T* sum = kAdd ? static_cast<T*>(a.sum) + r * size : nullptr;
-    // All outputs are written here, and the next row is read meanwhile: memory is never idle one way or the other.
+    // All outputs are written in this pass, while row r + 2 is prefetched, so that reads and writes of memory overlap.
     const int64_t next = r + 2 < end ? 2 * size : 0;
     for_each_vector<V>(size, [&](int64_t i, int64_t n) {
       __builtin_prefetch(input + next + i, 0, 2);
@@ -113,7 +114,8 @@ void norm_fwd(const cpu::LayerNormFwd& a, int64_t begin, int64_t end) {
   if (stream) end_of_stream();
 }
 
-// R rows from r0; those up to `end` follow. `grads`: weight's, then bias'; the bias has none if not kCentered.
+// Processes R rows from r0 on; rows up to `end` follow. `grads` has the gradient of the weight and, if kCentered,
+// behind it that of the bias.
 template <class T, bool kCentered, int R>
 void norm_bwd_block(const cpu::LayerNormBwd& a, int64_t r0, int64_t end, compute_t<T>* grads, bool stream) {
   using S = compute_t<T>;
@@ -137,7 +139,7 @@ void norm_bwd_block(const cpu::LayerNormBwd& a, int64_t r0, int64_t end, compute
     mean[r] = kCentered ? V::set1(static_cast<const S*>(a.mean)[r0 + r]) : V::zero();
     rstd[r] = V::set1(static_cast<const S*>(a.rstd)[r0 + r]);
     sums[r] = sum_row<V>(size, [&](int64_t i, int64_t n, Pair<V>& s) {
-      const V g = load_n<V>(grad + r * size + i, n) * weight_at(i, n);  // zeros beyond n keep the sums exact
+      const V g = load_n<V>(grad + r * size + i, n) * weight_at(i, n);  // zeros behind the first n keep the sums exact
       if constexpr (kCentered) s.first = s.first + g;
       s.second = fma(g, keep(xhat_at(r, i, n), n), s.second);
     });
@@ -146,7 +148,7 @@ void norm_bwd_block(const cpu::LayerNormBwd& a, int64_t r0, int64_t end, compute
     if constexpr (kCentered) mean_g[r] = V::set1(sums[r].first.sum() / static_cast<S>(size));
     mean_gx[r] = V::set1(sums[r].second.sum() / static_cast<S>(size));
   }
-  const bool more = r0 + 3 * R <= end;  // the next block is on its way while this one is worked on in the cache
+  const bool more = r0 + 3 * R <= end;  // prefetch the block after the next one
   for_each_vector<V>(size, [&](int64_t i, int64_t n) {
     const V w = weight_at(i, n);
     V sum_weight = V::zero(), sum_bias = V::zero();
@@ -177,7 +179,7 @@ void norm_bwd(const cpu::LayerNormBwd& a, int64_t begin, int64_t end, void* grad
   using S = compute_t<T>;
   S* const sums = static_cast<S*>(grads);
   const bool stream = a.stream && streamable<T>(a.grad_input, a.size);
-  // Longer rows are taken two at a time: their inputs must stay in the first-level cache together.
+  // A block has four short rows or two longer ones, whose inputs fit the first-level cache together.
   int64_t r = begin;
   if (a.size * static_cast<int64_t>(sizeof(T)) <= 2048)
     for (; r + 4 <= end; r += 4) norm_bwd_block<T, kCentered, 4>(a, r, end, sums, stream);

@@ -1,11 +1,11 @@
-// linear and feed_forward on the CPU: check, allocate, and the products that they are made of.
+// linear and feed_forward on the CPU: checks, allocation, and their matmuls with fused epilogues.
 #include <torch/csrc/stable/library.h>
 
 #include <optional>
 #include <tuple>
 #include <vector>
 
-#include "products.h"
+#include "matmul.h"
 
 namespace tinyllm::cpu {
 namespace {
@@ -20,9 +20,7 @@ Activation parse_activation(const char* op, const std::string& name) {
   fail(op, ": activation is '", name, "'; none, relu, gelu or gelu_tanh is needed");
 }
 
-void* data_or_null(const OptionalTensor& t) { return t ? data_of(*t) : nullptr; }
-
-// A contiguous operand with the first argument's dtype and device.
+// Checks an operand against the first argument, and makes it contiguous.
 Tensor operand(const char* op, const char* name, const Tensor& t, const Tensor& like,
                std::initializer_list<int64_t> shape) {
   check_device(op, name, t, like);
@@ -35,9 +33,9 @@ OptionalTensor operand(const char* op, const char* name, const OptionalTensor& t
   return t ? OptionalTensor(operand(op, name, *t, like, shape)) : std::nullopt;
 }
 
-// A tensor (..., columns) seen as rows.
+// A tensor (..., columns) as a contiguous matrix of rows.
 struct Rows {
-  Tensor tensor;  // contiguous
+  Tensor tensor;
   int64_t count, columns;
 
   Rows(const char* op, const char* name, const Tensor& t) : tensor(as_contiguous(t)) {
@@ -55,7 +53,7 @@ struct Rows {
   void* data() const { return data_of(tensor); }
 };
 
-// Another tensor with the same rows and its own number of columns.
+// Checks another tensor with the same rows but its own number of columns.
 Rows with_rows(const char* op, const char* name, const Tensor& t, const Rows& like, int64_t columns) {
   check_device(op, name, t, like.tensor);
   check_dtype(op, name, t, like.tensor.scalar_type());
@@ -75,7 +73,7 @@ int64_t outputs_of(const char* op, const char* name, const Tensor& weight) {
 std::tuple<Tensor, Tensor> linear_fwd(Tensor input, Tensor weight, OptionalTensor bias, OptionalTensor residual,
                                       std::string activation, bool pre_activation) {
   const char* op = "linear";
-  const int dtype = dtype_index(op, input);
+  const DType dtype = dtype_of(op, input);
   const Rows x(op, "input", input);
   const int64_t outputs = outputs_of(op, "weight", weight);
   const Tensor w = operand(op, "weight", weight, input, {outputs, x.columns});
@@ -83,25 +81,24 @@ std::tuple<Tensor, Tensor> linear_fwd(Tensor input, Tensor weight, OptionalTenso
   std::optional<Rows> r;
   if (residual) r = with_rows(op, "residual", *residual, x, outputs);
   const Tensor out = x.new_with(outputs), pre = pre_activation ? x.new_with(outputs) : none_like(input);
-  Product p = linear_output(x.data(), data_of(w), x.count, x.columns, outputs, data_of(out));
+  Matmul p = linear_output(x.data(), data_of(w), x.count, x.columns, outputs, data_of(out));
   p.bias = data_or_null(b);
   p.activation = parse_activation(op, activation);
   p.residual = r ? r->data() : nullptr;
   p.pre_activation = pre_activation ? data_of(pre) : nullptr;
-  run_products(dtype, {p});
+  run_matmuls(dtype, {p});
   return {out, pre};
 }
 
-// The gradients of a layer's weight and bias; an empty one where it is not wanted.
+// Computes the gradients of the weight and the bias of a layer; one that is not wanted is empty.
 struct ParameterGrads {
   Tensor weight, bias;
 
-  ParameterGrads(int dtype, const void* grad, const void* input, int64_t rows, const Tensor& w, bool weight_grad,
+  ParameterGrads(DType dtype, const void* grad, const void* input, int64_t rows, const Tensor& w, bool weight_grad,
                  bool bias_grad)
       : weight(weight_grad ? empty(w.sizes(), w.scalar_type()) : none_like(w)),
         bias(bias_grad ? empty({w.size(0)}, w.scalar_type()) : none_like(w)) {
-    if (weight_grad)
-      run_products(dtype, {linear_grad_weight(grad, input, rows, w.size(1), w.size(0), data_of(weight))});
+    if (weight_grad) run_matmuls(dtype, {linear_grad_weight(grad, input, rows, w.size(1), w.size(0), data_of(weight))});
     if (bias_grad) sum_columns(dtype, grad, rows, w.size(0), data_of(bias));
   }
 };
@@ -110,7 +107,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_bwd(Tensor grad, Tensor input, Tensor 
                                               std::string activation, bool input_grad, bool weight_grad,
                                               bool bias_grad) {
   const char* op = "linear_bwd";
-  const int dtype = dtype_index(op, input);
+  const DType dtype = dtype_of(op, input);
   const Rows x(op, "input", input);
   const int64_t outputs = outputs_of(op, "weight", weight);
   const Tensor w = operand(op, "weight", weight, input, {outputs, x.columns});
@@ -123,7 +120,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_bwd(Tensor grad, Tensor input, Tensor 
   }
   const Tensor grad_input = input_grad ? x.new_with(x.columns) : none_like(input);
   if (input_grad)
-    run_products(dtype, {linear_grad_input(dy.data(), data_of(w), x.count, x.columns, outputs, data_of(grad_input))});
+    run_matmuls(dtype, {linear_grad_input(dy.data(), data_of(w), x.count, x.columns, outputs, data_of(grad_input))});
   const ParameterGrads grads(dtype, dy.data(), x.data(), x.count, w, weight_grad, bias_grad);
   return {grad_input, grads.weight, grads.bias};
 }
@@ -132,7 +129,7 @@ std::tuple<Tensor, Tensor, Tensor> feed_forward_fwd(Tensor input, Tensor weight1
                                                     OptionalTensor bias2, OptionalTensor residual,
                                                     std::string activation, bool pre_activation) {
   const char* op = "feed_forward";
-  const int dtype = dtype_index(op, input);
+  const DType dtype = dtype_of(op, input);
   const Rows x(op, "input", input);
   const int64_t width = outputs_of(op, "weight1", weight1), outputs = outputs_of(op, "weight2", weight2);
   const Tensor w1 = operand(op, "weight1", weight1, input, {width, x.columns});
@@ -143,14 +140,14 @@ std::tuple<Tensor, Tensor, Tensor> feed_forward_fwd(Tensor input, Tensor weight1
   if (residual) r = with_rows(op, "residual", *residual, x, outputs);
   const Tensor hidden = x.new_with(width), out = x.new_with(outputs);
   const Tensor pre = pre_activation ? x.new_with(width) : none_like(input);
-  Product first = linear_output(x.data(), data_of(w1), x.count, x.columns, width, data_of(hidden));
+  Matmul first = linear_output(x.data(), data_of(w1), x.count, x.columns, width, data_of(hidden));
   first.bias = data_or_null(b1);
   first.activation = parse_activation(op, activation);
   first.pre_activation = pre_activation ? data_of(pre) : nullptr;
-  Product second = linear_output(data_of(hidden), data_of(w2), x.count, width, outputs, data_of(out));
+  Matmul second = linear_output(data_of(hidden), data_of(w2), x.count, width, outputs, data_of(out));
   second.bias = data_or_null(b2);
   second.residual = r ? r->data() : nullptr;
-  run_products(dtype, {first, second});
+  run_matmuls(dtype, {first, second});
   return {out, hidden, pre};
 }
 
@@ -160,7 +157,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> feed_forward_bwd(Tensor grad,
                                                                     bool weight_grads, bool bias1_grad,
                                                                     bool bias2_grad) {
   const char* op = "feed_forward_bwd";
-  const int dtype = dtype_index(op, input);
+  const DType dtype = dtype_of(op, input);
   const Rows x(op, "input", input);
   const int64_t width = outputs_of(op, "weight1", weight1), outputs = outputs_of(op, "weight2", weight2);
   const Tensor w1 = operand(op, "weight1", weight1, input, {width, x.columns});
@@ -168,14 +165,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> feed_forward_bwd(Tensor grad,
   const Rows dy = with_rows(op, "grad", grad, x, outputs);
   const Rows h = with_rows(op, "hidden", hidden, x, width), at = with_rows(op, "gate", gate, x, width);
   const Tensor grad_hidden = x.new_with(width), grad_input = input_grad ? x.new_with(x.columns) : none_like(input);
-  Product through = linear_grad_input(dy.data(), data_of(w2), x.count, width, outputs, data_of(grad_hidden));
+  Matmul through = linear_grad_input(dy.data(), data_of(w2), x.count, width, outputs, data_of(grad_hidden));
   through.activation = parse_activation(op, activation);
   through.gate = at.data();
-  std::vector<Product> products{through};
+  std::vector<Matmul> matmuls{through};
   if (input_grad)
-    products.push_back(
+    matmuls.push_back(
         linear_grad_input(data_of(grad_hidden), data_of(w1), x.count, x.columns, width, data_of(grad_input)));
-  run_products(dtype, products);
+  run_matmuls(dtype, matmuls);
   const ParameterGrads second(dtype, dy.data(), h.data(), x.count, w2, weight_grads, bias2_grad);
   const ParameterGrads first(dtype, data_of(grad_hidden), x.data(), x.count, w1, weight_grads, bias1_grad);
   return {grad_input, first.weight, first.bias, second.weight, second.bias};

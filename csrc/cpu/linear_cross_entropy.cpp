@@ -1,4 +1,4 @@
-// linear_cross_entropy on the CPU: check, allocate, split into blocks of rows and these over threads, reduce. The
+// linear_cross_entropy on the CPU: checks, allocation, blocks of rows distributed over threads, and reduction. The
 // arithmetic is in linear_cross_entropy_kernel.h.
 #include <torch/csrc/stable/library.h>
 
@@ -14,9 +14,6 @@ namespace {
 
 using Shape = std::vector<int64_t>;
 
-constexpr int64_t kVector = 16;   // elements of the widest vector
-constexpr int64_t kColumns = 32;  // columns of the widest panel
-
 int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 struct Wanted {
@@ -28,14 +25,15 @@ struct Outputs {
   Tensor loss, grad_input, grad_weight, grad_bias;
 };
 
-// Rows whose logits are held at once, in the compute dtype, which takes the memory of a sixteenth of all logits in the
-// input's: with the packed input and the statistics less than a tenth. Without gradients only ranges of classes exist
-// at all.
+// The number of rows whose logits are held at once, in the compute dtype: a sixteenth of the memory that all logits
+// would take in the dtype of the input, or with the packed input and the statistics less than a tenth. Without
+// gradients, only the logits of a range of classes are ever stored.
 int64_t block_rows(int64_t rows, bool gradients, bool widened) {
   return gradients ? std::max<int64_t>(32, rows / (widened ? 32 : 16)) : 512;
 }
 
-// f(range) for all ranges of classes; a thread gets neighbours, for whose memory it has asked beforehand.
+// Calls f(range) for all ranges of classes. A thread gets consecutive ranges, because each prefetches the memory of the
+// next.
 template <class F>
 void parallel_ranges(int64_t classes, const F& f) {
   torch::stable::parallel_for(0, (classes + kClassRange - 1) / kClassRange, 1, [&](int64_t begin, int64_t end) {
@@ -43,8 +41,8 @@ void parallel_ranges(int64_t classes, const F& f) {
   });
 }
 
-// Everything for one block of rows.
-void run_block(const Kernels& kernels, int dtype, const LinearCrossEntropy& args) {
+// Runs all steps for one block of rows.
+void run_block(const Kernels& kernels, DType dtype, const LinearCrossEntropy& args) {
   kernels.linear_cross_entropy_pack[dtype](args, true);
   parallel_ranges(args.row.classes, [&](int64_t r) { kernels.linear_cross_entropy_logits[dtype](args, r); });
   kernels.linear_cross_entropy_loss[dtype](args);
@@ -52,7 +50,7 @@ void run_block(const Kernels& kernels, int dtype, const LinearCrossEntropy& args
   parallel_ranges(args.row.classes, [&](int64_t r) { kernels.linear_cross_entropy_gradient[dtype](args, r); });
   if (args.grad_input != nullptr) {
     const int64_t threads = torch::stable::get_num_threads();
-    const int64_t part = round_up((args.features + threads - 1) / threads, kColumns);
+    const int64_t part = round_up((args.features + threads - 1) / threads, kernels.nr[dtype]);
     parallel_items((args.features + part - 1) / part, [&](int64_t i) {
       kernels.linear_cross_entropy_grad_input[dtype](args, i * part, std::min(args.features, (i + 1) * part));
     });
@@ -73,7 +71,7 @@ Outputs run(const char* op, const OptionalTensor& grad, const Tensor& input, con
   check_device(op, "linear_weight", linear_weight, input);
   check_dtype(op, "linear_weight", linear_weight, input.scalar_type());
   check_shape(op, "linear_weight", linear_weight, {classes, features});
-  const int dtype = dtype_index(op, input);
+  const DType dtype = dtype_of(op, input);
   const ScalarType compute = compute_dtype(input.scalar_type());
   const Reduction how = reduction_of(op, reduction);
   const Targets targets = read_targets(op, input, target, weight, rows, classes, ignore_index);
@@ -114,16 +112,16 @@ Outputs run(const char* op, const OptionalTensor& grad, const Tensor& input, con
     for (const Tensor* grad : {&out.grad_input, &out.grad_weight, &out.grad_bias})
       std::memset(data_of(*grad), 0, static_cast<size_t>(grad->numel() * grad->element_size()));
 
-  // The first block's logits need no memory of their own: they lie where the weight's gradient will be, a class' logits
-  // in that class' row.
-  const int64_t in_place = wanted.weight ? std::min(rows, features) / kVector * kVector : 0;
+  // The logits of the first block need no memory of their own: they are stored where the gradient of the weight will
+  // be, the logits of a class in the row of that class.
+  const int64_t vector = kernels().vector[dtype], nr = kernels().nr[dtype];
+  const int64_t in_place = wanted.weight ? std::min(rows, features) / vector * vector : 0;
   const int64_t limit = block_rows(rows, wanted.any(), compute != input.scalar_type());
   const int64_t blocks = (rows - in_place + limit - 1) / limit;
-  const int64_t block = blocks == 0 ? 0 : round_up((rows - in_place + blocks - 1) / blocks, kVector);
+  const int64_t block = blocks == 0 ? 0 : round_up((rows - in_place + blocks - 1) / blocks, vector);
   const int64_t most = std::max(in_place, block);
   const int64_t ranges = (classes + kClassRange - 1) / kClassRange;
-  const Tensor packed =
-      allocate(true, {std::max(round_up(most, kColumns) * features, most * round_up(features, kColumns))});
+  const Tensor packed = allocate(true, {std::max(round_up(most, nr) * features, most * round_up(features, nr))});
   const Tensor statistics = allocate(true, {ranges, 3, most}), terms = allocate(true, {3, most});
   const Tensor logits = allocate(wanted.any(), {classes, block});
   args.packed = data_of(packed);

@@ -1,63 +1,51 @@
-// The cross-entropy of a linear projection, logits = input weight^T + bias, whose logits never exist all together.
+// The cross-entropy of a linear projection, logits = input weight^T + bias, without ever storing all logits.
 //
-// Gradients are computed in forward, block of rows by block of rows (as in Liger Kernel, Hsu et al. 2024), so that
-// there are three matrix products and none is computed twice. A block's logits are kept transposed, classes x rows.
-// That makes rows of the projection's weight the side of the product that is read in place, rows of the softmax the
-// lanes of the vectors, and a class' logits the place where that class' row of the weight's gradient can go.
+// Gradients are computed in forward, one block of rows at a time (as in Liger Kernel, Hsu et al. 2024), so that there
+// are three matmuls and nothing is computed twice. The logits of a block are kept transposed, (classes, rows): then the
+// weight of the projection is the A that is read in place, a vector holds the softmax of several rows, and the logits
+// of a class can be stored in the row of the gradient of the weight that belongs to this class.
 //
-//   logits       logits^T = weight input^T; for each range of classes the rows' maxima and the sums of exponentials, by
-//                which the logits are replaced
-//   loss         from the ranges' statistics; the factor that makes a range's exponentials a gradient
-//   gradient     of the logits, in their place; its sums are the bias' gradient
-//   grad_input   gradient weight, by columns
-//   grad_weight  gradient^T input. A group of classes is copied before its rows are written: they may be the same
-//   memory
+//   logits       logits^T = weight input^T; for each range of classes, the maxima of the rows and the sums of the
+//                exponentials, which replace the logits
+//   loss         combines the statistics of the ranges, and finds the factor that turns the exponentials of a range
+//                into a gradient
+//   gradient     writes the gradient of the logits in their place; its sums are the gradient of the bias
+//   grad_input   gradient weight, for a range of columns
+//   grad_weight  gradient^T input. A group of classes is copied before its rows are written, because both may share
+//                memory
 //
-// Memory is the second limit: what the next tile needs is asked for while this one is computed.
+// Memory bandwidth is the second limit: the operands of the next tile are prefetched while this one is computed.
 #pragma once
 #include "cross_entropy_kernel.h"
 #include "pack.h"
+#include "prefetch.h"
+#include "scratch.h"
 
 namespace tinyllm::TINYLLM_ISA {
 
 using cpu::kClassRange;
 using cpu::LinearCrossEntropy;
 
-// Classes whose weights or gradients are copied together, to be used with each panel.
+// The number of classes whose weights or gradients are packed together and then multiplied by each panel.
 constexpr int64_t kClassGroup = 64;
 
-// Memory that is wanted soon, asked for in shares.
-class Ahead {
- public:
-  Ahead(const void* data, int64_t bytes, int64_t shares)
-      : next_(static_cast<const char*>(data)), end_(next_ + bytes), share_((bytes / kLine + shares) / shares) {}
-  void share() {
-    for (int64_t i = 0; i < share_ && next_ < end_; ++i, next_ += kLine) __builtin_prefetch(next_);
-  }
-
- private:
-  static constexpr int64_t kLine = 64;
-  const char *next_, *end_;
-  int64_t share_;
-};
-
-// At most kRows x kPanel of C (+)= A B; unlike gemm's, C needs no room beyond n columns.
+// C (+)= A B for at most kMR x kNR elements. Unlike in gemm, rows of C need no room behind the n columns.
 template <class S>
 inline void tile_product(int64_t m, int64_t n, int64_t depth, OperandA<S> a, const S* panel, S* c, int64_t c_row,
                          bool accumulate) {
   using V = Vec<S>;
   if (n % V::size == 0) return gemm<S>(m, n, depth, a, panels<S>(panel, depth), c, c_row, accumulate);
-  alignas(64) S tile[kRows * kPanel<S>];
-  gemm<S>(m, n, depth, a, panels<S>(panel, depth), tile, kPanel<S>, false);
+  alignas(64) S tile[kMR * kNR<S>];
+  gemm<S>(m, n, depth, a, panels<S>(panel, depth), tile, kNR<S>, false);
   for (int64_t r = 0; r < m; ++r)
     for_each_vector<V>(n, [&](int64_t i, int64_t count) {
-      const V x = V::load(tile + r * kPanel<S> + i);
+      const V x = V::load(tile + r * kNR<S> + i);
       store_n(accumulate ? x + load_n<V>(c + r * c_row + i, count) : x, c + r * c_row + i, count);
     });
 }
 
-// What a range of classes knows of each row: its largest logit, the sum of exp(logit - largest), and of w (logit -
-// largest). Afterwards `max` holds what the range's exponentials are multiplied by.
+// The statistics of a range of classes for each row: its largest logit, the sum of exp(logit - largest), and the sum of
+// w (logit - largest). The loss step replaces `max` by the factor of the exponentials.
 template <class S>
 struct RangeStatistics {
   S *max, *sum, *distances;
@@ -66,19 +54,23 @@ struct RangeStatistics {
       : max(static_cast<S*>(a.statistics) + range * 3 * a.padded), sum(max + a.padded), distances(sum + a.padded) {}
 };
 
+// For each row of the block: the logit of its target, and what is subtracted from the gradient of the target and, with
+// label smoothing, from that of every class.
 template <class S>
 struct BlockTerms {
-  S *target_logit, *at_target, *everywhere;
+  S *target_logit, *target_offset, *class_offset;
 
   explicit BlockTerms(const LinearCrossEntropy& a)
-      : target_logit(static_cast<S*>(a.terms)), at_target(target_logit + a.padded), everywhere(at_target + a.padded) {}
+      : target_logit(static_cast<S*>(a.terms)),
+        target_offset(target_logit + a.padded),
+        class_offset(target_offset + a.padded) {}
 };
 
 inline int64_t range_end(const LinearCrossEntropy& a, int64_t range) {
   return std::min(a.row.classes, (range + 1) * kClassRange);
 }
 
-// f(j) for the rows of the block whose target is among the classes [begin, end).
+// Calls f(j, target) for the rows j of the block whose target is in [begin, end).
 template <class F>
 inline void for_each_target(const LinearCrossEntropy& a, int64_t begin, int64_t end, F&& f) {
   for (int64_t j = 0; j < a.count; ++j) {
@@ -87,18 +79,18 @@ inline void for_each_target(const LinearCrossEntropy& a, int64_t begin, int64_t 
   }
 }
 
-// The block of the input in panels: of rows for the logits, of features for grad_weight.
+// Packs the rows of the block as the B of the logits (transposed) or of grad_weight.
 template <class T>
 void linear_cross_entropy_pack(const LinearCrossEntropy& a, bool transposed) {
   const T* input = static_cast<const T*>(a.input) + a.first * a.features;
   compute_t<T>* packed = static_cast<compute_t<T>*>(a.packed);
   if (transposed)
-    pack_panels(input, a.features, int64_t{1}, a.count, a.features, packed);
+    pack_b(input, a.features, int64_t{1}, a.count, a.features, packed);
   else
-    pack_panels(input, int64_t{1}, a.features, a.features, a.count, packed);
+    pack_b(input, int64_t{1}, a.features, a.features, a.count, packed);
 }
 
-// Statistics of N vectors of rows from row j on; logits -> exponentials.
+// Computes the statistics of N vectors of rows from row j on, and replaces their logits by exponentials.
 template <class S, int N>
 inline void range_softmax(const LinearCrossEntropy& a, int64_t begin, int64_t end, S* logits, int64_t row, int64_t j,
                           const RangeStatistics<S>& out) {
@@ -110,7 +102,8 @@ inline void range_softmax(const LinearCrossEntropy& a, int64_t begin, int64_t en
     return bias == nullptr ? x : x + V::set1(bias[c]);
   };
   V max_[N], sum[N], distances[N];
-  // Not -inf: a range that is -inf throughout must give exponentials of 0, not NaN.
+  // The lowest finite number takes the place of -inf: a range whose logits are all -inf must give exponentials of 0,
+  // not NaN.
   for (int v = 0; v < N; ++v) max_[v] = V::set1(std::numeric_limits<S>::lowest());
   for (int64_t c = begin; c < end; ++c)
 #pragma GCC unroll 4
@@ -138,17 +131,17 @@ void linear_cross_entropy_logits(const LinearCrossEntropy& a, int64_t range) {
   using V = Vec<S>;
   const int64_t begin = range * kClassRange, end = range_end(a, range), depth = a.features;
   const int64_t leading = leading_dimension<S>(depth);
-  // The weight is read in place unless its type is a 16-bit one or its rows would share a few sets of the cache.
+  // The weight is read in place unless it has 16-bit elements or its rows would fall into a few sets of the cache.
   const bool copied = !std::is_same_v<T, S> || depth * int64_t{sizeof(T)} % 4096 == 0;
   cpu::Arena sizes;
-  const auto carve = [&](cpu::Arena& arena) {
+  const auto layout = [&](cpu::Arena& arena) {
     S* group = arena.take<S>(copied ? kClassGroup * leading : 0);
     return std::pair(group, a.logits == nullptr ? arena.take<S>(kClassRange * a.padded) : nullptr);
   };
-  carve(sizes);
+  layout(sizes);
   const cpu::Scratch scratch(sizes.used());
   cpu::Arena arena(scratch.data());
-  const auto [group, own_logits] = carve(arena);
+  const auto [group, own_logits] = layout(arena);
   const int64_t row = a.logits == nullptr ? a.padded : a.logits_row;
   S* logits = a.logits == nullptr ? own_logits : static_cast<S*>(a.logits) + begin * row;
   const T* weight = static_cast<const T*>(a.linear_weight);
@@ -161,12 +154,12 @@ void linear_cross_entropy_logits(const LinearCrossEntropy& a, int64_t range) {
       pack_rows(weight + c0 * depth, depth, int64_t{1}, classes, depth, S(1), group, leading);
       return {group, leading, 1};
     }();
-    const int64_t tiles = (classes + kRows - 1) / kRows * ((a.count + kPanel<S> - 1) / kPanel<S>);
-    Ahead next(weight + (c0 + classes) * depth, classes * depth * int64_t{sizeof(T)}, tiles);
-    for (int64_t j = 0; j < a.count; j += kPanel<S>)
-      for (int64_t c = 0; c < classes; c += kRows) {
-        next.share();
-        gemm<S>(std::min<int64_t>(kRows, classes - c), std::min(kPanel<S>, a.count - j), depth,
+    const int64_t tiles = (classes + kMR - 1) / kMR * ((a.count + kNR<S> - 1) / kNR<S>);
+    RangePrefetcher next(weight + (c0 + classes) * depth, classes * depth * int64_t{sizeof(T)}, tiles);
+    for (int64_t j = 0; j < a.count; j += kNR<S>)
+      for (int64_t c = 0; c < classes; c += kMR) {
+        next.prefetch_share();
+        gemm<S>(std::min<int64_t>(kMR, classes - c), std::min(kNR<S>, a.count - j), depth,
                 {a_weight.data + c * a_weight.row, a_weight.row, 1},
                 panels<S>(static_cast<const S*>(a.packed) + j * depth, depth), logits + (c0 - begin + c) * row + j, row,
                 false);
@@ -212,7 +205,7 @@ void linear_cross_entropy_loss(const LinearCrossEntropy& a) {
     vsum.store(sum);
     vdistances.store(distances);
     for (int64_t j = j0; j < j0 + V::size; ++j) {
-      terms.at_target[j] = terms.everywhere[j] = 0;
+      terms.target_offset[j] = terms.class_offset[j] = 0;
       if (j >= a.count) continue;
       loss[j] = 0;
       if (a.row.target[a.first + j] == a.row.ignore_index) continue;
@@ -224,8 +217,8 @@ void linear_cross_entropy_loss(const LinearCrossEntropy& a) {
         row_loss += t.uniform * (a.row.weight_sum * log_sum - static_cast<double>(distances[j - j0]));
       loss[j] = static_cast<S>(row_loss);
       factor[j - j0] = static_cast<S>(t.upstream * t.total / static_cast<double>(sum[j - j0]));
-      terms.at_target[j] = static_cast<S>(t.upstream * t.hard);
-      terms.everywhere[j] = static_cast<S>(t.upstream * t.uniform);
+      terms.target_offset[j] = static_cast<S>(t.upstream * t.hard);
+      terms.class_offset[j] = static_cast<S>(t.upstream * t.uniform);
     }
     for (int64_t r = 0; r < ranges; ++r) {
       S* at = RangeStatistics<S>(a, r).max + j0;
@@ -248,11 +241,11 @@ void linear_cross_entropy_gradient(const LinearCrossEntropy& a, int64_t range) {
     for (int64_t j = 0; j < a.count; j += V::size) {
       S* at = logits + c * a.logits_row + j;
       const V g = V::load(at) * V::load(factor + j);
-      (a.row.label_smoothing == 0.0 ? g : fma(w, V::load(terms.everywhere + j), g)).store(at);
+      (a.row.label_smoothing == 0.0 ? g : fma(w, V::load(terms.class_offset + j), g)).store(at);
     }
   }
   for_each_target(a, begin, end,
-                  [&](int64_t j, int64_t target) { logits[target * a.logits_row + j] -= terms.at_target[j]; });
+                  [&](int64_t j, int64_t target) { logits[target * a.logits_row + j] -= terms.target_offset[j]; });
   if (a.grad_bias == nullptr) return;
   S* grad_bias = static_cast<S*>(a.grad_bias);
   for (int64_t c = begin; c < end; ++c) {
@@ -262,45 +255,45 @@ void linear_cross_entropy_gradient(const LinearCrossEntropy& a, int64_t range) {
   }
 }
 
-// Columns [begin, end) of grad_input; begin is a multiple of kPanel.
+// Computes columns [begin, end) of grad_input; begin is a multiple of kNR.
 template <class T>
 void linear_cross_entropy_grad_input(const LinearCrossEntropy& a, int64_t begin, int64_t end) {
   using S = compute_t<T>;
   using V = Vec<S>;
-  const int64_t columns = end - begin, padded = (columns + kPanel<S> - 1) / kPanel<S> * kPanel<S>;
-  const cpu::Scratch scratch(static_cast<size_t>(kDepth * (padded + kRows)) * sizeof(S));
+  const int64_t columns = end - begin, padded = (columns + kNR<S> - 1) / kNR<S> * kNR<S>;
+  const cpu::Scratch scratch(static_cast<size_t>(kKC * (padded + kMR)) * sizeof(S));
   S* weights = reinterpret_cast<S*>(scratch.data());
-  S* group = weights + kDepth * padded;
+  S* group = weights + kKC * padded;
   const T* weight = static_cast<const T*>(a.linear_weight) + begin;
   S* out = static_cast<S*>(a.grad_input) + a.first * a.features + begin;
-  const int64_t last_groups = std::max<int64_t>(0, a.count - 8 * kRows) / kRows * kRows;
-  for (int64_t k0 = 0; k0 < a.row.classes; k0 += kDepth) {
-    const int64_t depth = std::min(kDepth, a.row.classes - k0);
+  const int64_t last_groups = std::max<int64_t>(0, a.count - 8 * kMR) / kMR * kMR;
+  for (int64_t k0 = 0; k0 < a.row.classes; k0 += kKC) {
+    const int64_t depth = std::min(kKC, a.row.classes - k0);
     for (int64_t k = 0; k < depth; ++k) {
       const T* from = weight + (k0 + k) * a.features;
       for_each_vector<V>(columns, [&](int64_t i, int64_t n) {
-        load_n<V>(from + i, n).store(weights + i / kPanel<S> * kPanel<S> * depth + k * kPanel<S> + i % kPanel<S>);
+        load_n<V>(from + i, n).store(weights + i / kNR<S> * kNR<S> * depth + k * kNR<S> + i % kNR<S>);
       });
     }
-    // The rows of the weight that are next, during the last groups: sooner, and they would be gone again.
+    // The next rows of the weight are prefetched with the last groups only; earlier, they would be evicted again.
     int64_t next = k0 + depth;
-    const int64_t next_end = std::min(a.row.classes, next + kDepth), share = kDepth / 8 / (padded / kPanel<S>)+1;
-    for (int64_t j = 0; j < a.count; j += kRows) {
-      const int64_t m = std::min<int64_t>(kRows, a.count - j);
+    const int64_t next_end = std::min(a.row.classes, next + kKC), share = kKC / 8 / (padded / kNR<S>)+1;
+    for (int64_t j = 0; j < a.count; j += kMR) {
+      const int64_t m = std::min<int64_t>(kMR, a.count - j);
       const S* gradient = static_cast<const S*>(a.logits) + k0 * a.logits_row + j;
       for (int64_t k = 0; k < depth; ++k, gradient += a.logits_row) {
-        __builtin_prefetch(gradient + 2 * kRows);
-        if (m == kRows)
-          std::memcpy(group + k * kRows, gradient, sizeof(S) * kRows);
+        __builtin_prefetch(gradient + 2 * kMR);
+        if (m == kMR)
+          std::memcpy(group + k * kMR, gradient, sizeof(S) * kMR);
         else
-          for (int64_t i = 0; i < m; ++i) group[k * kRows + i] = gradient[i];
+          for (int64_t i = 0; i < m; ++i) group[k * kMR + i] = gradient[i];
       }
-      for (int64_t c = 0; c < columns; c += kPanel<S>) {
+      for (int64_t c = 0; c < columns; c += kNR<S>) {
         if (j >= last_groups)
           for (int64_t k = 0; k < share && next < next_end; ++k, ++next)
             for (int64_t i = 0; i < columns; i += 64 / int64_t{sizeof(T)})
               __builtin_prefetch(weight + next * a.features + i);
-        tile_product<S>(m, std::min(kPanel<S>, columns - c), depth, {group, 1, kRows}, weights + c * depth,
+        tile_product<S>(m, std::min(kNR<S>, columns - c), depth, {group, 1, kMR}, weights + c * depth,
                         out + j * a.features + c, a.features, k0 > 0);
       }
     }
@@ -319,12 +312,12 @@ void linear_cross_entropy_grad_weight(const LinearCrossEntropy& a, int64_t range
     const int64_t classes = std::min(kClassGroup, end - c0);
     pack_rows(static_cast<const S*>(a.logits) + c0 * a.logits_row, a.logits_row, int64_t{1}, classes, a.count, S(1),
               group, leading);
-    const int64_t tiles = (classes + kRows - 1) / kRows * ((columns + kPanel<S> - 1) / kPanel<S>);
-    Ahead next(out + (c0 + classes) * columns, classes * columns * int64_t{sizeof(S)}, tiles);
-    for (int64_t column = 0; column < columns; column += kPanel<S>)
-      for (int64_t c = 0; c < classes; c += kRows) {
-        next.share();
-        tile_product<S>(std::min<int64_t>(kRows, classes - c), std::min(kPanel<S>, columns - column), a.count,
+    const int64_t tiles = (classes + kMR - 1) / kMR * ((columns + kNR<S> - 1) / kNR<S>);
+    RangePrefetcher next(out + (c0 + classes) * columns, classes * columns * int64_t{sizeof(S)}, tiles);
+    for (int64_t column = 0; column < columns; column += kNR<S>)
+      for (int64_t c = 0; c < classes; c += kMR) {
+        next.prefetch_share();
+        tile_product<S>(std::min<int64_t>(kMR, classes - c), std::min(kNR<S>, columns - column), a.count,
                         {group + c * leading, leading, 1}, static_cast<const S*>(a.packed) + column * a.count,
                         out + (c0 + c) * columns + column, columns, a.accumulate);
       }

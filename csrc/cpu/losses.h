@@ -1,16 +1,16 @@
-// What the losses share on the CPU: targets and class weights, and the reduction of the rows' losses.
+// Shared by the losses on the CPU: targets, class weights, and the reduction of the losses of the rows.
 #pragma once
 #include <limits>
 #include <optional>
 #include <vector>
 
-#include "../losses.h"
+#include "../loss_checks.h"
 #include "torch_side.h"
 
 namespace tinyllm::cpu {
 
-// Contiguous targets, class weights in the compute dtype, and what the mean divides by: the sum of the weights of all
-// targets that are not ignored.
+// Contiguous targets, class weights in the compute dtype, their sum, and the divisor of the mean: the sum of the
+// weights of all targets that are not ignored.
 struct Targets {
   Tensor target;
   OptionalTensor weight;
@@ -21,8 +21,8 @@ struct Targets {
   const void* weight_data() const { return weight.has_value() ? data_of(*weight) : nullptr; }
 };
 
-// Throws std::out_of_range, IndexError in Python, for a target that is neither a class nor ignore_index: before
-// anything is computed, so that no kernel reads beyond a row.
+// Throws std::out_of_range, IndexError in Python, for a target that is neither a class nor ignore_index. This happens
+// before anything is computed, so that no kernel reads beyond a row.
 inline Targets read_targets(const char* op, const Tensor& input, const Tensor& target, const OptionalTensor& weight,
                             int64_t rows, int64_t classes, int64_t ignore_index) {
   check_targets(op, input, target, weight, rows, classes);
@@ -51,10 +51,10 @@ inline Targets read_targets(const char* op, const Tensor& input, const Tensor& t
   return targets;
 }
 
-// What cross entropy ignores unless told otherwise, as in PyTorch.
+// The default ignore_index of PyTorch.
 constexpr int64_t kIgnoreIndex = -100;
 
-// In the order of the rows, whatever the number of threads.
+// Sums in the order of the rows, whatever the number of threads.
 template <class S>
 double sum_of_rows(const S* losses, int64_t rows) {
   double sum = 0.0;

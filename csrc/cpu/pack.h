@@ -1,12 +1,14 @@
-// Copies between tensors of any strides and element type and the layouts that gemm.h multiplies.
+// Packing: copies between tensors of any strides and element type and the layouts that gemm.h multiplies.
 #pragma once
 #include <algorithm>
+#include <cstring>
+#include <type_traits>
 
 #include "gemm.h"
 
 namespace tinyllm::TINYLLM_ISA {
 
-// rows x columns into padded row-major order, times `factor`, zeros in the padding.
+// Copies a (rows, columns) matrix, times `factor`, to row-major order with rows `leading` apart, and zeros the padding.
 template <class T>
 inline void pack_rows(const T* from, int64_t row_stride, int64_t column_stride, int64_t rows, int64_t columns,
                       compute_t<T> factor, compute_t<T>* to, int64_t leading) {
@@ -22,18 +24,18 @@ inline void pack_rows(const T* from, int64_t row_stride, int64_t column_stride, 
   }
 }
 
-// One vector's width of a panel: n <= Vec::size columns, zeros in the rest.
+// Packs n <= Vec::size columns, one vector of the width of a panel, and zeros the rest of the vector.
 template <class T>
 inline void pack_strip(const T* from, int64_t column_stride, int64_t row_stride, int64_t n, int64_t depth,
                        compute_t<T>* to) {
   using S = compute_t<T>;
   using V = Vec<S>;
-  constexpr int64_t width = kPanel<S>;
+  constexpr int64_t width = kNR<S>;
   if (n == 0 || column_stride == 1) {
     for (int64_t k = 0; k < depth; ++k)
       (n == 0 ? V::zero() : load_n<V>(from + k * row_stride, n)).store(to + k * width);
   } else if (row_stride == 1) {
-    // Squares of Vec::size rows are read along their rows and turned in registers.
+    // Squares of Vec::size x Vec::size are read along the depth and transposed in registers.
     for_each_vector<V>(depth, [&](int64_t k, int64_t rows) {
       V square[V::size];
       for (int64_t i = 0; i < V::size; ++i)
@@ -48,15 +50,15 @@ inline void pack_strip(const T* from, int64_t column_stride, int64_t row_stride,
   }
 }
 
-// The matrix B that gemm.h multiplies with, from a tensor of any strides and element type: element (k, n) at
-// from[n * column_stride + k * row_stride] for n < columns, k < depth, in panels of kPanel columns, each stored whole,
-// zeros beyond the last column.
+// Packs B into panels of kNR columns, each stored consecutively row by row, so that the micro-kernel reads whole
+// vectors of a single stream. Element (k, n) comes from from[n * column_stride + k * row_stride]; columns beyond the
+// last one are zeros.
 template <class T>
-inline void pack_panels(const T* from, int64_t column_stride, int64_t row_stride, int64_t columns, int64_t depth,
-                        compute_t<T>* to) {
+inline void pack_b(const T* from, int64_t column_stride, int64_t row_stride, int64_t columns, int64_t depth,
+                   compute_t<T>* to) {
   using S = compute_t<T>;
   using V = Vec<S>;
-  constexpr int64_t width = kPanel<S>;
+  constexpr int64_t width = kNR<S>;
   for (int64_t first = 0; first < columns; first += width, to += width * depth)
     for (int64_t c = 0; c < width; c += V::size) {
       const int64_t n = std::clamp<int64_t>(columns - first - c, 0, V::size);
@@ -64,7 +66,29 @@ inline void pack_panels(const T* from, int64_t column_stride, int64_t row_stride
     }
 }
 
-// Padded row-major order back into a tensor.
+// Packs rows of A in groups of kMR, interleaved, so that the micro-kernel reads them consecutively: element (m, k) goes
+// to to[m / kMR * kMR * depth + k * kMR + m % kMR]. Places beyond the last row are left as they are, because no tile
+// reads them.
+template <class T>
+inline void pack_a(const T* from, int64_t row_stride, int64_t column_stride, int64_t rows, int64_t depth,
+                   compute_t<T>* to) {
+  constexpr int64_t kStep = 16;  // a cache line that one group reads is still cached for the next one
+  for (int64_t k0 = 0; k0 < depth; k0 += kStep)
+    for (int64_t first = 0; first < rows; first += kMR) {
+      const int64_t count = std::min<int64_t>(kMR, rows - first);
+      const bool whole = std::is_same_v<T, compute_t<T>> && row_stride == 1 && count == kMR;
+      for (int64_t k = k0; k < std::min(k0 + kStep, depth); ++k) {
+        const T* group = from + first * row_stride + k * column_stride;
+        compute_t<T>* out = to + first * depth + k * kMR;
+        if (whole)
+          std::memcpy(out, group, kMR * sizeof(T));
+        else
+          for (int64_t m = 0; m < count; ++m) out[m] = to_compute(group[m * row_stride]);
+      }
+    }
+}
+
+// Copies a padded row back into a tensor, times `factor`.
 template <class T>
 inline void unpack_row(const compute_t<T>* from, compute_t<T> factor, int64_t columns, T* to, int64_t column_stride) {
   using V = Vec<compute_t<T>>;

@@ -1,4 +1,5 @@
-// Dropout's factors as a tensor, and its state from one. The bits are made in random_kernel.h.
+// The dropout_factors operator, and the state of dropout from a tensor. The random bits are generated in
+// random_kernel.h.
 #include "random.h"
 
 #include <torch/csrc/stable/library.h>

@@ -1,4 +1,4 @@
-// Dropout's state, for every operator that drops.
+// The state of dropout, for every operator that has dropout.
 #pragma once
 #include <optional>
 
@@ -7,7 +7,7 @@
 
 namespace tinyllm::cpu {
 
-// rng: int64 (2,), the seed and the offset; not needed where p is 0.
+// Checks p and reads rng, an int64 tensor (seed, offset), which is not needed if p is 0.
 Dropout dropout_state(const char* op, const std::optional<Tensor>& rng, double p);
 
 }  // namespace tinyllm::cpu

@@ -1,24 +1,24 @@
-// Counter-based random bits (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3": Philox4x32-10): the
-// bits of an element depend on its index, the seed and the offset alone, so that a kernel can make them again, in any
+// Counter-based random bits (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3": Philox4x32-10). The
+// bits of an element depend only on its index, the seed and the offset, so that a kernel can regenerate them in any
 // order and on any processor.
 //
-// Elements come in blocks of kRandomBlock. Block i uses the counters 16 i ... 16 i + 15, each of which gives four
-// words: word w of counter 16 i + c belongs to element 16 w + 2 (c % 8) + c / 8 of the block. In that order a processor
-// with 64-bit products needs no shuffle.
+// Elements form blocks of kRandomBlock. Block i uses the counters 16 i ... 16 i + 15, each of which yields four words:
+// word w of counter 16 i + c belongs to element 16 w + 2 (c % 8) + c / 8 of the block. With this order, instructions
+// that multiply into 64 bits need no shuffle.
 #pragma once
 #include <algorithm>
 #include <cmath>
 
-#include "dispatch.h"
+#include "kernel_args.h"
 
 namespace tinyllm::TINYLLM_ISA {
 
 constexpr int64_t kRandomBlock = 64;
 
-// How far apart rows of n elements are numbered, so that each begins a block.
+// The distance between the first elements of rows of n elements, so that each row begins with a block.
 inline int64_t random_row(int64_t n) { return (n + kRandomBlock - 1) / kRandomBlock * kRandomBlock; }
 
-// 64-bit lanes whose lower halves hold 32-bit words; what is in the upper halves does not matter.
+// 64-bit lanes whose lower halves hold 32-bit words; their upper halves are ignored.
 #if defined(TINYLLM_AVX512)
 struct Words {
   static constexpr int size = 8;
@@ -30,7 +30,7 @@ struct Words {
   Words operator*(Words b) const { return {_mm512_mul_epu32(v, b.v)}; }
   Words operator^(Words b) const { return {_mm512_xor_si512(v, b.v)}; }
   Words upper() const { return {_mm512_srli_epi64(v, 32)}; }
-  // The lower halves of a and b, taking turns.
+  // Stores the lower halves of a and b alternately.
   static void store_pairs(Words a, Words b, uint32_t* to) {
     _mm512_storeu_si512(to, _mm512_mask_mov_epi32(_mm512_slli_epi64(b.v, 32), 0x5555, a.v));
   }
@@ -67,7 +67,7 @@ struct Words {
 inline uint32_t low_word(uint64_t x) { return static_cast<uint32_t>(x); }
 inline uint32_t high_word(uint64_t x) { return static_cast<uint32_t>(x >> 32); }
 
-// The words of the elements [kRandomBlock * block, kRandomBlock * (block + 1)).
+// Generates the words of the elements [kRandomBlock * block, kRandomBlock * (block + 1)).
 inline void random_words(uint64_t seed, uint64_t offset, uint64_t block, uint32_t* words) {
   const uint64_t counter = block * 16;
   const Words multiplier0 = Words::set1(0xD2511F53u), multiplier1 = Words::set1(0xCD9E8D57u);
@@ -97,8 +97,8 @@ inline void random_words(uint64_t seed, uint64_t offset, uint64_t block, uint32_
   }
 }
 
-// What dropout multiplies the elements [first, first + n) by: 0 with probability p, else 1 / (1 - p). Writes whole
-// blocks, n + 2 kRandomBlock elements at most, and returns where the first element's factor is.
+// Generates the dropout factors of the elements [first, first + n): 0 with probability p, otherwise 1 / (1 - p). Writes
+// whole blocks, at most n + 2 kRandomBlock elements, and returns the address of the factor of the first element.
 template <class S>
 inline const S* dropout_factors(const cpu::Dropout& dropout, uint64_t first, int64_t n, S* factors) {
   const S kept = static_cast<S>(dropout.p < 1.0 ? 1.0 / (1.0 - dropout.p) : 0.0);

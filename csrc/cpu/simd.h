@@ -1,14 +1,17 @@
 // A vector of floats or doubles for each instruction set.
 //
-// isa_<name>.cpp defines TINYLLM_ISA (a namespace) and one of TINYLLM_AVX512, TINYLLM_AVX2 or neither (scalar),
-// switches the compiler's target, and includes the kernels. Everything lives in namespace tinyllm::TINYLLM_ISA, so that
-// the linker can never swap a function compiled for one processor into the code for another.
+// isa_<name>.cpp defines TINYLLM_ISA (a namespace) and TINYLLM_AVX512, TINYLLM_AVX2 or neither (scalar), switches the
+// compiler's target, and includes the kernels. Everything is in the namespace tinyllm::TINYLLM_ISA, so that the linker
+// never merges a function compiled for one processor with the same function compiled for another.
 //
-// Vec<S> holds Vec<S>::size elements of S. Loads and stores convert from and to 16-bit floats. max(a, b) and min(a, b)
-// return b when either is NaN.
+// Vec<S> holds Vec<S>::size elements of type S. Loads and stores convert from and to 16-bit floats. max(a, b) and
+// min(a, b) return b if either is NaN.
+//
+// The kernels need fewer than twenty operations, so this file is much smaller than a vendored library such as Highway,
+// whose sizeless vectors could not be the elements of the micro-kernel's tile.
 #pragma once
 #include <cmath>
-#include <limits>
+#include <cstring>
 
 #include "types.h"
 
@@ -19,7 +22,7 @@ struct Vec;
 
 #if defined(TINYLLM_AVX512)
 
-constexpr int kNotFinite = 0x99;  // of vfpclass: quiet and signalling NaN, both infinities
+constexpr int kNotFinite = 0x99;  // for vfpclass: quiet and signalling NaN, both infinities
 
 template <>
 struct Vec<float> {
@@ -48,7 +51,7 @@ struct Vec<float> {
   void store(float16* p) const {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
   }
-  // Past the caches; p is aligned to the vector.
+  // Writes past the caches; p is aligned to the size of the vector in memory.
   template <class T>
   void stream(T* p) const {
     alignas(32) T buffer[size];
@@ -59,7 +62,7 @@ struct Vec<float> {
   Vec operator-(Vec b) const { return {_mm512_sub_ps(v, b.v)}; }
   Vec operator*(Vec b) const { return {_mm512_mul_ps(v, b.v)}; }
   Vec operator/(Vec b) const { return {_mm512_div_ps(v, b.v)}; }
-  // Zero where gate <= 0. A NaN lets it through, as PyTorch's threshold does.
+  // Zero where gate <= 0. A NaN in the gate passes the element, as in PyTorch's threshold.
   Vec where_positive(Vec gate) const {
     return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(gate.v, _mm512_setzero_ps(), _CMP_NLE_UQ), v)};
   }
@@ -68,7 +71,7 @@ struct Vec<float> {
   static Vec min(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }
   float sum() const { return _mm512_reduce_add_ps(v); }
   float max_element() const { return _mm512_reduce_max_ps(v); }
-  // The first n elements of a, the others of b.
+  // The first n elements of a, followed by the others of b.
   static Vec first(Vec a, int64_t n, Vec b) {
     return {_mm512_mask_mov_ps(b.v, static_cast<__mmask16>((1u << n) - 1u), a.v)};
   }
@@ -76,19 +79,20 @@ struct Vec<float> {
   static Vec where_finite(Vec x, Vec a, Vec b) {
     return {_mm512_mask_mov_ps(a.v, _mm512_fpclass_ps_mask(x.v, kNotFinite), b.v)};
   }
-  // a where the byte is not 0, b elsewhere: the bytes of a bool tensor, which may hold other numbers than 0 and 1.
+  // a where the byte is not 0, b elsewhere. The bytes are those of a bool tensor, which may hold other values than 0
+  // and 1.
   static Vec where(const uint8_t* from, Vec a, Vec b) {
     const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
     return {_mm512_mask_mov_ps(b.v, _mm_test_epi8_mask(bytes, bytes), a.v)};
   }
-  // a0 b0 a1 b1 ...: the first half of that into a, the second into b.
+  // Interleaves a0 b0 a1 b1 ...: the first half goes to a, the second to b.
   static void interleave(Vec& a, Vec& b) {
     const __m512i first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
     const __m512 low = _mm512_permutex2var_ps(a.v, first, b.v);
     b.v = _mm512_permutex2var_ps(a.v, _mm512_add_epi32(first, _mm512_set1_epi32(8)), b.v);
     a.v = low;
   }
-  // 2^n for whole n in [-127, 127] held as n + 1.5 * 2^23; n = -127 gives 0.
+  // 2^n for an integer n in [-127, 127], given as n + 1.5 * 2^23; n = -127 gives 0.
   static Vec pow2(Vec shifted) {
     return {_mm512_castsi512_ps(
         _mm512_slli_epi32(_mm512_add_epi32(_mm512_castps_si512(shifted.v), _mm512_set1_epi32(127)), 23))};
@@ -307,7 +311,7 @@ struct Vec {
 
 #endif
 
-// Makes what was streamed visible before anything that this thread writes later.
+// Orders streaming stores before all later stores of this thread.
 inline void end_of_stream() {
 #if defined(TINYLLM_AVX512) || defined(TINYLLM_AVX2)
   _mm_sfence();
@@ -327,8 +331,8 @@ inline Vec<S> min(Vec<S> a, Vec<S> b) {
   return Vec<S>::min(a, b);
 }
 
-// Rows and columns of a square of vectors exchanged. One step interleaves row i with row i + size / 2 into rows 2i and
-// 2i + 1, which rotates the bits of (row, column) by one; as many steps as a column has bits exchange the two.
+// Transposes a square of vectors. One step interleaves row i with row i + size / 2 into rows 2i and 2i + 1, which
+// rotates the bits of the index (row, column) by one; log2(size) steps exchange row and column.
 template <class S>
 inline void transpose(Vec<S> (&rows)[Vec<S>::size]) {
   constexpr int half = Vec<S>::size / 2;
@@ -349,7 +353,7 @@ inline void transpose(Vec<S> (&rows)[Vec<S>::size]) {
   }
 }
 
-// The first n < size elements of p, zeros behind them.
+// Loads n < size elements, followed by zeros.
 template <class V, class T>
 inline V load_partial(const T* p, int64_t n) {
   if constexpr (V::size == 1) return V::load(p);
@@ -366,7 +370,7 @@ inline void store_partial(V x, T* p, int64_t n) {
   std::memcpy(p, buffer, static_cast<size_t>(n) * sizeof(T));
 }
 
-// x as it is after a store to elements of type T.
+// Rounds x as a store to elements of type T does.
 template <class T, class V>
 inline V rounded(V x) {
   T buffer[V::size];
@@ -374,7 +378,8 @@ inline V rounded(V x) {
   return V::load(buffer);
 }
 
-// f(i, n) for each vector of a row: i the first index, n how many of the vector's elements are inside.
+// Calls f(i, n) for each vector of a row: i is the index of its first element, n the number of its elements inside the
+// row.
 template <class V, class F>
 inline void for_each_vector(int64_t size, F&& f) {
   int64_t i = 0;
@@ -382,7 +387,7 @@ inline void for_each_vector(int64_t size, F&& f) {
   if (i < size) f(i, size - i);
 }
 
-// Loads and stores of n elements, n as given by for_each_vector.
+// Load and store n elements, with n as given by for_each_vector.
 template <class V, class T>
 inline V load_n(const T* p, int64_t n) {
   return n == V::size ? V::load(p) : load_partial<V>(p, n);
@@ -394,110 +399,5 @@ inline void store_n(V x, T* p, int64_t n) {
   else
     store_partial(x, p, n);
 }
-
-#if defined(TINYLLM_AVX512) || defined(TINYLLM_AVX2)
-
-// e^x for the x <= 0 of a softmax, to about one unit in the last place (Cephes' reduction: x = n ln2 + r with
-// |r| <= ln2 / 2, then e^r by a polynomial). Where e^x would not be a normal number it gives 0; NaN stays NaN.
-inline Vec<float> exp(Vec<float> x) {
-  using V = Vec<float>;
-  x = max(V::set1(-88.0296919f), x);
-  x = min(V::set1(88.3762626f), x);
-  const V shift = V::set1(0x1.8p23f);
-  const V shifted = fma(x, V::set1(1.44269504f), shift);
-  const V n = shifted - shift;
-  V r = fma(n, V::set1(-0.693359375f), x);
-  r = fma(n, V::set1(2.12194440e-4f), r);
-  V p = V::set1(1.9875691500e-4f);
-  p = fma(p, r, V::set1(1.3981999507e-3f));
-  p = fma(p, r, V::set1(8.3334519073e-3f));
-  p = fma(p, r, V::set1(4.1665795894e-2f));
-  p = fma(p, r, V::set1(1.6666665459e-1f));
-  p = fma(p, r, V::set1(5.0000001201e-1f));
-  p = fma(p * r, r, r + V::set1(1.0f));
-  return p * V::pow2(shifted);
-}
-
-// 2^x for the x <= 0 of a softmax whose scores are scaled by log2(e), to 1.5 units in the last place (x = n + r with
-// |r| <= 1/2, then 2^r by the polynomial of degree 5 with the least relative error that is exactly 1 at 0). Below the
-// normal numbers it gives 0; NaN stays NaN.
-inline Vec<float> exp2(Vec<float> x) {
-  using V = Vec<float>;
-  x = max(V::set1(-127.0f), x);
-  const V shift = V::set1(0x1.8p23f);
-  const V shifted = x + shift;
-  const V r = x - (shifted - shift);
-  V p = V::set1(0x1.5bba14p-10f);
-  p = fma(p, r, V::set1(0x1.3cea88p-7f));
-  p = fma(p, r, V::set1(0x1.c6b752p-5f));
-  p = fma(p, r, V::set1(0x1.ebf9bcp-3f));
-  p = fma(p, r, V::set1(0x1.62e42ap-1f));
-  p = fma(p, r, V::set1(1.0f));
-  return p * V::pow2(shifted);
-}
-
-// e^r 2^n for |r| <= ln2 / 2, n held as for pow2.
-inline Vec<double> exp_reduced(Vec<double> r, Vec<double> shifted) {
-  using V = Vec<double>;
-  // Taylor's series to r^13 / 13!: the first term left out is below 4e-18.
-  V p = V::set1(1.0 / 6227020800.0);
-  for (const double c : {1.0 / 479001600.0, 1.0 / 39916800.0, 1.0 / 3628800.0, 1.0 / 362880.0, 1.0 / 40320.0,
-                         1.0 / 5040.0, 1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0})
-    p = fma(p, r, V::set1(c));
-  return p * V::pow2(shifted);
-}
-
-inline Vec<double> exp(Vec<double> x) {
-  using V = Vec<double>;
-  x = max(V::set1(-709.0895657128241), x);
-  x = min(V::set1(709.0895657128241), x);
-  const V shift = V::set1(0x1.8p52);
-  const V shifted = fma(x, V::set1(1.4426950408889634), shift);
-  const V n = shifted - shift;
-  V r = fma(n, V::set1(-0.69314718036912382), x);
-  r = fma(n, V::set1(-1.9082149292705877e-10), r);
-  return exp_reduced(r, shifted);
-}
-
-inline Vec<double> exp2(Vec<double> x) {
-  using V = Vec<double>;
-  x = max(V::set1(-1023.0), x);
-  const V shift = V::set1(0x1.8p52);
-  const V shifted = x + shift;
-  return exp_reduced((x - (shifted - shift)) * V::set1(0.6931471805599453), shifted);
-}
-
-#else
-
-template <class S>
-inline Vec<S> exp(Vec<S> x) {
-  return {std::exp(x.v)};
-}
-template <class S>
-inline Vec<S> exp2(Vec<S> x) {
-  return {std::exp2(x.v)};
-}
-
-#endif
-
-// log2 of a sum of at least one normal number; NaN stays NaN. Without branches, so that compilers make vectors of it
-// (x = 2^n m with m in [sqrt(1/2), sqrt(2)], then Cephes' polynomial for log(m)).
-inline float log2(float x) {
-  const int32_t bits = bit_cast<int32_t>(x) - 0x3f3504f3;
-  const float n = static_cast<float>(bits >> 23);
-  const float f = bit_cast<float>((bits & 0x7fffff) + 0x3f3504f3) - 1.0f;
-  float p = 7.0376836292e-2f;
-  p = p * f - 1.1514610310e-1f;
-  p = p * f + 1.1676998740e-1f;
-  p = p * f - 1.2420140846e-1f;
-  p = p * f + 1.4249322787e-1f;
-  p = p * f - 1.6668057665e-1f;
-  p = p * f + 2.0000714765e-1f;
-  p = p * f - 2.4999993993e-1f;
-  p = p * f + 3.3333331174e-1f;
-  const float log = p * f * f * f - 0.5f * f * f + f;
-  return n + 1.44269504f * log + (x - x);
-}
-inline double log2(double x) { return std::log2(x); }
 
 }  // namespace tinyllm::TINYLLM_ISA

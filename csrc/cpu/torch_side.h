@@ -1,4 +1,4 @@
-// What the torch side of every CPU operator needs: dtypes, data pointers, and work handed out to torch's threads.
+// The torch side of the CPU operators: dtypes, new tensors, and work distributed over torch's threads.
 #pragma once
 #include <algorithm>
 #include <atomic>
@@ -9,35 +9,38 @@
 
 namespace tinyllm::cpu {
 
-inline int dtype_index(const char* op, const Tensor& t) {
+inline DType dtype_of(const char* op, const Tensor& t) {
   switch (t.scalar_type()) {
     case ScalarType::Float:
-      return static_cast<int>(DType::f32);
+      return DType::f32;
     case ScalarType::Double:
-      return static_cast<int>(DType::f64);
+      return DType::f64;
     case ScalarType::BFloat16:
-      return static_cast<int>(DType::bf16);
+      return DType::bf16;
     case ScalarType::Half:
-      return static_cast<int>(DType::f16);
+      return DType::f16;
     default:
       fail(op, ": no kernel for dtype ", torch::headeronly::toString(t.scalar_type()));
   }
 }
 
-inline int64_t element_size(int dtype) {
-  constexpr int64_t sizes[kNumDTypes] = {4, 8, 2, 2};
-  return sizes[dtype];
+// Calls f with a zero of the dtype's compute type.
+template <class F>
+auto with_compute_type(DType dtype, F&& f) {
+  return dtype == DType::f64 ? f(double{}) : f(float{});
 }
+
+inline int64_t element_size(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
+inline int64_t compute_size(DType dtype) { return dtype == DType::f64 ? 8 : 4; }
 
 inline Tensor empty_strided(IntArray sizes, IntArray strides, ScalarType dtype) {
   return tinyllm::empty_strided(sizes, strides, dtype, aoti_torch_device_type_cpu(), 0);
 }
 
-// The same, contiguous.
 inline Tensor empty(IntArray sizes, ScalarType dtype) { return empty_strided(sizes, contiguous_strides(sizes), dtype); }
 
-// f(i) for i in [0, items), each taken by the next free thread: items may differ in cost, and no result depends on who
-// computed it.
+// Calls f(i) for i in [0, items). Each item is taken by the next free thread, because items may differ in cost; results
+// must not depend on which thread computes them.
 template <class F>
 inline void parallel_items(int64_t items, const F& f) {
   const int64_t threads = std::min<int64_t>(items, torch::stable::get_num_threads());

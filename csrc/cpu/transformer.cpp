@@ -1,10 +1,10 @@
-// A whole language model as one operator forward and one backward, for models so small that the calls between its parts
-// would take longer than the parts:
+// A whole language model as one operator for forward and one for backward, for models so small that calls of separate
+// operators would take longer than their work:
 //
 //   ids (B, T) -> rows of the table + positions -> blocks -> [norm] -> output -> logits (B, T, V) [-> mean loss]
 //
-// The list of parameters: table (V, D); for each block what transformer_block lists; if norm_first, the final norm's
-// weight; output's weight (V', D); the last two with their biases behind them where the blocks have biases.
+// The list of parameters is: table (V, D); for each block what transformer_block lists; the weight of the final norm if
+// norm_first; the weight of output (V', D). If the blocks have biases, the last two are each followed by their bias.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -14,6 +14,7 @@
 #include "embedding.h"
 #include "layer_norm.h"
 #include "losses.h"
+#include "scratch.h"
 #include "transformer_block.h"
 
 namespace tinyllm::cpu {
@@ -24,9 +25,9 @@ struct Layer {
   BlockParameters<const void*> weights;
 };
 
-// The arguments of a call, checked.
+// The checked arguments of a call.
 struct Model {
-  BlockSizes settings;  // what all layers share
+  BlockSizes settings;  // common to all layers
   std::vector<Layer> layers;
   int64_t rows, width, vocab_size, classes;
   double eps;
@@ -57,8 +58,8 @@ Model prepare(Call& call) {
   if (call.input.dim() != 2) fail(op, ": input has shape ", shape_of(call.input), "; (B, T) is needed");
   if (call.num_layers < 0) fail(op, ": num_layers is ", call.num_layers, "; it must not be negative");
   const Tensor table = parameters[0];
-  const int dtype = dtype_index(op, table);
-  if (dtype > static_cast<int>(DType::f64))
+  const DType dtype = dtype_of(op, table);
+  if (dtype != DType::f32 && dtype != DType::f64)
     fail(op, ": parameters have dtype ", torch::headeronly::toString(table.scalar_type()),
          "; float or double is needed");
   if (table.dim() != 2) fail(op, ": the first parameter has shape ", shape_of(table), "; (V, D) is needed");
@@ -112,40 +113,40 @@ Model prepare(Call& call) {
   return m;
 }
 
-// What backward needs; without gradients all layers use the same memory.
+// The activations that forward saves for backward; without gradients all layers use the same memory.
 template <class S>
 struct Saved {
-  std::vector<S*> streams;  // what each layer takes, and what the last one gives
+  std::vector<S*> streams;  // the input of each layer, and the output of the last one
   std::vector<BlockSaved<S>> layers;
-  S *features, *mean, *rstd;  // of the final norm
-  S* grad_logits;             // of the loss
+  S *features, *mean, *rstd;  // the output and the statistics of the final norm
+  S* grad_logits;             // of the mean loss
 
-  Saved(const Model& m, bool save, Parts<S>& parts) {
+  Saved(const Model& m, bool save, TypedArena<S>& arena) {
     const int64_t size = m.rows * m.width;
-    streams.assign(m.layers.size() + 1, parts.take(size));
-    int64_t most = parts.used();
+    streams.assign(m.layers.size() + 1, arena.take(size));
+    int64_t most = arena.used();
     for (size_t l = 0; l < m.layers.size(); ++l) {
-      if (save) streams[l + 1] = parts.take(size);
-      Parts<S> shared = parts;
-      layers.emplace_back(m.layers[l].sizes, save ? parts : shared);
+      if (save) streams[l + 1] = arena.take(size);
+      TypedArena<S> shared = arena;
+      layers.emplace_back(m.layers[l].sizes, save ? arena : shared);
       most = std::max(most, shared.used());
     }
-    if (!save) parts.take(most - parts.used());
-    features = m.settings.norm_first ? parts.take(size) : streams.back();
-    mean = m.settings.norm_first ? parts.take(m.rows) : nullptr;
-    rstd = m.settings.norm_first ? parts.take(m.rows) : nullptr;
-    grad_logits = save && m.targets ? parts.take(m.rows * m.classes) : nullptr;
+    if (!save) arena.take(most - arena.used());
+    features = m.settings.norm_first ? arena.take(size) : streams.back();
+    mean = m.settings.norm_first ? arena.take(m.rows) : nullptr;
+    rstd = m.settings.norm_first ? arena.take(m.rows) : nullptr;
+    grad_logits = save && m.targets ? arena.take(m.rows * m.classes) : nullptr;
   }
 };
 
 template <class S>
 int64_t saved_size(const Model& m, bool save) {
-  Parts<S> counted;
-  Saved<S>(m, save, counted);
-  return counted.used();
+  TypedArena<S> sizes;
+  Saved<S>(m, save, sizes);
+  return sizes.used();
 }
 
-// The logits' mean loss; their gradient, too, where grad is not null.
+// Returns the mean loss of the logits, and writes their gradient unless grad is null.
 template <class S>
 S mean_loss(const Model& m, const S* logits, S* grad) {
   const Scratch scratch(static_cast<size_t>(3 * m.rows) * sizeof(S));
@@ -168,7 +169,7 @@ S mean_loss(const Model& m, const S* logits, S* grad) {
 
 template <class S>
 void forward(const Model& m, const Saved<S>& saved, S* out) {
-  const int dtype = m.settings.dtype;
+  const DType dtype = m.settings.dtype;
   Embedding embedding = m.embedding;
   embedding.out = saved.streams[0];
   embedding_forward(dtype, embedding, m.rows);
@@ -182,16 +183,16 @@ void forward(const Model& m, const Saved<S>& saved, S* out) {
                        m.rows);
   const Scratch scratch(m.targets ? static_cast<size_t>(m.rows * m.classes) * sizeof(S) : 0);
   S* const logits = m.targets ? reinterpret_cast<S*>(scratch.data()) : out;
-  Product output = linear_output(saved.features, m.output, m.rows, m.width, m.classes, logits);
+  Matmul output = linear_output(saved.features, m.output, m.rows, m.width, m.classes, logits);
   output.bias = m.output_bias;
-  run_products(dtype, {output});
+  run_matmuls(dtype, {output});
   if (m.targets) *out = mean_loss(m, logits, saved.grad_logits);
 }
 
-// grads: where each parameter's gradient goes, and, last, that of positions unless null.
+// `grads` has the memory for the gradient of each parameter and, last, for that of positions (or null).
 template <class S>
 void backward(const Model& m, const Saved<S>& saved, const S* grad, const std::vector<void*>& grads) {
-  const int dtype = m.settings.dtype;
+  const DType dtype = m.settings.dtype;
   const int64_t size = m.rows * m.width, logits = m.rows * m.classes;
   const Scratch scratch(static_cast<size_t>(2 * size + logits) * sizeof(S));
   S* to = reinterpret_cast<S*>(scratch.data());
@@ -199,7 +200,10 @@ void backward(const Model& m, const Saved<S>& saved, const S* grad, const std::v
   const S* grad_logits = grad;
   if (m.targets) {
     S* const scaled = from + size;
-    std::transform(saved.grad_logits, saved.grad_logits + logits, scaled, [&](S x) { return x * *grad; });
+    torch::stable::parallel_for(0, logits, 32768, [&](int64_t begin, int64_t end) {
+      std::transform(saved.grad_logits + begin, saved.grad_logits + end, scaled + begin,
+                     [&](S x) { return x * *grad; });
+    });
     grad_logits = scaled;
   }
   size_t index = grads.size() - 1;
@@ -208,12 +212,12 @@ void backward(const Model& m, const Saved<S>& saved, const S* grad, const std::v
 
   void* const grad_output_bias = m.settings.bias ? previous() : nullptr;
   void* const grad_output = previous();
-  run_products(dtype, {linear_grad_weight(grad_logits, saved.features, m.rows, m.width, m.classes, grad_output)});
+  run_matmuls(dtype, {linear_grad_weight(grad_logits, saved.features, m.rows, m.width, m.classes, grad_output)});
   if (m.settings.bias) sum_columns(dtype, grad_logits, m.rows, m.classes, grad_output_bias);
-  run_products(dtype, {linear_grad_input(grad_logits, m.output, m.rows, m.width, m.classes, to)});
+  run_matmuls(dtype, {linear_grad_input(grad_logits, m.output, m.rows, m.width, m.classes, to)});
   if (m.settings.norm_first) {
     std::swap(from, to);
-    // The kernel gives both parameters' gradients; without a bias the second one goes nowhere.
+    // The kernel computes the gradients of both parameters; without a bias the second one is discarded.
     std::vector<S> unused(m.settings.bias ? 0 : m.width);
     void* const grad_bias = m.settings.bias ? previous() : unused.data();
     void* const grad_norm = previous();
@@ -249,8 +253,8 @@ std::tuple<Tensor, Tensor> transformer_fwd(Tensor input, std::vector<Tensor> par
     const int64_t size = saved_size<S>(m, save);
     const Tensor saved = empty({save ? size : 0}, m.dtype);
     const Scratch scratch(save ? 0 : static_cast<size_t>(size) * sizeof(S));
-    Parts<S> parts(save ? data_of(saved) : scratch.data());
-    forward<S>(m, Saved<S>(m, save, parts), static_cast<S*>(data_of(out)));
+    TypedArena<S> arena(save ? data_of(saved) : scratch.data());
+    forward<S>(m, Saved<S>(m, save, arena), static_cast<S*>(data_of(out)));
     return {out, saved};
   });
 }
@@ -286,8 +290,8 @@ std::tuple<std::vector<Tensor>, Tensor> transformer_bwd(Tensor grad, Tensor inpu
   with_compute_type(m.settings.dtype, [&](auto zero) {
     using S = decltype(zero);
     check_shape(op, "saved", saved, {saved_size<S>(m, true)});
-    Parts<S> parts(data_of(saved));
-    backward<S>(m, Saved<S>(m, true, parts), static_cast<const S*>(data_of(dy)), data);
+    TypedArena<S> arena(data_of(saved));
+    backward<S>(m, Saved<S>(m, true, arena), static_cast<const S*>(data_of(dy)), data);
   });
   return {grads, grad_positions};
 }

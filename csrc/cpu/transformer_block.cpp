@@ -1,5 +1,5 @@
-// A whole transformer block as one operator forward and one backward: at the sizes of a small model the calls between
-// its parts cost more than the parts. What backward needs lies in one tensor, `saved`.
+// A whole transformer block as one operator for forward and one for backward: for a small model, calls of separate
+// operators take longer than their work. Forward saves all that backward needs in one tensor, `saved`.
 #include "transformer_block.h"
 
 #include <torch/csrc/stable/library.h>
@@ -9,6 +9,7 @@
 
 #include "attention.h"
 #include "layer_norm.h"
+#include "scratch.h"
 
 namespace tinyllm::cpu {
 namespace {
@@ -32,13 +33,20 @@ Attention attention_of(const BlockSizes& s, const BlockSaved<S>& saved) {
   return a;
 }
 
-Product with_bias(Product p, const void* bias) {
-  p.bias = bias;
-  return p;
+// A norm of the block: its parameters, and its saved statistics.
+template <class S>
+struct Norm {
+  const void *weight, *bias;
+  S *mean, *rstd;
+};
+
+template <class S>
+Norm<S> norm1_of(const BlockParameters<const void*>& w, const BlockSaved<S>& saved) {
+  return {w.norm1, w.norm1_bias, saved.mean1, saved.rstd1};
 }
-Product plus(Product p, const void* residual) {
-  p.residual = residual;
-  return p;
+template <class S>
+Norm<S> norm2_of(const BlockParameters<const void*>& w, const BlockSaved<S>& saved) {
+  return {w.norm2, w.norm2_bias, saved.mean2, saved.rstd2};
 }
 
 }  // namespace
@@ -47,93 +55,125 @@ template <class S>
 void block_forward(const BlockSizes& s, const BlockParameters<const void*>& w, const S* input, double eps1, double eps2,
                    S* out, const BlockSaved<S>& saved) {
   const int64_t rows = s.rows, d = s.width, h = s.hidden;
-  const auto norm = [&](const S* x, const S* residual, const void* weight, const void* bias, double eps, S* normed,
-                        S* sum, S* mean, S* rstd) {
-    layer_norm_forward(s.dtype, {x, residual, weight, bias, normed, sum, mean, rstd, d, eps, false}, rows);
+  const Norm<S> norm1 = norm1_of(w, saved), norm2 = norm2_of(w, saved);
+  const auto run_norm = [&](const Norm<S>& norm, double eps, const S* x, const S* residual, S* normed, S* sum) {
+    layer_norm_forward(s.dtype,
+                       {.input = x,
+                        .residual = residual,
+                        .weight = norm.weight,
+                        .bias = norm.bias,
+                        .normed = normed,
+                        .sum = sum,
+                        .mean = norm.mean,
+                        .rstd = norm.rstd,
+                        .size = d,
+                        .eps = eps,
+                        .stream = false},
+                       rows);
+  };
+  const auto linear = [&](const S* x, int64_t inputs, const void* weight, const void* bias, S* y, int64_t outputs,
+                          const S* residual = nullptr) {
+    Matmul m = linear_output(x, weight, rows, inputs, outputs, y);
+    m.bias = bias;
+    m.residual = residual;
+    return m;
   };
   const S* x = input;
   if (s.norm_first) {
-    norm(input, nullptr, w.norm1, w.norm1_bias, eps1, saved.normed1, nullptr, saved.mean1, saved.rstd1);
+    run_norm(norm1, eps1, input, nullptr, saved.normed1, nullptr);
     x = saved.normed1;
   }
-  run_products(s.dtype, {with_bias(linear_output(x, w.query, rows, d, d, saved.query), w.query_bias),
-                         with_bias(linear_output(x, w.key, rows, d, d, saved.key), w.key_bias),
-                         with_bias(linear_output(x, w.value, rows, d, d, saved.value), w.value_bias)});
+  run_matmuls(s.dtype,
+              {linear(x, d, w.query, w.query_bias, saved.query, d), linear(x, d, w.key, w.key_bias, saved.key, d),
+               linear(x, d, w.value, w.value_bias, saved.value, d)});
   attention_forward(s.dtype, attention_of(s, saved));
-  if (s.projected)
-    run_products(
-        s.dtype,
-        {plus(with_bias(linear_output(saved.attended, w.out_proj, rows, d, d, saved.sum1), w.out_proj_bias), input)});
-  if (s.norm_first) {
-    norm(s.projected ? saved.sum1 : saved.attended, s.projected ? nullptr : input, w.norm2, w.norm2_bias, eps2,
-         saved.norm2_row, s.projected ? nullptr : saved.sum1, saved.mean2, saved.rstd2);
-  } else {
-    norm(s.projected ? saved.sum1 : saved.attended, s.projected ? nullptr : input, w.norm1, w.norm1_bias, eps1,
-         saved.normed1, s.projected ? nullptr : saved.sum1, saved.mean1, saved.rstd1);
-  }
-  const S* middle = s.norm_first ? saved.norm2_row : saved.normed1;
-  Product first = with_bias(linear_output(middle, w.linear1, rows, d, h, saved.hidden), w.linear1_bias);
+  if (s.projected) run_matmuls(s.dtype, {linear(saved.attended, d, w.out_proj, w.out_proj_bias, saved.sum1, d, input)});
+  // Without a projection, whose epilogue adds the residual, the norm does.
+  const S* const middle_input = s.projected ? saved.sum1 : saved.attended;
+  const S* const residual = s.projected ? nullptr : input;
+  S* const sum = s.projected ? nullptr : saved.sum1;
+  S* const middle = s.norm_first ? saved.norm2_row : saved.normed1;
+  if (s.norm_first)
+    run_norm(norm2, eps2, middle_input, residual, middle, sum);
+  else
+    run_norm(norm1, eps1, middle_input, residual, middle, sum);
+  Matmul first = linear(middle, d, w.linear1, w.linear1_bias, saved.hidden, h);
   first.activation = s.activation;
   first.pre_activation = saved.pre_activation;
-  S* last = s.norm_first ? out : saved.norm2_row;
-  run_products(s.dtype,
-               {first, plus(with_bias(linear_output(saved.hidden, w.linear2, rows, h, d, last), w.linear2_bias),
-                            s.norm_first ? saved.sum1 : saved.normed1)});
-  if (!s.norm_first) norm(last, nullptr, w.norm2, w.norm2_bias, eps2, out, nullptr, saved.mean2, saved.rstd2);
+  S* const last = s.norm_first ? out : saved.norm2_row;
+  run_matmuls(s.dtype, {first, linear(saved.hidden, h, w.linear2, w.linear2_bias, last, d,
+                                      s.norm_first ? saved.sum1 : saved.normed1)});
+  if (!s.norm_first) run_norm(norm2, eps2, last, nullptr, out, nullptr);
 }
 
 template <class S>
 void block_backward(const BlockSizes& s, const BlockParameters<const void*>& w, const S* input, const S* grad,
                     const BlockSaved<S>& saved, S* grad_input, const BlockParameters<void*>& g) {
   const int64_t rows = s.rows, d = s.width, h = s.hidden;
-  const auto carve = [&](Parts<S>& parts, S** wide, std::initializer_list<S**> narrow) {
-    *wide = parts.take(rows * h);
-    for (S** p : narrow) *p = parts.take(rows * d);
+  const auto layout = [&](TypedArena<S>& arena, S** wide, std::initializer_list<S**> narrow) {
+    *wide = arena.take(rows * h);
+    for (S** p : narrow) *p = arena.take(rows * d);
   };
   S *grad_hidden, *grad_sum2, *grad_middle, *grad_sum1, *grad_attended, *grad_query, *grad_key, *grad_value;
   const auto all = {&grad_sum2, &grad_middle, &grad_sum1, &grad_attended, &grad_query, &grad_key, &grad_value};
-  Parts<S> counted;
-  carve(counted, &grad_hidden, all);
-  const Scratch scratch(static_cast<size_t>(counted.used()) * sizeof(S));
-  Parts<S> parts(scratch.data());
-  carve(parts, &grad_hidden, all);
+  TypedArena<S> sizes;
+  layout(sizes, &grad_hidden, all);
+  const Scratch scratch(static_cast<size_t>(sizes.used()) * sizeof(S));
+  TypedArena<S> arena(scratch.data());
+  layout(arena, &grad_hidden, all);
 
-  const auto norm = [&](const S* gradient, const S* grad_sum, const S* x, const void* weight, const S* mean,
-                        const S* rstd, S* out, void* grad_weight, void* grad_bias) {
-    // The kernel gives both parameters' gradients; without a bias the second one goes nowhere.
+  const Norm<S> norm1 = norm1_of(w, saved), norm2 = norm2_of(w, saved);
+  const auto norm_backward = [&](const Norm<S>& norm, const S* grad_normed, const S* grad_sum, const S* x, S* grad_x,
+                                 void* grad_weight, void* grad_bias) {
+    // The kernel computes the gradients of both parameters; without a bias the second one is discarded.
     std::vector<S> unused(grad_bias == nullptr ? d : 0);
-    layer_norm_backward(s.dtype, {gradient, grad_sum, x, weight, mean, rstd, out, d, false}, rows, grad_weight,
-                        grad_bias == nullptr ? unused.data() : grad_bias);
+    layer_norm_backward(s.dtype,
+                        {.grad_normed = grad_normed,
+                         .grad_sum = grad_sum,
+                         .input = x,
+                         .weight = norm.weight,
+                         .mean = norm.mean,
+                         .rstd = norm.rstd,
+                         .grad_input = grad_x,
+                         .size = d,
+                         .stream = false},
+                        rows, grad_weight, grad_bias == nullptr ? unused.data() : grad_bias);
   };
-  const auto bias = [&](const S* gradient, int64_t columns, void* grad_bias) {
+  const auto bias_grad = [&](const S* gradient, int64_t columns, void* grad_bias) {
     if (grad_bias != nullptr) sum_columns(s.dtype, gradient, rows, columns, grad_bias);
+  };
+  const auto input_grad = [&](const S* gradient, int64_t outputs, const void* weight, S* grad_x, int64_t inputs,
+                              const S* residual = nullptr) {
+    Matmul m = linear_grad_input(gradient, weight, rows, inputs, outputs, grad_x);
+    m.residual = residual;
+    return m;
   };
 
   const S* grad_last = grad;
   if (!s.norm_first) {
-    norm(grad, nullptr, saved.norm2_row, w.norm2, saved.mean2, saved.rstd2, grad_sum2, g.norm2, g.norm2_bias);
+    norm_backward(norm2, grad, nullptr, saved.norm2_row, grad_sum2, g.norm2, g.norm2_bias);
     grad_last = grad_sum2;
   }
   // feed_forward
-  Product through = linear_grad_input(grad_last, w.linear2, rows, h, d, grad_hidden);
+  Matmul through = input_grad(grad_last, d, w.linear2, grad_hidden, h);
   through.activation = s.activation;
   through.gate = saved.gate();
   const S* middle = s.norm_first ? saved.norm2_row : saved.normed1;
-  run_products(s.dtype, {through, plus(linear_grad_input(grad_hidden, w.linear1, rows, d, h, grad_middle),
-                                       s.norm_first ? nullptr : grad_last)});
-  run_products(s.dtype, {linear_grad_weight(grad_last, saved.hidden, rows, h, d, g.linear2)});
-  run_products(s.dtype, {linear_grad_weight(grad_hidden, middle, rows, d, h, g.linear1)});
-  bias(grad_last, d, g.linear2_bias);
-  bias(grad_hidden, h, g.linear1_bias);
+  run_matmuls(s.dtype,
+              {through, input_grad(grad_hidden, h, w.linear1, grad_middle, d, s.norm_first ? nullptr : grad_last)});
+  run_matmuls(s.dtype, {linear_grad_weight(grad_last, saved.hidden, rows, h, d, g.linear2)});
+  run_matmuls(s.dtype, {linear_grad_weight(grad_hidden, middle, rows, d, h, g.linear1)});
+  bias_grad(grad_last, d, g.linear2_bias);
+  bias_grad(grad_hidden, h, g.linear1_bias);
   if (s.norm_first)
-    norm(grad_middle, grad, saved.sum1, w.norm2, saved.mean2, saved.rstd2, grad_sum1, g.norm2, g.norm2_bias);
+    norm_backward(norm2, grad_middle, grad, saved.sum1, grad_sum1, g.norm2, g.norm2_bias);
   else
-    norm(grad_middle, nullptr, saved.sum1, w.norm1, saved.mean1, saved.rstd1, grad_sum1, g.norm1, g.norm1_bias);
+    norm_backward(norm1, grad_middle, nullptr, saved.sum1, grad_sum1, g.norm1, g.norm1_bias);
   // attention
   if (s.projected) {
-    run_products(s.dtype, {linear_grad_input(grad_sum1, w.out_proj, rows, d, d, grad_attended)});
-    run_products(s.dtype, {linear_grad_weight(grad_sum1, saved.attended, rows, d, d, g.out_proj)});
-    bias(grad_sum1, d, g.out_proj_bias);
+    run_matmuls(s.dtype, {input_grad(grad_sum1, d, w.out_proj, grad_attended, d)});
+    run_matmuls(s.dtype, {linear_grad_weight(grad_sum1, saved.attended, rows, d, d, g.out_proj)});
+    bias_grad(grad_sum1, d, g.out_proj_bias);
   } else {
     grad_attended = grad_sum1;
   }
@@ -149,19 +189,17 @@ void block_backward(const BlockSizes& s, const BlockParameters<const void*>& w, 
   a.grad_value = heads(grad_value);
   attention_backward(s.dtype, a);
   const S* x = s.norm_first ? saved.normed1 : input;
-  run_products(s.dtype, {linear_grad_weight(grad_query, x, rows, d, d, g.query),
-                         linear_grad_weight(grad_key, x, rows, d, d, g.key),
-                         linear_grad_weight(grad_value, x, rows, d, d, g.value)});
-  bias(grad_query, d, g.query_bias);
-  bias(grad_key, d, g.key_bias);
-  bias(grad_value, d, g.value_bias);
+  run_matmuls(s.dtype, {linear_grad_weight(grad_query, x, rows, d, d, g.query),
+                        linear_grad_weight(grad_key, x, rows, d, d, g.key),
+                        linear_grad_weight(grad_value, x, rows, d, d, g.value)});
+  bias_grad(grad_query, d, g.query_bias);
+  bias_grad(grad_key, d, g.key_bias);
+  bias_grad(grad_value, d, g.value_bias);
   S* sums = s.norm_first ? grad_middle : grad_input;
-  run_products(s.dtype,
-               {plus(linear_grad_input(grad_query, w.query, rows, d, d, sums), s.norm_first ? nullptr : grad_sum1),
-                plus(linear_grad_input(grad_key, w.key, rows, d, d, sums), sums),
-                plus(linear_grad_input(grad_value, w.value, rows, d, d, sums), sums)});
-  if (s.norm_first)
-    norm(grad_middle, grad_sum1, input, w.norm1, saved.mean1, saved.rstd1, grad_input, g.norm1, g.norm1_bias);
+  run_matmuls(s.dtype,
+              {input_grad(grad_query, d, w.query, sums, d, s.norm_first ? nullptr : grad_sum1),
+               input_grad(grad_key, d, w.key, sums, d, sums), input_grad(grad_value, d, w.value, sums, d, sums)});
+  if (s.norm_first) norm_backward(norm1, grad_middle, grad_sum1, input, grad_input, g.norm1, g.norm1_bias);
 }
 
 template void block_forward(const BlockSizes&, const BlockParameters<const void*>&, const float*, double, double,
@@ -173,7 +211,7 @@ template void block_backward(const BlockSizes&, const BlockParameters<const void
 template void block_backward(const BlockSizes&, const BlockParameters<const void*>&, const double*, const double*,
                              const BlockSaved<double>&, double*, const BlockParameters<void*>&);
 
-BlockSizes block_settings(const char* op, int dtype, int64_t batch, int64_t tokens, int64_t width, int64_t num_heads,
+BlockSizes block_settings(const char* op, DType dtype, int64_t batch, int64_t tokens, int64_t width, int64_t num_heads,
                           bool causal, bool norm_first, const std::string& activation) {
   if (num_heads < 1 || width % num_heads != 0 || width / std::max<int64_t>(1, num_heads) > 1024)
     fail(op, ": num_heads is ", num_heads, "; it must divide D, ", width, ", into at most 1024 columns");
@@ -219,8 +257,8 @@ struct Block {
 
 Block prepare(const char* op, const Tensor& input, std::vector<Tensor>& parameters, int64_t num_heads, bool causal,
               bool norm_first, const std::string& activation) {
-  const int dtype = dtype_index(op, input);
-  if (dtype > static_cast<int>(DType::f64))
+  const DType dtype = dtype_of(op, input);
+  if (dtype != DType::f32 && dtype != DType::f64)
     fail(op, ": input has dtype ", torch::headeronly::toString(input.scalar_type()), "; float or double is needed");
   if (input.dim() != 3) fail(op, ": input has shape ", shape_of(input), "; (B, T, D) is needed");
   Block block{
@@ -246,13 +284,13 @@ std::tuple<Tensor, Tensor> transformer_block_fwd(Tensor input, std::vector<Tenso
   const Tensor x = as_contiguous(input), out = empty(x.sizes(), x.scalar_type());
   return with_compute_type(s.dtype, [&, &s = s, &w = w](auto zero) -> std::tuple<Tensor, Tensor> {
     using S = decltype(zero);
-    Parts<S> counted;
-    BlockSaved<S>(s, counted);
-    const Tensor saved = empty({save ? counted.used() : 0}, x.scalar_type());
-    const Scratch scratch(save ? 0 : static_cast<size_t>(counted.used()) * sizeof(S));
-    Parts<S> parts(save ? data_of(saved) : scratch.data());
+    TypedArena<S> sizes;
+    BlockSaved<S>(s, sizes);
+    const Tensor saved = empty({save ? sizes.used() : 0}, x.scalar_type());
+    const Scratch scratch(save ? 0 : static_cast<size_t>(sizes.used()) * sizeof(S));
+    TypedArena<S> arena(save ? data_of(saved) : scratch.data());
     block_forward<S>(s, w, static_cast<const S*>(data_of(x)), eps1, eps2, static_cast<S*>(data_of(out)),
-                     BlockSaved<S>(s, parts));
+                     BlockSaved<S>(s, arena));
     return {out, saved};
   });
 }
@@ -277,12 +315,12 @@ std::tuple<Tensor, std::vector<Tensor>> transformer_block_bwd(Tensor grad, Tenso
   });
   with_compute_type(s.dtype, [&, &s = s, &w = w](auto zero) {
     using S = decltype(zero);
-    Parts<S> counted;
-    BlockSaved<S>(s, counted);
-    check_shape(op, "saved", saved, {counted.used()});
-    Parts<S> parts(data_of(saved));
+    TypedArena<S> sizes;
+    BlockSaved<S>(s, sizes);
+    check_shape(op, "saved", saved, {sizes.used()});
+    TypedArena<S> arena(data_of(saved));
     block_backward<S>(s, w, static_cast<const S*>(data_of(x)), static_cast<const S*>(data_of(dy)),
-                      BlockSaved<S>(s, parts), static_cast<S*>(data_of(grad_input)), g);
+                      BlockSaved<S>(s, arena), static_cast<S*>(data_of(grad_input)), g);
   });
   return {grad_input, grads};
 }

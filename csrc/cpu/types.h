@@ -1,11 +1,11 @@
-// Element types of tensors, and what they are accumulated in. No torch header: kernels see raw memory.
+// The element types of tensors and the types they are computed in. No torch header: kernels see raw memory.
 #pragma once
 #include <cstdint>
 #include <cstring>
 
 namespace tinyllm {
 
-// 16-bit floats as stored in tensors; arithmetic happens in float.
+// 16-bit floats as tensors store them; arithmetic happens in float.
 struct bfloat16 {
   uint16_t bits;
 };
@@ -13,11 +13,11 @@ struct float16 {
   uint16_t bits;
 };
 
-// Order of the kernel tables in dispatch.h.
+// The order of the values in PerDType (dispatch.h).
 enum class DType : int { f32 = 0, f64 = 1, bf16 = 2, f16 = 3 };
 constexpr int kNumDTypes = 4;
 
-// What an element type is computed and accumulated in: float, or double for double.
+// The type that an element type is computed and accumulated in: float, or double for double.
 template <class T>
 struct Compute {
   using type = float;
@@ -45,7 +45,7 @@ inline float to_compute(float16 x) {
   const uint32_t magnitude = x.bits & 0x7fffu;
   if (magnitude >= 0x7c00u)  // inf, nan
     return bit_cast<float>(sign | 0x7f800000u | ((magnitude & 0x3ffu) << 13));
-  // Moving the bits up gives value * 2^-112, exactly and for subnormals too.
+  // The shifted bits are value * 2^-112, exactly and for subnormals too.
   const float shifted = bit_cast<float>(magnitude << 13) * 0x1p112f;
   return bit_cast<float>(sign | bit_cast<uint32_t>(shifted));
 }

@@ -1,11 +1,11 @@
-// cross_entropy on NVIDIA GPUs: check, allocate, choose the launches, register. The arithmetic, and why it takes so few
-// launches, is in cross_entropy_kernel.cuh.
+// cross_entropy on NVIDIA GPUs: checks, allocation, and launches. The arithmetic, and why it takes so few launches, is
+// in cross_entropy_kernel.cuh.
 #include <limits>
 #include <optional>
 #include <tuple>
 #include <vector>
 
-#include "../losses.h"
+#include "../loss_checks.h"
 #include "cross_entropy_kernel.cuh"
 #include "dtypes.cuh"
 #include "torch_side.cuh"
@@ -15,7 +15,7 @@ namespace {
 
 using Shape = std::vector<int64_t>;
 
-// Rows of up to so many bytes have one warp, four such rows a block.
+// A row of up to kShortRow bytes is processed by one warp, and a block has kShortRows of them.
 constexpr int64_t kShortRow = 2048;
 constexpr unsigned kShortRows = 4;
 
@@ -28,7 +28,7 @@ struct Call {
   double* totals_data() const { return static_cast<double*>(data_or_null(totals)); }
 };
 
-// With neighbouring columns next to each other; a copy only where the strides ask for one.
+// Returns rows with contiguous columns; a copy only if the strides require one.
 Tensor as_rows(const Tensor& x) { return x.size(1) < 2 || x.stride(1) == 1 ? x : torch::stable::contiguous(x); }
 
 Call prepare(const char* op, const Tensor& input, const Tensor& target, const OptionalTensor& weight, Reduction how,
@@ -63,10 +63,10 @@ LaunchShape one_block(int64_t items) {
   return {dim3(1), dim3(static_cast<unsigned>(std::max<int64_t>(kWarp, threads))), 2 * kWarp * sizeof(double)};
 }
 
-// What every row must know before it ends: what the mean divides by, if the rows do not count that themselves, and the
+// Computes what every row needs before it ends: the divisor of the mean, unless the rows count it themselves, and the
 // sum of the class weights.
 template <class T>
-void make_totals(const char* op, const Device& device, Call& call, double label_smoothing, bool gradients) {
+void compute_totals(const char* op, const Device& device, Call& call, double label_smoothing, bool gradients) {
   const bool divisor = call.args.averaged && gradients && call.rows() > kCountedByRows;
   const bool sum_weights = call.weight.has_value() && label_smoothing > 0.0;
   if (!divisor && !sum_weights) return;
@@ -79,7 +79,7 @@ void make_totals(const char* op, const Device& device, Call& call, double label_
                 call.totals_data(), call.args.averaged, sum_weights);
 }
 
-// Sets how much of a row is kept, if it is read twice.
+// Chooses the launch, and how much of a row shared memory keeps if the row is read twice.
 template <bool kSmoothing>
 LaunchShape shape_of_rows(const Device& device, Call& call, bool keep) {
   const int64_t size = static_cast<int64_t>(call.input.element_size());
@@ -91,7 +91,7 @@ LaunchShape shape_of_rows(const Device& device, Call& call, bool keep) {
     while (threads < most && threads * kVectorsAtOnce < vectors) threads = std::min(2 * threads, most);
   const unsigned rows = threads == kWarp ? kShortRows : 1;
   if (keep) {
-    // Of a multiprocessor's memory the system takes 1 KB for each block.
+    // The system reserves 1 KB of the memory of a multiprocessor for each block.
     const int64_t all = static_cast<int64_t>(shared_memory_limit(device.capability())) + 1024;
     const int64_t bytes = all / (few ? 1 : 2) - 1024 - kScratchBytes;
     const int64_t fits = bytes / 16 / rows, tile = threads * kVectorsAtOnce;
@@ -120,8 +120,8 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_fwd(Tensor input, Tensor target
   a.grad_input = with_grad ? data_of(grad_input) : nullptr;
   with_type(op, input.scalar_type(), [&](auto number) {
     using T = decltype(number);
-    make_totals<T>(op, device, call, label_smoothing, with_grad);
-    // a, which the shape completes, is read after it.
+    compute_totals<T>(op, device, call, label_smoothing, with_grad);
+    // shape_of_rows completes `a`, which the lambda reads only afterwards.
     const auto run = [&](auto kernel, const LaunchShape& shape) { device.launch(op, kernel, shape, a); };
     if (label_smoothing > 0.0)
       run(cross_entropy_forward_kernel<T, true>, shape_of_rows<true>(device, call, with_grad));
@@ -150,8 +150,8 @@ Tensor cross_entropy_bwd(Tensor grad, Tensor input, Tensor target, OptionalTenso
   a.grad_input = data_of(grad_input);
   with_type(op, input.scalar_type(), [&](auto number) {
     using T = decltype(number);
-    make_totals<T>(op, device, call, label_smoothing, true);
-    // a, which the shape completes, is read after it.
+    compute_totals<T>(op, device, call, label_smoothing, true);
+    // shape_of_rows completes `a`, which the lambda reads only afterwards.
     const auto run = [&](auto kernel, const LaunchShape& shape) { device.launch(op, kernel, shape, a); };
     if (label_smoothing > 0.0)
       run(cross_entropy_backward_kernel<T, true>, shape_of_rows<true>(device, call, false));

@@ -1,6 +1,6 @@
-// embedding on NVIDIA GPUs: check, allocate, sort the tokens by id for backward, launch, register. The arithmetic is in
-// embedding_kernel.cuh.
-#include "../embedding.h"
+// embedding on NVIDIA GPUs: checks, allocation, sorting of the tokens by id for backward, and launches. The arithmetic
+// is in embedding_kernel.cuh.
+#include "../embedding_checks.h"
 
 #include <array>
 #include <limits>
@@ -22,7 +22,7 @@ void check_no_dropout(const char* op, double dropout_p, const OptionalTensor& rn
   if (dropout_p > 0.0 || rng.has_value()) fail(op, ": dropout_p is ", dropout_p, "; the CUDA kernel drops nothing");
 }
 
-// With neighbouring columns next to each other; a copy only where the strides ask for one.
+// Returns rows with contiguous columns; a copy only if the strides require one.
 Tensor as_rows(const Tensor& x) { return x.size(1) < 2 || x.stride(1) == 1 ? x : torch::stable::contiguous(x); }
 
 bool is_long(const Tensor& ids) { return ids.scalar_type() == ScalarType::Long; }
@@ -31,12 +31,13 @@ unsigned blocks_of(int64_t items, int64_t per_block) {
   return static_cast<unsigned>((items + per_block - 1) / per_block);
 }
 
-// Whether all of a tensor's rows begin at multiples of 16 bytes.
+// Whether all rows of a tensor are aligned to 16 bytes.
 bool rows_aligned(const void* data, int64_t row, int64_t size) {
   return reinterpret_cast<uintptr_t>(data) % 16 == 0 && row * size % 16 == 0;
 }
 
-// f(a number of the dtype's type, the neighbours that a thread takes as a constant)
+// Calls f with a zero of the C++ type of the dtype, and the number of elements that a thread moves at a time as a
+// constant.
 template <class F>
 void with_width(const char* op, ScalarType dtype, bool aligned, const F& f) {
   with_type(op, dtype, [&](auto number) {
@@ -78,7 +79,8 @@ Tensor embedding_fwd(Tensor input, Tensor weight, OptionalTensor positions, doub
     if (columns / N > std::numeric_limits<int>::max() / 2) fail(op, ": rows of ", columns, " columns are too wide");
     a.pieces = static_cast<int>(columns / N);
     if (out.numel() == 0) return;
-    // Neighbouring threads have at least 128 bytes of a row, if it has them, and four loads each of a longer one.
+    // A row gets so many threads that they cover at least 128 bytes of it, or all of it, and that each has about four
+    // loads of a longer row.
     unsigned threads = 1;
     while (threads < kColumnThreads && (threads * kPiecesAtOnce < static_cast<unsigned>(a.pieces) ||
                                         (threads * N * size < 128 && threads < static_cast<unsigned>(a.pieces))))
@@ -90,7 +92,8 @@ Tensor embedding_fwd(Tensor input, Tensor weight, OptionalTensor positions, doub
   return out;
 }
 
-// The sorted ids and the tokens in their order. aten's sort: its radix sort is as fast as any of ours would be.
+// Returns the sorted ids and the tokens in their order. This uses the radix sort of aten, than which ours would be no
+// faster.
 std::pair<Tensor, Tensor> sorted(const Device& device, const Tensor& ids, int64_t table) {
   constexpr const char* op = "embedding_bwd";
   const Shape shape{ids.numel()};

@@ -1,8 +1,8 @@
-// layer_norm, add_layer_norm and rms_norm on NVIDIA GPUs: check, allocate, choose the launch. The arithmetic is in
-// layer_norm_kernel.cuh and layer_norm_bwd_kernel.cuh.
+// layer_norm, add_layer_norm and rms_norm on NVIDIA GPUs: checks, allocation, and the choice of the launch. The
+// arithmetic is in layer_norm_kernel.cuh and layer_norm_bwd_kernel.cuh.
 #include <tuple>
 
-#include "../norms.h"
+#include "../norm_checks.h"
 #include "dtypes.cuh"
 #include "layer_norm_bwd_kernel.cuh"
 #include "torch_side.cuh"
@@ -14,8 +14,8 @@ using Shape = std::vector<int64_t>;
 
 constexpr int64_t kBlockColumns = static_cast<int64_t>(kNormThreads) * kNormElements;
 constexpr int64_t kClusterBlocks = 8;
-constexpr int kClusterCapability = 90;    // for which the code must be compiled that has clusters
-constexpr int64_t kForwardThreads = 128;  // of a block, where a row needs no more than a warp
+constexpr int kClusterCapability = 90;    // code for this compute capability or a later one has clusters
+constexpr int64_t kForwardThreads = 128;  // threads of a block if a row needs no more than a warp
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t whole_warps(int64_t threads) { return std::max<int64_t>(1, ceil_div(threads, kWarp)) * kWarp; }
@@ -27,7 +27,7 @@ int64_t power_of_two(int64_t at_least) {
 
 // ---- Tensors
 
-// Rows of neighbouring elements, row_step elements apart: a copy only where the strides ask for one.
+// Rows of contiguous elements, row_step elements apart; a copy only if the strides require one.
 struct RowView {
   Tensor tensor;
   int64_t row_step;
@@ -38,7 +38,7 @@ struct RowView {
 RowView as_rows(const Tensor& t, const NormRows& rows) {
   const int64_t lead = static_cast<int64_t>(rows.leading.size());
   bool fits = true;
-  int64_t next = 1;  // the stride that a dimension must have to go on with those behind it
+  int64_t next = 1;  // the stride with which a dimension continues those behind it
   for (int64_t i = t.dim(); i-- > lead;) {
     fits = fits && (t.size(i) == 1 || t.stride(i) == next);
     next *= t.size(i);
@@ -61,7 +61,7 @@ RowView checked_rows(const char* op, const char* name, const Tensor& t, const Te
   return as_rows(t, rows);
 }
 
-// Weight or bias as it is; `kept` owns it while it is in use.
+// Checks a weight or bias; `kept` owns it while it is in use.
 NormParameter parameter(const char* op, const char* name, const OptionalTensor& t, const Tensor& input,
                         const NormRows& rows, OptionalTensor& kept) {
   if (!t.has_value()) return {nullptr, false};
@@ -76,18 +76,18 @@ NormParameter parameter(const char* op, const char* name, const OptionalTensor& 
 
 // ---- The choice of a launch
 
-// Which instantiation of a kernel, and how a row is divided.
+// The instantiation of a kernel, and how a row is divided.
 struct Plan {
-  bool vectors;     // of 16 bytes, or single elements
-  bool few;         // vectors in a thread
-  int64_t threads;  // of a row, in a block
-  int64_t blocks;   // of a row: the cluster
-  int64_t held;     // vectors in a thread, at most
+  bool vectors;     // whether elements are accessed in vectors of 16 bytes
+  bool few;         // whether a thread has few vectors
+  int64_t threads;  // threads of a row in a block
+  int64_t blocks;   // blocks of a row, which form a cluster
+  int64_t held;     // the most vectors in a thread
 };
 
 bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
-// Whether all rows are whole vectors of 16 bytes.
+// Whether all rows consist of whole aligned vectors of 16 bytes.
 bool vectors_fit(const Tensor& input, const NormRows& rows, std::initializer_list<const RowView*> views,
                  std::initializer_list<const void*> others) {
   const int64_t width = 16 / static_cast<int64_t>(input.element_size());
@@ -98,13 +98,13 @@ bool vectors_fit(const Tensor& input, const NormRows& rows, std::initializer_lis
   return fit;
 }
 
-// Return how many columns a row may have on the current device: one block's, where its code has no clusters.
+// Returns the most columns that a row may have on the current device: those of one block if its code has no clusters.
 int64_t most_columns() {
   const bool clusters = compiled_for(&norm_forward_kernel<float, 1, kManyVectors<1>, true>) >= kClusterCapability;
   return clusters ? kBlockColumns * kClusterBlocks : kBlockColumns;
 }
 
-// spread: give a row more threads than it needs, because there are few rows.
+// Plans a launch. `spread` gives a row more threads than it needs, because there are few rows.
 Plan plan(const char* op, const Tensor& input, const NormRows& rows, bool vectors, bool spread) {
   const int64_t most = kBlockColumns * kClusterBlocks;
   if (rows.size > most) fail(op, ": normalized_shape has ", rows.size, " elements; the kernel takes at most ", most);
@@ -223,18 +223,18 @@ std::tuple<Tensor, Tensor> rms_norm_fwd(Tensor input, Shape normalized_shape, Op
 
 // ---- Backward
 
-// How the rows are divided between blocks, and the shared memory of one.
+// The distribution of rows over blocks, and the shared memory of a block.
 struct BackwardShape {
-  int64_t rows;   // of a block at a time
-  int64_t parts;  // blocks, or clusters
+  int64_t rows;   // rows of a block at a time
+  int64_t parts;  // blocks or clusters, each of which writes partial sums
   int stages;
   size_t shared;
 };
 
-// Nothing where shared memory has no place for a row.
+// Returns nothing if shared memory has no room for a row.
 std::optional<BackwardShape> backward_shape(const Device& device, const Plan& p, const NormRows& rows, int arrays) {
   const size_t limit = shared_memory_limit(device.capability());
-  const int64_t of_a_warp = std::max<int64_t>(1, kWarp / p.threads);  // rows that a warp has at a time
+  const int64_t of_a_warp = std::max<int64_t>(1, kWarp / p.threads);  // rows of a warp at a time
   const int64_t turns = ceil_div(rows.count, of_a_warp);
   const int64_t a_processor = backward_blocks(p.few);
   BackwardShape s{};
@@ -339,8 +339,8 @@ std::tuple<Tensor, Tensor> rms_norm_bwd(Tensor grad, Tensor input, Shape normali
 
 }  // namespace
 
-// Asked by tinyllm/ops/_cuda.py, which calls it without the dispatcher: at trace time tensors are not real. Where a
-// device cannot be asked, its rows have the lower limit.
+// tinyllm/ops/_cuda.py calls this without the dispatcher, because tensors are fake at trace time. If the device cannot
+// be queried, the lower limit is returned.
 extern "C" __attribute__((visibility("default"))) int64_t tinyllm_norm_columns([[maybe_unused]] int32_t device) {
   try {
 #if defined(__CUDACC__)

@@ -1,4 +1,4 @@
-// The argument checks of layer_norm, add_layer_norm and rms_norm that the CPU and CUDA sides share.
+// The argument checks of layer_norm, add_layer_norm and rms_norm that all devices share.
 #pragma once
 #include <vector>
 
@@ -25,13 +25,13 @@ inline NormRows split_rows(const char* op, const Tensor& input, const std::vecto
   return rows;
 }
 
-// Weight or bias.
+// Checks a weight or bias.
 inline void check_parameter(const char* op, const char* name, const Tensor& t, const Tensor& input, int64_t size) {
   check_device(op, name, t, input);
   if (t.numel() != size) fail(op, ": ", name, " has shape ", shape_of(t), "; it must have ", size, " elements");
 }
 
-// Residual or a gradient.
+// Checks a residual or a gradient.
 inline void check_same(const char* op, const char* name, const Tensor& t, const Tensor& input) {
   check_device(op, name, t, input);
   check_dtype(op, name, t, input.scalar_type());
@@ -40,7 +40,7 @@ inline void check_same(const char* op, const char* name, const Tensor& t, const 
   if (!same) fail(op, ": ", name, " has shape ", shape_of(t), "; ", shape_of(input), " is needed");
 }
 
-// A statistic of the rows that forward saved.
+// Checks a statistic of the rows that forward saved.
 inline void check_statistic(const char* op, const char* name, const Tensor& t, const Tensor& input, int64_t rows) {
   check_device(op, name, t, input);
   check_dtype(op, name, t, compute_dtype(input.scalar_type()));

@@ -1,4 +1,4 @@
-// The checks of embedding's arguments that every device shares. None looks at a value.
+// The argument checks of embedding that all devices share, which look at no values.
 #pragma once
 #include "tensors.h"
 
@@ -15,7 +15,7 @@ inline void check_table(const char* op, const Tensor& weight) {
   if (weight.dim() != 2) fail(op, ": weight has shape ", shape_of(weight), "; two dimensions are needed");
 }
 
-// The length of the sequences that positions, (seq_len, D), are added to; 1 without them.
+// Returns the length of the sequences that positions, (seq_len, D), are added to, or 1 without positions.
 inline int64_t checked_seq_len(const char* op, const Tensor& input, const Tensor& weight,
                                const OptionalTensor& positions) {
   if (!positions.has_value()) return 1;

@@ -1,5 +1,4 @@
-// What the losses of every device share: the reduction over the rows, and the checks of their arguments. None looks at
-// a value.
+// Shared by the losses on all devices: the reduction over the rows and argument checks, which look at no values.
 #pragma once
 #include "tensors.h"
 
@@ -34,7 +33,8 @@ inline void check_max_and_sum(const char* op, const Tensor& max_and_sum, const T
   if (!max_and_sum.is_contiguous()) fail(op, ": max_and_sum must be contiguous");
 }
 
-// The loss' upstream gradient: (rows) contiguous without a reduction, else one number; in the compute dtype.
+// Checks the upstream gradient of the loss: contiguous (rows) without a reduction, otherwise one number, in the compute
+// dtype.
 inline Tensor upstream_grad(const char* op, const Tensor& grad, const Tensor& input, Reduction how, int64_t rows) {
   check_device(op, "grad", grad, input);
   check_dtype(op, "grad", grad, compute_dtype(input.scalar_type()));

@@ -1,0 +1,33 @@
+// Matmuls of whole tensors, distributed over threads. The arithmetic is in matmul_kernel.h.
+#pragma once
+#include <vector>
+
+#include "torch_side.h"
+
+namespace tinyllm::cpu {
+
+// Runs matmuls of one dtype. If all have the same number of rows, a later one may use the output of an earlier one as
+// its A or its residual, which is then still in a cache: the matmuls of a block of rows run in their order. Otherwise
+// they must be independent.
+void run_matmuls(DType dtype, std::vector<Matmul> matmuls);
+
+// Writes the sums over the rows of a (rows, columns) matrix to `out`.
+void sum_columns(DType dtype, const void* data, int64_t rows, int64_t columns, void* out);
+
+// Writes activation(x) to `out`, or grad * activation'(x) if grad is not null, for `count` elements.
+void activate(DType dtype, Activation activation, const void* x, const void* grad, void* out, int64_t count);
+
+// The three matmuls of a linear layer y = x w^T over `rows` contiguous rows; w is (outputs, inputs).
+inline Matmul linear_output(const void* x, const void* w, int64_t rows, int64_t inputs, int64_t outputs, void* y) {
+  return {rows, outputs, inputs, {x, inputs, 1}, {w, 1, inputs}, y, outputs};
+}
+inline Matmul linear_grad_input(const void* grad, const void* w, int64_t rows, int64_t inputs, int64_t outputs,
+                                void* grad_x) {
+  return {rows, inputs, outputs, {grad, outputs, 1}, {w, inputs, 1}, grad_x, inputs};
+}
+inline Matmul linear_grad_weight(const void* grad, const void* x, int64_t rows, int64_t inputs, int64_t outputs,
+                                 void* grad_w) {
+  return {outputs, inputs, rows, {grad, 1, outputs}, {x, inputs, 1}, grad_w, inputs};
+}
+
+}  // namespace tinyllm::cpu
