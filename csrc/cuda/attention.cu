@@ -1,5 +1,5 @@
-// scaled_dot_product_attention on NVIDIA GPUs: checks, allocation, and the choice between the kernels for few queries
-// (attention_decode.cu), Hopper's own (attention_sm90.cu) and those for every GPU from compute capability 8.0 on
+// scaled_dot_product_attention on NVIDIA GPUs: checks, allocation, and the choice among the kernels for few queries
+// (attention_decode.cu), those for Hopper (attention_sm90.cu) and those for all GPUs from compute capability 8.0 on
 // (attention_forward.cu, attention_backward.cu).
 #include "attention.cuh"
 
@@ -10,13 +10,13 @@
 namespace tinyllm::cuda {
 namespace {
 
-// Keeps alive what the call points to.
+// Owns the tensors that the call points to.
 struct Inputs {
   Tensor query, key, value;
   OptionalTensor key_lengths;
 };
 
-// Neighbouring columns, and every row at a multiple of 16 bytes, which is what copies to shared memory ask for.
+// Whether columns are contiguous and all rows are aligned to 16 bytes, which copies to shared memory require.
 bool rows_are_aligned(const Tensor& t) {
   constexpr int64_t bytes = 16, numbers = bytes / 2;
   const auto strides = t.strides();
@@ -35,8 +35,8 @@ Heads heads_of(const Tensor& t) {
   return {data_of(t), strides[0], strides[1], strides[2]};
 }
 
-// (B, H, T, D) over memory in the order (B, T, H, D): joining the heads afterwards is free.
-Tensor new_heads_inside(const Device& device, const Tensor& like) {
+// Allocates a (B, H, T, D) tensor whose memory is in the order (B, T, H, D), so that merging the heads is a view.
+Tensor empty_heads(const Device& device, const Tensor& like) {
   const int64_t columns = like.size(3), row = std::max<int64_t>(1, like.size(1)) * columns;
   const std::vector<int64_t> sizes{like.size(0), like.size(1), like.size(2), columns};
   const std::vector<int64_t> strides{std::max<int64_t>(1, like.size(2)) * row, columns, row, 1};
@@ -56,7 +56,7 @@ void check_call(const char* op, const Tensor& query, const Tensor& key, const Te
   check_shape(op, "value", value, {batch, kv_heads, key.size(2), head_dim});
   if (heads > 0 && (kv_heads == 0 || heads % kv_heads != 0))
     fail(op, ": key has ", kv_heads, " heads; they must divide query's, ", heads);
-  constexpr int64_t most = std::numeric_limits<int32_t>::max() - 1024;  // a block's rows may begin at the last one
+  constexpr int64_t most = std::numeric_limits<int32_t>::max() - 1024;  // the rows of a block may begin at the last one
   for (const int64_t size : {batch, heads, query.size(2), key.size(2), batch * heads})
     if (size > most) fail(op, ": a dimension, or batch times heads, is ", size, "; at most ", most, " is allowed");
   for (const auto& [name, t] : {std::pair{"key", &key}, std::pair{"value", &value}}) {
@@ -104,7 +104,7 @@ std::tuple<Tensor, Tensor> attention_fwd(Tensor query, Tensor key, Tensor value,
                                          OptionalTensor key_lengths) {
   check_call("attention", query, key, value, attn_mask, scale, dropout_p, key_lengths);
   const Device device(query);
-  const Tensor out = new_heads_inside(device, query);
+  const Tensor out = empty_heads(device, query);
   const std::vector<int64_t> lse_sizes{query.size(0), query.size(1), query.size(2)};
   const Tensor lse = device.empty(lse_sizes, ScalarType::Float);
   if (lse.numel() == 0) return {out, lse};
@@ -134,8 +134,8 @@ std::tuple<Tensor, Tensor, Tensor> attention_bwd(Tensor grad, Tensor query, Tens
   check_dtype(op, "lse", lse, ScalarType::Float);
   check_shape(op, "lse", lse, {query.size(0), query.size(1), query.size(2)});
   const Device device(query);
-  Tensor grad_query = new_heads_inside(device, query), grad_key = new_heads_inside(device, key),
-         grad_value = new_heads_inside(device, value);
+  Tensor grad_query = empty_heads(device, query), grad_key = empty_heads(device, key),
+         grad_value = empty_heads(device, value);
   if (lse.numel() == 0 || key.numel() == 0) {
     for (Tensor* const nothing : {&grad_query, &grad_key, &grad_value})
       if (nothing->numel() > 0) torch::stable::zero_(*nothing);

@@ -1,4 +1,4 @@
-// Attention, backward: launches. A file of its own, so that it compiles beside the others.
+// Launches of the backward attention kernels, in a file of their own so that it compiles in parallel to the others.
 #include "attention_bwd_kernel.cuh"
 
 namespace tinyllm::cuda {

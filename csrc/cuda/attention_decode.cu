@@ -1,13 +1,14 @@
-// Attention of few queries: launches. A file of its own, so that it compiles beside the others.
+// Launches of the attention kernels for few queries, in a file of their own so that it compiles in parallel to the
+// others.
 #include "attention_decode_kernel.cuh"
 
 namespace tinyllm::cuda {
 namespace {
 
-// How many blocks share a head's keys: the fewest that keep the multiprocessors, of two blocks each, busy for 9 tenths
-// of the time, or the best number where none does; none with less to do than two tiles a warp. A block has whole steps:
-// of numbers that give the longest one the same, the smallest, with which no block is left without any. By sizes alone:
-// the same number for whatever lengths.
+// The number of blocks that share the keys of a head: the smallest that keeps the multiprocessors, with two blocks
+// each, busy for 9 tenths of the time, or else the best one. A warp gets at least two tiles. A block gets whole steps:
+// among numbers with the same longest block the smallest is chosen, with which no block is without work. The choice
+// depends on sizes alone, so that it is the same for all lengths.
 template <int D>
 int splits_of(int64_t heads, int keys, int multiprocessors) {
   const int64_t at_once = 2 * int64_t{multiprocessors};
@@ -28,41 +29,42 @@ int splits_of(int64_t heads, int keys, int multiprocessors) {
 }
 
 template <class T, int D>
-void decode(const Device& device, const Attention& call) {
+void launch_decode(const Device& device, const Attention& call) {
   using Tile = DecodeTile<D>;
   const int64_t kv_heads = call.heads / call.group, heads = call.batch * kv_heads, rows = call.group * call.queries;
   const int splits = splits_of<D>(heads, call.keys, device.multiprocessors());
-  float *part_out = nullptr, *part_lse = nullptr;
+  float *partial_out = nullptr, *partial_lse = nullptr;
   std::optional<Tensor> parts;
   if (splits > 1) {
     const int64_t count = heads * splits * rows;
     const std::vector<int64_t> sizes{count * (D + 1)};
     parts = device.empty(sizes, ScalarType::Float);
-    part_out = static_cast<float*>(data_of(*parts));
-    part_lse = part_out + count * D;
+    partial_out = static_cast<float*>(data_of(*parts));
+    partial_lse = partial_out + count * D;
   }
   const LaunchShape shape{
       dim3(static_cast<unsigned>(call.batch), static_cast<unsigned>(splits), static_cast<unsigned>(kv_heads)),
       dim3(Tile::kThreads), Tile::kShared};
-  device.launch("attention_decode", attention_decode_kernel<T, D>, shape, call, splits, part_out, part_lse);
+  device.launch("attention_decode", attention_decode_kernel<T, D>, shape, call, splits, partial_out, partial_lse);
   if (splits == 1) return;
-  const LaunchShape join{dim3(static_cast<unsigned>(heads * rows)), dim3(kJoinWarps * kWarp),
-                         sizeof(float) * kJoinWarps * D};
-  device.launch("attention_decode_join", attention_decode_join_kernel<T, D>, join, call, splits, part_out, part_lse);
+  const LaunchShape combine{dim3(static_cast<unsigned>(heads * rows)), dim3(kCombineWarps * kWarp),
+                            sizeof(float) * kCombineWarps * D};
+  device.launch("attention_decode_combine", attention_decode_combine_kernel<T, D>, combine, call, splits, partial_out,
+                partial_lse);
 }
 
 }  // namespace
 
 bool attention_decodes(const Attention& call) {
-  constexpr int kMostHeads = 65535;  // that a grid has room for
+  constexpr int kMostHeads = 65535;  // the limit of the grid in its z dimension
   return !call.causal && int64_t{call.group} * call.queries <= kDecodeRows && call.heads / call.group <= kMostHeads;
 }
 
 void attention_decode(const Device& device, const Attention& call, ScalarType dtype) {
   if (dtype == ScalarType::BFloat16)
-    call.head_dim == 64 ? decode<bf16, 64>(device, call) : decode<bf16, 128>(device, call);
+    call.head_dim == 64 ? launch_decode<bf16, 64>(device, call) : launch_decode<bf16, 128>(device, call);
   else
-    call.head_dim == 64 ? decode<f16, 64>(device, call) : decode<f16, 128>(device, call);
+    call.head_dim == 64 ? launch_decode<f16, 64>(device, call) : launch_decode<f16, 128>(device, call);
 }
 
 }  // namespace tinyllm::cuda

@@ -1,22 +1,22 @@
-// Attention, forward, for compute capability 8.0 and later (Dao 2023, "FlashAttention-2"): each block keeps 128 queries
-// and goes through the keys, 64 at a time, with the softmax made on the way; scores never leave the registers.
+// Attention, forward, for compute capability 8.0 and later (Dao 2023, "FlashAttention-2"). Each block keeps 128 queries
+// and loops over the keys, 64 at a time, with an online softmax; scores never leave the registers.
 //
 // Why it is fast:
-// - Each of the four warps has 32 queries, two rows of tensor-core tiles. Whatever it reads from shared memory, keys
-// and
-//   values, then serves two products; with 16 queries a warp, an A100's shared memory would take as long as its tensor
-//   cores. 128 x 64 is the largest tile whose scores (64 registers) and outputs (128 at head_dim 128) stay in
-//   registers. At head_dim 64 the queries do as well; at 128 they are read again from shared memory, where they cost a
-//   fifth of the traffic.
-// - Tiles of keys and values go alternately through one ring in shared memory, filled by cp.async two or three ahead:
-//   one barrier each. 80 KB (48 at head_dim 64): two blocks on a multiprocessor of 8.0 or 9.0; one (two) where it has
-//   100 KB.
-// - The weights are, as the products leave them in registers, the first factor of the next product.
-// - Only tiles that the diagonal or the end crosses test for it, and a warp skips those that none of its rows sees.
+// - Each of the four warps has 32 queries, two rows of tensor-core tiles. Each fragment of keys and values that it
+//   reads from shared memory then serves two products; with 16 queries per warp, the shared memory of an A100 would
+//   take as long as its tensor cores. 128 x 64 is the largest tile whose scores (64 registers) and outputs (128 at
+//   head_dim 128) stay in registers. At head_dim 64 the queries do as well; at 128 they are read again from shared
+//   memory, which is a fifth of the traffic.
+// - Tiles of keys and values alternate in one ring in shared memory, filled by cp.async two or three tiles ahead, with
+//   one barrier each. A block takes 80 KB (48 KB at head_dim 64), so that two fit a multiprocessor of 8.0 or 9.0, and
+//   one (two) a multiprocessor with 100 KB.
+// - The weights are used as the operand of the next product in the registers in which the softmax leaves them.
+// - Only tiles that the diagonal or the end of the keys crosses are masked, and a warp skips tiles of which it sees no
+//   key.
 //
-// Written over mma.sync and ldmatrix, as the other attention kernels, not over CuTe or CUTLASS: what they need of these
-// are the short wrappers of platform.cuh, which also have a meaning on a CPU; nothing to install, and a fraction of the
-// time to compile.
+// The attention kernels are written with mma.sync and ldmatrix, not with CuTe or CUTLASS: the short wrappers in
+// platform.cuh are all that they need. These also have an implementation for the CPU, require no installation, and
+// compile in a fraction of the time.
 #pragma once
 #include "attention_tile.cuh"
 
@@ -28,7 +28,7 @@ struct ForwardTile {
   static constexpr int kSlots = D == 64 ? 4 : 3;
   static constexpr bool kQueryInRegisters = D == 64;
   static constexpr size_t kShared = sizeof(uint16_t) * D * (kRows + kSlots * kKeys);
-  static_assert(kShared <= kSharedEverywhere);
+  static_assert(kShared <= kSharedMemoryOfAllGpus);
 };
 
 template <class T, int D>
@@ -40,75 +40,76 @@ __global__ void __launch_bounds__(ForwardTile<D>::kThreads, 2)
   T* const query_tile = reinterpret_cast<T*>(shared_memory());
   T* const ring = query_tile + Tile::kRows * D;
   const int blocks = (call.queries + Tile::kRows - 1) / Tile::kRows;
-  const Place place = place_of(blocks, call.heads, call.batch * call.heads, heads_at_once, call.causal);
-  const int first = place.block * Tile::kRows, warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  const int row = first + warp * Tile::kWarpRows;  // the warp's first
+  const BlockTask task = block_task(blocks, call.heads, call.batch * call.heads, heads_at_once, call.causal);
+  const int first = task.block * Tile::kRows, warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  const int row = first + warp * Tile::kWarpRows;  // the first row of the warp
   T* const warp_tile = query_tile + warp * Tile::kWarpRows * D;
-  const int length = visible_keys(call, place.batch);
-  // How many keys the block's last query sees, the warp's last, and the warp's first.
-  const int seen_by_block = call.causal ? min(length, first + Tile::kRows) : length;
-  const int seen_by_warp = row >= call.queries ? 0 : call.causal ? min(length, row + Tile::kWarpRows) : length;
-  const int seen_by_all = call.causal ? min(length, row + 1) : length;
-  const int tiles = (seen_by_block + kKeys - 1) / kKeys;
+  const int length = visible_keys(call, task.batch);
+  // The number of keys that the last query of the block sees, the last query of the warp, and the first query of the
+  // warp.
+  const int keys_of_block = call.causal ? min(length, first + Tile::kRows) : length;
+  const int keys_of_warp = row >= call.queries ? 0 : call.causal ? min(length, row + Tile::kWarpRows) : length;
+  const int keys_of_all_rows = call.causal ? min(length, row + 1) : length;
+  const int tiles = (keys_of_block + kKeys - 1) / kKeys;
 
-  // Each thread's part of the next tile of keys and of values.
-  const int kv_head = place.head / call.group, thread = threadIdx.x;
-  const T* key = source_of<D>(head_of<T>(call.key, place.batch, kv_head), call.key.row, 0, thread);
-  const T* value = source_of<D>(head_of<T>(call.value, place.batch, kv_head), call.value.row, 0, thread);
+  // The part of the next tile of keys and of values that this thread copies.
+  const int kv_head = task.head / call.group, thread = threadIdx.x;
+  const T* key = copy_source<D>(head_of<T>(call.key, task.batch, kv_head), call.key.row, 0, thread);
+  const T* value = copy_source<D>(head_of<T>(call.value, task.batch, kv_head), call.value.row, 0, thread);
   auto fetch = [&](bool of_keys, int tile, int slot) {
     const T*& source = of_keys ? key : value;
     const int64_t stride = of_keys ? call.key.row : call.value.row;
     if (tile < tiles)
-      copy_rows<D, kKeys, Tile::kThreads>(ring + slot * kKeys * D, source, stride, length - tile * kKeys, thread);
+      cp_async_rows<D, kKeys, Tile::kThreads>(ring + slot * kKeys * D, source, stride, length - tile * kKeys, thread);
     source += kKeys * stride;
-    commit_copies();  // also of nothing, so that waiting can count
+    cp_async_commit();  // commits an empty group as well, so that cp_async_wait can count groups
   };
-  // Waits for the next tile in the ring, of keys and values in turn, and has another one, kSlots - 1 places further on,
-  // fetched to where the one before it was.
+  // Waits for the next tile in the ring, which holds keys and values in turn, and starts the copy of the one that is
+  // kSlots - 1 places ahead into the slot of the previous one.
   int slot = -1;
   auto advance = [&](bool of_keys, int tile) {
     constexpr int kAhead = kSlots - 1;
     slot = slot + 1 == kSlots ? 0 : slot + 1;
-    wait_copies<kSlots - 2>();
+    cp_async_wait<kSlots - 2>();
     sync_block();
     fetch(of_keys == (kAhead % 2 == 0), tile + (kAhead + !of_keys) / 2, slot == 0 ? kSlots - 1 : slot - 1);
     return ring + slot * kKeys * D;
   };
   if (tiles > 0)
-    copy_rows<D, Tile::kRows, Tile::kThreads>(
-        query_tile, source_of<D>(head_of<T>(call.query, place.batch, place.head), call.query.row, first, thread),
+    cp_async_rows<D, Tile::kRows, Tile::kThreads>(
+        query_tile, copy_source<D>(head_of<T>(call.query, task.batch, task.head), call.query.row, first, thread),
         call.query.row, call.queries - first, thread);
   for (int i = 0; i < kSlots - 1; ++i) fetch(i % 2 == 0, i / 2, i);
 
   const float scale = call.scale * kLog2E;
   uint32_t query[kTiles][D / 16][4];
   float sum[kTiles][D / 8][4] = {};
-  RowStates rows[kTiles];
+  SoftmaxState rows[kTiles];
   for (int tile = 0; tile < tiles; ++tile) {
     uint32_t weights[kTiles][kKeys / 16][4];
-    const bool takes_part = tile * kKeys < seen_by_warp;
+    const bool has_keys = tile * kKeys < keys_of_warp;
     const T* const keys = advance(true, tile);
     if (Tile::kQueryInRegisters && tile == 0) {
 #pragma unroll
       for (int m = 0; m < kTiles; ++m)
 #pragma unroll
-        for (int k = 0; k < D / 16; ++k) load_first<D>(query[m][k], warp_tile, 16 * m, k);
+        for (int k = 0; k < D / 16; ++k) load_a<D>(query[m][k], warp_tile, 16 * m, k);
     }
-    if (takes_part) {
+    if (has_keys) {
       float scores[kTiles][kKeys / 8][4] = {};
       if constexpr (Tile::kQueryInRegisters)
-        multiply_rows<T, D, kKeys, kTiles>(scores, query, keys);
+        multiply_abt<T, D, kKeys, kTiles>(scores, query, keys);
       else
-        multiply_rows<T, D, kKeys, kTiles>(scores, warp_tile, keys);
-      if ((tile + 1) * kKeys > seen_by_all) {
+        multiply_abt<T, D, kKeys, kTiles>(scores, warp_tile, keys);
+      if ((tile + 1) * kKeys > keys_of_all_rows) {
 #pragma unroll
-        for (int m = 0; m < kTiles; ++m) hide<kKeys>(scores[m], row + 16 * m, tile * kKeys, length, call.causal);
+        for (int m = 0; m < kTiles; ++m) mask_scores<kKeys>(scores[m], row + 16 * m, tile * kKeys, length, call.causal);
       }
 #pragma unroll
       for (int m = 0; m < kTiles; ++m) {
         float rescale[2];
-        update<kKeys>(scores[m], rows[m], scale, rescale);
-        as_factors<T, kKeys>(scores[m], weights[m]);
+        update_softmax<kKeys>(scores[m], rows[m], scale, rescale);
+        as_a_fragments<T, kKeys>(scores[m], weights[m]);
 #pragma unroll
         for (int j = 0; j < D / 8; ++j)
 #pragma unroll
@@ -116,23 +117,23 @@ __global__ void __launch_bounds__(ForwardTile<D>::kThreads, 2)
       }
     }
     const T* const values = advance(false, tile);
-    if (takes_part && call.causal && (tile + 1) * kKeys > row + 1) {
+    if (has_keys && call.causal && (tile + 1) * kKeys > row + 1) {
 #pragma unroll
       for (int m = 0; m < kTiles; ++m)
-        multiply_seen_weights<T, D, kKeys>(
+        multiply_ab_causal<T, D, kKeys>(
             sum[m], weights[m], row + 16 * m - tile * kKeys,
-            [&](uint32_t (&b)[4], int first_key, int n) { load_second<D>(b, values, first_key, n); });
-    } else if (takes_part) {
-      multiply_weights<T, D, kKeys, kTiles>(sum, weights, values);
+            [&](uint32_t (&b)[4], int first_key, int n) { load_b<D>(b, values, first_key, n); });
+    } else if (has_keys) {
+      multiply_ab<T, D, kKeys, kTiles>(sum, weights, values);
     }
   }
 
-  T* const out = head_of<T>(call.out, place.batch, place.head);
-  float* const lse = call.lse + (static_cast<int64_t>(place.batch) * call.heads + place.head) * call.queries;
+  T* const out = head_of<T>(call.out, task.batch, task.head);
+  float* const lse = call.lse + (static_cast<int64_t>(task.batch) * call.heads + task.head) * call.queries;
 #pragma unroll
   for (int m = 0; m < kTiles; ++m) {
     float row_lse[2], factor[2];
-    finish(rows[m], scale, row_lse, factor);
+    finish_softmax(rows[m], scale, row_lse, factor);
 #pragma unroll
     for (int j = 0; j < D / 8; ++j)
 #pragma unroll
@@ -142,7 +143,7 @@ __global__ void __launch_bounds__(ForwardTile<D>::kThreads, 2)
       const int query_row = row + 16 * m + lane / 4 + 8 * r;
       if (lane % 4 == 0 && query_row < call.queries) lse[query_row] = row_lse[r];
     }
-    // Of the queries' tile nobody reads these rows but this warp, and it has.
+    // Only this warp reads these rows of the tile of queries, and it no longer needs them.
     store_rows<T, D>(out, call.out.row, row + 16 * m, call.queries, sum[m], warp_tile + 16 * m * D);
   }
 }

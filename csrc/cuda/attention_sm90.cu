@@ -1,11 +1,11 @@
-// Hopper's attention kernels: which calls they take, and their launches.
+// The attention kernels for Hopper: which calls they support, and their launches.
 #include <algorithm>
 #include <limits>
 
 #include "attention_sm90_bwd_kernel.cuh"
 #include "attention_sm90_fwd_kernel.cuh"
 
-// Its instructions are in code for 9.0a alone; code for 9.0 runs on the same chips, but has none of them.
+// Only code for 9.0a has the instructions; code for 9.0 runs on the same chips without them.
 #if defined(__CUDACC__) && !defined(TINYLLM_SM90A)
 
 namespace tinyllm::cuda {
@@ -19,18 +19,18 @@ bool attention_backward_sm90(const Device&, const Attention&, ScalarType) { retu
 
 namespace tinyllm::cuda {
 
-bool describe(const Heads& heads, bool is_bf16, int batch, int num_heads, int rows, int columns, int box_rows,
-              TensorMap& map) {
+bool make_tensor_map(const Heads& heads, bool is_bf16, int batch, int num_heads, int rows, int columns, int box_rows,
+                     TensorMap& map) {
   const int64_t sizes[4] = {columns, rows, num_heads, batch};
   int64_t strides[3] = {heads.row, heads.head, heads.batch};
   for (int i = 0; i < 3; ++i) {
-    if (sizes[i + 1] == 1) strides[i] = columns;  // never taken, but it must look like one
-    // One row that stands for many is beyond it.
+    if (sizes[i + 1] == 1) strides[i] = columns;  // never used, but it must be a valid stride
+    // An expanded dimension has stride 0, which TMA does not support.
     constexpr int64_t kLimit = int64_t{1} << 39;
     if (strides[i] <= 0 || strides[i] % 8 != 0 || strides[i] >= kLimit) return false;
   }
   if (reinterpret_cast<uintptr_t>(heads.data) % 16 != 0) return false;
-  map = describe(heads.data, is_bf16, sizes, strides, box_rows);
+  map = make_tensor_map(heads.data, is_bf16, sizes, strides, box_rows);
   return true;
 }
 
@@ -41,7 +41,7 @@ unsigned blocks_for(int rows, int heads, int batch) {
          static_cast<unsigned>(batch);
 }
 
-// Keys and values that a head of queries goes through; a head of them serves all the heads of its group.
+// The bytes of keys and values that a head of queries reads; a head of them serves all heads of its group.
 int64_t bytes_of_keys(const Attention& a) { return int64_t{4} * a.keys * a.head_dim / a.group; }
 
 template <class T, int D>
@@ -49,9 +49,9 @@ bool forward(const Device& device, const Attention& a, bool is_bf16) {
   using Shared = ForwardShared<D>;
   const int kv_heads = a.heads / a.group;
   TensorMap query, key, value;
-  if (!describe(a.query, is_bf16, a.batch, a.heads, a.queries, D, kBlockRows, query) ||
-      !describe(a.key, is_bf16, a.batch, kv_heads, a.keys, D, Shared::kColumns, key) ||
-      !describe(a.value, is_bf16, a.batch, kv_heads, a.keys, D, Shared::kColumns, value))
+  if (!make_tensor_map(a.query, is_bf16, a.batch, a.heads, a.queries, D, kBlockRows, query) ||
+      !make_tensor_map(a.key, is_bf16, a.batch, kv_heads, a.keys, D, Shared::kColumns, key) ||
+      !make_tensor_map(a.value, is_bf16, a.batch, kv_heads, a.keys, D, Shared::kColumns, value))
     return false;
   device.launch("attention", attention_forward_sm90_kernel<T, D>,
                 {dim3(blocks_for(a.queries, a.heads, a.batch)), dim3(kHopperThreads), Shared::kBytes}, query, key,
@@ -59,17 +59,17 @@ bool forward(const Device& device, const Attention& a, bool is_bf16) {
   return true;
 }
 
-// What each kernel keeps comes in boxes of a block's rows, what it goes through in smaller ones.
+// What a block keeps is copied in boxes of kBlockRows rows, and what it loops over in smaller ones.
 template <class T, int D>
 bool backward(const Device& device, const Attention& a, bool is_bf16) {
   using Keys = KeysTiles<D>;
   using Queries = QueriesTiles<D>;
   const int kv_heads = a.heads / a.group;
   const auto maps = [&](int query_rows, int key_rows, TensorMap(&found)[4]) {
-    return describe(a.query, is_bf16, a.batch, a.heads, a.queries, D, query_rows, found[0]) &&
-           describe(a.key, is_bf16, a.batch, kv_heads, a.keys, D, key_rows, found[1]) &&
-           describe(a.value, is_bf16, a.batch, kv_heads, a.keys, D, key_rows, found[2]) &&
-           describe(a.grad_out, is_bf16, a.batch, a.heads, a.queries, D, query_rows, found[3]);
+    return make_tensor_map(a.query, is_bf16, a.batch, a.heads, a.queries, D, query_rows, found[0]) &&
+           make_tensor_map(a.key, is_bf16, a.batch, kv_heads, a.keys, D, key_rows, found[1]) &&
+           make_tensor_map(a.value, is_bf16, a.batch, kv_heads, a.keys, D, key_rows, found[2]) &&
+           make_tensor_map(a.grad_out, is_bf16, a.batch, a.heads, a.queries, D, query_rows, found[3]);
   };
   TensorMap by_keys[4], by_queries[4];
   if (!maps(Keys::kRows, kBlockRows, by_keys) || !maps(kBlockRows, Queries::kColumns, by_queries)) return false;
@@ -84,7 +84,7 @@ bool backward(const Device& device, const Attention& a, bool is_bf16) {
   return true;
 }
 
-// Blocks are numbered by ints.
+// Whether an int can number all blocks.
 bool countable(const Attention& a) {
   const int64_t rows = std::max(a.queries, a.keys);
   return (rows + kBlockRows - 1) / kBlockRows * a.heads * a.batch <= std::numeric_limits<int32_t>::max();

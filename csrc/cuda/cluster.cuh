@@ -1,5 +1,5 @@
-// Blocks of a cluster, which wait for each other and read each other's shared memory (compute capability 9.0 and
-// later). tests/emulation has the same functions for the CPU.
+// Clusters of blocks that synchronise and read each other's shared memory (compute capability 9.0 and later).
+// tests/emulation has the same functions for the CPU.
 #pragma once
 #include "platform.cuh"
 
@@ -7,18 +7,19 @@
 
 namespace tinyllm::cuda {
 
-// Whether this compilation has what follows. A kernel with clusters is compiled for older chips too, with no body.
+// Whether the target architecture has clusters. A kernel that uses them is compiled for older ones too, with an empty
+// body.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
 constexpr bool kClusters = false;
 TINYLLM_DEVICE unsigned cluster_rank() { return 0; }
 TINYLLM_DEVICE unsigned cluster_blocks() { return 1; }
 TINYLLM_DEVICE void sync_cluster() {}
-TINYLLM_DEVICE void end_of_cluster() {}
-TINYLLM_DEVICE float read_from_block(const float* shared, unsigned) { return *shared; }
+TINYLLM_DEVICE void cluster_exit_barrier() {}
+TINYLLM_DEVICE float read_shared_of_block(const float* shared, unsigned) { return *shared; }
 #else
 constexpr bool kClusters = true;
 
-// This block's place in its cluster, and how many blocks it has. Clusters lie along x.
+// The rank of this block in its cluster, and the number of blocks in it. Clusters extend along x.
 TINYLLM_DEVICE unsigned cluster_rank() {
   unsigned rank;
   asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
@@ -30,8 +31,7 @@ TINYLLM_DEVICE unsigned cluster_blocks() {
   return blocks;
 }
 
-// A barrier of all threads of all blocks of the cluster: what they wrote to shared memory before it, all can read
-// behind it.
+// Synchronises all threads of all blocks of the cluster and makes their writes to shared memory visible to each other.
 TINYLLM_DEVICE void sync_cluster() {
   asm volatile(
       "barrier.cluster.arrive.release.aligned;\n"
@@ -39,16 +39,16 @@ TINYLLM_DEVICE void sync_cluster() {
           : "memory");
 }
 
-// Before a block ends, since others may still read its memory. No more than that: what it wrote is not waited for.
-TINYLLM_DEVICE void end_of_cluster() {
+// To be called before a block ends, because others may still read its shared memory. It does not wait for writes.
+TINYLLM_DEVICE void cluster_exit_barrier() {
   asm volatile(
       "barrier.cluster.arrive.relaxed.aligned;\n"
       "barrier.cluster.wait.aligned;" ::
           : "memory");
 }
 
-// What another block of the cluster has where this one has `shared`.
-TINYLLM_DEVICE float read_from_block(const float* shared, unsigned rank) {
+// Reads the number that another block of the cluster has at the place of `shared`.
+TINYLLM_DEVICE float read_shared_of_block(const float* shared, unsigned rank) {
   uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
   float value;
   asm volatile(

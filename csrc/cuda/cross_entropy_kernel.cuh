@@ -1,49 +1,52 @@
-// Cross entropy over rows of logits. With p = softmax(x), t the target, w the class weights (ones), s the label
-// smoothing and C classes
+// Cross-entropy over rows of logits. With p = softmax(x), the target t, the class weights w (ones by default), the
+// label smoothing s and C classes
 //
 //   loss         = (1 - s) w_t (lse - x_t) + s / C sum_c w_c (lse - x_c)
 //   dloss / dx_c = ((1 - s) w_t + s / C sum w) p_c - s / C w_c - (c == t) (1 - s) w_t
 //
-// A row belongs to one block, to one warp if it is short. It is read once for its maximum and the sum of exponentials
-// ("online", Milakov & Gimelshein 2018): each thread has a maximum of its own, which it raises once for sixteen
-// elements (eight with label smoothing), and the threads meet behind the loop. A gradient is written by a second pass
-// over what the first one has left in shared memory, where each thread finds its own vectors, without a barrier or a
-// bank conflict. What does not fit there is read again, backwards, since the caches hold what came last.
+// A row is processed by one block, or by one warp if it is short. It is read once for its maximum and the sum of
+// exponentials (online softmax, Milakov & Gimelshein 2018): each thread has a maximum of its own, which it updates once
+// for sixteen elements (eight with label smoothing), and the threads combine their results after the loop. A second
+// pass writes the gradient from what the first one has left in shared memory, where each thread finds its own vectors
+// without a barrier or a bank conflict. What does not fit there is read again, backwards, since the caches hold what
+// was read last.
 //
-// Why it is fast: memory is read once and written once, by 16-byte accesses wherever a row begins. Of 50,257 16-bit
-// classes two blocks of 512 threads share a multiprocessor (384 with label smoothing, whose sums need registers), each
-// with its row in shared memory. Four loads a thread are 64 KB under way, where 4.8 TB/s over 132 multiprocessors and
-// 0.7 us of latency ask for 26; and while one block joins its sums, the other one loads. Two exponentials an element,
-// at 16 a clock, take about two thirds of the memory's time and hide behind it; so would the second-level cache's reads
-// if the second pass had to go there, which shared memory spares it.
+// Why it is fast: memory is read once and written once, with 16-byte accesses wherever a row begins. For 50,257 classes
+// of 16 bits, two blocks of 512 threads share a multiprocessor (384 with label smoothing, whose sums need registers),
+// each with its row in shared memory. Four loads per thread are 64 KB in flight, while 4.8 TB/s over 132
+// multiprocessors and a latency of 0.7 us require 26 KB; and while one block combines its sums, the other one loads.
+// Two exponentials per element, at 16 per clock, take about two thirds of the time of memory and hide behind it. So
+// would reads from the second-level cache in the second pass, which shared memory makes unnecessary.
 //
-// Few launches: the mean's divisor is a sum over all targets, and rows that scale gradients by it need it before they
-// end. With up to kCountedByRows rows each of them reads all targets, 8 KB from the second-level cache, in less time
-// than a launch takes; for more rows a kernel of one block does it first. Without gradients only the last kernel, which
-// adds up the losses, needs the divisor, and makes it itself. So a call is two launches, three with gradients of many
-// rows or with label smoothing by class weights, whose sum must be known too; without a reduction it is one less. Every
-// sum has a fixed order.
+// Few launches: the divisor of the mean is a sum over all targets, and rows that scale their gradient by it need it
+// before they end. With up to kCountedByRows rows, each of them reads all targets, 8 KB from the second-level cache, in
+// less time than a launch takes; for more rows a kernel of one block counts first. Without gradients only the last
+// kernel, which sums the losses, needs the divisor, and computes it itself. A call thus takes two launches; three with
+// gradients of many rows, or with label smoothing and class weights, whose sum must be known too; and one less without
+// a reduction. Every sum has a fixed order.
 #pragma once
 #include "device.cuh"
 
 namespace tinyllm::cuda {
 
-// Threads of a row: at most, and where two blocks share a multiprocessor. Label smoothing needs more registers each.
+// The threads of a row: the most, and the number with which two blocks share a multiprocessor. Label smoothing needs
+// more registers per thread.
 template <bool kSmoothing>
 constexpr int kMaxRowThreads = kSmoothing ? 384 : 1024;
 template <bool kSmoothing>
 constexpr int kRowThreads = kSmoothing ? 384 : 512;
-constexpr int kSumThreads = 1024;  // of the kernels of one block
+constexpr int kSumThreads = 1024;  // threads of the kernels with one block
 constexpr int64_t kCountedByRows = 1024;
-constexpr int kVectorsAtOnce = 4;            // loads of a thread that are under way
-constexpr int kElementsTaken = 16;           // between two looks at a thread's maximum
-constexpr int kElementsAtOnce = 8;           // the same where the gradient is aligned otherwise than the row
-constexpr int kScratchBytes = 1024;          // for the threads of a row to meet
-constexpr float kLowest = -3.402823466e38f;  // not -inf: what is -inf throughout must give exponentials of 0, not NaN
+constexpr int kVectorsAtOnce = 4;    // loads of a thread that are in flight
+constexpr int kElementsTaken = 16;   // elements between two updates of the maximum of a thread
+constexpr int kElementsAtOnce = 8;   // loads in flight if the gradient is aligned differently from the row
+constexpr int kScratchBytes = 1024;  // for the reductions over the threads of a row
+constexpr float kLowest =
+    -3.402823466e38f;  // not -inf, because logits that are all -inf must give exponentials of 0, not NaN
 constexpr float kInfinity = __builtin_huge_valf();
 constexpr float kNan = __builtin_nanf("");
 
-// Which rows count, and for how much. T: the dtype of the logits.
+// The targets and their weights. T is the dtype of the logits.
 struct Targets {
   const int64_t* target;  // (rows)
   const void* weight;     // (columns), float32 or T, or null: ones
@@ -51,7 +54,7 @@ struct Targets {
   int64_t rows, ignore_index;
   int columns;
 
-  // -1 for what is no class.
+  // Returns -1 if c is not a class.
   TINYLLM_DEVICE int class_or_none(int64_t c) const { return c >= 0 && c < columns ? static_cast<int>(c) : -1; }
   template <class T>
   TINYLLM_DEVICE float weight_of(int c) const {
@@ -59,7 +62,7 @@ struct Targets {
     if (sizeof(T) == 4 || float_weight) return static_cast<const float*>(weight)[c];
     return to_float(static_cast<const T*>(weight)[c]);
   }
-  // The weights of the targets that are not ignored, of every step-th from the first.
+  // Sums the weights of the targets that are not ignored, over every step-th target from the first on.
   template <class T>
   TINYLLM_DEVICE double counted(int first, int step) const {
     double sum = 0.0;
@@ -80,7 +83,7 @@ struct Targets {
 struct CrossEntropy {
   Targets targets;
   const void* input;     // (rows, columns), input_row elements from row to row
-  const double* totals;  // (2): what the mean divides by, the sum of the class weights; null: to be counted
+  const double* totals;  // (2): the divisor of the mean and the sum of the class weights; null: to be counted
   const float* grad;     // (rows), or () with grad_step 0, or null: 1
   float* loss;           // (rows)
   float* max_and_sum;    // (rows, 2)
@@ -88,14 +91,14 @@ struct CrossEntropy {
   int64_t input_row, grad_step;
   float certain, uniform;  // 1 - s, s / C
   bool averaged;
-  int kept;  // of a row's vectors, how many shared memory keeps: all, or whole tiles
+  int kept;  // number of vectors of a row that shared memory keeps: all, or whole tiles
 };
 
-// e^x for x <= 0
+// e^x for x <= 0.
 TINYLLM_DEVICE float softmax_exp(float x) { return fast_exp2(x * 1.4426950408889634f); }
 
-// A row: the few elements before its first whole aligned vector, its vectors, and the few behind them. The first
-// threads have an element each of these edges.
+// A row: the few elements before its first aligned vector, its vectors, and the few elements behind them. Of these
+// edges, the first threads have one element each.
 template <class T>
 struct Row {
   static constexpr int N = kVector<T>;
@@ -107,7 +110,7 @@ struct Row {
     head = beyond == 0 ? 0 : N - beyond < columns ? N - beyond : columns;
     vectors = (columns - head) / N;
   }
-  // The column that a thread has of the edges; -1: none.
+  // The column of the edges that belongs to a thread, or -1.
   TINYLLM_DEVICE int edge(int thread) const {
     if (thread < N) return thread < head ? thread : -1;
     const int column = head + vectors * N + thread - N;
@@ -115,15 +118,15 @@ struct Row {
   }
 };
 
-// What the threads of a row find out together.
+// The statistics of a row, of one thread or combined.
 struct RowSums {
   float max = kLowest, sum = 0.0f;
   float distances = 0.0f;  // sum_c w_c (x_c - near); with label smoothing only
-  float counted = 0.0f;    // what the mean divides by, where the rows count it
+  float counted = 0.0f;    // the divisor of the mean, if the rows count it
 };
 
 template <bool kSmoothing>
-TINYLLM_DEVICE void join_warp(RowSums& s, bool counting) {
+TINYLLM_DEVICE void combine_warp(RowSums& s, bool counting) {
   const float max = warp_max(s.max);
   s.sum = warp_sum(s.sum * softmax_exp(s.max - max));
   s.max = max;
@@ -131,10 +134,10 @@ TINYLLM_DEVICE void join_warp(RowSums& s, bool counting) {
   if (counting) s.counted = warp_sum(s.counted);
 }
 
-// Over a row's threads, the same bits in each of them.
+// Combines the statistics over the threads of a row; all of them get the same bits.
 template <bool kSmoothing>
-TINYLLM_DEVICE void join(RowSums& s, bool counting, unsigned char* scratch) {
-  join_warp<kSmoothing>(s, counting);
+TINYLLM_DEVICE void combine(RowSums& s, bool counting, unsigned char* scratch) {
+  combine_warp<kSmoothing>(s, counting);
   const int warps = blockDim.x / kWarp, warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   if (warps == 1) return;
   float* const floats = reinterpret_cast<float*>(scratch);
@@ -152,22 +155,22 @@ TINYLLM_DEVICE void join(RowSums& s, bool counting, unsigned char* scratch) {
     if (kSmoothing) s.distances = floats[2 * kWarp + lane];
     if (counting) s.counted = floats[3 * kWarp + lane];
   }
-  join_warp<kSmoothing>(s, counting);
+  combine_warp<kSmoothing>(s, counting);
 }
 
-// The numbers that make the gradient of a row's logits.
+// The coefficients of the gradient of the logits of a row.
 struct GradientTerms {
-  int label;  // -1: none, and everything is NaN
-  float max, factor, at_target, everywhere;
+  int label;  // -1 if the target is no class; then everything is NaN
+  float max, factor, target_offset, class_offset;
 };
 
-// (1 - s) w_t; NaN for what is no class.
+// (1 - s) w_t, or NaN if the target is no class.
 template <class T>
-TINYLLM_DEVICE float share_of_label(const CrossEntropy& a, int label) {
+TINYLLM_DEVICE float label_coefficient(const CrossEntropy& a, int label) {
   return label >= 0 ? a.targets.weight_of<T>(label) * a.certain : kNan;
 }
 
-// What a row's gradient is multiplied by: what comes back for its loss, and the mean's divisor.
+// The factor of the gradient of a row: the upstream gradient of its loss, divided by the divisor of the mean.
 TINYLLM_DEVICE float gradient_scale(const CrossEntropy& a, int64_t row, float counted) {
   const float scale = a.grad == nullptr ? 1.0f : a.grad[row * a.grad_step];
   return a.averaged ? scale / (a.totals == nullptr ? counted : static_cast<float>(a.totals[0])) : scale;
@@ -186,18 +189,19 @@ TINYLLM_DEVICE GradientTerms terms_of(const CrossEntropy& a, int label, float ha
 template <class T, bool kSmoothing>
 TINYLLM_DEVICE float gradient_of(const CrossEntropy& a, const GradientTerms& terms, float x, int column) {
   float value = softmax_exp(x - terms.max) * terms.factor;
-  if (kSmoothing) value -= a.targets.weight_of<T>(column) * terms.everywhere;
+  if (kSmoothing) value -= a.targets.weight_of<T>(column) * terms.class_offset;
   return value;
 }
 
-// Where a thread's vectors of a tile are, kWarp apart from this one: a warp's are neighbours, so that one address
-// serves them all.
+// The first vector of a thread in a tile; the others are kWarp apart. The lanes of a warp have consecutive vectors, so
+// that one address serves all accesses.
 template <int kAtOnce>
 TINYLLM_DEVICE int first_of_tile() {
   return threadIdx.x / kWarp * (kAtOnce * kWarp) + threadIdx.x % kWarp;
 }
 
-// The gradient of `count` pieces of N neighbours from column `head` on; the first a.kept are in shared memory, if any.
+// Writes the gradient of `count` pieces of N elements from column `head` on; if `kept` is not null, the first a.kept
+// pieces of the row are in shared memory.
 template <class T, int N, int kAtOnce, bool kSmoothing>
 TINYLLM_DEVICE void write_pieces(const CrossEntropy& a, const GradientTerms& terms, const T* x, T* out, int head,
                                  int count, const Packed<T, N>* kept) {
@@ -214,7 +218,7 @@ TINYLLM_DEVICE void write_pieces(const CrossEntropy& a, const GradientTerms& ter
     } else {
 #pragma unroll
       for (int u = 0; u < kAtOnce; ++u)
-        if (u * kWarp < left) v[u] = load_once(from + u * kWarp);
+        if (u * kWarp < left) v[u] = load_streaming(from + u * kWarp);
     }
 #pragma unroll
     for (int u = 0; u < kAtOnce; ++u) {
@@ -227,9 +231,9 @@ TINYLLM_DEVICE void write_pieces(const CrossEntropy& a, const GradientTerms& ter
       if (static_cast<unsigned>(terms.label - column) < N) {
 #pragma unroll
         for (int j = 0; j < N; ++j)
-          if (terms.label == column + j) value[j] -= terms.at_target;
+          if (terms.label == column + j) value[j] -= terms.target_offset;
       }
-      store_once(to + u * kWarp, packed<T>(value));
+      store_streaming(to + u * kWarp, packed<T>(value));
     }
   }
 }
@@ -247,7 +251,7 @@ TINYLLM_DEVICE void write_gradient(const CrossEntropy& a, const GradientTerms& t
   write_pieces<T, kVector<T>, kVectorsAtOnce, kSmoothing>(a, terms, x.begin, out, x.head, x.vectors, kept);
   if (edge < 0) return;
   const float value = gradient_of<T, kSmoothing>(a, terms, at_edge, edge);
-  out[edge] = from_float<T>(edge == terms.label ? value - terms.at_target : value);
+  out[edge] = from_float<T>(edge == terms.label ? value - terms.target_offset : value);
 }
 
 template <class T>
@@ -256,15 +260,15 @@ TINYLLM_DEVICE void zero_gradient(const CrossEntropy& a, int64_t row) {
   T* const begin = const_cast<T*>(out.begin);
   const Packed<T, kVector<T>> zeros{};
   for (int i = threadIdx.x; i < out.vectors; i += blockDim.x)
-    store_once(reinterpret_cast<Packed<T, kVector<T>>*>(begin + out.head) + i, zeros);
+    store_streaming(reinterpret_cast<Packed<T, kVector<T>>*>(begin + out.head) + i, zeros);
   const int edge = out.edge(threadIdx.x);
   if (edge >= 0) begin[edge] = from_float<T>(0.0f);
 }
 
-// Takes M vectors, kWarp apart, the first at `column`, into the thread's share of a row.
+// Adds M vectors, kWarp apart, with the first at `column`, to the statistics of a thread.
 template <class T, int M, bool kSmoothing>
-TINYLLM_DEVICE void take(const Targets& targets, const Packed<T, kVector<T>>* v, int column, int columns, float near,
-                         RowSums& s) {
+TINYLLM_DEVICE void accumulate(const Targets& targets, const Packed<T, kVector<T>>* v, int column, int columns,
+                               float near, RowSums& s) {
   constexpr int N = kVector<T>;
   float x[M][N], higher = s.max;
 #pragma unroll
@@ -291,13 +295,13 @@ TINYLLM_DEVICE void take(const Targets& targets, const Packed<T, kVector<T>>* v,
   }
 }
 
-// The thread's share of a row: its maximum, the sum of exponentials below it, and the distances.
+// Computes the part of a thread in the statistics of a row: maximum, sum of exponentials, and distances.
 template <class T, bool kSmoothing>
 TINYLLM_DEVICE void read_row(const CrossEntropy& a, const Row<T>& x, float near, Packed<T, kVector<T>>* kept,
                              RowSums& s) {
-  constexpr int N = kVector<T>, kTaken = kSmoothing ? 1 : kElementsTaken / N;  // distances need registers too
+  constexpr int N = kVector<T>, kTaken = kSmoothing ? 1 : kElementsTaken / N;  // distances need registers as well
   const int edge = x.edge(threadIdx.x);
-  const float at_edge = edge >= 0 ? to_float(x.begin[edge]) : 0.0f;  // there by the time the loop ends
+  const float at_edge = edge >= 0 ? to_float(x.begin[edge]) : 0.0f;  // has arrived when the loop ends
   const int tile = kVectorsAtOnce * blockDim.x;
   for (int begin = 0; begin < x.vectors; begin += tile) {
     const int first = begin + first_of_tile<kVectorsAtOnce>(), left = x.vectors - first;
@@ -315,7 +319,8 @@ TINYLLM_DEVICE void read_row(const CrossEntropy& a, const Row<T>& x, float near,
     }
 #pragma unroll
     for (int u = 0; u < kVectorsAtOnce; u += kTaken)
-      take<T, kTaken, kSmoothing>(a.targets, v + u, x.head + (first + u * kWarp) * N, x.head + x.vectors * N, near, s);
+      accumulate<T, kTaken, kSmoothing>(a.targets, v + u, x.head + (first + u * kWarp) * N, x.head + x.vectors * N,
+                                        near, s);
   }
   if (edge < 0) return;
   const float higher = fmaxf(s.max, at_edge);
@@ -324,7 +329,7 @@ TINYLLM_DEVICE void read_row(const CrossEntropy& a, const Row<T>& x, float near,
   if (kSmoothing) s.distances += a.targets.weight_of<T>(edge) * (at_edge - near);
 }
 
-// blockDim: (a row's threads, rows); several rows only if each has one warp.
+// blockDim is (threads of a row, rows); there are several rows only if each has one warp.
 TINYLLM_DEVICE int64_t row_of_block() { return static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y; }
 
 template <class T>
@@ -350,7 +355,7 @@ __global__ void __launch_bounds__(kMaxRowThreads<kSmoothing>, 1024 / kMaxRowThre
   const Row<T> x = input_row<T>(a, row);
   const int label = a.targets.class_or_none(target);
   const float at_target = label >= 0 ? to_float(x.begin[label]) : kNan;
-  // Distances that label smoothing sums are from a logit that is known before: large logits would cancel.
+  // Label smoothing sums distances from a logit that is known in advance; sums of large logits would cancel.
   const float near = fabsf(at_target) < kInfinity ? at_target : 0.0f;
   unsigned char* const shared = shared_memory();
   auto* const kept = reinterpret_cast<Packed<T, kVector<T>>*>(shared + kScratchBytes) + threadIdx.y * a.kept;
@@ -359,9 +364,9 @@ __global__ void __launch_bounds__(kMaxRowThreads<kSmoothing>, 1024 / kMaxRowThre
   RowSums s;
   if (counting) s.counted = static_cast<float>(a.targets.counted<T>(threadIdx.x, blockDim.x));
   read_row<T, kSmoothing>(a, x, near, kept, s);
-  join<kSmoothing>(s, counting, shared);
+  combine<kSmoothing>(s, counting, shared);
 
-  const float hard = share_of_label<T>(a, label);
+  const float hard = label_coefficient<T>(a, label);
   if (threadIdx.x == 0) {
     const float log_sum = logf(s.sum);
     float loss = hard * (log_sum - (at_target - s.max));
@@ -387,19 +392,19 @@ __global__ void __launch_bounds__(kMaxRowThreads<kSmoothing>, 1024 / kMaxRowThre
   }
   const Row<T> x = input_row<T>(a, row);
   const int label = a.targets.class_or_none(target);
-  const float hard = share_of_label<T>(a, label);
+  const float hard = label_coefficient<T>(a, label);
   const float max = a.max_and_sum[2 * row], sum = a.max_and_sum[2 * row + 1];
   RowSums s;
   if (a.averaged && a.totals == nullptr) {
     s.counted = static_cast<float>(a.targets.counted<T>(threadIdx.x, blockDim.x));
-    join<false>(s, true, shared_memory());
+    combine<false>(s, true, shared_memory());
   }
   const float scale = gradient_scale(a, row, s.counted);
   write_gradient<T, kSmoothing>(a, terms_of<kSmoothing>(a, label, hard, max, sum, scale), x, row, nullptr);
 }
 
-// Of one block's threads, in every thread. shared: 32 numbers, which nobody else uses until everybody has passed the
-// next barrier.
+// Sums over the threads of a block; all of them get the result. `shared` has 32 numbers, which must not be used
+// otherwise until all threads have passed the next barrier.
 TINYLLM_DEVICE double sum_over_block(double x, double* shared) {
   const int warps = blockDim.x / kWarp, warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   x = warp_sum(x);
@@ -409,7 +414,7 @@ TINYLLM_DEVICE double sum_over_block(double x, double* shared) {
   return warp_sum(lane < warps ? shared[lane] : 0.0);
 }
 
-// One block.
+// Launched with one block.
 template <class T>
 __global__ void __launch_bounds__(kSumThreads) cross_entropy_totals_kernel(const Targets targets,
                                                                            double* totals,  // (2)
@@ -428,12 +433,12 @@ __global__ void __launch_bounds__(kSumThreads) cross_entropy_totals_kernel(const
   }
 }
 
-// One block.
+// Launched with one block.
 template <class T>
 __global__ void __launch_bounds__(kSumThreads)
     cross_entropy_reduce_kernel(const Targets targets,
                                 const float* loss,     // (rows)
-                                const double* totals,  // (2), or null: to be counted
+                                const double* totals,  // (2), or null if this kernel counts the divisor
                                 float* out,            // ()
                                 bool averaged) {
   double* const shared = reinterpret_cast<double*>(shared_memory());

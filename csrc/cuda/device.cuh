@@ -1,4 +1,4 @@
-// What the kernels share: vectors in memory, and sums over warps and blocks.
+// Shared by the kernels: vectors in memory, and reductions over warps and blocks.
 #pragma once
 #include "platform.cuh"
 
@@ -6,17 +6,18 @@ namespace tinyllm::cuda {
 
 constexpr int kWarp = 32;
 
-// N neighbours in memory, moved by one instruction of up to 16 bytes.
+// N consecutive numbers in memory, moved by one instruction of up to 16 bytes.
 template <class T, int N>
 struct alignas(sizeof(T) * N) Vector {
   T at[N];
 };
 
-// As many as fit 16 bytes.
+// The number of elements in 16 bytes.
 template <class T>
 constexpr int kVector = 16 / sizeof(T);
 
-// Data that nothing writes while the kernel runs: such loads may overtake stores. V has 2, 4, 8 or 16 bytes.
+// Loads data that nothing writes while the kernel runs, so that the load may be moved across stores. V has 2, 4, 8 or
+// 16 bytes.
 template <class V>
 TINYLLM_DEVICE V load_constant(const V* p) {
 #if defined(__CUDA_ARCH__)
@@ -33,8 +34,8 @@ TINYLLM_DEVICE V load_constant(const V* p) {
 #endif
 }
 
-// x, which the compiler takes for a new number each time: it computes again what depends on it, instead of keeping that
-// in registers through a loop.
+// Returns x as a value that the compiler does not know. What depends on it is then computed again, instead of being
+// kept in registers through a loop.
 TINYLLM_DEVICE int recomputed(int x) {
 #if defined(__CUDA_ARCH__)
   asm volatile("" : "+r"(x));
@@ -60,8 +61,8 @@ TINYLLM_DEVICE double warp_sum(double x) {
   return x;
 }
 
-// N neighbours in memory again, as their bits: while they wait, the compiler would give each 16-bit number of a Vector
-// a register of its own.
+// N consecutive numbers as raw bits. The compiler would hold each 16-bit number of a Vector in a register of its own
+// between load and use.
 template <class T, int N>
 struct alignas(sizeof(T) * N) Packed {
   using Word = std::conditional_t<sizeof(T) * N % 4 == 0, uint32_t, uint16_t>;
@@ -81,7 +82,7 @@ TINYLLM_DEVICE void unpack(float (&x)[N], const Packed<T, N>& packed) {
   }
 }
 
-// Rounds to T.
+// Rounds N numbers to T.
 template <class T, int N>
 TINYLLM_DEVICE Packed<T, N> packed(const float (&x)[N]) {
   constexpr int kPerWord = Packed<T, N>::kPerWord;
@@ -106,8 +107,8 @@ TINYLLM_DEVICE Packed<T, N> packed_filled(float x) {
   return packed<T>(all);
 }
 
-// The sum of N numbers a thread over a block, the same bits in every thread. shared: N * 32 floats, which nobody else
-// uses until everybody has passed the next barrier.
+// Sums N numbers of each thread over a block; all threads get the same bits. `shared` has N * 32 floats, which must not
+// be used otherwise until all threads have passed the next barrier.
 template <int N>
 TINYLLM_DEVICE void block_sum(float (&x)[N], float* shared) {
   const int warps = (blockDim.x + kWarp - 1) / kWarp, warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
@@ -123,7 +124,7 @@ TINYLLM_DEVICE void block_sum(float (&x)[N], float* shared) {
   for (int i = 0; i < N; ++i) x[i] = warp_sum(lane < warps ? shared[i * kWarp + lane] : 0.0f);
 }
 
-// Bytes of shared memory that a block may have, by the compute capability (80 for 8.0).
+// The number of bytes of shared memory that a block may use, by the compute capability (80 for 8.0).
 inline size_t shared_memory_limit(int capability) {
   const int major = capability / 10;
   const int kibibytes = capability == 80 || capability == 87 ? 163 : major == 8 || major == 12 ? 99 : 227;

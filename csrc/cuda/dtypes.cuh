@@ -1,11 +1,11 @@
-// The dtypes that CUDA kernels are compiled for.
+// The dtypes for which CUDA kernels are compiled.
 #pragma once
 #include "../checks.h"
 #include "platform.cuh"
 
 namespace tinyllm::cuda {
 
-// f(a number of the dtype's C++ type)
+// Calls f with a zero of the C++ type of the dtype.
 template <class F>
 void with_type(const char* op, ScalarType dtype, const F& f) {
   switch (dtype) {

@@ -1,32 +1,34 @@
-// Rows of a table by their ids, with a row of a second table added, and the reverse: each row of a gradient is the sum
-// of the rows that came from it, in the order of the tokens, without atomics, so that the bits are always the same.
+// Rows of a table looked up by id, plus a row of a second table, and the reverse: each row of a gradient is the sum of
+// the rows that contribute to it, in the order of the tokens. There are no atomics, so results are bitwise
+// reproducible.
 //
-// Forward: a token's row is copied by neighbouring threads, 16 bytes each at a time where rows begin at multiples of
-// 16, with up to four loads of a thread under way.
+// Forward: consecutive threads copy the row of a token, 16 bytes each at a time if rows are aligned, with up to four
+// loads of a thread in flight.
 //
-// Backward: the tokens have been sorted by id, stably. A block takes kRunTokens of them, a thread a column (or 16 bytes
-// of them), and adds up each run of equal ids, in registers, with eight rows under way. A run that lies in the block is
-// a finished row. Of others, the sum goes to a workspace: as the block's tail where the run begins in it, else as its
-// head. A second kernel adds up each tail and the heads that follow, by eight warps with four rows each under way.
+// Backward: the tokens have been sorted by id, stably. A block has kRunTokens of them, and a thread a column (or 16
+// bytes of columns). It sums each run of equal ids in registers, with eight loads in flight. A run inside the block is
+// a finished row. Sums of other runs go to a workspace: the tail of the block if the run begins in it, otherwise its
+// head. A second kernel adds each tail and the heads that follow it, by eight warps with four loads in flight each.
 //
-// Why it is fast: every gradient is read once, and every row that has one is written once; a run over many blocks, such
-// as that of a frequent word, is summed by all of them at the same time. Ids and orders come through shared memory, by
-// one load each. Of rows of 768 16-bit columns, 96 vectors, a full multiprocessor has 48 under way in forward, 72 KB,
-// three times what covers the memory's latency; and 8192 tokens' gradients, which are 256 blocks, two a multiprocessor,
-// are 24 KB at a time of each, just enough: hence eight rows at once, where registers would allow few more.
+// Why it is fast: every gradient is read once, and every row with a gradient is written once. A run that extends over
+// many blocks, such as that of a frequent word, is summed by all of them at the same time. Ids and orders go through
+// shared memory, with one load each. For rows of 768 16-bit columns, or 96 vectors, a full multiprocessor has 48 rows
+// in flight in forward: 72 KB, three times what hides the latency of memory. The gradients of 8192 tokens form 256
+// blocks, two per multiprocessor, with 24 KB in flight each, which is just enough: hence eight rows at a time, and
+// registers would allow few more.
 #pragma once
 #include "device.cuh"
 
 namespace tinyllm::cuda {
 
 constexpr int kRunTokens = 32;
-constexpr int kGradsAtOnce = 8;   // rows under way in the sums of a block
-constexpr int kRowsAtOnce = 4;    // and where several warps sum
-constexpr int kSummingWarps = 8;  // that add up rows of the same columns
+constexpr int kGradsAtOnce = 8;   // rows in flight in the sums of a block
+constexpr int kRowsAtOnce = 4;    // rows in flight if several warps sum
+constexpr int kSummingWarps = 8;  // warps that sum rows of the same columns
 constexpr int kColumnThreads = 256;
 constexpr int kPiecesAtOnce = 4;
 
-// ids are int64, or int32.
+// The ids, int64 or int32.
 struct Ids {
   const void* data;  // (tokens)
   bool is_long;
@@ -42,17 +44,17 @@ struct EmbeddingForward {
   const void* positions;  // (seq_len, columns), position_row elements from row to row, or null
   void* out;              // (tokens, columns)
   int64_t weight_row, position_row, tokens, table, seq_len;
-  int pieces;  // of N neighbours in a row
+  int pieces;  // pieces of N elements in a row
 };
 
-// blockDim: (threads of a row, tokens). N: neighbours that a thread moves at a time.
+// blockDim is (threads of a row, tokens). N is the number of elements that a thread moves at a time.
 template <class T, int N>
 __global__ void __launch_bounds__(kColumnThreads) embedding_forward_kernel(const EmbeddingForward a) {
   using Piece = Packed<T, N>;
   const int64_t token = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
   if (token >= a.tokens) return;
   const int64_t id = a.ids.at(token);
-  // What is no id has no row to read.
+  // An invalid id has no row; its output is NaN.
   const Piece* const from = id >= 0 && id < a.table
                                 ? reinterpret_cast<const Piece*>(static_cast<const T*>(a.weight) + id * a.weight_row)
                                 : nullptr;
@@ -84,7 +86,7 @@ __global__ void __launch_bounds__(kColumnThreads) embedding_forward_kernel(const
   }
 }
 
-// int64 ids in half the digits to sort by, where they suffice. Those out of range stay so.
+// Converts int64 ids to int32, which sorts in half the time. Ids out of range stay so.
 __global__ void __launch_bounds__(kColumnThreads) embedding_short_ids_kernel(const int64_t* ids,  // (tokens)
                                                                              int32_t* out,        // (tokens)
                                                                              int64_t tokens, int32_t table) {
@@ -99,8 +101,8 @@ struct EmbeddingBackward {
   Ids ids;               // (tokens), sorted
   const int64_t* order;  // (tokens): the tokens in the order of ids
   void* grad_weight;     // (table, columns), of zeros
-  float* heads;          // (blocks, columns): of runs that come from the block before
-  float* tails;          // (blocks, columns): of runs that begin here and go on in the next block
+  float* heads;          // sums of runs that continue from the previous block
+  float* tails;          // sums of runs that begin here and continue in the next block
   int64_t tokens, table, padding_idx, columns;
 
   TINYLLM_DEVICE bool is_wanted(int64_t id) const { return id >= 0 && id < table && id != padding_idx; }
@@ -111,10 +113,10 @@ TINYLLM_DEVICE void store_sums(float* to, const float (&sums)[N]) {
   *reinterpret_cast<Packed<float, N>*>(to) = packed<float>(sums);
 }
 
-// gridDim: (blocks of kRunTokens, blocks of columns).
+// gridDim is (blocks of kRunTokens, blocks of columns).
 template <class T, int N>
 __global__ void __launch_bounds__(kColumnThreads) embedding_sum_runs_kernel(const EmbeddingBackward a) {
-  // Of the tokens, and with an id for the one before and the one behind; -1 where there is none.
+  // The ids of the tokens, of the one before and of the one behind; -1 if there is none. Then the tokens.
   int64_t* const ids = reinterpret_cast<int64_t*>(shared_memory());
   int64_t* const tokens = ids + kRunTokens + 2;
   const int64_t block = blockIdx.x, begin = block * kRunTokens;
@@ -161,8 +163,8 @@ __global__ void __launch_bounds__(kColumnThreads) embedding_sum_runs_kernel(cons
   }
 }
 
-// The sums of blockDim.y rows of threads, N numbers a thread, in their order; in those of the first row alone. shared:
-// N * blockDim.x * blockDim.y floats.
+// Sums N numbers of each thread over threadIdx.y, in order; only the threads with threadIdx.y 0 get the result.
+// `shared` has N * blockDim.x * blockDim.y floats.
 template <int N>
 TINYLLM_DEVICE void sum_of_rows(float (&sums)[N], float* shared) {
   const int place = threadIdx.y * blockDim.x + threadIdx.x, all = blockDim.x * blockDim.y;
@@ -175,8 +177,8 @@ TINYLLM_DEVICE void sum_of_rows(float (&sums)[N], float* shared) {
     for (int j = 0; j < N; ++j) sums[j] += shared[j * all + y * blockDim.x + threadIdx.x];
 }
 
-// gridDim: (blocks of kRunTokens but the last, from which no run goes on; blocks of columns). blockDim: (columns,
-// kSummingWarps).
+// gridDim is (blocks of kRunTokens except the last, from which no run continues; blocks of columns). blockDim is
+// (columns, kSummingWarps).
 template <class T, int N>
 __global__ void __launch_bounds__(kWarp* kSummingWarps) embedding_join_runs_kernel(const EmbeddingBackward a) {
   const int64_t block = blockIdx.x, begin = block * kRunTokens, end = begin + kRunTokens;
@@ -210,7 +212,7 @@ __global__ void __launch_bounds__(kWarp* kSummingWarps) embedding_join_runs_kern
     *reinterpret_cast<Packed<T, N>*>(static_cast<T*>(a.grad_weight) + id * a.columns + column) = packed<T>(sums);
 }
 
-// gridDim: (positions, blocks of columns). blockDim: (columns, kSummingWarps).
+// gridDim is (positions, blocks of columns). blockDim is (columns, kSummingWarps).
 template <class T, int N>
 __global__ void __launch_bounds__(kWarp* kSummingWarps)
     embedding_positions_kernel(const T* grad,      // (batch, seq_len, columns)

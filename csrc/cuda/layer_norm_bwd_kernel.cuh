@@ -1,41 +1,42 @@
-// Layer normalisation, backward, and that of the root mean square norm (mean is null there). With g = grad * weight and
-// n = (x - mean) * rstd, of each row
+// The backward kernel of layer normalisation and of root mean square normalisation (mean is null). With g = grad *
+// weight and n = (x - mean) * rstd, for each row
 //
 //     grad_input  = rstd * (g - mean(g) - n * mean(g * n))      (RMS: without mean(g))
 //     grad_weight = sum over rows of grad * n
 //     grad_bias   = sum over rows of grad
 //
-// One block a multiprocessor (two for short rows) holds several groups of threads; each takes rows of its own, a grid's
-// width apart, and meets the others only at the end. The sums over rows stay in registers, 64 of a thread's 128, so
-// that there is one partial sum a block to write, and a second small kernel adds them in their order: no atomics, the
-// same bits each time. x and grad come through shared memory by asynchronous copies, one or two rows ahead (48 to 128
-// KB a multiprocessor under way), so memory is busy while a row is reduced; each thread reads back only what it copied
-// itself, for both passes over a row, so that the staging costs no barrier.
-// Rows that move element by element are read again in the second pass, from the caches.
+// A multiprocessor has one block (more for short rows) with several groups of threads. Each group processes rows of its
+// own, a grid's width apart, and meets the others only at the end. The sums over rows stay in registers, 64 of the 128
+// of a thread, so that a block writes one partial sum. A second small kernel adds these in their order: results are
+// bitwise reproducible, without atomics. x and grad are copied to shared memory by cp.async one or two rows ahead (48
+// to 128 KB in flight per multiprocessor), so that memory is busy while a row is reduced. Each thread reads only what
+// it has copied itself, in both passes over a row, so the staging needs no barrier. Rows that are accessed element by
+// element are read again in the second pass, from the caches.
 #pragma once
 #include "layer_norm_kernel.cuh"
 
 namespace tinyllm::cuda {
 
-// Few or many: the most threads of a block of backward, and how many blocks a multiprocessor has registers for.
+// The most threads of a block of backward, and the number of blocks for which a multiprocessor has registers, with few
+// or many vectors in a thread.
 constexpr int backward_threads(bool few) { return few ? 256 : kNormThreads; }
 constexpr int backward_blocks(bool few) { return few ? 3 : 1; }
 
 struct NormBackward {
   const void* grad;      // (rows, columns), grad_row elements from row to row
-  const void* grad_sum;  // likewise, or null: added to grad_input
-  const void* input;     // likewise: what was normalised
+  const void* grad_sum;  // likewise, or null; added to grad_input
+  const void* input;     // likewise; what was normalised
   NormParameter weight;
   const float* mean;    // (rows) or null
   const float* rstd;    // (rows)
   void* grad_input;     // (rows, columns)
-  float* weight_parts;  // (parts, columns) or null; a part for each block or cluster
+  float* weight_parts;  // (parts, columns) or null; one part for each block or cluster
   float* bias_parts;    // likewise
   int64_t grad_row, grad_sum_row, input_row;
   int64_t rows;
   int columns;
-  int vectors;  // of a row in a thread, at most
-  int stages;   // rows on their way to shared memory, 1 or 2
+  int vectors;  // the most vectors of a row in a thread
+  int stages;   // rows in flight to shared memory, 1 or 2
 };
 
 template <int W>
@@ -50,12 +51,12 @@ TINYLLM_DEVICE void store_floats(float* to, const float (&x)[W]) {
   }
 }
 
-// A block's part of a parameter's gradient: over the rows that its threads had at a time, in their order.
+// Writes the partial gradient of a parameter of this block: the sum over its groups of threads, in their order.
 template <int W, int N>
 TINYLLM_DEVICE void write_part(const float (&sum)[N][W], float* part, float* shared, int columns, int first,
                                int count) {
   const int step = blockDim.x, rows = blockDim.y;
-  if (rows > 1) sync_block();  // nobody needs what the memory had
+  if (rows > 1) sync_block();  // no thread needs the previous contents of the memory any more
   float* const to = (rows == 1 ? part : shared + threadIdx.y * columns) + first * W;
 #pragma unroll
   for (int j = 0; j < N; ++j)
@@ -73,10 +74,10 @@ template <class T, int W, int N, bool kCluster>
 __global__ void __launch_bounds__(backward_threads(N* W < kNormElements), backward_blocks(N* W < kNormElements))
     norm_backward_kernel(const NormBackward a) {
   if constexpr (kCluster && !kClusters) {
-    trap();  // it is compiled for chips without clusters: the host does not launch it, on whatever chip it runs
+    trap();  // code without clusters, which the host does not launch on any chip
   } else {
     using V = Packed<T, W>;
-    constexpr bool kStaged = W > 1;  // in shared memory; asynchronous copies have 16 bytes
+    constexpr bool kStaged = W > 1;  // whether rows go through shared memory; cp.async copies 16 bytes
     constexpr int kTogether = W > 1 ? 1 : kCluster ? 2 : 4;
     NormSums* const sums = reinterpret_cast<NormSums*>(shared_memory());
     V* const staged = reinterpret_cast<V*>(shared_memory() + kNormSumBytes);
@@ -85,8 +86,9 @@ __global__ void __launch_bounds__(backward_threads(N* W < kNormElements), backwa
     const NormSpan span = norm_span<W, kCluster>(a.columns);
     const int first = span.first + threadIdx.x, vectors = span.count - static_cast<int>(threadIdx.x);
 
-    // The rows that a warp has at a time are neighbours, and warps of different blocks take turns: whatever the number
-    // of rows, all multiprocessors get about as many. The loop's end is one for the warp, which shuffles together.
+    // The rows that a warp processes at a time are consecutive, and warps of different blocks take turns, so that all
+    // multiprocessors get about as many rows whatever their number. All lanes leave the loop together, because they
+    // shuffle.
     const int at_a_time = step < kWarp ? kWarp / step : 1;
     const int64_t part = kCluster ? blockIdx.x / cluster_blocks() : blockIdx.x;
     const int64_t parts = kCluster ? gridDim.x / cluster_blocks() : gridDim.x;
@@ -103,7 +105,7 @@ __global__ void __launch_bounds__(backward_threads(N* W < kNormElements), backwa
     const auto grad_sum_of = [&](int64_t r) {
       return reinterpret_cast<const V*>(static_cast<const T*>(a.grad_sum) + r * a.grad_sum_row) + first;
     };
-    // Where this thread keeps a vector of a stage: of grad, input and grad_sum.
+    // The place of a vector of this thread in a stage: of grad, input or grad_sum.
     const int arrays = a.grad_sum != nullptr ? 3 : 2;
     const auto slot = [&](int stage, int array, int j) {
       return staged + ((stage * arrays + array) * a.vectors + j) * threads + thread;
@@ -115,12 +117,12 @@ __global__ void __launch_bounds__(backward_threads(N* W < kNormElements), backwa
 #pragma unroll
           for (int j = 0; j < N; ++j) {
             if (j * step >= vectors) break;
-            copy_async(slot(stage, 0, j), grad + j * step, true);
-            copy_async(slot(stage, 1, j), input + j * step, true);
-            if (a.grad_sum != nullptr) copy_async(slot(stage, 2, j), grad_sum + j * step, true);
+            cp_async(slot(stage, 0, j), grad + j * step, true);
+            cp_async(slot(stage, 1, j), input + j * step, true);
+            if (a.grad_sum != nullptr) cp_async(slot(stage, 2, j), grad_sum + j * step, true);
           }
         }
-        commit_copies();
+        cp_async_commit();
       }
     };
 
@@ -142,11 +144,11 @@ __global__ void __launch_bounds__(backward_threads(N* W < kNormElements), backwa
       V* const grad_input = reinterpret_cast<V*>(static_cast<T*>(a.grad_input) + row * a.columns) + first;
       if constexpr (kStaged) {
         if (a.stages == 2)
-          wait_copies<1>();
+          cp_async_wait<1>();
         else
-          wait_copies<0>();
+          cp_async_wait<0>();
       }
-      // grad, (x - mean) * rstd and grad * weight of kTogether vectors from j0 on.
+      // Computes grad, n and g of kTogether vectors from j0 on.
       const auto read = [&](int j0, float (&g)[kTogether][W], float (&n)[kTogether][W], float (&gw)[kTogether][W]) {
 #pragma unroll
         for (int k = 0; k < kTogether; ++k) {
@@ -156,7 +158,7 @@ __global__ void __launch_bounds__(backward_threads(N* W < kNormElements), backwa
             unpack(g[k], *slot(stage, 0, j));
             unpack(n[k], *slot(stage, 1, j));
           } else {
-            // The first of two times: the caches are to keep it.
+            // The caches should keep it, because it is read twice.
             const V grad = inside ? load_constant(grad_of(row) + j * step) : V{};
             const V input = inside ? load_constant(input_of(row) + j * step) : V{};
             unpack(g[k], grad);
@@ -174,7 +176,7 @@ __global__ void __launch_bounds__(backward_threads(N* W < kNormElements), backwa
         }
       };
 
-      float along[2] = {0.0f, 0.0f};  // of g, and of g * n
+      float sums_of_row[2] = {0.0f, 0.0f};  // sum(g) and sum(g * n)
 #pragma unroll
       for (int j0 = 0; j0 < N; j0 += kTogether) {
         if (j0 * step >= count) break;
@@ -185,15 +187,15 @@ __global__ void __launch_bounds__(backward_threads(N* W < kNormElements), backwa
           if (kTogether > 1 && (j0 + k) * step >= count) continue;
 #pragma unroll
           for (int i = 0; i < W; ++i) {
-            along[0] += gw[k][i];
-            along[1] += gw[k][i] * n[k][i];
+            sums_of_row[0] += gw[k][i];
+            sums_of_row[1] += gw[k][i] * n[k][i];
           }
         }
       }
-      row_sum<kCluster, true>(along, sums[turn]);
+      row_sum<kCluster, true>(sums_of_row, sums[turn]);
       step = recomputed(step);
-      const float along_one = a.mean != nullptr ? along[0] / static_cast<float>(a.columns) * rstd : 0.0f;
-      const float along_n = along[1] / static_cast<float>(a.columns) * rstd;
+      const float mean_gw = a.mean != nullptr ? sums_of_row[0] / static_cast<float>(a.columns) * rstd : 0.0f;
+      const float mean_gw_n = sums_of_row[1] / static_cast<float>(a.columns) * rstd;
 
 #pragma unroll
       for (int j0 = 0; j0 < N; j0 += kTogether) {
@@ -209,35 +211,35 @@ __global__ void __launch_bounds__(backward_threads(N* W < kNormElements), backwa
           for (int i = 0; i < W; ++i) {
             weight_sum[j][i] += g[k][i] * n[k][i];
             bias_sum[j][i] += g[k][i];
-            result[i] = gw[k][i] * rstd - along_one - n[k][i] * along_n;
+            result[i] = gw[k][i] * rstd - mean_gw - n[k][i] * mean_gw_n;
           }
           if (a.grad_sum != nullptr) {
             float more[W];
             if constexpr (kStaged)
               unpack(more, *slot(stage, 2, j));
             else
-              unpack(more, load_once(grad_sum_of(row) + j * step));
+              unpack(more, load_streaming(grad_sum_of(row) + j * step));
 #pragma unroll
             for (int i = 0; i < W; ++i) result[i] += more[i];
           }
           grad_input[j * step] = packed<T>(result);
         }
       }
-      fetch(row + a.stages * row_step, stage);  // this thread alone reads its slots, and has done so
+      fetch(row + a.stages * row_step, stage);  // only this thread reads its slots, and it has done so
       stage = stage + 1 < a.stages ? stage + 1 : 0;
     }
 
-    if constexpr (kStaged) wait_copies<0>();
+    if constexpr (kStaged) cp_async_wait<0>();
     float* const shared = reinterpret_cast<float*>(staged);
     if (a.weight_parts != nullptr)
       write_part(weight_sum, a.weight_parts + part * a.columns, shared, a.columns, first, vectors);
     if (a.bias_parts != nullptr)
       write_part(bias_sum, a.bias_parts + part * a.columns, shared, a.columns, first, vectors);
-    if constexpr (kCluster) end_of_cluster();  // others may still read this block's sums
+    if constexpr (kCluster) cluster_exit_barrier();  // other blocks may still read the sums of this one
   }
 }
 
-// Adds the parts of a parameter's gradient, of the weight for blockIdx.y 0, of the bias for 1.
+// Adds the partial gradients of a parameter: of the weight if blockIdx.y is 0, of the bias if it is 1.
 constexpr int kPartColumns = 32, kPartRows = 16;
 static __global__ void __launch_bounds__(kPartColumns* kPartRows)
     norm_sum_parts_kernel(const float* weight_parts,  // (count, columns)

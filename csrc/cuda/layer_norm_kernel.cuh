@@ -1,32 +1,35 @@
-// Layer normalisation over rows, with an optional residual added first, and without mean and bias the root mean square
-// norm (mean is null there): forward, and what backward (layer_norm_bwd_kernel.cuh) shares with it.
+// Layer normalisation over rows, with an optional residual added first, and without mean and bias (mean is null) root
+// mean square normalisation: the forward kernel, and what it shares with backward (layer_norm_bwd_kernel.cuh).
 //
-// Memory is the limit, so each element moves once, 16 bytes at a time, and is never waited for alone.
+// Memory bandwidth is the limit, so each element is read and written once, 16 bytes at a time, with many loads in
+// flight.
 //
-// Forward: a row belongs to 1 to 512 threads of a block, 32 elements each in registers: all loads of a row are under
-// way together (64 or 128 bytes a thread, 64 KB and more a multiprocessor), mean and squares of differences are taken
-// from the registers in two exact passes, and while one block reduces others load. Up to 1024 elements a warp has the
-// row for itself and waits for nobody. Where rows are fewer than multiprocessors, more threads share one.
+// In forward, a row is processed by 1 to 512 threads of a block, with up to 32 elements each in registers. All loads of
+// a row are in flight together (64 or 128 bytes per thread, 64 KB and more per multiprocessor), mean and variance are
+// computed from the registers in two exact passes, and while one block reduces, others load. A row of up to 1024
+// elements belongs to one warp, which waits for no other. If there are fewer rows than multiprocessors, more threads
+// share a row.
 //
-// Rows above 16,384 elements are split over a cluster of up to 8 blocks, which exchange the sums through each other's
-// shared memory. Odd widths and misaligned rows move element by element, neighbours by neighbouring threads.
+// A row of more than 16,384 elements is split over a cluster of up to 8 blocks, which exchange their sums through each
+// other's shared memory. Rows of odd widths or alignments are accessed element by element, consecutive elements by
+// consecutive threads.
 #pragma once
 #include "cluster.cuh"
 #include "device.cuh"
 
 namespace tinyllm::cuda {
 
-constexpr int kNormThreads = 512;  // most in a block
-constexpr int kNormElements = 32;  // most of a row in a thread
+constexpr int kNormThreads = 512;  // the most threads of a block
+constexpr int kNormElements = 32;  // the most elements of a row in a thread
 constexpr int kNormWarps = kNormThreads / kWarp;
 
-// The vectors of W elements in a thread: few for short rows, else as many as its registers take.
+// The number of vectors of W elements in a thread: few for short rows, otherwise as many as fit the registers.
 template <int W>
 constexpr int kFewVectors = W == 1 ? 4 : 1;
 template <int W>
 constexpr int kManyVectors = kNormElements / W;
 
-// Weight or bias, in the dtype of the rows or float32.
+// A weight or bias, in the dtype of the rows or float32.
 struct NormParameter {
   const void* data;  // (columns) or null
   bool is_float;
@@ -46,19 +49,20 @@ struct NormForward {
   float eps;
 };
 
-// ---- A row's threads: blockDim.x of them, a power of two up to a warp, else whole warps; blockDim.y rows at a time.
+// ---- The threads of a row: blockDim.x, a power of two up to a warp, otherwise whole warps. A block processes
+// blockDim.y rows.
 
-// Where sums meet: of each warp, then, in a cluster, of the block. Two of them take turns, so that one barrier a
-// reduction is enough.
+// Shared memory for reductions: the sums of each warp and, in a cluster, of the block. Two of these alternate, so that
+// one barrier per reduction suffices.
 struct NormSums {
   float warps[2][kNormWarps], block[2];
 };
 constexpr size_t kNormSumBytes = 1024;
 static_assert(2 * sizeof(NormSums) <= kNormSumBytes);
 
-// The sums of S numbers a thread over the row, the same bits in each of its threads. kSeveral: a block may have several
-// rows of several warps each. Their barriers' numbers are not known to the compiler, which then reserves all 16 that a
-// block can have, and four such blocks have all of a multiprocessor's: not for kernels of which more would fit.
+// Sums S numbers of each thread over a row; all its threads get the same bits. kSeveral: a block may have several rows
+// of several warps each. The compiler does not know the numbers of their barriers and reserves all 16 that a block can
+// have; four such blocks take all barriers of a multiprocessor, so kernels of which more would fit must not use it.
 template <bool kCluster, bool kSeveral, int S>
 TINYLLM_DEVICE void row_sum(float (&x)[S], NormSums& shared) {
   const int threads = blockDim.x;
@@ -80,7 +84,7 @@ TINYLLM_DEVICE void row_sum(float (&x)[S], NormSums& shared) {
     if (!kSeveral || blockDim.y == 1)
       sync_block();
     else
-      named_sync(1 + threadIdx.y, threads);
+      named_barrier_sync(1 + threadIdx.y, threads);
 #pragma unroll
     for (int i = 0; i < S; ++i) {
       x[i] = 0.0f;
@@ -97,12 +101,12 @@ TINYLLM_DEVICE void row_sum(float (&x)[S], NormSums& shared) {
 #pragma unroll
     for (int i = 0; i < S; ++i) {
       x[i] = 0.0f;
-      for (unsigned rank = 0; rank < blocks; ++rank) x[i] += read_from_block(&shared.block[i], rank);
+      for (unsigned rank = 0; rank < blocks; ++rank) x[i] += read_shared_of_block(&shared.block[i], rank);
     }
   }
 }
 
-// The vectors of a row that this block has: all, or its share in the cluster.
+// The vectors of a row that belong to this block: all of them, or its part in the cluster.
 struct NormSpan {
   int first, count;
 };
@@ -114,7 +118,7 @@ TINYLLM_DEVICE NormSpan norm_span(int columns) {
   return {first, min(share, vectors - first)};
 }
 
-// The vector-th W elements as floats.
+// Loads vector number `vector` of W elements as floats.
 template <class T, int W>
 TINYLLM_DEVICE void load_parameter(float (&x)[W], const NormParameter& p, int vector) {
   if (sizeof(T) == 4 || p.is_float) {
@@ -136,10 +140,10 @@ TINYLLM_DEVICE void load_parameter(float (&x)[W], const NormParameter& p, int ve
 template <class T, int W, int N, bool kCluster>
 __global__ void __launch_bounds__(kNormThreads, N < 32 ? 2 : 1) norm_forward_kernel(const NormForward a) {
   if constexpr (kCluster && !kClusters) {
-    trap();  // it is compiled for chips without clusters: the host does not launch it, on whatever chip it runs
+    trap();  // code without clusters, which the host does not launch on any chip
   } else {
-    // A row has one warp, or a block has one row; yet with clusters, two blocks of which are a multiprocessor's most by
-    // their registers, ptxas spills where row_sum leaves no choice.
+    // Without clusters, either a row has one warp or a block has one row. With clusters kSeveral is set nevertheless:
+    // registers limit a multiprocessor to two blocks anyway, and ptxas spills without it.
     using V = Packed<T, W>;
     constexpr int kTogether = W == 1 ? 4 : 1;  // vectors whose parameters are loaded together
     NormSums* const sums = reinterpret_cast<NormSums*>(shared_memory());
@@ -148,13 +152,13 @@ __global__ void __launch_bounds__(kNormThreads, N < 32 ? 2 : 1) norm_forward_ker
         static_cast<int64_t>(kCluster ? blockIdx.x / cluster_blocks() : blockIdx.x) * blockDim.y + threadIdx.y;
     const NormSpan span = norm_span<W, kCluster>(a.columns);
     const int first = span.first + threadIdx.x;
-    // How many vectors from the thread's first one on; none beyond the last row.
+    // The number of vectors from the first one of this thread on; none beyond the last row.
     const int count = row < a.rows ? span.count - static_cast<int>(threadIdx.x) : 0;
 
     V x[N];
     const V* const input = reinterpret_cast<const V*>(static_cast<const T*>(a.input) + row * a.input_row) + first;
 #pragma unroll
-    for (int j = 0; j < N; ++j) x[j] = j * step < count ? load_once(input + j * step) : V{};
+    for (int j = 0; j < N; ++j) x[j] = j * step < count ? load_streaming(input + j * step) : V{};
     if (a.residual != nullptr) {
       step = recomputed(step);
       const V* const residual =
@@ -166,7 +170,7 @@ __global__ void __launch_bounds__(kNormThreads, N < 32 ? 2 : 1) norm_forward_ker
         V more[kAtOnce];
 #pragma unroll
         for (int k = 0; k < kAtOnce; ++k)
-          more[k] = (j0 + k) * step < count ? load_once(residual + (j0 + k) * step) : V{};
+          more[k] = (j0 + k) * step < count ? load_streaming(residual + (j0 + k) * step) : V{};
 #pragma unroll
         for (int k = 0; k < kAtOnce; ++k) {
           const int j = j0 + k;
@@ -175,7 +179,7 @@ __global__ void __launch_bounds__(kNormThreads, N < 32 ? 2 : 1) norm_forward_ker
           unpack(added, more[k]);
 #pragma unroll
           for (int i = 0; i < W; ++i) total[i] += added[i];
-          // What is normalised is the sum as stored, so that backward sees the same numbers.
+          // The sum is normalised as it is stored, so that backward sees the same numbers.
           x[j] = packed<T>(total);
           if (j * step < count) sum[j * step] = x[j];
         }
@@ -238,7 +242,7 @@ __global__ void __launch_bounds__(kNormThreads, N < 32 ? 2 : 1) norm_forward_ker
         if ((j0 + k) * step < count) normed[(j0 + k) * step] = packed<T>(y);
       }
     }
-    if constexpr (kCluster) end_of_cluster();  // others may still read this block's sums
+    if constexpr (kCluster) cluster_exit_barrier();  // other blocks may still read the sums of this one
   }
 }
 

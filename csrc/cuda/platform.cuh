@@ -1,6 +1,6 @@
-// What the kernels ask of the hardware, and the only file (with platform_sm90.cuh) that has inline assembly. Everything
-// above it is plain C++ with threadIdx and blockIdx, which tests/emulation compiles for the CPU as well, with a header
-// of this name's functions that runs a block's threads as fibers.
+// The hardware abstraction of the kernels and, with platform_sm90.cuh and cluster.cuh, the only files with inline
+// assembly. All code above them is plain C++ with threadIdx and blockIdx, which tests/emulation also compiles for the
+// CPU, against an implementation of the same functions that runs the threads of a block as fibers.
 #pragma once
 
 #if defined(__CUDACC__)
@@ -14,7 +14,7 @@
 #include <string>
 
 #define TINYLLM_DEVICE __device__ __forceinline__
-// Kernels' registration: where the implementations go, and for which tensors.
+// The library and the dispatch key under which the implementations are registered.
 #define TINYLLM_CUDA_OPERATORS(m) STABLE_TORCH_LIBRARY_IMPL(tinyllm, CUDA, m)
 
 namespace tinyllm::cuda {
@@ -38,7 +38,7 @@ TINYLLM_DEVICE T from_float(float x) {
     return __float2half_rn(x);
 }
 
-// Two 16-bit numbers in one register, the first in its lower half.
+// Packs two numbers as 16-bit ones into a register, the first in the lower half.
 template <class T>
 TINYLLM_DEVICE uint32_t pack(float low, float high) {
   uint32_t both;
@@ -66,15 +66,15 @@ TINYLLM_DEVICE unsigned char* shared_memory() {
 
 TINYLLM_DEVICE void sync_block() { __syncthreads(); }
 TINYLLM_DEVICE void sync_warp() { __syncwarp(); }
-// Barriers 1 to 15 of a block, each for a number of threads; arriving does not wait.
-TINYLLM_DEVICE void named_sync(int id, int threads) {
+// Named barriers 1 to 15 of a block, each for a given number of threads; an arrival does not wait.
+TINYLLM_DEVICE void named_barrier_sync(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
-TINYLLM_DEVICE void named_arrive(int id, int threads) {
+TINYLLM_DEVICE void named_barrier_arrive(int id, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-// The values of other lanes; every lane of the warp calls them.
+// Read values of other lanes; all lanes of the warp must call these functions.
 template <class T>
 TINYLLM_DEVICE T shuffle_xor(T x, int mask) {
   return __shfl_xor_sync(0xffffffffu, x, mask);
@@ -83,17 +83,18 @@ template <class T>
 TINYLLM_DEVICE T shuffle(T x, int lane) {
   return __shfl_sync(0xffffffffu, x, lane);
 }
-// Whether a condition holds in any lane.
+// Whether x holds in any lane.
 TINYLLM_DEVICE bool any_lane(bool x) { return __any_sync(0xffffffffu, x); }
 
-// Ends the launch with an error.
+// Aborts the launch with an error.
 TINYLLM_DEVICE void trap() { __trap(); }
 
 // ---- Global memory
 
-// Data that nobody reads again soon: caches need not keep it. V has 4, 8 or 16 bytes and lies at a multiple of them.
+// Access data that is not used again soon, so that caches need not keep it. V has 2, 4, 8 or 16 bytes and is aligned to
+// its size.
 template <class V>
-TINYLLM_DEVICE V load_once(const V* p) {
+TINYLLM_DEVICE V load_streaming(const V* p) {
   static_assert(sizeof(V) == 16 || sizeof(V) == 8 || sizeof(V) == 4 || sizeof(V) == 2);
   V v;
   if constexpr (sizeof(V) == 16) {
@@ -112,7 +113,7 @@ TINYLLM_DEVICE V load_once(const V* p) {
   return v;
 }
 template <class V>
-TINYLLM_DEVICE void store_once(V* p, V v) {
+TINYLLM_DEVICE void store_streaming(V* p, V v) {
   static_assert(sizeof(V) == 16 || sizeof(V) == 8 || sizeof(V) == 4 || sizeof(V) == 2);
   if constexpr (sizeof(V) == 16) {
     int4 bits;
@@ -133,34 +134,34 @@ TINYLLM_DEVICE void store_once(V* p, V v) {
   }
 }
 
-// 16 bytes from global to shared memory without a register in between; zeros where not valid (the address is not read
-// then). They are there, for the thread that asked, after commit_copies and wait_copies; for others after a barrier
-// too.
-TINYLLM_DEVICE void copy_async(void* shared, const void* global, bool valid) {
+// Copies 16 bytes asynchronously from global to shared memory without a register in between; writes zeros, and reads
+// nothing, if not valid. The data is visible to the calling thread after cp_async_commit and cp_async_wait, and to
+// other threads after a barrier in addition.
+TINYLLM_DEVICE void cp_async(void* shared, const void* global, bool valid) {
   const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
   const int bytes = valid ? 16 : 0;
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(bytes) : "memory");
 }
-TINYLLM_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-// Waits until at most N of this thread's committed groups are under way.
+TINYLLM_DEVICE void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Waits until at most N groups that this thread has committed are in flight.
 template <int N>
-TINYLLM_DEVICE void wait_copies() {
+TINYLLM_DEVICE void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
 
 // ---- Tensor cores of a warp (8.0 and later)
 
-// Four 8x8 matrices of 16-bit numbers. Lane l names row l % 8 of matrix l / 8, 16 bytes in shared memory. It gets, of
-// matrix i in r[i], the two numbers (row l / 4, columns l % 4 * 2 and the next).
-TINYLLM_DEVICE void load_matrices(uint32_t (&r)[4], const void* row) {
+// Loads four 8x8 matrices of 16-bit numbers from shared memory. Lane l passes the address of row l % 8 of matrix l / 8,
+// which has 16 bytes, and gets in r[i] two numbers of matrix i: row l / 4, columns l % 4 * 2 and the next.
+TINYLLM_DEVICE void ldmatrix(uint32_t (&r)[4], const void* row) {
   const uint32_t from = static_cast<uint32_t>(__cvta_generic_to_shared(row));
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                : "r"(from)
                : "memory");
 }
-// The same of the matrices' transposes: (rows l % 4 * 2 and the next, column l / 4).
-TINYLLM_DEVICE void load_matrices_transposed(uint32_t (&r)[4], const void* row) {
+// The same for the transposes of the matrices: rows l % 4 * 2 and the next, column l / 4.
+TINYLLM_DEVICE void ldmatrix_transposed(uint32_t (&r)[4], const void* row) {
   const uint32_t from = static_cast<uint32_t>(__cvta_generic_to_shared(row));
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -168,12 +169,14 @@ TINYLLM_DEVICE void load_matrices_transposed(uint32_t (&r)[4], const void* row) 
                : "memory");
 }
 
-// d += a b, of 16x16 times 16x8. Of lane l, with row g = l / 4 and column pair c = l % 4 * 2:
+// d += a b for fragments of a 16x16 matrix a and a 16x8 matrix b. With g = l / 4 and c = l % 4 * 2, lane l holds the
+// elements
+//
 //   a: (g, c), (g + 8, c), (g, c + 8), (g + 8, c + 8), each with the next column
 //   b: (c, g) and (c + 8, g), each with the next row
 //   d: (g, c), (g, c + 1), (g + 8, c), (g + 8, c + 1)
 template <class T>
-TINYLLM_DEVICE void multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+TINYLLM_DEVICE void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   if constexpr (std::is_same_v<T, bf16>)
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
         "{%0, %1, %2, %3};"
@@ -191,12 +194,12 @@ TINYLLM_DEVICE void multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
 struct LaunchShape {
   dim3 grid, block;
   size_t shared = 0;     // bytes of dynamic shared memory
-  unsigned cluster = 1;  // blocks along x that see each other's shared memory (9.0 and later)
+  unsigned cluster = 1;  // blocks along x that can read each other's shared memory (9.0 and later)
 };
 
 inline void check(cudaError_t status, const char* what) {
   if (status == cudaSuccess) return;
-  cudaGetLastError();  // or PyTorch finds it behind its next launch, and blames that
+  cudaGetLastError();  // otherwise PyTorch would find the error after its next launch and blame that
   throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
 }
 
@@ -229,13 +232,13 @@ inline int device_attribute(cudaDeviceAttr attribute, int device) {
   return value;
 }
 inline int multiprocessors(int device) { return device_attribute(cudaDevAttrMultiProcessorCount, device); }
-// 80 for compute capability 8.0.
+// The compute capability as an integer, 80 for 8.0.
 inline int capability(int device) {
   return 10 * device_attribute(cudaDevAttrComputeCapabilityMajor, device) +
          device_attribute(cudaDevAttrComputeCapabilityMinor, device);
 }
-// Return the compute capability for which the current device's code of a kernel was compiled. A later GPU may run what
-// was compiled for an earlier one, without what __CUDA_ARCH__ has left out of it.
+// Returns the compute capability for which the current device's code of a kernel was compiled. A later GPU may run code
+// that was compiled for an earlier one, without the parts that __CUDA_ARCH__ excluded from it.
 template <class... Parameters>
 int compiled_for(void (*kernel)(Parameters...)) {
   cudaFuncAttributes attributes{};

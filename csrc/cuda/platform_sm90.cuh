@@ -1,12 +1,12 @@
-// What the kernels ask of Hopper (compute capability 9.0, built for sm_90a) beside platform.cuh: barriers in shared
-// memory, the bulk tensor copy engine, and products of four warps. The code is there where it is compiled for sm_90a;
-// elsewhere these functions trap, and no launcher calls the kernels that have them.
+// The hardware abstraction for Hopper (compute capability 9.0, built for sm_90a), in addition to platform.cuh: barriers
+// in shared memory (mbarrier), bulk tensor copies (TMA), and matmuls of a warpgroup (wgmma). Compiled for anything but
+// sm_90a these functions trap; no launcher calls the kernels that use them there.
 #pragma once
 #include "platform.cuh"
 
 #if defined(__CUDACC__)
 
-#include <cuda.h>  // types alone; the one function of the driver is found through the runtime
+#include <cuda.h>  // only for its types; the one driver function that is needed is looked up through the runtime
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define TINYLLM_SM90(...) asm volatile(__VA_ARGS__)
@@ -20,8 +20,8 @@ TINYLLM_DEVICE uint32_t shared_address(const void* p) { return static_cast<uint3
 
 // ---- Barriers of threads and bytes (mbarrier)
 
-// Completes a phase when so many threads have arrived and all bytes announced have been copied. Phases are told apart
-// by their parity: the first has 0.
+// A phase completes when the expected number of threads have arrived and all announced bytes have been copied. Phases
+// are distinguished by their parity, which is 0 for the first one.
 struct alignas(8) Barrier {
   uint64_t state;
 };
@@ -29,17 +29,17 @@ struct alignas(8) Barrier {
 TINYLLM_DEVICE void barrier_init(Barrier* barrier, uint32_t arrivals) {
   TINYLLM_SM90("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
 }
-// Behind all barrier_init, before the block's barrier: the copy engine sees them then.
-TINYLLM_DEVICE void barriers_ready() { TINYLLM_SM90("fence.mbarrier_init.release.cluster;" :: : "memory"); }
+// Makes barrier_init visible to TMA; to be called after all of them and before the block synchronises.
+TINYLLM_DEVICE void fence_barrier_init() { TINYLLM_SM90("fence.mbarrier_init.release.cluster;" :: : "memory"); }
 TINYLLM_DEVICE void barrier_arrive(Barrier* barrier) {
   TINYLLM_SM90("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
-TINYLLM_DEVICE void barrier_arrive_expecting(Barrier* barrier, uint32_t bytes) {
+TINYLLM_DEVICE void barrier_arrive_expect_bytes(Barrier* barrier, uint32_t bytes) {
   TINYLLM_SM90("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
                "r"(bytes) : "memory");
 }
-// Waits for the end of the latest phase of that parity; before the first phase's end, of parity 1 there is none to wait
-// for.
+// Waits for the end of the current phase if it has that parity. Parity 1 does not wait before the end of the first
+// phase.
 TINYLLM_DEVICE void barrier_wait(Barrier* barrier, uint32_t parity) {
   uint32_t done = 0;
   while (done == 0)
@@ -52,27 +52,29 @@ TINYLLM_DEVICE void barrier_wait(Barrier* barrier, uint32_t parity) {
 
 // ---- Bulk tensor copies (TMA)
 
-// A box of kBoxColumns (128 bytes) x rows of one head goes to shared memory as rows of 128 bytes, whose eight pieces of
-// 16 bytes change places with the row (piece p of row r to p ^ r % 8): what wgmma reads without bank conflicts.
+// A box of kBoxColumns columns (128 bytes) and several rows of one head is stored in shared memory as rows of 128 bytes
+// with the 128-byte swizzle: piece p of 16 bytes of row r is at p ^ r % 8. This is the layout that wgmma reads without
+// bank conflicts.
 constexpr int kBoxColumns = 64;
 using TensorMap = CUtensorMap;
 
-// Box (rows of a (B, H, rows, columns) tensor at first_row, columns at first_column) to a multiple of 1024 bytes. Rows
-// beyond the tensor are zeros. Completes on the barrier, by its bytes.
-TINYLLM_DEVICE void copy_box(void* shared, const TensorMap& map, Barrier* barrier, int first_column, int first_row,
+// Copies the box at (first_row, first_column) of a head of a (B, H, rows, columns) tensor to shared memory aligned to
+// 1024 bytes. Rows beyond the tensor are filled with zeros. The copy completes on the barrier, in bytes.
+TINYLLM_DEVICE void tma_load(void* shared, const TensorMap& map, Barrier* barrier, int first_column, int first_row,
                              int head, int batch) {
   TINYLLM_SM90(
       "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], "
       "[%2];" ::"r"(shared_address(shared)),
       "l"(&map), "r"(shared_address(barrier)), "r"(first_column), "r"(first_row), "r"(head), "r"(batch) : "memory");
 }
-TINYLLM_DEVICE void prefetch_map(const TensorMap& map) {
+TINYLLM_DEVICE void prefetch_tensor_map(const TensorMap& map) {
   TINYLLM_SM90("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }
 
-// On the host. sizes and strides (elements) of columns (stride 1), rows, heads, batches.
-inline TensorMap describe(void* data, bool is_bf16, const int64_t (&sizes)[4], const int64_t (&strides)[3],
-                          int box_rows) {
+// Called on the host. `sizes` and `strides` are those of columns (whose stride is 1 and not listed), rows, heads and
+// batches, in elements.
+inline TensorMap make_tensor_map(void* data, bool is_bf16, const int64_t (&sizes)[4], const int64_t (&strides)[3],
+                                 int box_rows) {
   using Encode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*,
                               const cuuint64_t*, const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave,
                               CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
@@ -106,66 +108,68 @@ inline TensorMap describe(void* data, bool is_bf16, const int64_t (&sizes)[4], c
 
 // ---- Threads
 
-// A warpgroup's share of the registers, a multiple of 8; every thread of it calls it.
+// Change the number of registers of each thread of a warpgroup to kRegisters, a multiple of 8; all its threads must
+// call this.
 template <int kRegisters>
-TINYLLM_DEVICE void more_registers() {
+TINYLLM_DEVICE void increase_registers() {
   TINYLLM_SM90("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 template <int kRegisters>
-TINYLLM_DEVICE void fewer_registers() {
+TINYLLM_DEVICE void decrease_registers() {
   TINYLLM_SM90("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
-// ---- Products of a warpgroup (wgmma), asynchronous
+// ---- Asynchronous matmuls of a warpgroup (wgmma)
 
-// Before the first product after ordinary code has touched the registers of d or a.
-TINYLLM_DEVICE void products_begin() { TINYLLM_SM90("wgmma.fence.sync.aligned;" :: : "memory"); }
-TINYLLM_DEVICE void products_commit() { TINYLLM_SM90("wgmma.commit_group.sync.aligned;" :: : "memory"); }
-// Waits until at most N committed groups are under way.
+// To be called before the first wgmma after other code has accessed the registers of d or a.
+TINYLLM_DEVICE void wgmma_fence() { TINYLLM_SM90("wgmma.fence.sync.aligned;" :: : "memory"); }
+TINYLLM_DEVICE void wgmma_commit() { TINYLLM_SM90("wgmma.commit_group.sync.aligned;" :: : "memory"); }
+// Waits until at most N committed groups are in flight.
 template <int N>
-TINYLLM_DEVICE void products_wait() {
+TINYLLM_DEVICE void wgmma_wait() {
   TINYLLM_SM90("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
 }
-// The same where ordinary code before it is to overlap with what is waited for: the compiler sees no dependence between
-// the two, and would move the wait up. It does not move it out of a loop, although of one round; the empty assembly
-// hides how many there are.
+// The same where the code before it is meant to overlap with the wgmma in flight. The compiler sees no dependence
+// between the two and would move the wait up. It does not move it out of a loop, even one with a single iteration; the
+// empty assembly hides the number of iterations.
 template <int N>
-TINYLLM_DEVICE void products_wait_here() {
+TINYLLM_DEVICE void wgmma_wait_here() {
   int rounds = 1;
   asm volatile("" : "+r"(rounds));
 #pragma unroll 1
-  do products_wait<N>();
+  do wgmma_wait<N>();
   while (--rounds);
 }
-// Behind a thread's own stores to shared memory, and before a barrier: products see them then.
-TINYLLM_DEVICE void stores_for_products() { TINYLLM_SM90("fence.proxy.async.shared::cta;" :: : "memory"); }
-// Registers that a product under way writes or reads: whatever uses them stays behind the wait that this follows.
+// Makes the preceding stores of this thread to shared memory visible to wgmma, after a barrier.
+TINYLLM_DEVICE void fence_async_proxy() { TINYLLM_SM90("fence.proxy.async.shared::cta;" :: : "memory"); }
+// Marks registers that a wgmma in flight reads or writes, so that the compiler keeps all uses of them behind the
+// preceding wait.
 template <int N>
-TINYLLM_DEVICE void settle(float (&d)[N][4]) {
+TINYLLM_DEVICE void fence_operands(float (&d)[N][4]) {
 #pragma unroll
   for (int j = 0; j < N; ++j)
 #pragma unroll
     for (int i = 0; i < 4; ++i) asm volatile("" : "+f"(d[j][i])::"memory");
 }
 template <int N>
-TINYLLM_DEVICE void settle(uint32_t (&a)[N][4]) {
+TINYLLM_DEVICE void fence_operands(uint32_t (&a)[N][4]) {
 #pragma unroll
   for (int j = 0; j < N; ++j)
 #pragma unroll
     for (int i = 0; i < 4; ++i) asm volatile("" : "+r"(a[j][i])::"memory");
 }
 
-// Where a factor lies in shared memory, in rows of 128 bytes as copy_box leaves them. kTransposed false: the rows go
-// along the product's M or N, 16 columns of them along K. True: rows go along K, columns along N, and the next 64
-// columns of N lie panel_bytes further.
+// Returns the descriptor of an operand in shared memory, in rows of 128 bytes as tma_load writes them. If kTransposed
+// is false, the operand is K-major: its rows go along M or N, and 16 of their columns along K. If true, rows go along K
+// and columns along N, and the next 64 columns of N are panel_bytes further.
 template <bool kTransposed>
-TINYLLM_DEVICE uint64_t factor(const void* first, uint32_t panel_bytes = 0) {
+TINYLLM_DEVICE uint64_t smem_descriptor(const void* first, uint32_t panel_bytes = 0) {
   constexpr uint64_t kSwizzle128 = 1, kEightRows = 1024;
   const uint64_t leading = kTransposed ? panel_bytes / 16 : 1;
   return (shared_address(first) & 0x3ffff) >> 4 | leading << 16 | kEightRows / 16 << 32 | kSwizzle128 << 62;
 }
 
-// The accumulators' numbers in the instruction's text, and the operands themselves.
+// The numbers of the accumulators in the text of the instruction, and the operands.
 #define TINYLLM_REGISTERS_32                                                                             \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, " \
   "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
@@ -175,70 +179,72 @@ TINYLLM_DEVICE uint64_t factor(const void* first, uint32_t panel_bytes = 0) {
   "%51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 #define TINYLLM_ROW(j) "+f"(d[j][0]), "+f"(d[j][1]), "+f"(d[j][2]), "+f"(d[j][3])
 #define TINYLLM_ROWS(j) TINYLLM_ROW(j), TINYLLM_ROW(j + 1), TINYLLM_ROW(j + 2), TINYLLM_ROW(j + 3)
-// N, the type, the accumulators, the factors' operands, what says whether to add, and what follows it.
-#define TINYLLM_PRODUCT(n, type, registers, factors, add, rest) \
-  "{\n.reg .pred p;\nsetp.ne.b32 p, " add                       \
-  ", 0;\n"                                                      \
+// The parameters are N, the type, the accumulators, the operands a and b, the flag whether to accumulate, and the
+// immediates that follow it.
+#define TINYLLM_WGMMA(n, type, registers, factors, add, rest) \
+  "{\n.reg .pred p;\nsetp.ne.b32 p, " add                     \
+  ", 0;\n"                                                    \
   "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." #type "." #type " {" registers "}, " factors ", p, " rest ";\n}"
 
-// d = a b, or d += a b with add, of 64x16 times 16xN: warp w of the four holds rows 16 w ... of d and a, as multiply's
-// (platform.cuh). a from shared memory (its rows along M), or from registers; b from shared memory.
-// clang-format off: it takes the colons between operands for something else
+// d = a b, or d += a b if `add`, for a 64x16 matrix a and a 16xN matrix b. Warp w of the four holds the rows 16 w ...
+// 16 w + 15 of d and a in the layout of mma (platform.cuh). a comes from shared memory (K-major) or from registers, b
+// from shared memory.
+// clang-format off: it misinterprets the colons between operands
 template <class T, bool kTransposed>
-TINYLLM_DEVICE void multiply_async(float (&d)[8][4], uint64_t a, uint64_t b, bool add) {
+TINYLLM_DEVICE void wgmma(float (&d)[8][4], uint64_t a, uint64_t b, bool add) {
   if constexpr (std::is_same_v<T, bf16>)
-    TINYLLM_SM90(TINYLLM_PRODUCT(64, bf16, TINYLLM_REGISTERS_32, "%32, %33", "%34", "1, 1, 0, %35")
+    TINYLLM_SM90(TINYLLM_WGMMA(64, bf16, TINYLLM_REGISTERS_32, "%32, %33", "%34", "1, 1, 0, %35")
                  : TINYLLM_ROWS(0), TINYLLM_ROWS(4)
                  : "l"(a), "l"(b), "r"(static_cast<int>(add)),
                    "n"(kTransposed ? 1 : 0));
   else
-    TINYLLM_SM90(TINYLLM_PRODUCT(64, f16, TINYLLM_REGISTERS_32, "%32, %33", "%34", "1, 1, 0, %35")
+    TINYLLM_SM90(TINYLLM_WGMMA(64, f16, TINYLLM_REGISTERS_32, "%32, %33", "%34", "1, 1, 0, %35")
                  : TINYLLM_ROWS(0), TINYLLM_ROWS(4)
                  : "l"(a), "l"(b), "r"(static_cast<int>(add)),
                    "n"(kTransposed ? 1 : 0));
 }
 template <class T, bool kTransposed>
-TINYLLM_DEVICE void multiply_async(float (&d)[16][4], uint64_t a, uint64_t b, bool add) {
+TINYLLM_DEVICE void wgmma(float (&d)[16][4], uint64_t a, uint64_t b, bool add) {
   if constexpr (std::is_same_v<T, bf16>)
-    TINYLLM_SM90(TINYLLM_PRODUCT(128, bf16, TINYLLM_REGISTERS_64, "%64, %65", "%66", "1, 1, 0, %67")
+    TINYLLM_SM90(TINYLLM_WGMMA(128, bf16, TINYLLM_REGISTERS_64, "%64, %65", "%66", "1, 1, 0, %67")
                  : TINYLLM_ROWS(0), TINYLLM_ROWS(4), TINYLLM_ROWS(8), TINYLLM_ROWS(12)
                  : "l"(a), "l"(b), "r"(static_cast<int>(add)),
                    "n"(kTransposed ? 1 : 0));
   else
-    TINYLLM_SM90(TINYLLM_PRODUCT(128, f16, TINYLLM_REGISTERS_64, "%64, %65", "%66", "1, 1, 0, %67")
+    TINYLLM_SM90(TINYLLM_WGMMA(128, f16, TINYLLM_REGISTERS_64, "%64, %65", "%66", "1, 1, 0, %67")
                  : TINYLLM_ROWS(0), TINYLLM_ROWS(4), TINYLLM_ROWS(8), TINYLLM_ROWS(12)
                  : "l"(a), "l"(b), "r"(static_cast<int>(add)),
                    "n"(kTransposed ? 1 : 0));
 }
 template <class T, bool kTransposed>
-TINYLLM_DEVICE void multiply_async(float (&d)[8][4], const uint32_t (&a)[4], uint64_t b, bool add) {
+TINYLLM_DEVICE void wgmma(float (&d)[8][4], const uint32_t (&a)[4], uint64_t b, bool add) {
   if constexpr (std::is_same_v<T, bf16>)
-    TINYLLM_SM90(TINYLLM_PRODUCT(64, bf16, TINYLLM_REGISTERS_32, "{%32, %33, %34, %35}, %36", "%37", "1, 1, %38")
+    TINYLLM_SM90(TINYLLM_WGMMA(64, bf16, TINYLLM_REGISTERS_32, "{%32, %33, %34, %35}, %36", "%37", "1, 1, %38")
                  : TINYLLM_ROWS(0), TINYLLM_ROWS(4)
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add)),
                    "n"(kTransposed ? 1 : 0));
   else
-    TINYLLM_SM90(TINYLLM_PRODUCT(64, f16, TINYLLM_REGISTERS_32, "{%32, %33, %34, %35}, %36", "%37", "1, 1, %38")
+    TINYLLM_SM90(TINYLLM_WGMMA(64, f16, TINYLLM_REGISTERS_32, "{%32, %33, %34, %35}, %36", "%37", "1, 1, %38")
                  : TINYLLM_ROWS(0), TINYLLM_ROWS(4)
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add)),
                    "n"(kTransposed ? 1 : 0));
 }
 template <class T, bool kTransposed>
-TINYLLM_DEVICE void multiply_async(float (&d)[16][4], const uint32_t (&a)[4], uint64_t b, bool add) {
+TINYLLM_DEVICE void wgmma(float (&d)[16][4], const uint32_t (&a)[4], uint64_t b, bool add) {
   if constexpr (std::is_same_v<T, bf16>)
-    TINYLLM_SM90(TINYLLM_PRODUCT(128, bf16, TINYLLM_REGISTERS_64, "{%64, %65, %66, %67}, %68", "%69", "1, 1, %70")
+    TINYLLM_SM90(TINYLLM_WGMMA(128, bf16, TINYLLM_REGISTERS_64, "{%64, %65, %66, %67}, %68", "%69", "1, 1, %70")
                  : TINYLLM_ROWS(0), TINYLLM_ROWS(4), TINYLLM_ROWS(8), TINYLLM_ROWS(12)
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add)),
                    "n"(kTransposed ? 1 : 0));
   else
-    TINYLLM_SM90(TINYLLM_PRODUCT(128, f16, TINYLLM_REGISTERS_64, "{%64, %65, %66, %67}, %68", "%69", "1, 1, %70")
+    TINYLLM_SM90(TINYLLM_WGMMA(128, f16, TINYLLM_REGISTERS_64, "{%64, %65, %66, %67}, %68", "%69", "1, 1, %70")
                  : TINYLLM_ROWS(0), TINYLLM_ROWS(4), TINYLLM_ROWS(8), TINYLLM_ROWS(12)
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add)),
                    "n"(kTransposed ? 1 : 0));
 }
 // clang-format on
 
-#undef TINYLLM_PRODUCT
+#undef TINYLLM_WGMMA
 #undef TINYLLM_ROWS
 #undef TINYLLM_ROW
 #undef TINYLLM_REGISTERS_64

@@ -1,4 +1,4 @@
-// What the torch side of every CUDA operator needs: the device and its current stream, new tensors, launches.
+// The torch side of the CUDA operators: the device and its current stream, new tensors, and launches.
 #pragma once
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -8,7 +8,7 @@
 
 namespace tinyllm::cuda {
 
-// Makes a tensor's device the current one while it lives, and launches on that device's current stream.
+// Makes the device of a tensor the current one during its lifetime, and launches on the current stream of that device.
 class Device {
  public:
   explicit Device(const Tensor& t) : index_(t.get_device_index()) {
@@ -23,7 +23,7 @@ class Device {
   int multiprocessors() const { return cuda::multiprocessors(index_); }
   int capability() const { return cuda::capability(index_); }  // 80 for 8.0
 
-  // Uninitialised, on this device.
+  // Allocates an uninitialised tensor on this device.
   Tensor empty(IntArray sizes, ScalarType dtype) const {
     const std::vector<int64_t> strides = contiguous_strides(sizes);
     return empty_strided(sizes, strides, dtype);

@@ -1,11 +1,11 @@
-"""Runs every instruction set's CPU kernels that this machine can under the address and undefined-behaviour sanitizers:
+"""Run the CPU kernels of every usable instruction set under the address and undefined-behaviour sanitizers.
 
     python -m tests.building.cpu_sanitize [--calls N] [--seed N]
 
-All of the C++ extension is compiled once more, the torch side with it: how it splits work into blocks, threads and
-scratch memory is part of what can go wrong. Its operators then take the random calls of `tinyllm check`, whose tensors
-have memory of their own that ends with their last element; leases of scratch memory are exact to the byte too, and
-whatever is allocated begins as NaN. Results are compared with PyTorch's, so that a use of such memory shows.
+The whole C++ extension is compiled again, including the torch side, because the division of work into blocks, threads
+and scratch memory can go wrong too. Its operators then run the random calls of `tinyllm check`. Each tensor has an
+allocation of its own that ends with its last element, leases of scratch memory are exact to the byte as well, and all
+memory is initialised to NaN. Results are compared with those of PyTorch, so that uses of uninitialised memory show.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pathlib import Path
 
 from tests.emulation.host_build import ROOT, build_library, sanitizer_environment
 
-LIMIT_S = 170  # for all calls of an instruction set: one that hangs is ended
+LIMIT_S = 170  # for all calls of an instruction set; a process that hangs is killed
 _CALL = "call: "
 
 
@@ -33,15 +33,15 @@ def build() -> Path:
     import pybind11
 
     includes = [f"-isystem{path}" for path in (pybind11.get_include(), sysconfig.get_path("include"))]
-    # The compiler's own intrinsics begin with vectors that are not initialised, on purpose.
+    # The intrinsics of the compiler use uninitialised vectors on purpose.
     flags = ["-fno-math-errno", "-Wno-uninitialized", "-Wno-maybe-uninitialized", "-DTINYLLM_SANITIZED", *includes]
     sources = [*ROOT.glob("csrc/*.cpp"), *ROOT.glob("csrc/cpu/*.cpp")]
     return build_library("cpu_host", sources, ROOT.glob("csrc/**/*.h"), flags, sanitize=True)
 
 
 def load(path: str) -> None:
-    """Let `import tinyllm`, which must come later, find this library as its own."""
-    import torch  # noqa: F401  # whose symbols the library needs
+    """Load a library as `tinyllm._C`, before tinyllm is imported."""
+    import torch  # noqa: F401  # provides symbols that the library needs
 
     name = "tinyllm._C"
     loader = importlib.machinery.ExtensionFileLoader(name, path)
@@ -53,7 +53,7 @@ def load(path: str) -> None:
 
 
 def run_calls(library: str, calls: int, seed: int) -> int:
-    """Check every operator with a sanitized library, naming each call before it is made; the exit status."""
+    """Check every operator with a sanitized library, print each call before it is made, and return the exit status."""
     load(library)
     from tinyllm.check.worker import WrongResultError, check_operator
     from tinyllm.ops.backends import cpp
@@ -73,11 +73,11 @@ def run_calls(library: str, calls: int, seed: int) -> int:
 
 
 def run_isa(library: Path, isa: str, options: argparse.Namespace) -> bool:
-    """Check one instruction set in a process of its own; whether all went well."""
+    """Check one instruction set in a process of its own, and return whether it passed."""
     command = [sys.executable, "-m", "tests.building.cpu_sanitize", "--library", str(library)]
     command += ["--calls", str(options.calls), "--seed", str(options.seed)]
     environment = {**os.environ, **sanitizer_environment(), "TINYLLM_CPU_ISA": isa}
-    # 0xff everywhere is NaN in every dtype.
+    # Bytes of 0xff are NaN in every dtype.
     environment["ASAN_OPTIONS"] += ":malloc_fill_byte=255:max_malloc_fill_size=1073741824"
     environment["OMP_WAIT_POLICY"] = "passive"  # several of these processes share the cores
     process = subprocess.Popen(
@@ -100,9 +100,10 @@ def run_isa(library: Path, isa: str, options: argparse.Namespace) -> bool:
 
 def main() -> int:
     """Return the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m tests.building.cpu_sanitize", description=__doc__.split(":", 1)[0])
-    parser.add_argument("--calls", type=int, default=40, help="of each operator in each dtype")
-    parser.add_argument("--seed", type=int, default=0, help="of the first call")
+    summary = __doc__.split("\n", 1)[0]
+    parser = argparse.ArgumentParser(prog="python -m tests.building.cpu_sanitize", description=summary)
+    parser.add_argument("--calls", type=int, default=40, help="number of calls of each operator in each dtype")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the first call")
     parser.add_argument("--library", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.library:

@@ -1,4 +1,4 @@
-// The functions of csrc/cuda/cluster.cuh for the CPU.
+// The functions of csrc/cuda/cluster.cuh implemented for the CPU.
 #pragma once
 #include <emulated_platform.h>
 
@@ -11,16 +11,16 @@ inline unsigned cluster_blocks() { return static_cast<unsigned>(emulated::curren
 
 inline void sync_cluster() {
   emulated::Block& block = *emulated::current->block;
-  emulated::arrive_and_wait(*block.cluster_gathering, block.threads * cluster_blocks());
+  emulated::arrive_and_wait(*block.cluster_rendezvous, block.threads * cluster_blocks());
 }
 
-inline void end_of_cluster() { sync_cluster(); }
+inline void cluster_exit_barrier() { sync_cluster(); }
 
-inline float read_from_block(const float* shared, unsigned rank) {
+inline float read_shared_of_block(const float* shared, unsigned rank) {
   const emulated::Block& own = *emulated::current->block;
   const auto offset = reinterpret_cast<const unsigned char*>(shared) - own.shared;
   if (rank >= cluster_blocks() || offset < 0 || offset + sizeof(float) > own.shared_bytes)
-    throw std::runtime_error("read_from_block: it is not in the cluster's shared memory");
+    throw std::runtime_error("read_shared_of_block: the address is not in the shared memory of the cluster");
   float value;
   std::memcpy(&value, (*own.cluster)[rank]->shared + offset, sizeof value);
   return value;

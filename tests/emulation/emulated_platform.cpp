@@ -1,4 +1,4 @@
-// The scheduler of emulated_platform.h, and what it does for a warp.
+// The scheduler of emulated_platform.h, and the operations of a warp.
 #include <dlfcn.h>
 #include <emulated_platform.h>
 #include <switch.h>
@@ -21,9 +21,9 @@ dim3 block_dim, grid_dim;
 
 namespace {
 
-constexpr size_t kStackBytes = 256 * 1024;  // touched as far as used
+constexpr size_t kStackBytes = 256 * 1024;  // virtual memory, of which only the used pages are allocated
 
-// A thread's own stack, and where it stands.
+// The stack of a thread, and its state.
 class Fiber {
  public:
   Fiber() {
@@ -41,7 +41,7 @@ class Fiber {
   Context context;
   Thread thread;
   bool done = true;
-  std::function<bool()> condition;  // what it waits for; empty: nothing
+  std::function<bool()> condition;  // the condition that it waits for, if any
   void* fake_stack = nullptr;
   const void* stack() const { return stack_; }
 
@@ -49,12 +49,12 @@ class Fiber {
   void* stack_;
 };
 
-std::vector<std::unique_ptr<Fiber>> fibers;  // kept from launch to launch
+std::vector<std::unique_ptr<Fiber>> fibers;  // reused by later launches
 Context scheduler;
 Fiber* running = nullptr;
 const std::function<void()>* kernel = nullptr;
-bool goes_backward = false;
-std::exception_ptr failure;  // of a thread; no exception crosses from one stack to another
+bool schedule_backward = false;
+std::exception_ptr failure;  // of a thread; an exception must not unwind from one stack into another
 [[maybe_unused]] const void* scheduler_stack = nullptr;
 [[maybe_unused]] size_t scheduler_stack_bytes = 0;
 
@@ -82,7 +82,7 @@ void enter() {
   to_scheduler();
 }
 
-// Whether it got anywhere.
+// Runs a fiber until it waits or ends; returns whether it ran.
 bool resume(Fiber& fiber) {
   if (fiber.done) return false;
   running = &fiber;
@@ -108,11 +108,11 @@ void read_schedule() {
   const std::string schedule = set ? set : "forward";
   if (schedule != "forward" && schedule != "backward")
     throw std::invalid_argument("TINYLLM_EMULATED_SCHEDULE is " + schedule + "; forward or backward is needed");
-  goes_backward = schedule == "backward";
+  schedule_backward = schedule == "backward";
 }
 
-// A line for each launch to the file TINYLLM_EMULATED_LOG: where in the library the kernel is, its blocks' threads,
-// bytes of shared memory, blocks of a cluster, and blocks along x, y and z.
+// Appends a line for each launch to the file TINYLLM_EMULATED_LOG: the offset of the kernel in the library, threads per
+// block, bytes of shared memory, blocks per cluster, and blocks along x, y and z.
 void log_launch(const void* kernel, unsigned threads, size_t shared, unsigned cluster, dim3 grid) {
   const char* const path = std::getenv("TINYLLM_EMULATED_LOG");
   Dl_info info;
@@ -122,9 +122,9 @@ void log_launch(const void* kernel, unsigned threads, size_t shared, unsigned cl
                                      << grid.y << " " << grid.z << "\n";
 }
 
-// Warp by warp, each as far as it comes, until all have ended.
+// Runs warp by warp, each as far as it can, until all threads have ended.
 void run_to_end(const char* name, size_t count, size_t block_threads) {
-  // Warps do not reach across blocks.
+  // Warps do not extend across blocks.
   std::vector<std::pair<size_t, size_t>> warps;
   for (size_t block = 0; block < count; block += block_threads)
     for (size_t lane = 0; lane < block_threads; lane += 32)
@@ -147,7 +147,7 @@ void run_to_end(const char* name, size_t count, size_t block_threads) {
 
 }  // namespace
 
-bool backward() { return goes_backward; }
+bool backward() { return schedule_backward; }
 
 void wait_for(const std::function<bool()>& condition) {
   if (condition()) return;
@@ -155,20 +155,20 @@ void wait_for(const std::function<bool()>& condition) {
   to_scheduler();
 }
 
-void arrive(Gathering& gathering, unsigned members) {
-  if (gathering.members != 0 && gathering.members != members)
+void arrive(Rendezvous& rendezvous, unsigned members) {
+  if (rendezvous.members != 0 && rendezvous.members != members)
     throw std::runtime_error("threads disagree about how many meet at a barrier");
-  gathering.members = members;
-  if (++gathering.arrived == members) {
-    gathering.arrived = gathering.members = 0;
-    ++gathering.generation;
+  rendezvous.members = members;
+  if (++rendezvous.arrived == members) {
+    rendezvous.arrived = rendezvous.members = 0;
+    ++rendezvous.generation;
   }
 }
 
-void arrive_and_wait(Gathering& gathering, unsigned members) {
-  const uint64_t mine = gathering.generation;
-  arrive(gathering, members);
-  wait_for([&gathering, mine] { return gathering.generation != mine; });
+void arrive_and_wait(Rendezvous& rendezvous, unsigned members) {
+  const uint64_t mine = rendezvous.generation;
+  arrive(rendezvous, members);
+  wait_for([&rendezvous, mine] { return rendezvous.generation != mine; });
 }
 
 void run_grid(const char* name, const void* function, dim3 grid, dim3 block, size_t shared, unsigned cluster,
@@ -189,17 +189,17 @@ void run_grid(const char* name, const void* function, dim3 grid, dim3 block, siz
       for (unsigned x = 0; x < grid.x; x += cluster) {
         std::vector<Block> blocks(cluster);
         std::vector<Block*> pointers;
-        // With ASan, exactly so much: what is beyond it is noticed.
+        // Allocated exactly, so that the address sanitizer reports accesses beyond the end.
         std::vector<std::unique_ptr<unsigned char, decltype(&std::free)>> memory;
-        Gathering everyone;
+        Rendezvous everyone;
         for (unsigned rank = 0; rank < cluster; ++rank) {
           memory.emplace_back(static_cast<unsigned char*>(std::aligned_alloc(1024, bytes)), &std::free);
-          std::memset(memory[rank].get(), 0xff, bytes);  // NaN, to whoever reads what nobody wrote
+          std::memset(memory[rank].get(), 0xff, bytes);  // uninitialised memory reads as NaN
           Block& b = blocks[rank];
           b.index = dim3(x + rank, y, z);
           b.rank = rank;
           b.cluster = &pointers;
-          b.cluster_gathering = &everyone;
+          b.cluster_rendezvous = &everyone;
           b.threads = threads;
           b.shared = memory[rank].get();
           b.shared_bytes = shared;
@@ -227,7 +227,7 @@ void run_grid(const char* name, const void* function, dim3 grid, dim3 block, siz
 namespace tinyllm::cuda {
 namespace {
 
-void carry_out(const std::vector<emulated::Copy>& copies) {
+void execute(const std::vector<emulated::Copy>& copies) {
   for (const emulated::Copy& copy : copies)
     if (copy.from != nullptr)
       std::memcpy(copy.to, copy.from, 16);
@@ -237,30 +237,30 @@ void carry_out(const std::vector<emulated::Copy>& copies) {
 
 }  // namespace
 
-void copy_async(void* shared, const void* global, bool valid) {
+void cp_async(void* shared, const void* global, bool valid) {
   if (reinterpret_cast<uintptr_t>(shared) % 16 != 0 || (valid && reinterpret_cast<uintptr_t>(global) % 16 != 0))
-    throw std::runtime_error("copy_async: an address is not a multiple of 16");
-  emulated::current->asked.push_back({shared, valid ? global : nullptr});
+    throw std::runtime_error("cp_async: an address is not a multiple of 16");
+  emulated::current->pending.push_back({shared, valid ? global : nullptr});
   if (emulated::backward()) {
-    carry_out(emulated::current->asked);
-    emulated::current->asked.clear();
+    execute(emulated::current->pending);
+    emulated::current->pending.clear();
   }
 }
 
-void commit_copies() {
-  emulated::current->committed.push_back(std::move(emulated::current->asked));
-  emulated::current->asked.clear();
+void cp_async_commit() {
+  emulated::current->committed.push_back(std::move(emulated::current->pending));
+  emulated::current->pending.clear();
 }
 
-void wait_copies_until(size_t left) {
+void cp_async_wait_until(size_t left) {
   auto& committed = emulated::current->committed;
   while (committed.size() > left) {
-    carry_out(committed.front());
+    execute(committed.front());
     committed.erase(committed.begin());
   }
 }
 
-void load_matrices_of(Matrices** items, bool transposed) {
+void ldmatrix_of(Matrices** items, bool transposed) {
   for (int i = 0; i < 4; ++i)
     for (int l = 0; l < 32; ++l) {
       uint16_t pair[2];
@@ -268,14 +268,14 @@ void load_matrices_of(Matrices** items, bool transposed) {
         const int row = transposed ? l % 4 * 2 + j : l / 4, column = transposed ? l / 4 : l % 4 * 2 + j;
         const void* const begin = items[8 * i + row]->row;
         if (reinterpret_cast<uintptr_t>(begin) % 16 != 0)
-          throw std::runtime_error("load_matrices: an address is not a multiple of 16");
+          throw std::runtime_error("ldmatrix: an address is not a multiple of 16");
         std::memcpy(&pair[j], static_cast<const uint16_t*>(begin) + column, 2);
       }
       std::memcpy(&items[l]->result[i], pair, 4);
     }
 }
 
-// Asked each time: tests set it.
+// Read on each call, because tests change it.
 int capability(int) {
   const char* const set = std::getenv("TINYLLM_EMULATED_CAPABILITY");
   return set ? std::atoi(set) : 90;

@@ -1,10 +1,10 @@
-// The functions of csrc/cuda/platform.cuh and platform_sm90.cuh for the CPU, for tests alone: the kernels' own source,
-// indexing, masks, reductions, barriers and all, runs without a GPU.
+// The functions of csrc/cuda/platform.cuh and platform_sm90.cuh implemented for the CPU, for tests only: the source of
+// the kernels, with its indexing, masks, reductions and barriers, runs without a GPU.
 //
-// Each thread of a block is a fiber. It runs until it waits for others: at a barrier, or where a warp or four work
-// together (shuffles, matrix products). Warps go as far ahead of each other as barriers let them, so that a missing one
-// shows; asynchronous copies and products happen as late as waiting allows. With TINYLLM_EMULATED_SCHEDULE=backward the
-// last warp and lane go first, and everything asynchronous happens at once.
+// Each thread of a block is a fiber. It runs until it must wait for others: at a barrier, or at an operation of a warp
+// or a warpgroup (shuffles, matmuls). Warps run as far ahead of each other as barriers allow, so that a missing barrier
+// shows, and asynchronous copies and matmuls are executed as late as waiting allows. With
+// TINYLLM_EMULATED_SCHEDULE=backward the last warp and lane run first, and everything asynchronous is executed at once.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -35,14 +35,14 @@ struct dim3 {
 
 namespace tinyllm::emulated {
 
-// Threads that do something together: they wait until all have come, then the last one does it for all.
-struct Gathering {
+// A collective operation: threads wait until all have arrived, then the last one executes it for all.
+struct Rendezvous {
   unsigned members = 0, arrived = 0;
   uint64_t generation = 0;
-  std::vector<void*> brought;
+  std::vector<void*> items_of_members;
 };
 
-// What one thread has asked for and not waited for: cp.async groups, oldest first.
+// A cp.async copy that a thread has issued and not waited for; groups are kept oldest first.
 struct Copy {
   void* to;
   const void* from;  // null: zeros
@@ -54,65 +54,65 @@ struct Thread {
   Block* block = nullptr;
   dim3 index;
   unsigned linear = 0;
-  std::vector<Copy> asked;
+  std::vector<Copy> pending;
   std::vector<std::vector<Copy>> committed;
 };
 
 struct Warp {
-  Gathering gathering;
+  Rendezvous rendezvous;
 };
 
-// Products of a warpgroup that have been asked for and not waited for.
+// The wgmma operations of a warpgroup that have been issued and not waited for.
 struct Warpgroup {
-  Gathering gathering;
-  std::vector<std::function<void()>> asked;
+  Rendezvous rendezvous;
+  std::vector<std::function<void()>> pending;
   std::vector<std::vector<std::function<void()>>> committed;
 };
 
 struct Block {
   dim3 index;
-  unsigned rank = 0;  // in its cluster
+  unsigned rank = 0;  // the rank in its cluster
   std::vector<Block*>* cluster = nullptr;
-  Gathering* cluster_gathering = nullptr;
+  Rendezvous* cluster_rendezvous = nullptr;
   unsigned threads = 0;
   unsigned char* shared = nullptr;
   size_t shared_bytes = 0;
-  Gathering all;
+  Rendezvous all;
   std::vector<Warp> warps;
   std::vector<Warpgroup> warpgroups;
-  std::vector<Gathering> named;
-  // Bulk copies under way, by the barrier that they complete on.
+  std::vector<Rendezvous> named;
+  // Bulk copies in flight, each with the barrier on which it completes.
   std::vector<std::pair<void*, std::function<void()>>> bulk;
 };
 
 extern Thread* current;
 extern dim3 block_dim, grid_dim;
 
-// Whether what is asynchronous happens at once, and the last threads go first.
+// Whether asynchronous operations are executed at once and the last threads run first.
 bool backward();
 
-// Lets others run until the condition holds.
+// Runs other threads until the condition holds.
 void wait_for(const std::function<bool()>& condition);
 
-// Every member calls it with its own item; once all have, `act` runs over the items, in the order of the members'
-// places, and everybody goes on.
+// Collective: every member passes an item. Once all have arrived, `act` is called with the items in the order of the
+// members, and all members continue.
 template <class Item>
-void together(Gathering& gathering, unsigned members, unsigned place, Item& item, void (*act)(Item** items)) {
-  if (gathering.brought.size() != members) gathering.brought.resize(members);
-  gathering.brought[place] = &item;
-  if (++gathering.arrived == members) {
-    act(reinterpret_cast<Item**>(gathering.brought.data()));
-    gathering.arrived = 0;
-    ++gathering.generation;
+void gather(Rendezvous& rendezvous, unsigned members, unsigned place, Item& item, void (*act)(Item** items)) {
+  if (rendezvous.items_of_members.size() != members) rendezvous.items_of_members.resize(members);
+  rendezvous.items_of_members[place] = &item;
+  if (++rendezvous.arrived == members) {
+    act(reinterpret_cast<Item**>(rendezvous.items_of_members.data()));
+    rendezvous.arrived = 0;
+    ++rendezvous.generation;
     return;
   }
-  const uint64_t mine = gathering.generation;
-  wait_for([&gathering, mine] { return gathering.generation != mine; });
+  const uint64_t mine = rendezvous.generation;
+  wait_for([&rendezvous, mine] { return rendezvous.generation != mine; });
 }
 
-// A barrier of so many threads; arrive comes without waiting.
-void arrive(Gathering& gathering, unsigned members);
-void arrive_and_wait(Gathering& gathering, unsigned members);
+// A barrier of `members` threads; arrive does not wait.
+void arrive(Rendezvous& rendezvous, unsigned members);
+void arrive_and_wait(Rendezvous& rendezvous, unsigned members);
 
 inline Warp& warp() { return current->block->warps[current->linear / 32]; }
 inline Warpgroup& warpgroup() { return current->block->warpgroups[current->linear / 128]; }
@@ -120,10 +120,10 @@ inline Warpgroup& warpgroup() { return current->block->warpgroups[current->linea
 template <class Item>
 void across_warp(Item& item, void (*act)(Item** items)) {
   const unsigned first = current->linear / 32 * 32;
-  together(warp().gathering, std::min(32u, current->block->threads - first), current->linear - first, item, act);
+  gather(warp().rendezvous, std::min(32u, current->block->threads - first), current->linear - first, item, act);
 }
 
-// Runs body, which calls the kernel, as every thread of the grid.
+// Runs `body`, which calls the kernel, as every thread of the grid.
 void run_grid(const char* name, const void* function, dim3 grid, dim3 block, size_t shared, unsigned cluster,
               const std::function<void()>& body);
 
@@ -134,11 +134,11 @@ void run_grid(const char* name, const void* function, dim3 grid, dim3 block, siz
 #define blockDim (::tinyllm::emulated::block_dim)
 #define gridDim (::tinyllm::emulated::grid_dim)
 
-// CUDA has them without a namespace.
+// CUDA has these functions in the global namespace.
 using std::max;
 using std::min;
 
-// The vectors of CUDA's headers that kernels use.
+// The vector types of the CUDA headers that the kernels use.
 struct alignas(8) float2 {
   float x, y;
 };
@@ -209,11 +209,11 @@ inline void sync_warp() {
   emulated::across_warp(nothing, +[](int**) {});
 }
 
-inline void named_sync(int id, int threads) {
+inline void named_barrier_sync(int id, int threads) {
   emulated::arrive_and_wait(emulated::current->block->named.at(static_cast<size_t>(id)),
                             static_cast<unsigned>(threads));
 }
-inline void named_arrive(int id, int threads) {
+inline void named_barrier_arrive(int id, int threads) {
   emulated::arrive(emulated::current->block->named.at(static_cast<size_t>(id)), static_cast<unsigned>(threads));
 }
 
@@ -251,20 +251,20 @@ inline void trap() { throw std::runtime_error("a kernel traps"); }
 // ---- Global memory
 
 template <class V>
-inline V load_once(const V* p) {
+inline V load_streaming(const V* p) {
   return *p;
 }
 template <class V>
-inline void store_once(V* p, V v) {
+inline void store_streaming(V* p, V v) {
   *p = v;
 }
 
-void copy_async(void* shared, const void* global, bool valid);
-void commit_copies();
-void wait_copies_until(size_t left);
+void cp_async(void* shared, const void* global, bool valid);
+void cp_async_commit();
+void cp_async_wait_until(size_t left);
 template <int N>
-inline void wait_copies() {
-  wait_copies_until(N);
+inline void cp_async_wait() {
+  cp_async_wait_until(N);
 }
 
 // ---- Tensor cores of a warp
@@ -273,17 +273,17 @@ struct Matrices {
   const void* row;
   uint32_t* result;
 };
-void load_matrices_of(Matrices** items, bool transposed);
-inline void load_matrices(uint32_t (&r)[4], const void* row) {
+void ldmatrix_of(Matrices** items, bool transposed);
+inline void ldmatrix(uint32_t (&r)[4], const void* row) {
   Matrices item{row, r};
-  emulated::across_warp(item, +[](Matrices** items) { load_matrices_of(items, false); });
+  emulated::across_warp(item, +[](Matrices** items) { ldmatrix_of(items, false); });
 }
-inline void load_matrices_transposed(uint32_t (&r)[4], const void* row) {
+inline void ldmatrix_transposed(uint32_t (&r)[4], const void* row) {
   Matrices item{row, r};
-  emulated::across_warp(item, +[](Matrices** items) { load_matrices_of(items, true); });
+  emulated::across_warp(item, +[](Matrices** items) { ldmatrix_of(items, true); });
 }
 
-// Of a pair of 16-bit numbers in a register.
+// Returns one of the two 16-bit numbers in a register.
 template <class T>
 inline float half_of(uint32_t pair, int which) {
   T both[2];
@@ -291,13 +291,13 @@ inline float half_of(uint32_t pair, int which) {
   return to_float(both[which]);
 }
 
-struct Product {
+struct Mma {
   float* d;
   const uint32_t* a;
   uint32_t b[2];
 };
 template <class T>
-inline void multiply_of(Product** lanes) {
+inline void mma_of(Mma** lanes) {
   float a[16][16], b[16][8];
   for (int l = 0; l < 32; ++l) {
     const int g = l / 4, c = l % 4 * 2;
@@ -319,9 +319,9 @@ inline void multiply_of(Product** lanes) {
     }
 }
 template <class T>
-inline void multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  Product item{d, a, {b0, b1}};
-  emulated::across_warp(item, +[](Product** items) { multiply_of<T>(items); });
+inline void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  Mma item{d, a, {b0, b1}};
+  emulated::across_warp(item, +[](Mma** items) { mma_of<T>(items); });
 }
 
 // ---- Launching
@@ -340,11 +340,11 @@ inline void launch(const char* name, void (*kernel)(Parameters...), const Launch
                      [&] { std::apply([&](const auto&... each) { kernel(each...); }, values); });
 }
 
-// Few, so that loops over a grid wrap.
+// Few, so that loops over a grid have several iterations.
 inline int multiprocessors(int) { return 4; }
-// TINYLLM_EMULATED_CAPABILITY, 90 if it is not set.
+// TINYLLM_EMULATED_CAPABILITY, or 90 if it is not set.
 int capability(int);
-// TINYLLM_EMULATED_CODE, or the device's own capability.
+// TINYLLM_EMULATED_CODE, or the capability of the device if it is not set.
 int emulated_code();
 template <class... Parameters>
 inline int compiled_for(void (*)(Parameters...)) {

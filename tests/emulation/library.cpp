@@ -1,4 +1,4 @@
-// The emulated library's schemas: those of the real one, in a namespace of their own, for CPU tensors.
+// The schemas of the emulated library: those of the real one, in a namespace of their own, for CPU tensors.
 #include <torch/csrc/stable/library.h>
 
 #include "../../csrc/schemas.h"

@@ -1,4 +1,4 @@
-// Changing from one stack to another.
+// Switching between stacks.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -11,8 +11,9 @@ namespace tinyllm::emulated {
 
 #if defined(__x86_64__)
 
-// swapcontext makes two system calls each time, for masks of signals that nobody changes here: as much time as all of
-// an emulated kernel's work. So: what a function must keep goes onto the stack, and the stack changes.
+// swapcontext makes two system calls per switch, for signal masks that nothing changes here, which takes as long as all
+// the work of an emulated kernel. This function saves the callee-saved registers on the stack and switches stacks,
+// nothing else.
 extern "C" void tinyllm_switch_stacks(void** from, void* to);
 asm(R"(
 .text
@@ -40,16 +41,16 @@ tinyllm_switch_stacks:
 
 class Context {
  public:
-  // Begins at entry, on a stack of so many bytes.
+  // Prepares to run `entry` on a stack of `bytes` bytes.
   void start(void* stack, size_t bytes, void (*entry)()) {
-    // As if entry had been called from nowhere: 8 bytes above a multiple of 16, as after a call.
+    // The stack as a call of `entry` leaves it: 8 bytes above a multiple of 16.
     void** const top = reinterpret_cast<void**>(static_cast<unsigned char*>(stack) + bytes) - 3;
     top[0] = nullptr;
     top[-1] = reinterpret_cast<void*>(entry);
     for (int i = 2; i <= 7; ++i) top[-i] = nullptr;
     at_ = top - 7;
   }
-  // Leaves this one for another.
+  // Switches from this context to another.
   void to(Context& other) { tinyllm_switch_stacks(&at_, other.at_); }
 
  private:
