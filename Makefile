@@ -1,8 +1,8 @@
 # Every target makes .venv and installs what it needs; nothing else has to be run first.
 #   make demo    train the tiny preset for about a minute, generate, show the speed beside plain PyTorch
 #   make test    all tests
-#   make bench   benchmarks against PyTorch; updates benchmarks/results/ and the README's tables
-#   make train-bench    how fast training is beside plain PyTorch and Hugging Face; updates the README's table
+#   make bench   benchmarks against PyTorch; updates benchmarks/results/, docs/benchmarks.md and the README's table
+#   make train-bench    how fast training is beside plain PyTorch and Hugging Face; updates the same
 #   make lint    ruff, mypy, clang-format
 #   make abi-check      all sources against the headers of torch 2.10, 2.11 and the newest torch
 #   make gpu-compile    the GPU kernels' registers, spills and shared memory, read without a GPU
@@ -50,7 +50,7 @@ bench: .venv/installed .venv/dev
 
 train-bench: .venv/installed .venv/dev
 	$(PIP) install -q -c constraints.txt transformers
-	$(BIN)/python -m benchmarks.training_speed
+	$(BIN)/python -m benchmarks.training
 
 lint: .venv/installed .venv/dev
 	$(BIN)/ruff check .

@@ -1,22 +1,19 @@
 """Every operator on an NVIDIA GPU against the best peers there:
 
-    python -m benchmarks.gpu               everything, into benchmarks/results/ and the README
-    python -m benchmarks.gpu --out DIR     everything, into DIR
-    python -m benchmarks.gpu --adopt DIR   takes what was measured elsewhere into benchmarks/results/ and the README
+    python -m benchmarks.gpu               everything, into benchmarks/results/gpu/, the page and the README
+    python -m benchmarks.gpu --out DIR     everything, into DIR/gpu.json
 
 Rows are measured in a process of their own, which is replaced where it hangs or where an error leaves its GPU unusable.
-The results are written after each row, so that what is there stays whatever happens to the next one.
+With --out the results are written after each row, so that what is there stays whatever happens to the next one.
 """
 
 from __future__ import annotations
 
-import argparse
 import gc
 import multiprocessing
 import os
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from fnmatch import fnmatch
@@ -28,123 +25,104 @@ import torch
 
 from tinyllm import ops
 from tinyllm.ops import dispatch
-from tinyllm.ops.backends import cuda, triton
 
-from . import gpu_launch, gpu_models, gpu_operators, gpu_report, gpu_timing, machine, proven, report
-from .gpu_row import BACKENDS, CUDA, TRITON, WALL, Function, GpuRow, Source
-from .harness import BYTES, Case, Provider, check
-from .timing import format_time, take_turns
+from . import machine, measure, report
+from .row import BACKENDS, BYTES, Case, Function, Provider, Row, Target
+from .rows import rows
+from .rows.attention import FLEX
 
 NO_GPU, OUT_OF_TIME = "no GPU", "out of time"
-NOT_BUILT, NOT_INSTALLED, NOT_SERVED = "not built", "not installed", "not served"
-LEFT_OUT_OF_QUICK = {gpu_operators.FLEX: "left out of a quick run"}  # it compiles for long
-ROW_LIMIT_S = 100.0  # compiling included
-SILENCE_LIMIT_S = 45.0  # of one provider
+LEFT_OUT_OF_QUICK = {FLEX: "left out of a quick run"}  # it compiles for long
+SILENCE_LIMIT_S = 45.0  # of one provider, compiling included
 START_LIMIT_S = 90.0
 ROUNDS, QUICK_ROUNDS = 20, 7
 MOST_SETS = 12
 
-Entries = list[dict[str, Any]]  # as in pytest-benchmark's JSON, or with "failed" instead of statistics
-
-
-def rows(source: Source, small: bool = False) -> list[GpuRow]:
-    """All rows, those of the short table first. `small`: of sizes for a processor, to try the rows out."""
-
-    def cut(size: int, most: int) -> int:
-        return min(size, most) if small else size
-
-    found = [*gpu_operators.rows(source, cut), *gpu_models.rows(source, cut), *gpu_launch.rows(source, cut)]
-    # What there is a goal for comes first, and of each section something before any has all: time may run out.
-    ranks: Counter[tuple[str, bool, bool]] = Counter()
-    order = []
-    for row in found:
-        kind = row.section, not row.goals, not row.headline
-        order.append((*kind[1:], ranks[kind]))
-        ranks[kind] += 1
-    return [row for _, row in sorted(zip(order, found, strict=True), key=lambda pair: pair[0])]
+Entries = list[dict[str, Any]]  # the facts of a row and a provider's times, or with "failed" instead of these
 
 
 # ---- One row
 
 
-def measure(
-    row: GpuRow, device: str, rounds: int, skip: Mapping[str, str], tell: Callable[[str], None] = lambda _: None
+def measure_row(
+    row: Row, device: str, rounds: int, skip: Mapping[str, str], tell: Callable[[str], None] = lambda _: None
 ) -> Entries:
-    """What each provider of a row takes, or why that is not known.
+    """Return what each provider of a row takes, or why that is not known.
 
     Args:
+        row: on a GPU, or on a CPU to try the row out.
+        device: "cuda" or "cpu".
+        rounds: so many rounds are timed.
         skip: provider -> why it is left out.
         tell: is told whose turn it is to be verified.
     """
     torch.compiler.reset()
+    on_gpu = device == "cuda"
     built = row.build()
-    if device == "cuda":
-        skip = {**{name: why for name in built.providers if (why := absent(row, name)) is not None}, **skip}
-    case = _without(built, skip)
+    left_out = {**(_unserved(row, built) if on_gpu else {}), **skip}
+    skip = {name: why for name, why in left_out.items() if name in built.providers}
+    case = built.without(skip)
     del built
-    contexts = {name: _backend_of(row, name, device) for name in case.providers}
-    forced = {name: _inside(contexts[name], provider, partial(tell, name)) for name, provider in case.providers.items()}
-    errors, failures = check(row, Case(forced, case.exact))
+    contexts = {name: _backend_of(row, name) if on_gpu else nullcontext for name in case.providers}
+    forced = {name: _forced(contexts[name], side, partial(tell, name)) for name, side in case.providers.items()}
+    errors, failures = measure.check(row, Case(forced, case.exact))
     failed = {**skip, **{name: _text(failure) for name, failure in failures.items()}}
     # What is read from memory must come from there; models and products are no matter of the cache.
-    count = min(MOST_SETS, _sets(row.work)) if row.unit == BYTES and row.work and device == "cuda" else 1
-    cases = [case, *(_without(row.build(), failed) for _ in range(count - 1))]
+    count = min(MOST_SETS, _sets(row.work)) if row.unit == BYTES and row.work and on_gpu else 1
+    cases = [case, *(row.build().without(failed) for _ in range(count - 1))]
     calls: dict[str, Function] = {}
     peaks: dict[str, int | None] = {}
     for name in errors:
         try:
-            rotation = gpu_timing.Rotation([each.providers[name].call for each in cases])
+            rotation = measure.Rotation([each.providers[name].call for each in cases])
             with contexts[name]():
                 for _ in cases:
                     rotation()
-                peaks[name] = gpu_timing.peak_bytes(case.providers[name].call)
+                peaks[name] = measure.peak_bytes(case.providers[name].call)
             calls[name] = rotation
         except Exception as failure:
             failed[name] = _text(failure)
     of_calls = {calls[name]: contexts[name] for name in calls}
 
-    def turns(clock: Any, most_calls: int | None) -> tuple[int, dict[str, list[float]]]:
-        return take_turns(calls, 0.0, rounds, clock=gpu_timing.inside(clock, of_calls), most_calls=most_calls)
+    def turns(on_wall: bool) -> tuple[int, dict[str, list[float]]]:
+        clock = measure.inside(measure.wall_clock if on_wall else measure.DeviceClock(), of_calls)
+        most = sys.maxsize if on_wall else measure.MOST_CALLS
+        return measure.take_turns(calls, 0.0, rounds, clock, most) if calls else (0, {})
 
-    on_wall = row.clock == WALL or device != "cuda"
-    most = None if row.clock == WALL else gpu_timing.MOST_CALLS
-    per_round, times = turns(gpu_timing.wall_clock if on_wall else gpu_timing.DeviceClock(), most) if calls else (0, {})
-    busy: dict[str, list[float]] = {}
-    if row.shows_gpu_time and calls and device == "cuda":
-        busy = turns(gpu_timing.DeviceClock(), gpu_timing.MOST_CALLS)[1]
+    per_turn, times = turns(row.on_wall or not on_gpu)
+    busy = turns(on_wall=False)[1] if row.shows_gpu_time and on_gpu else {}
     entries: Entries = []
-    for name in dict.fromkeys([*row.providers, *case.providers, *skip]):
+    for name in dict.fromkeys([*case.providers, *failed]):
         facts = {**row.facts(), "provider": name, "other_load_cores": None}
         if name in calls:
-            facts |= {"error": errors[name], "calls_per_round": per_round, "peak_bytes": peaks[name]}
-            facts |= {"gpu_s": gpu_timing.statistics_of(busy[name])["median"]} if name in busy else {}
-            entries.append({"extra_info": facts, "stats": gpu_timing.statistics_of(times[name])})
-        elif name in failed:
-            entries.append({"extra_info": {**facts, "failed": failed[name]}})
+            facts |= {"error": errors[name], "calls_per_round": per_turn, "peak_bytes": peaks[name]}
+            facts |= {"gpu_s": measure.statistics_of(busy[name])["median_s"]} if name in busy else {}
+            entries.append({**facts, **measure.statistics_of(times[name])})
+        else:
+            entries.append({**facts, "failed": failed[name]})
     return entries
 
 
-def absent(row: GpuRow, provider: str) -> str | None:
-    """In a word, why a provider cannot run at all: its kernels are not there, or none of them serves the operators."""
-    ours = provider.split(", ")[0]  # of a part
-    if ours not in BACKENDS or not row.operators:
-        return None
-    if ours == CUDA and cuda.why_not is not None:
-        return NOT_BUILT
-    if ours == TRITON and triton.why_not is not None:
-        return NOT_INSTALLED
-    served = (dispatch.unavailable(BACKENDS[ours], operator, "cuda", row.dtype) is None for operator in row.operators)
-    return None if all(served) else NOT_SERVED
+def _unserved(row: Row, case: Case) -> dict[str, str]:
+    """Return why providers of ours, and parts of them, cannot run at all."""
+    found = {}
+    for name in case.providers:
+        backend = BACKENDS.get(name.split(", ")[0])
+        for operator in row.operators if backend else ():
+            why = dispatch.unavailable(str(backend), operator, "cuda", row.dtype)
+            if why is not None:
+                found[name] = why
+    return found
 
 
-def _backend_of(row: GpuRow, provider: str, device: str) -> Function:
-    """Makes the context that a provider must be called in: its kernels, and no others."""
-    if device != "cuda" or provider not in BACKENDS or not row.operators:
+def _backend_of(row: Row, provider: str) -> Callable[[], AbstractContextManager[None]]:
+    """Return what makes the context that a provider must be called in: its kernels, and no others."""
+    if provider not in BACKENDS or not row.operators:
         return nullcontext
     return lambda: ops.backend(BACKENDS[provider], *row.operators)
 
 
-def _inside(
+def _forced(
     context: Callable[[], AbstractContextManager[None]], provider: Provider, tell: Callable[[], None]
 ) -> Provider:
     def call() -> Any:
@@ -155,78 +133,53 @@ def _inside(
     return Provider(call, provider.normal_form)
 
 
-def _without(case: Case, left_out: Mapping[str, str]) -> Case:
-    return Case({name: provider for name, provider in case.providers.items() if name not in left_out}, case.exact)
-
-
 def _sets(row_bytes: float) -> int:
-    """So many sets of inputs are three times as large as the cache."""
+    """Return how many sets of inputs are three times as large as the cache."""
     return 1 + int(3 * torch.cuda.get_device_properties(0).L2_cache_size / row_bytes)
 
 
 def _text(failure: BaseException) -> str:
-    if isinstance(failure, RuntimeError) and str(failure).startswith("the forced backend"):
-        return NOT_SERVED
     lines = str(failure).strip().splitlines()
     return f"{type(failure).__name__}: {lines[0] if lines else ''}"[:300]
 
 
-def not_measured(row: GpuRow, reason: str) -> Entries:
+def not_measured(row: Row, reason: str) -> Entries:
     facts = {**row.facts(), "other_load_cores": None, "failed": f"not measured: {reason}"}
-    return [{"extra_info": {**facts, "provider": name}} for name in row.ours]
-
-
-# What CUDA calls errors after which a process cannot use its GPU any more, in PyTorch's and in our own kernels' words.
-_FATAL = (
-    "CUDA error",
-    "Triton Error [CUDA]",
-    "an illegal memory access",
-    "an illegal instruction",
-    "misaligned address",
-    "unspecified launch failure",
-    "hardware stack error",
-    "invalid program counter",
-)
-
-
-def _is_fatal(text: str) -> bool:
-    """Whether the process cannot use its GPU any more."""
-    return any(words in text for words in _FATAL) and "out of memory" not in text
+    return [{**facts, "provider": name} for name in row.ours]
 
 
 # ---- The process that measures
 
 
-class Turn(NamedTuple):
-    """What that process says while it measures: who is next."""
+class Lost(NamedTuple):
+    """The worker was lost, and whose turn it was: by a kernel that does not end, or one that ruined its GPU."""
 
     provider: str
-
-
-class Silent(NamedTuple):
-    """That a provider did not come to an end: a kernel that waits for ever, say."""
-
-    provider: str
-    text: str
+    why: str
 
 
 def _work(connection: Any, seed: int, rounds: int) -> None:
-    """Answers requests: None for the ceilings, or a row's name and whom to skip."""
-    by_name = {row.name: row for row in rows(Source("cuda", seed))}
+    """Answer requests: None for the ceilings, or a row's name and whom to skip. Ends when its GPU is lost."""
+    by_name = {row.name: row for row in rows(Target(gpu=True, seed=seed))}
     while True:
         request = connection.recv()
         try:
             if request is None:
-                answer: Any = gpu_timing.ceilings()
+                answer: Any = machine.gpu_ceilings()
             else:
                 name, skip = request
-                answer = measure(by_name[name], "cuda", rounds, skip, lambda who: connection.send(Turn(who)))
+
+                def tell(provider: str) -> None:
+                    torch.cuda.synchronize()  # an error of the provider before is not this one's
+                    connection.send(provider)
+
+                answer = measure_row(by_name[name], "cuda", rounds, skip, tell)
+            torch.cuda.synchronize()
         except Exception as failure:
-            answer = _text(failure)
+            answer = Lost("", _text(failure))
         connection.send(answer)
         gc.collect()
-        if not (isinstance(answer, str) and _is_fatal(answer)):
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()
 
 
 class Worker:
@@ -236,9 +189,9 @@ class Worker:
         self._arguments = seed, rounds
         self._process: Any = None
 
-    def ask(self, request: Any, limit_s: float) -> Any:
-        """Its answer; text, or who was silent for too long, if it has none."""
-        silence_s, provider = SILENCE_LIMIT_S, ""
+    def ask(self, request: Any, deadline: float) -> Any:
+        """Return its answer, or a Lost. `deadline`: of time.monotonic()."""
+        limit_s, provider = SILENCE_LIMIT_S, ""
         if self._process is None:
             # Compiling processes of torch.compile's would outlive a killed one, and disturb the clock on the wall.
             os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
@@ -248,24 +201,23 @@ class Worker:
             self._process.start()
             theirs.close()
             limit_s += START_LIMIT_S
-            silence_s += START_LIMIT_S
-        deadline = time.monotonic() + limit_s
         try:
             self._connection.send(request)
-            while self._connection.poll(max(0.0, min(silence_s, deadline - time.monotonic()))):
+            while self._connection.poll(max(0.0, min(limit_s, deadline - time.monotonic()))):
                 answer = self._connection.recv()
-                if not isinstance(answer, Turn):
-                    return answer
-                silence_s, provider = SILENCE_LIMIT_S, answer.provider
-            self.stop()
-            if provider and time.monotonic() < deadline:
-                return Silent(provider, f"not done in {silence_s:.0f} s")
-            return f"it was not done in {limit_s:.0f} s"
+                if not isinstance(answer, str):
+                    return answer if not isinstance(answer, Lost) else self._lost(provider, answer.why)
+                limit_s, provider = SILENCE_LIMIT_S, answer
+            if time.monotonic() >= deadline:
+                return self._lost("", OUT_OF_TIME)
+            return self._lost(provider, f"not done in {limit_s:.0f} s")
         except (EOFError, OSError):
             self._process.join(5)
-            code = self._process.exitcode
-            self.stop()
-            return f"the process ended with status {code}"
+            return self._lost(provider, f"the process ended with status {self._process.exitcode}")
+
+    def _lost(self, provider: str, why: str) -> Lost:
+        self.stop()
+        return Lost(provider, why)
 
     def stop(self) -> None:
         if self._process is not None:
@@ -275,125 +227,78 @@ class Worker:
 
 
 def measure_all(
-    chosen: Sequence[GpuRow], worker: Worker, deadline: float, left_out: Mapping[str, str] | None = None
-) -> Iterator[tuple[GpuRow, Entries]]:
-    """Rows as they are measured, until time.monotonic() passes `deadline`. `left_out`: provider -> why."""
-    hung: dict[tuple[str, ...], str] = {}  # key -> in which row
+    chosen: Sequence[Row], worker: Worker, deadline: float, left_out: Mapping[str, str] | None = None
+) -> Iterator[tuple[Row, Entries]]:
+    """Yield rows as they are measured, until time.monotonic() passes `deadline`. A provider that loses the worker is
+    left out of its row, and of those that have its direction and operators in common.
+
+    Args:
+        left_out: provider -> why it is left out from the beginning.
+    """
+    lost: dict[tuple[str, ...], dict[str, str]] = {}
     for row in chosen:
-        skip = {name: why for name, why in (left_out or {}).items() if name in row.providers}
-        for name in row.providers:
-            before = hung.get(_key(row, name))
-            if before is not None:
-                skip[name] = f"left out, not done in {before}"
+        skip = {**(left_out or {}), **lost.get((row.direction, *row.operators), {})}
         while True:
             left = deadline - time.monotonic()
-            if left <= 0:
-                yield row, not_measured(row, OUT_OF_TIME)
-                break
-            answer = worker.ask((row.name, skip), min(ROW_LIMIT_S, left))
-            if isinstance(answer, Silent) and answer.provider not in skip:
-                skip[answer.provider] = answer.text
-                hung[_key(row, answer.provider)] = row.name
-                continue
-            if isinstance(answer, (str, Silent)):
-                text = answer if isinstance(answer, str) else answer.text
-                if _is_fatal(text):
-                    worker.stop()
-                yield row, not_measured(row, text)
-                break
-            failed = {e["extra_info"]["provider"]: e["extra_info"].get("failed", "") for e in answer}
-            culprit = next((name for name, text in failed.items() if _is_fatal(text) and name not in skip), None)
-            if culprit is None:
+            answer = worker.ask((row.name, skip), deadline) if left > 0 else Lost("", OUT_OF_TIME)
+            if not isinstance(answer, Lost):
                 yield row, answer
                 break
-            worker.stop()  # what the providers after this one did says nothing about them: once more without it
-            skip[culprit] = failed[culprit]
-
-
-def _key(row: GpuRow, provider: str) -> tuple[str, ...]:
-    """What rows have in common in which a provider may wait for ever."""
-    return (provider, row.direction, *row.operators)
+            if not answer.provider or answer.provider in skip:
+                yield row, not_measured(row, answer.why)
+                break
+            skip[answer.provider] = answer.why
+            common = lost.setdefault((row.direction, *row.operators), {})
+            common[answer.provider] = f"left out, {answer.why} in {row.name}"
 
 
 # ---- All of them
 
 
-def bench(path: Path, quick: bool, only: str, seconds: float) -> None:
-    """Measure, and write to `path` and pictures beside it."""
+def bench(out: Path | None, quick: bool, only: str, seconds: float) -> int:
+    """Measure, print the table, write what there is to write; return the exit status."""
     deadline = time.monotonic() + seconds
     seed = int.from_bytes(os.urandom(3), "big")  # other numbers each time
-    chosen = [row for row in rows(Source("cuda", seed)) if fnmatch(row.name.lower(), f"*{only.lower()}*")]
-    facts = {**machine.describe(), "gpu": gpu_timing.describe(), "quick": quick, "seed": seed}
-    entries = {row.name: not_measured(row, NO_GPU if facts["gpu"] is None else OUT_OF_TIME) for row in chosen}
+    chosen = [row for row in rows(Target(gpu=True, seed=seed)) if fnmatch(row.name.lower(), f"*{only.lower()}*")]
+    gpu = machine.describe_gpu()
+    facts = {**machine.describe(), "gpu": gpu, "quick": quick, "only": only or None, "seed": seed}
+    entries = {row.name: not_measured(row, NO_GPU if gpu is None else OUT_OF_TIME) for row in chosen}
     ceilings: Any = None
 
     def results() -> dict[str, Any]:
-        return gpu_report.make_results(facts, ceilings, [entry for row in entries.values() for entry in row])
+        return report.make_results(facts, ceilings, [entry for row in entries.values() for entry in row])
 
-    gpu_report.save(results(), path)
-    if facts["gpu"] is not None:
+    if gpu is not None:
         worker = Worker(seed, QUICK_ROUNDS if quick else ROUNDS)
-        answer = worker.ask(None, 60)
-        if isinstance(answer, str):
-            print(f"The ceilings are not known: {answer}", file=sys.stderr)
+        answer = worker.ask(None, deadline)
+        if isinstance(answer, Lost):
+            print(f"The ceilings are not known: {answer.why}", file=sys.stderr)
         else:
             ceilings = answer
         for row, found in measure_all(chosen, worker, deadline, LEFT_OUT_OF_QUICK if quick else None):
             entries[row.name] = found
-            print(_progress(row, found), flush=True)
-            gpu_report.save(results(), path)
+            times = [f"{e['provider']} {report.format_time(e['median_s'])}" for e in found if report.is_measured(e)]
+            print(f"  {row.name:<60} {', '.join(times)}", flush=True)
+            if out is not None:
+                report.save(results(), out)
         worker.stop()
-    print(gpu_report.render_table(results()))
-    written = [path, *gpu_report.draw_pictures(results(), path.parent)]
-    print(f"Written: {', '.join(map(str, written))}")
-
-
-def _progress(row: GpuRow, entries: Entries) -> str:
-    shown = [
-        f"{e['extra_info']['provider']} {format_time(e['stats']['median']) if 'stats' in e else '-'}" for e in entries
-    ]
-    return f"  {row.name:<60} {', '.join(shown)}"
-
-
-def adopt(directory: Path) -> None:
-    """Take measured results over; SystemExit where they are of other rows than ours, or written in another way."""
-    path = directory / "bench.json"
-    adopted = gpu_report.load(path)
-    if adopted.get("schema") != gpu_report.SCHEMA:
-        raise SystemExit(f"{path} has schema {adopted.get('schema', 1)}, not {gpu_report.SCHEMA}: measure again")
-    here, there = {row.name for row in rows(Source("cuda", 0))}, {row["benchmark"] for row in adopted["rows"]}
-    if here != there:
-        raise SystemExit(f"{path} has other rows than there are now ({min(here ^ there)}, ...): measure again")
-    gpu_report.save(adopted, gpu_report.STORED)
-    gpu_report.draw_pictures(adopted, gpu_report.STORED.parent)
+    print(report.render_tables(results()))
+    if gpu is None and out is None:
+        print("There is no GPU; nothing was written.", file=sys.stderr)
+        return 2
+    report.publish(results(), out)
+    return 0
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, metavar="DIR", help="write bench.json and the pictures there")
-    parser.add_argument("--adopt", type=Path, metavar="DIR", help="measure nothing, take what DIR's bench.json says")
+    """Run the command; return the exit status."""
+    parser = report.parser_of("gpu", __doc__)
     parser.add_argument("--only", default="", metavar="PATTERN", help="rows whose name contains this")
-    parser.add_argument("--quick", action="store_true", help="fewer rounds")
     parser.add_argument(
         "--seconds", type=float, default=1e9, metavar="S", help="rows that do not fit are marked as not measured"
     )
     options = parser.parse_args(arguments)
-    if options.out is not None:
-        bench(options.out / "bench.json", options.quick, options.only, options.seconds)
-        return 0
-    if options.only:
-        parser.error("a part is not what the README shows: give --out")
-    if options.adopt is None:
-        bench(gpu_report.STORED, options.quick, options.only, options.seconds)
-    else:
-        adopt(options.adopt)
-    if report.README.exists():
-        gpu_report.update_readme()
-        proven.write()
-    return 0
+    return bench(options.out, options.quick, options.only, options.seconds)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@
 # network. With an nvcc of torch's CUDA the CUDA C++ kernels are built, for this GPU alone. Nothing of the machine is
 # changed: the package is installed into a temporary folder, its source copied there.
 #
-#   OUT            where the files go (default: gpu-results): machine.json, tests.txt, and of measuring bench.json,
+#   OUT            where the files go (default: gpu-results): machine.json, tests.txt, and of measuring gpu.json,
 #                  pictures and, from a call of its own, bench.txt
 #   --quick        tests and measures some, without compute-sanitizer and, where there is no nvcc, without compiling
 #                  anything
@@ -249,14 +249,7 @@ EOF
 [ $? -eq 0 ] || touch "$work/failed"
 
 echo
-if [ -n "$quick$only_bench" ]; then
-    "$python" - "$out/bench.json" <<'EOF' || touch "$work/failed"
-import pathlib, sys
-from tinyllm.benchmarks import gpu_report
-print(gpu_report.render_table(gpu_report.load(pathlib.Path(sys.argv[1])), headline=True))
-EOF
-    echo
-fi
+[ -f "$work/bench.txt" ] && cat "$work/bench.txt"
 cat "$work/stages"
 echo "$(ls "$out" | wc -l) files in $out, $SECONDS s"
 [ ! -e "$work/failed" ]

@@ -2,8 +2,7 @@
 
     python -m benchmarks.model_speed --run runs/demo
 
-The same weights and the same text go through both. The plain path is the model's modules one by one on PyTorch's own
-fused layer norm and attention, linear layers and loss.
+The same weights and the same text go through both.
 """
 
 from __future__ import annotations
@@ -11,18 +10,16 @@ from __future__ import annotations
 import argparse
 import copy
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any
-from unittest import mock
+from typing import cast
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from tinyllm import info, ops, reference, tune_allocator
+from tinyllm import info, tune_allocator
 from tinyllm.config.saved import CONFIG_FILE
 from tinyllm.data.batches import TokenDataset, val_loader
 from tinyllm.generation import generate
@@ -32,7 +29,9 @@ from tinyllm.runs.folder import TRAIN_FILE
 from tinyllm.runs.load import load_run
 from tinyllm.training.trainer import TrainConfig, adamw
 
-from .timing import format_time, take_turns
+from .measure import relative_error, take_turns
+from .peers import PlainLLM
+from .report import format_time
 
 OURS, PLAIN = "tinyllm's kernels", "plain PyTorch"
 NEW_TOKENS = 8
@@ -40,7 +39,7 @@ SECONDS = 2.0  # for each path in each comparison
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Returns the exit status."""
+    """Run the command; return the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.model_speed",
         description=__doc__,
@@ -66,7 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def comparison(run: Path, rounds: int | None = None) -> str:
-    """The table of a run folder's model; `rounds` as in `take_turns`.
+    """Return the table of a run folder's model; `rounds` as in `take_turns`.
 
     Raises:
         FileNotFoundError, ValueError: the folder is not a whole run.
@@ -78,11 +77,12 @@ def comparison(run: Path, rounds: int | None = None) -> str:
         raise ValueError(f"{run / CONFIG_FILE} does not say how the model was trained: {error}") from error
     dataset = TokenDataset(run / TRAIN_FILE, model.config.vocab_size, training.seq_len)
     inputs, targets = next(iter(val_loader(dataset, batch_size=training.batch_size, max_batches=1)))
-    _check_same(model, inputs)
-
+    plain = PlainLLM(model).eval()
+    _check_same(model, plain, inputs)
+    models = {OURS: model, PLAIN: cast(SimpleLLM, plain)}  # to train and generate, they have in common what it takes
     prompt = inputs[:1, : model.config.max_seq_len]
-    steps = {name: _on(name, _training_step(copy.deepcopy(model), training, inputs, targets)) for name in (OURS, PLAIN)}
-    writing = {name: _on(name, lambda: generate(model, prompt, NEW_TOKENS, seed=0)) for name in (OURS, PLAIN)}
+    steps = {name: _training_step(copy.deepcopy(each), training, inputs, targets) for name, each in models.items()}
+    writing = {name: partial(generate, each, prompt, NEW_TOKENS, seed=0) for name, each in models.items()}
     _, step_times = take_turns(steps, SECONDS, rounds)
     _, writing_times = take_turns(writing, SECONDS, rounds)
 
@@ -95,15 +95,15 @@ def comparison(run: Path, rounds: int | None = None) -> str:
         _line("writing", "token", writing_times, NEW_TOKENS, 1),
         "",
         f"Medians of {len(step_times[OURS])} and {len(writing_times[OURS])} rounds, in which the two take turns.",
-        "Both have the same weights, the same text and, but for rounding, the same logits. Plain PyTorch is the",
-        "same modules on its own layer_norm, scaled_dot_product_attention, linear and cross_entropy. The optimizer,",
-        "which the two share, is in the times.",
+        "Both have the same weights, the same text and, but for rounding, the same logits. Plain PyTorch uses its own",
+        "layer_norm, scaled_dot_product_attention, linear and cross_entropy. The optimizer, which the two share, is in",
+        "the times.",
     ]
     return "\n".join(lines)
 
 
 def _line(name: str, unit: str, times: dict[str, list[float]], units_per_call: int, tokens_per_unit: int) -> str:
-    """`unit` is what the time is shown for; a call makes `units_per_call` of them, of `tokens_per_unit` tokens each."""
+    """Return a line of the table: a call makes `units_per_call` units, whose time is shown, of so many tokens each."""
     medians = {path: median(seconds) / units_per_call for path, seconds in times.items()}
     cells = [
         f"{f'{format_time(s)} a {unit},':<18} {f'{tokens_per_unit / s:,.0f} tokens/s':<17}" for s in medians.values()
@@ -111,44 +111,8 @@ def _line(name: str, unit: str, times: dict[str, list[float]], units_per_call: i
     return f"{name:<26}{cells[0]}{cells[1]}{medians[PLAIN] / medians[OURS]:.2f}x"
 
 
-@contextmanager
-def _plain_pytorch() -> Iterator[None]:
-    """No kernel of ours; and where tinyllm.reference spells out a formula, what a user of PyTorch would call."""
-
-    def add_layer_norm(input: Tensor, residual: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-        total = input + residual
-        return F.layer_norm(total, *args), total
-
-    def attention(
-        query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, p: float, causal: bool, scale: float, gqa: bool
-    ) -> Tensor:
-        if query.dim() == 3:  # one head; PyTorch's fused kernels take four dimensions
-            query, key, value = (x.unsqueeze(1) for x in (query, key, value))
-            return attention(query, key, value, mask, p, causal, scale, gqa).squeeze(1)
-        return F.scaled_dot_product_attention(query, key, value, mask, p, causal, scale=scale, enable_gqa=gqa)
-
-    with (
-        ops.backend("reference"),
-        mock.patch.multiple(
-            reference,
-            layer_norm=F.layer_norm,
-            add_layer_norm=add_layer_norm,
-            scaled_dot_product_attention=attention,
-        ),
-    ):
-        yield
-
-
-def _on(path: str, call: Callable[[], object]) -> Callable[[], object]:
-    def on_path() -> None:
-        with _plain_pytorch() if path == PLAIN else nullcontext():
-            call()
-
-    return on_path
-
-
 def _training_step(model: SimpleLLM, config: TrainConfig, inputs: Tensor, targets: Tensor) -> Callable[[], object]:
-    """What `tinyllm train` does in a step, on a model of its own."""
+    """Return a step as `tinyllm train` does it, on a model of its own."""
     optimizer = adamw(model.train(), config)
 
     def step() -> None:
@@ -162,13 +126,11 @@ def _training_step(model: SimpleLLM, config: TrainConfig, inputs: Tensor, target
 
 
 @torch.no_grad()
-def _check_same(model: SimpleLLM, inputs: Tensor) -> None:
-    """Both paths give the same logits, but for rounding; half of float32's digits."""
-    ours = model(inputs)
-    with _plain_pytorch():
-        plain = model(inputs)
-    error = (torch.linalg.vector_norm(ours - plain) / torch.linalg.vector_norm(plain)).item()
-    limit = torch.finfo(ours.dtype).eps ** 0.5
+def _check_same(model: SimpleLLM, plain: PlainLLM, inputs: Tensor) -> None:
+    """Raise ValueError unless both give the same logits, but for rounding: half of float32's digits."""
+    logits = model(inputs)
+    error = relative_error([logits], [plain(inputs).double()])
+    limit = torch.finfo(logits.dtype).eps ** 0.5
     if not error <= limit:
         raise ValueError(f"the two paths disagree: the logits differ by {error:.1e} of their size, allowed {limit:.1e}")
 

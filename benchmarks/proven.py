@@ -1,9 +1,4 @@
-"""Tell `tinyllm info` on which GPUs which kernels have run, from all the results that are committed:
-
-    python -m benchmarks.proven
-
-The results themselves are not installed. `python -m benchmarks.gpu` does this where it changes them.
-"""
+"""On which GPUs which kernels have run, which `tinyllm info` tells: the results themselves are not installed."""
 
 from __future__ import annotations
 
@@ -15,10 +10,7 @@ from typing import Any
 from tinyllm._internal.files import write_text
 from tinyllm.ops.backends import hardware
 
-from .gpu_row import CUDA, TRITON
-from .report import RESULTS
-
-PROVIDERS = {"cuda": CUDA, "triton": TRITON}
+from .row import BACKENDS
 
 
 def proven(measurements: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, list[str]]]:
@@ -26,27 +18,17 @@ def proven(measurements: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, lis
     major compute capability to backend to operators."""
     found: defaultdict[str, defaultdict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
     for results in measurements:
-        for row in results["rows"] if results["gpu"] else ():
-            major = results["gpu"]["capability"].split(".")[0]
-            for backend, provider in PROVIDERS.items():
-                if row["provider"] == provider and "failed" not in row and row.get("operators"):
-                    found[major][backend].update(row["operators"])
+        major = results["gpu"]["capability"].split(".")[0]
+        for row in results["rows"]:
+            backend = BACKENDS.get(row["provider"])
+            if backend and "failed" not in row and row.get("operators"):
+                found[major][backend].update(row["operators"])
     return {
         major: {backend: sorted(operators) for backend, operators in sorted(backends.items())}
         for major, backends in sorted(found.items(), key=lambda item: int(item[0]))
     }
 
 
-def committed() -> dict[str, dict[str, list[str]]]:
-    """Return what the committed results of all GPUs prove."""
-    paths = sorted([*RESULTS.glob("gpu*.json"), *RESULTS.glob("gpu/*.json")])
-    return proven(json.loads(path.read_text(encoding="utf-8")) for path in paths)
-
-
-def write() -> None:
-    """Write what the committed results prove beside tinyllm.ops.backends.hardware, with which it is installed."""
-    write_text(hardware.PROVEN, json.dumps(committed(), indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    write()
+def write(measurements: Iterable[Mapping[str, Any]]) -> None:
+    """Write what results prove beside tinyllm.ops.backends.hardware, with which it is installed."""
+    write_text(hardware.PROVEN, json.dumps(proven(measurements), indent=1) + "\n")

@@ -1,106 +1,94 @@
-"""From measurements to what people read: results/cpu.json, the README's tables, the pictures."""
+"""From measurements to what people read: results/KIND/FAMILY.json, docs/benchmarks.md and the README's table.
+
+    python -m benchmarks.report                   write page, pictures and table anew from the stored results
+    python -m benchmarks.report --adopt FILE      first take over what was measured elsewhere, with --out
+
+KIND is cpu, gpu or training; FAMILY names the processor's family or the chip. The page shows whatever is stored, the
+families beside each other.
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-from tinyllm._internal.files import replacing, write_text
+from tinyllm._internal.files import write_text
 
-from .harness import BYTES, OURS
-from .machine import DISTURBED
-from .timing import format_digits, format_time
+from .machine import DISTURBED, slug
+from .row import BYTES, OURS, OURS_ALL
 
 ROOT = Path(__file__).parents[1]
-README = ROOT / "README.md"
+IN_REPOSITORY = (ROOT / "pyproject.toml").exists()
+README, PAGE = ROOT / "README.md", ROOT / "docs" / "benchmarks.md"
+PICTURES = PAGE.with_suffix("")
 # Of an installed package: the same folder below the one it is run in.
-RESULTS = (ROOT if (ROOT / "pyproject.toml").exists() else Path()) / "benchmarks" / "results"
-DEMO = README.parent / "docs" / "demo.txt"  # what `make demo` printed
+RESULTS = (ROOT if IN_REPOSITORY else Path()) / "benchmarks" / "results"
+KINDS = {"cpu": "On a CPU", "training": "Whole trainings", "gpu": "On a GPU"}
 SECTIONS = {
     "embedding": "Embedding",
-    "layer_norm": "Layer normalisation",
+    "layer_norm": "Norms",
     "attention": "Attention",
+    "decode": "Attention of one query",
     "linear": "Linear layers",
     "losses": "Losses",
     "model": "The whole model",
+    "launch": "The cost of a launch",
+    "char": "A character model: `tinyllm train` and a GPT in plain PyTorch",
+    "gpt2": "GPT-2's size: SimpleLLM and Hugging Face's model",
+    "engine": "What `tinyllm train` costs beside a loop with nothing around the model",
 }
 MARK = "(!)"  # of disturbed rows
-COLORS = {
-    "embedding": "#c9a227",
-    "layer_norm": "#2a9d8f",
-    "attention": "#2f6fb0",
-    "linear": "#b5485d",
-    "losses": "#d1793b",
-    "model": "#8a5fb5",
-    "decode": "#6c8ebf",
-    "launch": "#7f7f7f",
-}
+MOST_SLOWER = 8  # rows in which a peer is faster that the README shows
+
+Results = Mapping[str, Any]
+RowFacts = Mapping[str, Any]
 
 
 # ---- The results
 
 
 def make_results(
-    facts: Mapping[str, Any],
-    ceilings: Mapping[str, Any] | None,
-    benchmarks: Iterable[Any],
-    one_thread: Iterable[Any] = (),
+    facts: Results, ceilings: Results | None, rows: Iterable[dict[str, Any]], one_thread: Iterable[dict[str, Any]] = ()
 ) -> dict[str, Any]:
-    """The content of cpu.json, or gpu.json.
+    """Return the content of a file of results.
 
     Args:
-        facts: machine, versions, ..., see `benchmarks.machine.describe`.
-        ceilings: see `benchmarks.machine.ceilings`; None if they are not known.
-        benchmarks: the "benchmarks" of pytest-benchmark's JSON; some may have "failed" among their facts, which says
-            why there are no statistics.
+        facts: machine, versions, ..., see `machine.describe`.
+        ceilings: see `machine.ceilings`; None if they are not known.
+        rows: a dict for each row and provider: the row's facts and the provider's times, or why it "failed".
         one_thread: the same of rows measured on one thread.
     """
-    rows = _rows(benchmarks)
-    for row in rows:
-        if ceilings is not None and is_measured(row):
-            row["fraction_of_ceiling"] = row["rate"] / ceiling_of(row, ceilings)
-    return _rounded({**facts, "ceilings": ceilings, "rows": rows, "one_thread": _rows(one_thread)})
+    return _rounded(
+        {**facts, "ceilings": ceilings, "rows": _rated(rows, ceilings), "one_thread": _rated(one_thread, None)}
+    )
 
 
-def _rows(benchmarks: Iterable[Any]) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = []
-    for benchmark in benchmarks:
-        info = dict(benchmark["extra_info"])
-        if "failed" in info:
-            rows.append(info)
-            continue
-        stats = benchmark["stats"]
-        rows.append(
-            {
-                **info,
-                "rounds": stats["rounds"],
-                "median_s": stats["median"],
-                "iqr_s": stats["iqr"],
-                "rate": info["work"] / stats["median"] / 1e9,
+def _rated(rows: Iterable[dict[str, Any]], ceilings: Results | None) -> list[dict[str, Any]]:
+    """Return the rows with rates, their fractions of the ceiling, and the ratios of each peer's time to ours."""
+    found = [dict(row) for row in rows]
+    for row in filter(is_measured, found):
+        row["rate"] = row["work"] / row["median_s"] / 1e9
+        if ceilings is not None:
+            copied = row["unit"] == BYTES
+            ceiling = ceilings["copy_gb_per_s"] if copied else ceilings["gemm_gflops"][row["dtype"]]
+            row["fraction_of_ceiling"] = row["rate"] / ceiling
+        if row["provider"] in OURS_ALL:
+            row["ratios"] = {
+                other["provider"]: other["median_s"] / row["median_s"]
+                for other in filter(is_measured, found)
+                if other["benchmark"] == row["benchmark"] and is_peer(other["provider"])
             }
-        )
-    measured = [row for row in rows if is_measured(row)]
-    for row in measured:
-        peers = [other for other in measured if other["benchmark"] == row["benchmark"] and other is not row]
-        row["ratios"] = {peer["provider"]: peer["median_s"] / row["median_s"] for peer in peers}
-    return rows
-
-
-def is_measured(row: Mapping[str, Any]) -> bool:
-    """Whether it has a time, and does not say why not."""
-    return "failed" not in row
-
-
-def ceiling_of(row: Mapping[str, Any], ceilings: Mapping[str, Any]) -> float:
-    """The ceiling, in the row's unit, that its rate is a fraction of."""
-    return float(ceilings["copy_gb_per_s"] if row["unit"] == BYTES else ceilings["gemm_gflops"][row["dtype"]])
+    return found
 
 
 def _rounded(value: Any) -> Any:
-    """Floats to five significant digits: more are noise, and make every diff longer."""
+    """Round floats to five significant digits: more are noise, and make every diff longer."""
     if isinstance(value, float):
         return float(f"{value:.5g}")
     if isinstance(value, Mapping):
@@ -110,83 +98,153 @@ def _rounded(value: Any) -> Any:
     return value
 
 
-def is_disturbed(row: Mapping[str, Any]) -> bool:
+def is_measured(row: RowFacts) -> bool:
+    """Whether a row has a time, and does not say why not."""
+    return "failed" not in row
+
+
+def is_peer(provider: str) -> bool:
+    """Whether a provider is not ours, nor a part of one of ours ("Triton, its launch")."""
+    return provider.split(", ")[0] not in OURS_ALL
+
+
+def is_disturbed(row: RowFacts) -> bool:
     """Whether other programs used the processor while the row was measured."""
-    return bool((row["other_load_cores"] or 0.0) >= DISTURBED)
+    return (row["other_load_cores"] or 0.0) >= DISTURBED
 
 
-def best_peer(row: Mapping[str, Any]) -> float:
-    """The time of the fastest other provider, as a multiple of this one's."""
+def kind_of(results: Results) -> str:
+    """Return the key of KINDS under which results are stored."""
+    return "training" if "details" in results else "gpu" if "gpu" in results else "cpu"
+
+
+def family_of(results: Results) -> str:
+    """Return the name of the processor's family, or of the chip."""
+    return slug(results["gpu"]["name"]) if kind_of(results) == "gpu" else results["machine"]["family"]
+
+
+def stored(kind: str) -> dict[str, dict[str, Any]]:
+    """Return the stored results of a kind: family -> results."""
+    paths = sorted((RESULTS / kind).glob("*.json"))
+    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in paths}
+
+
+def publish(results: Results, out: Path | None) -> None:
+    """Write results and their pictures to `out`. Without it, store those of a whole run, and write anew what shows them
+    in a repository."""
+    if out is None and (results["quick"] or results.get("only")):
+        return
+    path = save(results, out)
+    print(f"Written: {path}")
+    if out is None and IN_REPOSITORY:
+        render()
+    else:
+        from .pictures import draw
+
+        draw(kind_of(results), {path.stem: results}, path.parent)
+
+
+def save(results: Results, out: Path | None) -> Path:
+    """Write results to a folder, or where they are stored; return the file."""
+    kind = kind_of(results)
+    path = RESULTS / kind / f"{family_of(results)}.json" if out is None else out / f"{kind}.json"
+    write_text(path, json.dumps(results, indent=1) + "\n")
+    return path
+
+
+def adopt(path: Path) -> None:
+    """Store results that were measured elsewhere; raise ValueError where they are not those of a whole run."""
+    results = json.loads(path.read_text(encoding="utf-8"))
+    if results["quick"] or results.get("only") or (kind_of(results) == "gpu" and results["gpu"] is None):
+        raise ValueError(f"{path} does not hold a whole run, and what it holds is not stored")
+    publish(results, None)
+
+
+# ---- Tables
+
+
+def fastest(rows: Iterable[RowFacts]) -> RowFacts:
+    """Return the row with the shortest time; an empty one if none is measured."""
+    return min(filter(is_measured, rows), key=lambda row: row["median_s"], default={})
+
+
+def ours_by_benchmark(results: Results) -> dict[str, RowFacts]:
+    """Return for each benchmark of a table the fastest row of ours that has been compared with a peer."""
+    ours: dict[str, list[RowFacts]] = {}
+    for row in results["rows"]:
+        if row["section"] in SECTIONS and row["provider"] in OURS_ALL:
+            ours.setdefault(row["benchmark"], []).append(row)
+    found = {name: fastest(rows) for name, rows in ours.items()}
+    return {name: row for name, row in found.items() if row.get("ratios")}
+
+
+def factor(row: RowFacts) -> float:
+    """Return the time of the fastest peer as a multiple of ours."""
     return float(min(row["ratios"].values()))
 
 
-def save(results: Mapping[str, Any], directory: Path) -> list[Path]:
-    """Write cpu.json and the pictures; where they are."""
-    write_text(directory / "cpu.json", json.dumps(results, indent=1) + "\n")
-    return [directory / "cpu.json", *draw_pictures(results, directory)]
+def side_by_side(found: Mapping[str, Results], names: Iterable[str] | None = None) -> list[str]:
+    """Return the lines of a Markdown table: our time and the factor to the fastest peer in each family, and where there
+    are several, each row's worst and best factor.
+
+    Args:
+        found: family -> results.
+        names: the benchmarks to show; all of them by default.
+    """
+    by_family = {family: ours_by_benchmark(results) for family, results in found.items()}
+    measured = [name for rows in by_family.values() for name in rows]
+    several = len(set(measured)) < len(measured)  # some rows in more than one family
+    table = [["", *found, *(["worst", "best"] if several else [])]]
+    for name in dict.fromkeys(measured if names is None else names):
+        rows = {family: by_family[family][name] for family in found if name in by_family[family]}
+        factors = [factor(row) for row in rows.values()]
+        cells = [f"{format_time(rows[f]['median_s'])}, {factor(rows[f]):.2f}x" if f in rows else "" for f in found]
+        table.append([name, *cells, *([f"{min(factors):.2f}x", f"{max(factors):.2f}x"] if several else [])])
+    return _markdown(table)
 
 
-def load(directory: Path = RESULTS) -> dict[str, Any]:
-    """The content of `directory`/cpu.json."""
-    results: dict[str, Any] = json.loads((directory / "cpu.json").read_text(encoding="utf-8"))
-    return results
-
-
-# ---- The tables
-
-
-def render_table(results: Mapping[str, Any], headline: bool = False) -> str:
-    """Markdown: who was faster, by how much, and how near to the ceiling. With `headline` a few rows in one table."""
-    if headline:
-        rows, one = [row for row in results["rows"] if row["headline"]], results["one_thread"]
-        return "\n".join(
-            [
-                *section_table(rows, short=True),
-                *(["", "The same on one thread:", "", *section_table(one, short=True)] if one else []),
-                "",
-                f"{machine_line(results)}. {_disturbance(results, [*rows, *one])}Medians ± half the interquartile",
-                "range; the factor is how many times as long as tinyllm a peer takes.",
-            ]
-        )
-    lines = [_notes(results)]
-    for section, title in SECTIONS.items():
-        rows = [row for row in results["rows"] if row["section"] == section]
-        if rows:
-            lines += ["", f"**{title}**", "", *section_table(rows, short=False)]
-    return "\n".join(lines)
-
-
-def section_table(rows: Sequence[Mapping[str, Any]], short: bool) -> list[str]:
-    """Lines of a Markdown table: a row for each benchmark, a column for each provider."""
-    names = list(dict.fromkeys(row["benchmark"] for row in rows))
-    peers = list(dict.fromkeys(row["provider"] for row in rows if row["provider"] != OURS))
-    header = ["", OURS, *([] if short else ["rate", "of ceiling"]), *peers]
-    lines = ["| " + " | ".join(header) + " |", "|---|" + "---:|" * (len(header) - 1)]
-    for name in names:
+def section_table(rows: Sequence[RowFacts]) -> list[str]:
+    """Return the lines of a Markdown table: a row for each benchmark, a column for each provider."""
+    providers = list(dict.fromkeys(row["provider"] for row in rows))
+    ours = [name for name in OURS_ALL if name in providers]
+    peers = sorted((name for name in providers if name not in ours), key=lambda name: not is_peer(name))
+    has_rate, has_fraction = any(row.get("rate") for row in rows), any("fraction_of_ceiling" in row for row in rows)
+    table = [["", *ours, *["rate"] * has_rate, *["of ceiling"] * has_fraction, *peers]]
+    for name in dict.fromkeys(row["benchmark"] for row in rows):
         found = {row["provider"]: row for row in rows if row["benchmark"] == name}
-        ours = found[OURS]
-        cells = [f"{name} {MARK}" if is_disturbed(ours) else name, time_cell(ours)]
-        if not short:
-            cells += _rate_cells(ours)
-        ratios = ours.get("ratios", {})
-        for peer in peers:
-            cell = time_cell(found[peer]) if peer in found else ""
-            if peer in ratios:
-                shown = f"{ratios[peer]:.2f}x"
-                cell += ", " + (f"**{shown}**" if ratios[peer] == min(ratios.values()) else shown)
-            cells.append(cell)
-        lines.append("| " + " | ".join(cells) + " |")
-    return lines
+        best = fastest(found[who] for who in ours if who in found)
+        ratios = {who: ratio for who, ratio in best.get("ratios", {}).items() if is_peer(who)}
+        cells = [f"{name} {MARK}" if any(map(is_disturbed, found.values())) else name]
+        cells += [_time_cell(found.get(who, {})) for who in ours]
+        cells += [_rate_cell(best)] * has_rate
+        cells += [f"{best['fraction_of_ceiling']:.0%}" if "fraction_of_ceiling" in best else ""] * has_fraction
+        for who in peers:
+            ratio = f", {ratios[who]:.2f}x" if who in ratios else ""
+            bold = "**" if ratio and ratios[who] == min(ratios.values()) else ""
+            cells.append(_time_cell(found.get(who, {})) + ratio.replace(" ", f" {bold}") + bold)
+        table.append(cells)
+    return _markdown(table)
 
 
-def _rate_cells(row: Mapping[str, Any]) -> list[str]:
-    """The rate and its fraction of the ceiling, as far as there is one."""
-    fraction = row.get("fraction_of_ceiling")
-    return [rate_cell(row), "" if fraction is None else f"{fraction:.0%}"]
+def _markdown(table: Sequence[Sequence[str]]) -> list[str]:
+    """Return a table's lines; the first one is the header."""
+    lines = ["| " + " | ".join(cells) + " |" for cells in table]
+    return [lines[0], "|---|" + "---:|" * (len(table[0]) - 1), *lines[1:]]
 
 
-def rate_cell(row: Mapping[str, Any]) -> str:
-    """The rate with its unit; empty without one."""
+def _time_cell(row: RowFacts) -> str:
+    """Return time, spread and memory, or why there are none."""
+    if not row:
+        return ""
+    if not is_measured(row):
+        reason = " ".join(row["failed"].replace("|", "/").split())
+        return reason if len(reason) <= 60 else f"{reason[:57]}..."
+    memory = f", {row['peak_bytes'] / 2**30:.2f} GiB" if row.get("shows_memory") and row["peak_bytes"] else ""
+    busy = f", GPU {format_time(row['gpu_s'])}" if "gpu_s" in row else ""
+    return f"{format_time(row['median_s'])} ±{row['iqr_s'] / 2 / row['median_s']:.0%}{memory}{busy}"
+
+
+def _rate_cell(row: RowFacts) -> str:
     if not row.get("rate"):
         return ""
     rate, unit = row["rate"], row["unit"]
@@ -195,26 +253,21 @@ def rate_cell(row: Mapping[str, Any]) -> str:
     return f"{format_digits(rate)} {unit}"
 
 
-def _notes(results: Mapping[str, Any]) -> str:
-    gemm, copy = results["ceilings"]["gemm_gflops"], results["ceilings"]["copy_gb_per_s"]
-    ceilings = f"{gemm['float32']:.0f} GFLOP/s in float32 and {gemm['bfloat16']:.0f} in bfloat16; copy {copy:.1f} GB/s,"
-    return "\n".join(
-        [
-            f"{machine_line(results)}; commit {results['commit'] or 'unknown'}, {results['date'][:10]}.",
-            f"{_disturbance(results, results['rows'])}{_allocator_line(results['allocator'])}",
-            "",
-            "- Times are medians of a call ± half the interquartile range. The factor behind a peer's time is how many",
-            "  times as long as tinyllm it takes (above 1: tinyllm is faster), in bold for the best peer.",
-            "- Rates count useful work only: matrix products, of attention those of visible query-key pairs; or every",
-            "  tensor moved once.",
-            f"- Ceilings, measured with plain PyTorch in the same run: matrix product {ceilings}",
-            "  read and written. Tensors that fit in the caches move faster than that.",
-        ]
-    )
+def render_tables(results: Results) -> str:
+    """Return Markdown of one file of results: who was faster, by how much, and how near to the ceiling."""
+    lines = [_facts(results)]
+    for section, title in SECTIONS.items():
+        rows = [row for row in results["rows"] if row["section"] == section]
+        if rows:
+            lines += ["", f"**{title}**", "", *section_table(rows)]
+            lines += ["", *_training_notes(section, rows, results["details"][section])] if "details" in results else []
+    if results.get("one_thread"):
+        lines += ["", "**On one thread**", "", *section_table(results["one_thread"])]
+    return "\n".join(lines)
 
 
-def machine_line(results: Mapping[str, Any]) -> str:
-    """The machine and the versions, in a line."""
+def machine_line(results: Results) -> str:
+    """Return the machine and the versions, in a line."""
     machine, versions = results["machine"], results["versions"]
     if results.get("gpu"):
         gpu = results["gpu"]
@@ -229,203 +282,196 @@ def machine_line(results: Mapping[str, Any]) -> str:
     )
 
 
-def _disturbance(results: Mapping[str, Any], shown: Iterable[Mapping[str, Any]]) -> str:
-    """What stands against trusting the rows shown; empty if nothing does."""
-    quick = "A quick run: a first impression. " if results["quick"] else ""
-    rows = any(map(is_disturbed, shown))
-    return quick + (f"Rows with {MARK} were disturbed: other programs used the processor meanwhile. " if rows else "")
+def _facts(results: Results) -> str:
+    """Return what was measured on and when, the ceilings, and what stands against trusting the rows."""
+    lines = [f"{machine_line(results)}; commit {results['commit'] or 'unknown'}, {results['date'][:10]}."]
+    if results["quick"]:
+        lines.append("A quick run: a first impression.")
+    if any(is_disturbed(row) for row in results["rows"]):
+        lines.append(f"Rows with {MARK} were disturbed: other programs used the processor meanwhile.")
+    if results["ceilings"] is not None:
+        gemm, copy = results["ceilings"]["gemm_gflops"], results["ceilings"]["copy_gb_per_s"]
+        products = f"{gemm['float32']:.0f} GFLOP/s in float32 and {gemm['bfloat16']:.0f} in bfloat16"
+        lines.append(f"Ceilings: matrix product {products}; copy {copy:.1f} GB/s.")
+    allocator = ", ".join(f"{name}={value}" for name, value in results["allocator"].items())
+    lines.append(f"Allocator settings, the same for all: {allocator or 'the defaults of the system'}.")
+    return "\n".join(lines)
 
 
-def _allocator_line(allocator: Mapping[str, str]) -> str:
-    if not allocator:
-        return "Allocator settings: the system's defaults."
-    settings = ", ".join(f"{name}={value}" for name, value in allocator.items())
-    return f"Allocator settings, the same for all: {settings}."
+def _training_notes(section: str, rows: Sequence[RowFacts], details: Results) -> list[str]:
+    """Return what a table of trainings does not say."""
+    gone = next((row["rounds_left_out"] for row in rows if is_measured(row)), 0)
+    left_out = [f"{gone} rounds are left out, as other programs ran meanwhile."] if gone else []
+    if section == "engine":
+        cost, wait = format_time(details["cost_s"]), format_time(details["wait_s"])
+        share = details["cost_s"] / next(row["median_s"] for row in rows if row["provider"] != OURS)
+        return [
+            *left_out,
+            f"The median difference is {cost} a step, {share:.1%} of the loop's, with the same",
+            f"losses to the bit. Waiting for data takes {wait}, {details['wait_fraction']:.2%}.",
+        ]
+    speeds = [f"{row['provider']} {row['tokens'] / row['median_s']:,.0f}" for row in rows if is_measured(row)]
+    lines = [*left_out, f"Tokens a second: {', '.join(speeds)}."]
+    if section == "gpt2":
+        losses = ", ".join(f"{name} {value:.4f}" for name, value in details["loss"].items())
+        return [*lines, f"Loss after the same steps from the same weights: {losses}."]
+    losses = ", ".join(f"{name} {fmean(values):.3f}" for name, values in details["val_loss"].items())
+    seeds = f"mean of {details['seeds']} seeds" if details["seeds"] > 1 else "one seed"
+    lines.append(f"Validation loss after {details['steps']} steps from the same first weights, {seeds}: {losses}.")
+    return [*lines, f"Each has {details['parameters'][OURS]:,} weights."]
 
 
-def time_cell(row: Mapping[str, Any]) -> str:
-    """Time, spread and memory, or why there are none."""
-    if not is_measured(row):
-        reason = " ".join(row["failed"].replace("|", "/").split())
-        return reason if len(reason) <= 60 else f"{reason[:57]}..."
-    memory = f", {row['peak_bytes'] / 2**30:.2f} GiB" if row.get("shows_memory") and row["peak_bytes"] else ""
-    spread = row["iqr_s"] / 2 / row["median_s"]
-    return f"{format_time(row['median_s'])} ±{spread:.0%}{memory}"
+def format_time(seconds: float) -> str:
+    """Return three digits and a unit."""
+    for scale, unit in ((1e6, "µs"), (1e3, "ms")):
+        if seconds * scale < 999.5:
+            return f"{format_digits(seconds * scale)} {unit}"
+    return f"{format_digits(seconds)} s"
 
 
-# ---- The README
+def format_digits(value: float) -> str:
+    """Return three digits, or all before the point; two for what is very small."""
+    if value < 0.1:
+        return f"{value:.2g}"
+    return f"{value:.0f}" if value >= 99.95 else f"{value:.1f}" if value >= 9.995 else f"{value:.2f}"
+
+
+# ---- The page and the README
+
+INTRO = """# Benchmarks
+
+<!-- Written by `python -m benchmarks.report` from benchmarks/results/; edit neither this page nor its figures. -->
+
+`tinyllm bench` compares every operator and the model with PyTorch and torch.compile on your machine, in a quarter of an
+hour (`--quick`: a few minutes). It needs `pip install 'tinyllm[test]'`. `make bench` does so for this page, and
+`make train-bench` compares training itself, in ten minutes. Results are stored by the family of the processor, or by
+the chip; `python -m benchmarks.report --adopt FILE` takes over what another machine has measured with `--out`.
+
+- A result is verified before it is timed: its error against float64 may be at most twice that of eager PyTorch.
+- All providers get the same inputs, threads, dtype and allocator settings, and take turns, so that a machine that slows
+  down for a while slows all of them.
+- Times are medians ± half the interquartile range. The factor is how many times as long as tinyllm a peer takes: above
+  1 tinyllm is faster, below 1 the peer is. The best peer's is in bold.
+- Rates count useful work only: matrix products, of attention those of visible query-key pairs; or every tensor moved
+  once. Ceilings are measured with plain PyTorch in the same run; tensors that fit in the caches move faster than a
+  copy.
+"""
+LINEAR_NOTE = (
+    "Linear layers are measured on our kernel; the package itself takes PyTorch's product where that is faster."
+)
+KIND_NOTES = {
+    "cpu": LINEAR_NOTE,
+    "training": """A step is everything: data, forward, backward, clipping, optimizer, bookkeeping. At GPT-2's size,
+where data and bookkeeping are lost in seconds, all have the same short loop and one batch.""",
+    "gpu": """Times of operators are as the GPU runs them, those of training steps and launches by the clock on the
+wall. CUDA C++ and Triton are ours, each forced; tinyllm is what the package chooses by itself.""",
+}
+
+
+def render_page() -> str:
+    """Return the text of docs/benchmarks.md."""
+    lines = [INTRO]
+    for kind, title in KINDS.items():
+        found = stored(kind)
+        lines += [f"## {title}", "", KIND_NOTES[kind], ""]
+        if not found:
+            lines += ["No results are stored yet.", ""]
+        picture = PICTURES / f"{kind}-speedups.png"
+        if picture.exists():
+            lines += [f"![Speed-up over the fastest peer]({picture.relative_to(PAGE.parent)})", ""]
+        if len(found) > 1:
+            lines += ["### Side by side", "", "Our time, and the factor to the fastest peer.", "", *side_by_side(found)]
+            lines += [""]
+        for family, results in found.items():
+            lines += [f"### {title}: {family}", "", render_tables(results), ""]
+            picture = PICTURES / f"{kind}-{family}-attention.png"
+            if picture.exists():
+                lines += [f"![Attention over the length]({picture.relative_to(PAGE.parent)})", ""]
+    return "\n".join(lines).rstrip("\n") + "\n"
+
+
+def render_headline() -> str:
+    """Return the README's table: the headline's rows, and those in which a peer is faster."""
+    found: dict[str, dict[str, Any]] = {}
+    for kind in ("cpu", "training"):
+        for family, results in stored(kind).items():
+            whole = found.setdefault(family, {**results, "rows": []})
+            whole["rows"] = [*whole["rows"], *results["rows"]]
+    tables = [_headline_table(found)] if found else []
+    tables += [_headline_table(gpus)] if (gpus := stored("gpu")) else []
+    return "\n\n".join(tables)
+
+
+def _headline_table(found: Mapping[str, Results]) -> str:
+    slowest: dict[str, float] = {}
+    shown: list[str] = []
+    for results in found.values():
+        for name, row in ours_by_benchmark(results).items():
+            if row["section"] == "engine":  # our own model beside itself
+                continue
+            slowest[name] = min(slowest.get(name, factor(row)), factor(row))
+            if row.get("headline") or row["section"] in ("char", "gpt2"):
+                shown.append(name)
+    slower = sorted((name for name in slowest if slowest[name] < 1), key=slowest.__getitem__)
+    lines = side_by_side(found, [*shown, *slower[:MOST_SLOWER]])
+    lines += [
+        "",
+        "Our time, and how many times as long the fastest of PyTorch, torch.compile and Hugging Face takes. Below 1,",
+    ]
+    lines += [f"that one is faster: in {len(slower)} of the {len(slowest)} rows measured.", LINEAR_NOTE, ""]
+    lines += [f"- {family}: {machine_line(results)}; {results['date'][:10]}" for family, results in found.items()]
+    return "\n".join(lines)
 
 
 def replace_block(text: str, name: str, content: str) -> str:
-    """`text` with `content` between `<!-- benchmarks:NAME -->` and its closing marker; unchanged if it has neither."""
-    start, end = f"<!-- benchmarks:{name} -->", f"<!-- /benchmarks:{name} -->"
-    counts = text.count(start), text.count(end)
-    if counts == (0, 0):
-        return text
-    if counts != (1, 1) or text.index(start) > text.index(end):
+    """Return `text` with `content` between `<!-- NAME:begin -->` and `<!-- NAME:end -->`; ValueError if these are not
+    there once, in this order."""
+    start, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    if (text.count(start), text.count(end)) != (1, 1) or text.index(start) > text.index(end):
         raise ValueError(f"{start} and {end} must each be there once, in this order")
     return re.sub(f"(?s){re.escape(start)}.*{re.escape(end)}", lambda _: f"{start}\n{content}\n{end}", text)
 
 
-def render_demo() -> str:
-    """What `make demo` printed, as a block of Markdown."""
-    return f"```console\n{DEMO.read_text(encoding='utf-8')}```"
+def render() -> None:
+    """Write the page, its pictures, the README's table and what `tinyllm info` tells of GPUs from what is stored."""
+    from .pictures import draw
+    from .proven import write
+
+    for kind in KINDS:
+        draw(kind, stored(kind), PICTURES)
+    write_text(PAGE, render_page())
+    write_text(README, replace_block(README.read_text(encoding="utf-8"), "headline", render_headline()))
+    write(stored("gpu").values())
 
 
-def update_readme(results: Mapping[str, Any], path: Path = README) -> None:
-    """Put both tables and the demo's output between their markers."""
-    blocks = {
-        "cpu": render_table(results),
-        "headline": render_table(results, headline=True),
-        "demo": render_demo(),
-    }
-    replace_blocks(path, blocks)
-
-
-def replace_blocks(path: Path, blocks: Mapping[str, str]) -> None:
-    """`replace_block` for a file and several blocks."""
-    text = new = path.read_text(encoding="utf-8")
-    for name, content in blocks.items():
-        new = replace_block(new, name, content)
-    if new != text:
-        write_text(path, new)
-
-
-# ---- The pictures
-
-
-def draw_pictures(results: Mapping[str, Any], directory: Path) -> list[Path]:
-    """cpu.png, and cpu_attention_length.png if the results have its rows."""
-    paths = []
-    if any(row["section"] in SECTIONS for row in results["rows"]):
-        paths.append(directory / "cpu.png")
-        draw_chart(results, paths[-1])
-    if any(row["section"] == "length" for row in results["rows"]):
-        paths.append(directory / "cpu_attention_length.png")
-        draw_lengths(results, paths[-1])
-    return paths
-
-
-def draw_chart(
-    results: Mapping[str, Any],
-    path: Path,
-    sections: Mapping[str, str] = SECTIONS,
-    title: str = "tinyllm against PyTorch on the CPU",
-    peers: str = "the faster of eager PyTorch and torch.compile",
-) -> None:
-    """Speed-up over the best peer, a bar for each row; `sections`: key -> what the legend calls it."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Patch
-
-    rows = [
-        row
-        for section in sections
-        for row in results["rows"]
-        if (row["section"], row["provider"]) == (section, OURS) and row.get("ratios")
-    ]
-    shown = [section for section in sections if any(row["section"] == section for row in rows)]
-    places, labels, place = [], [], 0.0
-    for before, row in zip([None, *rows], rows, strict=False):
-        place += 1.0 if before is None or before["section"] == row["section"] else 1.8
-        places.append(place)
-        labels.append(f"{row['benchmark']} {MARK}" if is_disturbed(row) else row["benchmark"])
-    speedups = [best_peer(row) for row in rows]
-    colors = [COLORS[row["section"]] for row in rows]
-
-    figure = Figure(figsize=(10, 1.6 + 0.27 * place), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    bars = axes.barh(places, speedups, height=0.72, color=colors)
-    for bar, place_of_bar, speedup, row in zip(bars, places, speedups, rows, strict=True):
-        if speedup < 1:  # slower than the best peer: seen at a glance
-            bar.set_alpha(0.45)
-        axes.annotate(
-            f"{speedup:.2f}x   {format_time(row['median_s'])}",
-            (speedup, place_of_bar),
-            xytext=(4, 0),
-            textcoords="offset points",
-            verticalalignment="center",
-            fontsize=8,
-            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
-        )
-    axes.axvline(1.0, color="#333333", linewidth=1)
-    axes.set_yticks(places, labels, fontsize=8)
-    axes.set_ylim(place + 0.8, 0.2)
-    axes.set_xlim(0, max(1.2, *speedups) * 1.18)
-    axes.xaxis.set_major_formatter("{x:g}x")
-    axes.set_xlabel(f"speed-up over {peers} (right of 1x: tinyllm is faster)", fontsize=9)
-    axes.grid(axis="x", color="#dddddd", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.tick_params(axis="y", length=0)
-    set_title(axes, title, results)
-    handles = [Patch(color=COLORS[section], label=sections[section]) for section in shown]
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=9)
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png")
-
-
-def draw_lengths(results: Mapping[str, Any], path: Path) -> None:
-    """Time of causal attention over the length of the sequence, both axes logarithmic."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    rows = [row for row in results["rows"] if row["section"] == "length"]
-    figure = Figure(figsize=(8, 5.2), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    lengths = sorted({row["seq_len"] for row in rows})
-    for direction, line in (("backward", "--"), ("forward", "-")):
-        for provider, color in ((OURS, COLORS["attention"]), ("torch", COLORS["losses"])):
-            found = [row for row in rows if (row["direction"], row["provider"]) == (direction, provider)]
-            if not found:
-                continue
-            found.sort(key=lambda row: row["seq_len"])
-            axes.plot(
-                [row["seq_len"] for row in found],
-                [row["median_s"] for row in found],
-                line,
-                marker="o",
-                markersize=4,
-                color=color,
-                label=f"{provider}, {direction}",
-            )
-    for row in rows:  # below our line: how many times as long PyTorch takes
-        if row["provider"] == OURS and row["direction"] == "forward":
-            axes.annotate(
-                f"{best_peer(row):.2f}x",
-                (row["seq_len"], row["median_s"]),
-                xytext=(5, -11),
-                textcoords="offset points",
-                fontsize=8,
-                color=COLORS["attention"],
-            )
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    axes.set_xticks(lengths, [f"{n}" if n < 1024 else f"{n // 1024}k" for n in lengths])
-    axes.minorticks_off()
-    axes.yaxis.set_major_formatter(lambda seconds, _: format_time(seconds).replace(".00", "").replace(".0", ""))
-    axes.set_xlabel("T, queries and keys of a sequence (numbers: torch's forward time / tinyllm's)", fontsize=9)
-    axes.set_ylabel("time of a call", fontsize=9)
-    axes.grid(color="#dddddd", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=9, loc="upper left")
-    set_title(axes, "Causal attention over T (12 heads of 64)", results)
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png")
-
-
-def set_title(axes: Any, title: str, results: Mapping[str, Any]) -> None:
-    """The title, and below it where and when the figures were measured."""
-    axes.set_title(title, loc="left", fontsize=13, fontweight="bold", pad=24)
-    axes.annotate(
-        f"{machine_line(results)}; {results['date'][:10]}",
-        (0, 1),
-        xytext=(0, 9),
-        textcoords="offset points",
-        xycoords="axes fraction",
-        fontsize=9,
-        color="#555555",
+def parser_of(command: str, text: str | None) -> argparse.ArgumentParser:
+    """Return the parser of a command that measures, with the options that all of them have."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m benchmarks.{command}",
+        description=text,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--quick", action="store_true", help="give a first impression")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="write results and pictures there, and store nothing")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; return the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--adopt", type=Path, nargs="+", default=[], metavar="FILE", help="results to store first")
+    options = parser.parse_args(arguments)
+    try:
+        for path in options.adopt:
+            adopt(path)
+    except (OSError, ValueError, KeyError) as error:
+        print(f"python -m benchmarks.report: error: {error}", file=sys.stderr)
+        return 2
+    render()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

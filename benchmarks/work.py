@@ -3,7 +3,7 @@ it has to gets no credit for it."""
 
 from __future__ import annotations
 
-from .harness import BACKWARD, FORWARD, STEP
+from .row import BACKWARD, FORWARD, STEP
 
 # How many tensors of the input's size each direction must read and write, and how many rows of parameters and their
 # gradients beside them. Statistics of a row (one or two numbers) are not counted.

@@ -5,8 +5,9 @@ import json
 import pytest
 import torch
 
-from benchmarks import gpu, proven
-from benchmarks.gpu_row import CUDA, TRITON, Source
+from benchmarks import proven, report
+from benchmarks.row import CUDA, TRITON, Target
+from benchmarks.rows import rows
 from tinyllm._info import format_info
 from tinyllm.ops.backends import hardware
 
@@ -18,7 +19,7 @@ def measured(monkeypatch):
     def commit(provider, capability, *operators):
         entries = [
             {**row.facts(), "provider": name, **({} if measured else {"failed": "out of time"})}
-            for row in gpu.rows(Source("cpu", 0), small=True)
+            for row in rows(Target(gpu=True))
             for name in (CUDA, TRITON)
             for measured in [name == provider and row.operators and set(row.operators) <= set(operators)]
         ]
@@ -39,7 +40,7 @@ def gpus(monkeypatch):
 
 
 def test_what_is_installed_is_what_the_committed_results_prove():
-    assert json.loads(hardware.PROVEN.read_text(encoding="utf-8")) == proven.committed(), "run benchmarks.proven"
+    assert json.loads(hardware.PROVEN.read_text(encoding="utf-8")) == proven.proven(report.stored("gpu").values())
 
 
 def test_what_was_not_measured_is_not_proven(measured, gpus):
@@ -58,11 +59,6 @@ def test_another_family_proves_nothing_for_this_one(measured, gpus):
     assert hardware.remark("attention", "triton") is None
     gpus((9, 0), (8, 6))
     assert hardware.remark("attention", "triton") == "not proven on hardware of compute capability 8.x"
-
-
-def test_results_without_a_gpu_prove_nothing():
-    rows = [{"provider": TRITON, "operators": ["attention"]}]
-    assert proven.proven([{"gpu": None, "rows": rows}]) == {}
 
 
 def test_info_says_what_is_not_proven(monkeypatch, measured, gpus):

@@ -41,6 +41,6 @@ def bench(
         if missing:
             raise ValueError(f"{' and '.join(missing)} missing; pip install 'tinyllm[test]' brings what bench needs")
         prepare_process()
-        from tinyllm.benchmarks.run import bench
+        from tinyllm.benchmarks.cpu import bench
 
         raise typer.Exit(bench(only, quick, out))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-PROVEN = Path(__file__).with_name("proven.json")  # which `python -m benchmarks.proven` writes
+PROVEN = Path(__file__).with_name("proven.json")  # which `python -m benchmarks.report` writes
 
 
 def proven(operator: str, backend: str) -> list[int]:

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU the script measures, for minutes")
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu_check.sh"
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu_check.sh"
 
 
 def run(out: Path, python: str, *options: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
@@ -46,8 +46,8 @@ def stages_of(out: Path) -> dict[str, str]:
 def test_every_row_says_that_there_is_no_gpu(tmp_path: Path) -> None:
     done = run(tmp_path / "out", sys.executable, "--quick", "--only-bench")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"bench.json", "bench.txt", "machine.json"}
-    results = json.loads((tmp_path / "out" / "bench.json").read_text(encoding="utf-8"))
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"gpu.json", "bench.txt", "machine.json"}
+    results = json.loads((tmp_path / "out" / "gpu.json").read_text(encoding="utf-8"))
     assert results["gpu"] is None
     assert results["rows"]
     assert {row["failed"] for row in results["rows"]} == {"not measured: no GPU"}
@@ -55,7 +55,7 @@ def test_every_row_says_that_there_is_no_gpu(tmp_path: Path) -> None:
     machine = json.loads((tmp_path / "out" / "machine.json").read_text(encoding="utf-8"))
     assert machine["commit"] == results["commit"] == "c0ffee"
     assert machine["versions"]["torch"]
-    assert done.stdout.count("not measured: no GPU") == sum(row["headline"] for row in results["rows"])
+    assert done.stdout.count("not measured: no GPU") == len(results["rows"])
     assert stages_of(tmp_path / "out").keys() == {"install", "info", "tests", "bench"}
     assert "\noperator             backend" in (tmp_path / "out" / "bench.txt").read_text(encoding="utf-8")
 
@@ -99,7 +99,6 @@ case "$*" in
 *gpu_sanitize) echo "cache off: $PYTORCH_NO_CUDA_MEMORY_CACHING"; exit ${{SANITIZE_STATUS:-0}} ;;
 *torch.ones*) ;;
 "-m tinyllm.benchmarks.gpu "*) echo "benched $* with ${{TORCHINDUCTOR_COMPILE_THREADS:-all}} compiling" ;;
-*bench.json) cat >/dev/null; echo a table ;;
 *) exec {sys.executable} "$@" ;;
 esac
 """,

@@ -1,0 +1,121 @@
+"""The pictures of the results: the speed-up in every row, and attention over the length of the sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tinyllm._internal.files import replacing
+
+from .report import SECTIONS, Results, factor, machine_line, ours_by_benchmark
+from .row import OURS_ALL
+
+
+def draw(kind: str, found: Mapping[str, Results], folder: Path) -> list[Path]:
+    """Draw KIND-speedups.png, and for each family whose results have lengths KIND-FAMILY-attention.png.
+
+    Args:
+        kind: a key of `report.KINDS`; trainings have no pictures.
+        found: family -> results.
+        folder: where the pictures go.
+
+    Returns:
+        Where they are; none without matplotlib.
+    """
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        print("No pictures: matplotlib is not installed")
+        return []
+    paths = []
+    if kind != "training" and any(map(ours_by_benchmark, found.values())):
+        paths.append(folder / f"{kind}-speedups.png")
+        draw_speedups(found, paths[-1])
+    for family, results in found.items():
+        if _over_length(results):
+            paths.append(folder / f"{kind}-{family}-attention.png")
+            draw_lengths(results, paths[-1])
+    return paths
+
+
+def _figure(width: float, height: float) -> Any:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=100, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _save(figure: Any, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", metadata={"Software": None})
+
+
+def draw_speedups(found: Mapping[str, Results], path: Path) -> None:
+    """Draw the speed-up over the fastest peer: a line for each row, a dot for each family."""
+    by_family = {family: ours_by_benchmark(results) for family, results in found.items()}
+    sections = list(SECTIONS)
+    rows = {name: row["section"] for each in by_family.values() for name, row in each.items()}
+    names = sorted(rows, key=lambda name: sections.index(rows[name]))
+    places, place = {}, 0.0
+    for before, name in zip([None, *names], names, strict=False):
+        place += 1.0 if before is None or rows[before] == rows[name] else 1.6
+        places[name] = place
+    figure = _figure(10, 1.6 + 0.2 * place)
+    axes = figure.add_subplot()
+    for i, (family, each) in enumerate(by_family.items()):
+        speedups = [factor(row) for row in each.values()]
+        heights = [places[name] for name in each]
+        axes.plot(speedups, heights, "o", color=f"C{i}", label=f"{family}: {machine_line(found[family])}")
+    axes.axvline(1.0, color="#333333", linewidth=1)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:g}x")
+    axes.set_yticks(list(places.values()), list(places), fontsize=8)
+    axes.set_ylim(place + 0.8, 0.2)
+    axes.set_xlabel("speed-up over the fastest peer (right of 1x: tinyllm is faster)", fontsize=9)
+    axes.grid(color="#dddddd", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.tick_params(axis="y", length=0)
+    figure.legend(loc="outside lower center", frameon=False, fontsize=8)
+    _save(figure, path)
+
+
+def _over_length(results: Results) -> dict[tuple[str, int], list[Mapping[str, Any]]]:
+    """Return the rows of causal attention at three lengths or more: (direction, head_dim) -> rows."""
+    sections = {row["section"] for row in results["rows"]}
+    wanted = "length" if "length" in sections else "attention"
+    panels: dict[tuple[str, int], list[Mapping[str, Any]]] = {}
+    for row in results["rows"]:
+        if row["section"] == wanted and "seq_len" in row and row.get("causal", True) and "median_s" in row:
+            panels.setdefault((row["direction"], row.get("head_dim", 64)), []).append(row)
+    return {key: rows for key, rows in panels.items() if len({row["seq_len"] for row in rows}) >= 3}
+
+
+def draw_lengths(results: Results, path: Path) -> None:
+    """Draw the rate of causal attention over T, a panel for each direction and head_dim."""
+    panels = _over_length(results)
+    figure = _figure(4.5 * len(panels) + 1, 4.2)
+    for axes, ((direction, size), rows) in zip(
+        figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
+    ):
+        lengths = sorted({row["seq_len"] for row in rows})
+        for provider in dict.fromkeys(row["provider"] for row in rows):
+            line = sorted((row["seq_len"], row["rate"]) for row in rows if row["provider"] == provider)
+            style = {"linewidth": 2.5} if provider in OURS_ALL else {}
+            axes.plot(*zip(*line, strict=True), marker="o", markersize=4, label=provider, **style)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(lengths, [f"{n}" if n < 1024 else f"{n // 1024}k" for n in lengths], fontsize=8)
+        axes.minorticks_off()
+        axes.set_ylim(bottom=0)
+        axes.set_title(f"causal attention {direction}, head_dim {size}", fontsize=10)
+        axes.set_xlabel("T, queries and keys of a sequence", fontsize=9)
+        axes.set_ylabel("GFLOP/s over visible pairs", fontsize=9)
+        axes.grid(color="#dddddd", linewidth=0.8)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, fontsize=9)
+    figure.suptitle(f"{machine_line(results)}; {results['date'][:10]}", fontsize=8, color="#555555")
+    _save(figure, path)
