@@ -3,7 +3,8 @@
 #   make test    all tests
 #   make bench   benchmarks against PyTorch; updates benchmarks/results/, docs/benchmarks.md and the README's table
 #   make train-bench    how fast training is beside plain PyTorch and Hugging Face; updates the same
-#   make lint    ruff, mypy, clang-format
+#   make lint    ruff, mypy, import-linter, clang-format
+#   make docs    the site of docs/, into build/site
 #   make abi-check      all sources against the headers of torch 2.10, 2.11 and the newest torch
 #   make gpu-compile    the GPU kernels' registers, spills and shared memory, read without a GPU
 #   make cpu-sanitize   the CPU kernels of every instruction set that this machine has, watched by the sanitizers
@@ -15,7 +16,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 EMULATION := $(wildcard tests/emulation/*.h tests/emulation/*.cpp)
 
-.PHONY: demo test bench train-bench lint abi-check gpu-compile cpu-sanitize cuda-sanitize wheel-check format clean
+.PHONY: demo test bench train-bench lint abi-check gpu-compile cpu-sanitize cuda-sanitize wheel-check docs format clean
 
 # What building and checking need; torch is pinned, so that no other one is downloaded.
 .venv/tools: pyproject.toml constraints.txt
@@ -56,6 +57,7 @@ lint: .venv/installed .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 	$(BIN)/clang-format --dry-run --Werror $(SOURCES) $(EMULATION)
 
 abi-check: .venv/installed .venv/dev
@@ -79,6 +81,9 @@ cuda-sanitize: .venv/installed .venv/dev
 # The archives as users get them, in an environment that has nothing else.
 wheel-check: .venv/installed .venv/dev
 	$(BIN)/python tests/building/wheel_check.py
+
+docs: .venv/installed .venv/dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict --site-dir build/site
 
 format: .venv/installed .venv/dev
 	$(BIN)/ruff check --fix .

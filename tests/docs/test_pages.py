@@ -1,0 +1,84 @@
+"""What the README and the pages of docs/ tell the reader to type or to look at exists and works."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import typer.main
+
+from tests.helpers.runs import ROOT
+from tinyllm.cli import app
+from tinyllm.reference import SimpleLLM
+
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+TEXTS = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in PAGES}
+
+
+def commands(text: str) -> list[str]:
+    """Return the commands of a page's console blocks, or of one such block."""
+    lines = text.replace("\\\n", " ").splitlines()
+    return [line.removeprefix("$ ") for line in lines if line.startswith("$ ") and not line.startswith("$ #")]
+
+
+TYPED = [
+    (page, line) for page, text in TEXTS.items() for line in commands(text) if re.search(r"\btinyllm [a-z-]", line)
+]
+
+
+def test_the_readme_is_short() -> None:
+    assert len(TEXTS["README.md"].splitlines()) <= 150
+
+
+def test_the_demo_is_the_one_that_ran() -> None:
+    """The lines of the demo that the README shows are those that were printed, in their order."""
+    ran = iter((ROOT / "docs" / "demo.txt").read_text(encoding="utf-8").splitlines())
+    (block,) = re.findall(r"(?s)<!-- demo:begin -->\n```console\n(.*?)```\n<!-- demo:end -->", TEXTS["README.md"])
+    assert all(line in ran for line in block.splitlines() if line.strip() not in ("", "..."))
+
+
+@pytest.mark.parametrize(("page", "line"), TYPED)
+def test_commands_are_understood(page: str, line: str) -> None:
+    for part in line.split("&&"):
+        words = shlex.split(part.split("| ")[-1], comments=True)
+        if "tinyllm" not in words:
+            continue
+        command, *arguments = words[words.index("tinyllm") + 1 :]
+        if command.startswith("--"):
+            continue
+        found = typer.main.get_command(app).get_command(None, command)  # type: ignore[attr-defined]
+        assert found is not None, f"{page}: there is no command {command}"
+        params = found.make_context(command, arguments).params
+        if params.get("devices") and params.get("batch_size") and command == "train":
+            parts = (params["micro_batches"] or 1) * params["devices"] * (params["num_nodes"] or 1)
+            assert params["batch_size"] % parts == 0
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_make_targets_exist(page: str) -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for target in set(
+        re.findall(r"\bmake ([a-z]+(?:-[a-z]+)*)`", TEXTS[page]) + re.findall(r"\$ make ([a-z-]+)", TEXTS[page])
+    ):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_links_pictures_and_paths_exist(page: str) -> None:
+    for link in re.findall(r"\]\(([^)#]+)[^)]*\)", TEXTS[page]):
+        assert "://" in link or ((ROOT / page).parent / link).exists(), link
+    for path in re.findall(r"`((?:csrc|kernels|tinyllm|tests|benchmarks|examples|docs)/[\w/]+\.\w+)`", TEXTS[page]):
+        assert (ROOT / path).exists(), path
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/python.md"])
+def test_python_examples_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my.txt").write_text("def add(a, b):\n    return a + b\n" * 60)
+    names = {"article_model": SimpleLLM(6, 16, 32, 2)}
+    blocks = re.findall(r"```python\n(.*?)```", TEXTS[page], re.DOTALL)
+    assert blocks
+    for block in blocks:
+        exec(block.replace("50257, 768, 3072, 12", "100, 768, 128, 1").replace("steps=200", "steps=2"), names)
