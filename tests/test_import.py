@@ -10,7 +10,7 @@ import torch
 
 import tinyllm
 from tests.helpers.runs import environment
-from tinyllm.ops._compiler import constant_for_compiler
+from tinyllm.ops._context import constant_for_compiler
 
 
 def test_the_compiler_is_imported_by_those_who_compile() -> None:

@@ -1,4 +1,4 @@
-"""What is built, what is used, and why not the rest."""
+"""`tinyllm info`: the parts that are built, those that are used, and why not the rest."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from typing import Any
 import torch
 
 from tinyllm._internal.allocator import allocator_state
-from tinyllm.ops import _products, dispatch
+from tinyllm.ops import _products
 from tinyllm.ops.backends import cpp, cuda, hardware, triton
+from tinyllm.ops.dispatch import OPERATORS, Operator
 
 
 def info() -> dict[str, Any]:
-    """The installation as a dict: versions, instruction sets, threads, GPUs, and for each operator x device the backend
-    that serves it, for which dtypes and shapes, on which hardware it is proven, and the reason of every one that does
-    not. For CUDA it says what serves a machine that has it, where this one has not; CUDA C++ is among it where it was
+    """Return the installation as a dict: versions, instruction sets, threads, GPUs, and for each operator and device
+    the backend that serves it, for which dtypes and shapes, on which hardware it is proven, and why each other one does
+    not. Where this machine has no CUDA, it is what would serve one that has; CUDA C++ is among it where it was
     built."""
     from tinyllm import __version__
 
@@ -45,17 +46,17 @@ def info() -> dict[str, Any]:
         },
         "gpu": _gpu(record),
         "operators": {
-            operator: {device: _described(operator, device) for device in ("cpu", "cuda")}
-            for operator in dispatch.OPERATORS
+            operator.name: {device: _described(operator, device) for device in ("cpu", "cuda")}
+            for operator in OPERATORS.values()
         },
     }
 
 
-def _described(operator: str, device: str) -> dict[str, Any]:
-    """What serves an operator on a device type, and on which hardware it has run."""
-    row = dispatch.describe(operator, device)
+def _described(operator: Operator, device: str) -> dict[str, Any]:
+    """Return what serves an operator on a device type, and on which hardware it has run."""
+    row = operator.describe(device)
     for part in filter(None, (row, row["rest"])):
-        part["hardware"] = hardware.remark(operator, part["backend"]) if device == "cuda" else None
+        part["hardware"] = hardware.remark(operator.name, part["backend"]) if device == "cuda" else None
     return row
 
 
@@ -81,7 +82,7 @@ def _gpu(record: dict[str, str]) -> dict[str, Any]:
 
 
 def format_info() -> str:
-    """`info()` as text for a terminal."""
+    """Return `info()` as text for a terminal."""
     facts = info()
     extension, cpu, gpu = facts["extension"], facts["cpu"], facts["gpu"]
     lines = [
@@ -126,7 +127,7 @@ def format_info() -> str:
 
 
 def _products_lines(products: dict[str, Any]) -> list[str]:
-    """Which products PyTorch serves, by the table or by what was measured here."""
+    """Return which products PyTorch serves, by the table or by what was measured here."""
     rows = {
         dtype: [f"{rows} rows" for rows, who in choices.items() if who == "torch"]
         for dtype, choices in products["choices"].items()
@@ -148,7 +149,7 @@ def _row(operator: str, row: dict[str, Any], *remarks: str, prefix: str = "") ->
 
 
 def _hardware(rows: dict[str, dict[str, Any]]) -> list[str]:
-    """What is to be said of the hardware that kernels have run on, the operators of one remark together."""
+    """Return what is to be said of the hardware that kernels have run on, the operators of one remark together."""
     operators: dict[str, dict[str, list[str]]] = {}
     for operator, row in rows.items():
         for part in filter(None, (row, row["rest"])):
@@ -162,7 +163,7 @@ def _hardware(rows: dict[str, dict[str, Any]]) -> list[str]:
 
 
 def _reasons(why_not: dict[str, str], known: str | None) -> list[str]:
-    """Why other backends do not serve an operator, the backends of one reason together."""
+    """Return why other backends do not serve an operator, the backends of one reason together."""
     backends: dict[str, list[str]] = {}
     for name, reason in why_not.items():
         # That others serve other devices goes without saying, and why a library is not there is said above.
@@ -172,5 +173,5 @@ def _reasons(why_not: dict[str, str], known: str | None) -> list[str]:
 
 
 def print_info() -> None:
-    """Prints `format_info()`."""
+    """Print `format_info()`."""
     print(format_info())

@@ -8,7 +8,7 @@ from tests.gpu.device import DEVICE, ON_GPU, draw
 from tinyllm import SimpleLLM, ops
 from tinyllm.ops import dispatch
 
-KERNELS = [operator for operator, found in dispatch._TRITON.items() if not isinstance(found, str)]
+KERNELS = [name for name, operator in dispatch.OPERATORS.items() if not isinstance(operator.kernels["triton"], str)]
 SIZES = {
     "article": {"vocab_size": 11, "embedding_dim": 16, "hidden_dim": 32, "num_layers": 2},
     "gpt": {
@@ -27,8 +27,8 @@ def test_a_model_gives_what_it_gives_on_plain_pytorch(size, monkeypatch):
     choose = dispatch._choose
 
     def spy(operator, *rest):
-        served.add((operator, name := choose(operator, *rest)))
-        return name
+        served.add((operator.name, backend := choose(operator, *rest)))
+        return backend
 
     monkeypatch.setattr(dispatch, "_choose", spy)
 

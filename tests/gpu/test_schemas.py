@@ -5,8 +5,6 @@ import torch
 
 from tinyllm.ops.backends import cpp, triton
 
-LAUNCHERS = [name for names in triton._LAUNCHERS.values() for name in names]
-
 
 def type_of(argument):
     """Sizes are SymInts to one and ints to the other."""
@@ -14,7 +12,7 @@ def type_of(argument):
 
 
 @pytest.mark.skipif(not cpp.loaded, reason=f"nothing to compare with: {cpp.why_not}")
-@pytest.mark.parametrize("name", LAUNCHERS)
+@pytest.mark.parametrize("name", triton.defined)
 def test_schema(name):
     if not hasattr(torch.ops.tinyllm, name):
         pytest.skip("only Triton has it")

@@ -3,9 +3,11 @@ import os
 import subprocess
 import sys
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import tinyllm
 from tinyllm import ops
@@ -135,7 +137,7 @@ def test_forcing_some_operators():
         assert ops.last_backend() == ("cpp" if cpp.loaded else "reference")
     ops.layer_norm(x, 3)
     assert ops.last_backend() == ("cpp" if cpp.loaded else "reference")
-    says = "operators has 'norm'; operators are layer_norm,"
+    says = "operators has 'norm'; operators are .*layer_norm,"
     with pytest.raises(ValueError, match=says), ops.backend("reference", "norm"):
         pass
 
@@ -144,7 +146,7 @@ def test_forcing_some_operators():
 def test_a_fused_operator_does_not_hide_forced_parts(monkeypatch):
     model, served = tinyllm.SimpleLLM(10, 16, 32, 2), []
     choose = dispatch._choose
-    monkeypatch.setattr(dispatch, "_choose", lambda *a: served.append((a[0], choose(*a))) or served[-1][1])
+    monkeypatch.setattr(dispatch, "_choose", lambda op, *a: served.append((op.name, choose(op, *a))) or served[-1][1])
     with ops.backend("reference", "attention"):
         model(torch.zeros(1, 4, dtype=torch.long))
     assert ("attention", "reference") in served
@@ -267,59 +269,117 @@ def cuda_build(monkeypatch):
     monkeypatch.setattr(cuda, "why_not", None)
     monkeypatch.setattr(cuda, "emulated", False)
     monkeypatch.setattr(cuda, "_capability", lambda index: (8, 0))
-    monkeypatch.setattr(dispatch, "_CUDA_LACKS", frozenset())
+    monkeypatch.setattr(cuda, "_norm_columns", lambda index: 16_384)
     monkeypatch.setattr(triton, "why_not", None)
 
 
-def on_a_gpu(dtype=torch.float32):
-    return SimpleNamespace(device=torch.device("cuda", 0), dtype=dtype, is_cuda=True, get_device=lambda: 0)
+class ChosenError(Exception):
+    pass
+
+
+def on_a_gpu(name, dtype=torch.float32, **options):
+    """The backend that would serve a call of an operator on a GPU: its function goes no further."""
+    served, choose = [], dispatch._choose
+
+    def chosen(*arguments):
+        served.append(choose(*arguments))
+        raise ChosenError
+
+    def ones(*shape, dtype=dtype):
+        return torch.ones(shape, dtype=dtype, device="cuda")
+
+    calls = {
+        "layer_norm": lambda: ops.layer_norm(ones(3, 64), 64, **options),
+        "add_layer_norm": lambda: ops.add_layer_norm(ones(3, 64), ones(3, 64), 64),
+        "rms_norm": lambda: ops.rms_norm(ones(3, 64), 64),
+        "embedding": lambda: ops.embedding(ones(2, 2, dtype=torch.long), ones(3, 64), **options),
+        "attention": lambda: ops.scaled_dot_product_attention(*[ones(2, 2, 3, 64)] * 3, **options),
+        "linear": lambda: ops.linear(ones(3, 64), ones(64, 64)),
+        "feed_forward": lambda: ops.feed_forward(ones(3, 64), ones(64, 64), None, ones(64, 64), None),
+        "transformer_block": lambda: ops.transformer_block(ones(2, 3, 64), [ones(64, 64)] * 5 + [ones(64)] * 2),
+        "transformer": lambda: ops.transformer(ones(2, 3, dtype=torch.long), [ones(64, 64)] * 2, num_layers=0),
+        "cross_entropy": lambda: ops.cross_entropy(ones(3, 64), ones(3, dtype=torch.long)),
+        "linear_cross_entropy": lambda: ops.linear_cross_entropy(ones(3, 64), ones(9, 64), ones(3, dtype=torch.long)),
+    }
+    with FakeTensorMode(), mock.patch.object(dispatch, "_choose", chosen), pytest.raises(ChosenError):
+        calls[name]()
+    return served[0]
 
 
 @pytest.mark.any_build
-def test_cuda_cpp_comes_before_triton(cuda_build, monkeypatch):
-    for operator in ("layer_norm", "add_layer_norm", "rms_norm", "cross_entropy", "embedding"):
-        served = {dtype: dispatch.choose(operator, on_a_gpu(dtype)) for dtype in dispatch._FLOATS}
-        assert served == {dtype: "triton" if dtype == torch.float64 else "cuda" for dtype in served}
-    assert dispatch.choose("attention", on_a_gpu()) == "triton"
-    assert dispatch.choose("attention", on_a_gpu(torch.bfloat16)) == "cuda"
-    assert dispatch.choose("attention", on_a_gpu(torch.bfloat16), {"cuda": "a mask"}) == "triton"
-    assert dispatch.choose("linear_cross_entropy", on_a_gpu()) == "triton"
-    for operator in ("linear", "feed_forward", "transformer_block", "transformer"):
-        assert dispatch.choose(operator, on_a_gpu()) == "reference"
+@pytest.mark.parametrize("name", dispatch.OPERATORS)
+def test_cuda_cpp_comes_before_triton(name, cuda_build, monkeypatch):
+    declared = dispatch.OPERATORS[name].kernels
+    takes = {backend: getattr(kernels, "dtypes", ()) for backend, kernels in declared.items()}
+
+    def expected(*backends):
+        return {
+            dtype: next((backend for backend in backends if dtype in takes[backend]), "reference")
+            for dtype in dispatch.FLOATS
+        }
+
+    def served():
+        return {dtype: on_a_gpu(name, dtype) for dtype in dispatch.FLOATS}
+
+    assert served() == expected("cuda", "triton")
     monkeypatch.setattr(triton, "why_not", "triton is not installed")
-    assert dispatch.choose("rms_norm", on_a_gpu()) == "cuda"
-    assert dispatch.choose("rms_norm", on_a_gpu(torch.float64)) == "reference"
+    assert served() == expected("cuda")
     monkeypatch.setattr(cuda, "_capability", lambda index: (7, 0))
-    assert dispatch.choose("rms_norm", on_a_gpu()) == "reference"
+    assert served() == expected()
+
+
+@pytest.mark.any_build
+def test_what_serves_on_a_gpu(cuda_build):
+    for name in ("layer_norm", "add_layer_norm", "rms_norm", "cross_entropy", "embedding"):
+        assert (on_a_gpu(name), on_a_gpu(name, torch.float64)) == ("cuda", "triton")
+    assert (on_a_gpu("attention"), on_a_gpu("attention", torch.bfloat16)) == ("triton", "cuda")
+    assert on_a_gpu("attention", torch.bfloat16, dropout_p=0.1) == "triton"
+    assert on_a_gpu("linear_cross_entropy") == "triton"
+    for name in ("linear", "feed_forward", "transformer_block", "transformer"):
+        assert on_a_gpu(name) == "reference"
+
+
+@pytest.mark.any_build
+def test_a_limit_that_info_states_is_the_one_that_calls_meet(cuda_build):
+    limits = dispatch.OPERATORS["attention"].kernels["cuda"].limits
+    assert dispatch.OPERATORS["attention"].describe("cuda")["shapes"] == ", ".join(limit.takes for limit in limits)
+    with (
+        ops.backend("cuda"),
+        pytest.raises(dispatch.CannotServeError, match=r"is 0\.1; the kernel takes no dropout"),
+    ):
+        on_a_gpu("embedding", dropout_p=0.1)
 
 
 @pytest.mark.any_build
 def test_a_library_without_some_kernels(cuda_build, monkeypatch):
-    monkeypatch.setattr(dispatch, "_CUDA_LACKS", frozenset(["rms_norm"]))
-    assert dispatch.choose("rms_norm", on_a_gpu()) == "triton"
-    says = "cuda: this build of the CUDA library has no kernel for it; triton: can serve it"
-    with ops.backend("cuda"), pytest.raises(RuntimeError, match=says):
-        dispatch.choose("rms_norm", on_a_gpu())
+    monkeypatch.setattr(cuda, "has", lambda name: not name.startswith("rms_norm"))
+    says = "this build of the CUDA library has no kernel for it"
+    assert cuda.provide("rms_norm", "layer_norm") == says
+    assert cuda.provide("layer_norm", "layer_norm") is None
+    monkeypatch.setitem(dispatch.OPERATORS["rms_norm"].kernels, "cuda", says)
+    assert on_a_gpu("rms_norm") == "triton"
+    with ops.backend("cuda"), pytest.raises(dispatch.CannotServeError, match=f"cuda: {says}; triton: can serve it"):
+        on_a_gpu("rms_norm")
 
 
 @pytest.mark.any_build
 def test_the_width_of_rows_is_what_the_library_says_of_the_gpu(cuda_build, monkeypatch):
     for columns in (16_384, 131_072):
         monkeypatch.setattr(cuda, "_norm_columns", {0: columns}.__getitem__)
-        assert cuda.most_columns(on_a_gpu()) == columns
+        assert cuda.most_columns(SimpleNamespace(get_device=lambda: 0)) == columns
 
 
 @pytest.mark.any_build
 def test_info_on_a_cuda_build(cuda_build):
-    row = dispatch.describe("attention", "cuda")
+    row = dispatch.OPERATORS["attention"].describe("cuda")
     assert (row["backend"], row["dtypes"]) == ("cuda", ["bfloat16", "float16"])
-    assert row["shapes"] == "head_dim 64 or 128, no attn_mask, no dropout"
+    assert row["shapes"] == "head_dim 64 or 128, no attn_mask, no dropout, scale above 0"
     assert row["rest"]["backend"] == "triton"
     assert row["rest"]["dtypes"] == ["float32", "bfloat16", "float16"]
-    row = dispatch.describe("cross_entropy", "cuda")
+    row = dispatch.OPERATORS["cross_entropy"].describe("cuda")
     assert (row["backend"], row["rest"]["dtypes"]) == ("cuda", ["float64"])
-    assert dispatch.describe("linear_cross_entropy", "cuda")["not"]["cuda"] == "Triton's kernel serves it"
-    assert dispatch.describe("layer_norm", "cpu")["rest"] is None
+    assert dispatch.OPERATORS["linear_cross_entropy"].describe("cuda")["not"]["cuda"] == "Triton's kernel serves it"
+    assert dispatch.OPERATORS["layer_norm"].describe("cpu")["rest"] is None
 
     lines = format_info().splitlines()
     assert "CUDA C++             loaded (" in "\n".join(lines)
@@ -337,7 +397,7 @@ def test_info_on_a_cuda_build(cuda_build):
 @pytest.mark.any_build
 def test_info_on_a_cuda_build_without_triton(cuda_build, monkeypatch):
     monkeypatch.setattr(triton, "why_not", "triton is not installed")
-    row = dispatch.describe("attention", "cuda")
+    row = dispatch.OPERATORS["attention"].describe("cuda")
     assert (row["backend"], row["rest"], row["not"]["triton"]) == ("cuda", None, "triton is not installed")
     assert "CUDA tensors, which are not in use here: triton" not in format_info()
 
@@ -378,7 +438,6 @@ def emulated(monkeypatch):
     monkeypatch.setattr(cuda, "emulated", True)
     monkeypatch.setattr(cuda, "_norm_columns", lambda index: 131_072)  # there may be no library to ask
     monkeypatch.setattr(cuda, "why_not", "it is emulated, for CPU tensors")
-    monkeypatch.setattr(dispatch, "_CUDA_LACKS", frozenset())
     names = [f"{operator}_{way}" for operator in dispatch.OPERATORS for way in ("fwd", "bwd")]
     monkeypatch.setattr(cuda, "operators", lambda: SimpleNamespace(**{name: raw(name) for name in names}))
     return calls
@@ -394,7 +453,7 @@ def test_emulated_kernels_serve_only_where_they_are_forced(emulated):
         ops.rms_norm(x, 3)
         assert ops.last_backend() == "cpp"
     assert [name for name, _ in emulated] == ["layer_norm_fwd"]
-    assert dispatch.describe("layer_norm", "cuda")["backend"] == "triton"
+    assert dispatch.OPERATORS["layer_norm"].describe("cuda")["backend"] == "triton"
 
 
 def refused(says, operator, *arguments, **options):
@@ -405,19 +464,24 @@ def refused(says, operator, *arguments, **options):
 def test_what_cuda_cpp_does_not_take(emulated):
     wide = torch.ones(1, 131_073)
     for norm in (ops.layer_norm, ops.rms_norm):
-        refused("normalized_shape has 131073 elements; the kernel takes at most 131072", norm, wide, 131_073)
+        refused(
+            "normalized_shape has 131073 elements; the kernel takes rows up to 16,384 wide",
+            norm,
+            wide,
+            131_073,
+        )
     refused("normalized_shape has 131073 elements", ops.add_layer_norm, wide, wide, 131_073)
     refused("no kernel for torch.float64", ops.layer_norm, torch.ones(2, 2).double(), 2)
     ids = torch.zeros(2, dtype=torch.long)
-    refused("dropout_p is 0.1; the kernel drops nothing", ops.embedding, ids, torch.ones(3, 2), dropout_p=0.1)
+    refused("dropout_p is 0.1; the kernel takes no dropout", ops.embedding, ids, torch.ones(3, 2), dropout_p=0.1)
 
     attend = ops.scaled_dot_product_attention
     x, narrow, mask = torch.ones(1, 2, 3, 64).half(), torch.ones(1, 2, 3, 32).half(), torch.ones(3, 3).bool()
-    refused("head_dim is 32, value's 32; the kernel takes 64 or 128", attend, narrow, narrow, narrow)
-    refused("head_dim is 64, value's 32; the kernel takes 64 or 128", attend, x, x, narrow)
-    refused("attn_mask is given; the kernel takes is_causal and key_lengths", attend, x, x, x, mask)
-    refused("dropout_p is 0.1; the kernel drops nothing", attend, x, x, x, dropout_p=0.1)
-    refused("scale is -1.0; the kernel takes positive ones", attend, x, x, x, scale=-1.0)
+    refused("head_dim is 32, value's 32; the kernel takes head_dim 64 or 128", attend, narrow, narrow, narrow)
+    refused("head_dim is 64, value's 32; the kernel takes head_dim 64 or 128", attend, x, x, narrow)
+    refused("attn_mask is given; the kernel takes no attn_mask", attend, x, x, x, mask)
+    refused("dropout_p is 0.1; the kernel takes no dropout", attend, x, x, x, dropout_p=0.1)
+    refused("scale is -1.0; the kernel takes scale above 0", attend, x, x, x, scale=-1.0)
     refused("no kernel for torch.float32", attend, x.float(), x.float(), x.float())
     assert emulated == []
 
@@ -449,11 +513,10 @@ def test_tritons_kernel_corrects_early_gradients_of_other_kernels():
     code = """
 import torch
 from tinyllm import ops
-from tinyllm.ops import cross_entropy, dispatch
 from tinyllm.ops.backends import cuda
 import sys
 module = sys.modules["tinyllm.ops.cross_entropy"]
-cuda.emulated, cuda.operators, dispatch._CUDA_LACKS = True, lambda: torch.ops.tinyllm, frozenset()
+cuda.emulated, cuda.operators = True, lambda: torch.ops.tinyllm
 module._corrects_on_the_gpu = lambda input: True
 target, weight = torch.tensor([0, 6, -100, 3]), torch.rand(7)
 for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 1e-2)):

@@ -19,7 +19,6 @@ from tinyllm.check.cases import CASES, Case, Draw, Function
 from tinyllm.check.parity import error_and_allowed
 from tinyllm.ops import dispatch
 
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # A backend may take few of the shapes that are drawn: so many are, for each that it has to take.
 _MOST_DRAWS = 40
 
@@ -45,7 +44,7 @@ def check_operator(
     """
     made, worst = 0, 0.0
     with ops.backend(backend):
-        for dtype in _DTYPES:
+        for dtype in dispatch.FLOATS:
             if dispatch.unavailable(backend, operator, device, dtype) is not None:
                 continue
             wanted = made + calls

@@ -40,16 +40,18 @@ def _backward(grad: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     return grad_input, grad_weight, grad_bias
 
 
-def register() -> torch.library.Library | None:
-    """Define the operators, with the schemas of the compiled ones, where these are there."""
+_library = torch.library.Library(NAMESPACE, "DEF")
+
+
+def register() -> tuple[str, ...]:
+    """Define the operators, with the schemas of the compiled ones, where these are there. Return their namespaces."""
     if not cpp.loaded:
-        return None
-    library = torch.library.Library(NAMESPACE, "DEF")
+        return ()
     for name, function in (("linear_cross_entropy_fwd", _forward), ("linear_cross_entropy_bwd", _backward)):
         schema = getattr(torch.ops.tinyllm, name).default._schema
-        library.define(str(schema).removeprefix("tinyllm::"), tags=(torch.Tag.pt2_compliant_tag,))
-        library.impl(name, function, "CPU")
-    return library
+        _library.define(str(schema).removeprefix("tinyllm::"), tags=(torch.Tag.pt2_compliant_tag,))
+        _library.impl(name, function, "CPU")
+    return (NAMESPACE,)
 
 
 def _run(

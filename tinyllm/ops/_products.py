@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from tinyllm.ops._compiler import constant_for_compiler
+from tinyllm.ops._context import constant_for_compiler
 from tinyllm.ops.backends import cpp
 
 # Classes of products by the rows of the input: a token or few, a small batch, and all others.
@@ -71,7 +71,7 @@ def table_choices(name: str) -> Choices:
 
 @functools.cache
 def _measured(path: Path, name: str) -> Choices | None:
-    """The choices that were measured on this machine, if any were."""
+    """Return the choices that were measured on this machine, if any were."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except OSError:  # there is none, or a home folder that is not this user's or none at all

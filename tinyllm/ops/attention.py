@@ -1,4 +1,4 @@
-"""scaled_dot_product_attention: checks, choice of backend, autograd, shapes for the compiler."""
+"""scaled_dot_product_attention: declaration, checks, autograd, shapes for the compiler."""
 
 from __future__ import annotations
 
@@ -7,14 +7,63 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from tinyllm import reference
-from tinyllm.ops import _plain
-from tinyllm.ops._autograd import autocast_dtype, differs_from_kernels, grads_by_reference, needs_grad
-from tinyllm.ops._fake import register_fake
+from tinyllm.ops._context import autocast_dtype, differs_from_kernels, grads_by_reference, needs_grad
 from tinyllm.ops._random import draw_rng, dropout_factors
-from tinyllm.ops.backends import cuda
-from tinyllm.ops.dispatch import choose, kernels, no_kernel
+from tinyllm.ops.dispatch import (
+    FLOATS,
+    HALVES,
+    NOT_DOUBLE,
+    Kernels,
+    Limit,
+    Operator,
+    choose,
+    kernels,
+    left_to_pytorch,
+    register_fake,
+)
+
+MOST_HEAD_DIM = 1024  # of the C++ kernel
+_CUDA_HEAD_DIMS = (64, 128)
+
+
+def _refuses(query: Tensor, value: Tensor, attn_mask: Tensor | None, dropout_p: float, scale: float) -> str | None:
+    if attn_mask is not None and needs_grad(attn_mask):
+        return "attn_mask requires a gradient; the kernel gives none"
+    return None
+
+
+def _too_wide(query: Tensor, value: Tensor, *_: Any) -> str | None:
+    head_dim, value_dim = query.size(-1), value.size(-1)
+    if head_dim <= MOST_HEAD_DIM and value_dim <= MOST_HEAD_DIM:
+        return None
+    return f"head_dim is {max(head_dim, value_dim)}"
+
+
+def _another_width(query: Tensor, value: Tensor, *_: Any) -> str | None:
+    head_dim, value_dim = query.size(-1), value.size(-1)
+    if head_dim in _CUDA_HEAD_DIMS and value_dim == head_dim:
+        return None
+    return f"head_dim is {head_dim}, value's {value_dim}"
+
+
+ATTENTION = Operator(
+    "attention",
+    cpp=Kernels(FLOATS, (Limit(f"heads up to {MOST_HEAD_DIM} wide", _too_wide),)),
+    cuda=Kernels(  # strides and alignment are the kernel's own affair
+        HALVES,
+        (
+            Limit(f"head_dim {' or '.join(map(str, _CUDA_HEAD_DIMS))}", _another_width),
+            Limit("no attn_mask", lambda q, v, mask, *_: None if mask is None else "attn_mask is given"),
+            Limit("no dropout", lambda q, v, mask, p, scale: f"dropout_p is {p}" if p > 0.0 else None),
+            Limit("scale above 0", lambda q, v, mask, p, scale: None if scale > 0.0 else f"scale is {scale}"),
+        ),
+    ),
+    triton=Kernels(NOT_DOUBLE, note="heads of any width, above 256 (float32: 64) in chunks"),
+    refuses=_refuses,
+)
 
 
 def scaled_dot_product_attention(
@@ -83,22 +132,42 @@ def scaled_dot_product_attention(
     _check_lengths(key_lengths, query)
     if scale is None:
         scale = 1.0 / math.sqrt(query.size(-1)) if query.size(-1) > 0 else 1.0
-    name = choose("attention", query, _limits(query, value, attn_mask, dropout_p, scale))
-    if name == "reference":
+    backend = choose(ATTENTION, query, value, attn_mask, dropout_p, scale)
+    if backend == "reference":
         if key_lengths is not None:
             attn_mask = _mask_of_lengths(key_lengths, attn_mask, key.size(-2))
-        return _plain.scaled_dot_product_attention(
-            query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
-        )
+        return _plain(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     rng = draw_rng(query.device) if dropout_p > 0.0 else None
+    options = (is_causal, scale, dropout_p, backend)
     if needs_grad(query, key, value):
-        return _Attention.apply(query, key, value, attn_mask, is_causal, scale, dropout_p, rng, key_lengths, name)
-    return _forward(name, query, key, value, attn_mask, is_causal, scale, dropout_p, rng, key_lengths)[0]
+        return _Attention.apply(query, key, value, attn_mask, rng, key_lengths, options)
+    return _forward(query, key, value, attn_mask, rng, key_lengths, options)[0]
+
+
+def _plain(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float,
+    enable_gqa: bool,
+) -> Tensor:
+    """Run PyTorch's operator where it may serve, else the reference: so with a mask, for what it hides may hold NaN."""
+    whole = query.numel() > 0 and key.numel() > 0 and query.dim() == 4
+    flash = scale > 0.0 or not is_causal  # else PyTorch's kernel on CPUs gives NaN
+    if attn_mask is None and whole and flash and left_to_pytorch(ATTENTION, query):
+        out: Tensor = F.scaled_dot_product_attention(
+            query, key, value, None, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+        return out
+    return reference.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
 
 
 def _alike(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether the three agree so plainly that nothing needs a closer look, which for small tensors costs as much as the
-    kernel."""
+    """Return whether the three agree so plainly that nothing needs a closer look, which for small tensors costs as much
+    as the kernel."""
     shape, dtype, device = query.shape, query.dtype, query.device
     return (
         len(shape) > 2
@@ -164,7 +233,7 @@ def _check_lengths(key_lengths: Tensor | None, query: Tensor) -> None:
 
 
 def _mask_of_lengths(key_lengths: Tensor, attn_mask: Tensor | None, keys: int) -> Tensor:
-    """attn_mask with the keys hidden that are beyond their sequence's length."""
+    """Return attn_mask with the keys hidden that are beyond their sequence's length."""
     visible = torch.arange(keys, device=key_lengths.device) < key_lengths[..., None, None, None]
     if attn_mask is None:
         return visible
@@ -172,7 +241,7 @@ def _mask_of_lengths(key_lengths: Tensor, attn_mask: Tensor | None, keys: int) -
 
 
 def _broadcast(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """The three with equal leading dimensions (those before the heads with enable_gqa)."""
+    """Return the three with equal leading dimensions (those before the heads with enable_gqa)."""
     end = -3 if enable_gqa else -2
     shapes = [x.shape[:end] for x in (query, key, value)]
     if shapes[0] == shapes[1] == shapes[2]:
@@ -188,37 +257,8 @@ def _broadcast(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> t
     return query, key, value
 
 
-def _limits(
-    query: Tensor, value: Tensor, attn_mask: Tensor | None, dropout_p: float, scale: float
-) -> dict[str, str] | None:
-    if attn_mask is not None and needs_grad(attn_mask):
-        return no_kernel("attn_mask requires a gradient; the kernel gives none")
-    head_dim, value_dim = query.size(-1), value.size(-1)
-    reasons = {}
-    if head_dim > 1024 or value_dim > 1024:
-        reasons["cpp"] = f"head_dim is {max(head_dim, value_dim)}; the kernel takes at most 1024"
-    if cuda.may_serve(query):
-        reason = _cuda_limit(head_dim, value_dim, attn_mask, dropout_p, scale)
-        if reason is not None:
-            reasons["cuda"] = reason
-    return reasons
-
-
-def _cuda_limit(head_dim: int, value_dim: int, attn_mask: Tensor | None, dropout_p: float, scale: float) -> str | None:
-    """Why the CUDA C++ kernel cannot serve a call. Strides and alignment are its own affair."""
-    if head_dim not in (64, 128) or value_dim != head_dim:
-        return f"head_dim is {head_dim}, value's {value_dim}; the kernel takes 64 or 128, and the same for value"
-    if attn_mask is not None:
-        return "attn_mask is given; the kernel takes is_causal and key_lengths"
-    if dropout_p > 0.0:
-        return f"dropout_p is {dropout_p}; the kernel drops nothing"
-    if not scale > 0.0:
-        return f"scale is {scale}; the kernel takes positive ones"
-    return None
-
-
 def _four_dims(x: Tensor) -> Tensor:
-    """(..., T, D) as (B, H, T, D)."""
+    """Return (..., T, D) as (B, H, T, D)."""
     if x.dim() == 4:
         return x
     if x.dim() == 3:
@@ -226,21 +266,23 @@ def _four_dims(x: Tensor) -> Tensor:
     return x.reshape(-1, *x.shape[-3:]) if x.dim() > 4 else x[None, None]
 
 
+# is_causal, scale, dropout_p, backend. Not a NamedTuple, which takes longer to make.
+_Options = tuple[bool, float, float, str]
+
+
 def _forward(
-    name: str,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     attn_mask: Tensor | None,
-    is_causal: bool,
-    scale: float,
-    dropout_p: float,
     rng: Tensor | None,
     key_lengths: Tensor | None,
+    options: _Options,
 ) -> tuple[Tensor, Tensor]:
     if attn_mask is not None:
         attn_mask = _four_dims(attn_mask.expand(*query.shape[:-1], key.size(-2)))
-    out, lse = kernels(name).attention_fwd(
+    is_causal, scale, dropout_p, backend = options
+    out, lse = kernels(backend).attention_fwd(
         _four_dims(query),
         _four_dims(key),
         _four_dims(value),
@@ -255,7 +297,7 @@ def _forward(
 
 
 def _rest(key_lengths: Tensor | None) -> tuple[Tensor, ...]:
-    """The last argument of those operators that have it."""
+    """Return the last arguments of a raw operator, which not every build has."""
     return () if key_lengths is None else (key_lengths.reshape(-1),)
 
 
@@ -265,28 +307,17 @@ def _shape_back(x: Tensor, like: Tensor, columns: int) -> Tensor:
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None,
-        is_causal: bool,
-        scale: float,
-        dropout_p: float,
-        rng: Tensor | None,
-        key_lengths: Tensor | None,
-        name: str,
-    ) -> Tensor:
-        out, lse = _forward(name, query, key, value, attn_mask, is_causal, scale, dropout_p, rng, key_lengths)
-        ctx.save_for_backward(query, key, value, attn_mask, out, lse, rng, key_lengths)
-        ctx.is_causal, ctx.scale, ctx.dropout_p, ctx.name = is_causal, scale, dropout_p, name
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, *others: Any) -> Tensor:
+        out, lse = _forward(query, key, value, *others)
+        *tensors, ctx.options = others
+        ctx.save_for_backward(query, key, value, *tensors, out, lse)
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         (grad,) = grads
-        query, key, value, attn_mask, out, lse, rng, key_lengths = ctx.saved_tensors
+        query, key, value, attn_mask, rng, key_lengths, out, lse = ctx.saved_tensors
+        is_causal, scale, dropout_p, backend = ctx.options
         if differs_from_kernels(grad):
             if key_lengths is not None:
                 attn_mask = _mask_of_lengths(key_lengths, attn_mask, key.size(-2))
@@ -294,30 +325,30 @@ class _Attention(torch.autograd.Function):
             shape = (*query.shape[:-1], key.size(-2))
             factors = None
             if rng is not None:
-                factors = dropout_factors(ctx.name, rng, math.prod(shape[:-1]), shape[-1], ctx.dropout_p).view(shape)
+                factors = dropout_factors(backend, rng, math.prod(shape[:-1]), shape[-1], dropout_p).view(shape)
             found = grads_by_reference(
                 lambda q, k, v: reference.scaled_dot_product_attention(
-                    q, k, v, attn_mask, 0.0, ctx.is_causal, ctx.scale, gqa, weight_factors=factors
+                    q, k, v, attn_mask, 0.0, is_causal, scale, gqa, weight_factors=factors
                 ),
                 (query, key, value),
                 ctx.needs_input_grad[:3],
                 (grad,),
             )
-            return *found, *(None,) * 7
+            return *found, *(None,) * 4
         if attn_mask is not None:
             attn_mask = _four_dims(attn_mask.expand(*query.shape[:-1], key.size(-2)))
-        grads = kernels(ctx.name).attention_bwd(
+        grads = kernels(backend).attention_bwd(
             *(_four_dims(x) for x in (grad, query, key, value)),
             attn_mask,
             _four_dims(out),
             lse,
-            ctx.is_causal,
-            ctx.scale,
-            ctx.dropout_p,
+            is_causal,
+            scale,
+            dropout_p,
             rng,
             *_rest(key_lengths),
         )
-        return *(_shape_back(g, x, x.size(-1)) for g, x in zip(grads, (query, key, value), strict=True)), *(None,) * 7
+        return *(_shape_back(g, x, x.size(-1)) for g, x in zip(grads, (query, key, value), strict=True)), *(None,) * 4
 
 
 def _heads_inside(x: Tensor, columns: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""cross_entropy: checks, choice of backend, autograd, shapes for the compiler."""
+"""cross_entropy: declaration, checks, autograd, shapes for the compiler."""
 
 from __future__ import annotations
 
@@ -8,12 +8,62 @@ import torch
 from torch import Tensor
 
 from tinyllm import reference
-from tinyllm.ops._autograd import autocast_dtype, differs_from_kernels, grads_by_reference, needs_grad
-from tinyllm.ops._fake import register_fake
+from tinyllm.ops._context import autocast_dtype, differs_from_kernels, grads_by_reference, needs_grad
 from tinyllm.ops.backends import triton
-from tinyllm.ops.dispatch import choose, kernels, no_kernel
+from tinyllm.ops.dispatch import FLOATS, NOT_DOUBLE, Kernels, Operator, choose, kernels, register_fake
 
 REDUCTIONS = ("none", "mean", "sum")  # in the order of PyTorch's numbers for them
+
+
+def _classes(input: Tensor) -> int:
+    return input.size(min(1, input.dim() - 1))
+
+
+def _refuses(
+    input: Tensor, target: Tensor, weight: Tensor | None, reduction: str, label_smoothing: float
+) -> str | None:
+    if input.dim() == 0:
+        return "input is a scalar; the kernel takes (N, C), (C,) or (N, C, d1, ...)"
+    index_shape = input.shape[:1] + input.shape[2:] if input.dim() > 1 else input.shape[:0]
+    return refuses_target(target, index_shape, input) or refuses_options(
+        weight, _classes(input), input, reduction, label_smoothing
+    )
+
+
+def refuses_target(target: Tensor, index_shape: torch.Size, input: Tensor) -> str | None:
+    """Return why the losses' kernels cannot serve a target."""
+    if target.dtype not in (torch.int64, torch.uint8) or target.shape != index_shape:
+        return (
+            f"target is {target.dtype} of shape {list(target.shape)}; the kernel takes class indices of shape "
+            f"{list(index_shape)}"
+        )
+    if target.device != input.device:
+        return f"target is on {target.device}; the kernel needs it on input's device, {input.device}"
+    return None
+
+
+def refuses_options(
+    weight: Tensor | None, classes: int, input: Tensor, reduction: str, label_smoothing: float
+) -> str | None:
+    """Return why the losses' kernels cannot serve class weights and options."""
+    if reduction not in REDUCTIONS:
+        return f"reduction is {reduction!r}; the kernel knows {', '.join(REDUCTIONS)}"
+    if not 0.0 <= label_smoothing <= 1.0:
+        return f"label_smoothing is {label_smoothing}; the kernel takes [0, 1]"
+    if weight is None:
+        return None
+    if list(weight.shape) != [classes] or weight.device != input.device:
+        return f"weight has shape {list(weight.shape)} on {weight.device}; the kernel takes [{classes}]"
+    if weight.dtype not in (input.dtype, torch.float32):
+        return f"weight is {weight.dtype}; the kernel takes input's dtype, {input.dtype}, or float32"
+    if needs_grad(weight):
+        return "weight requires a gradient; the kernel gives none"
+    return None
+
+
+CROSS_ENTROPY = Operator(
+    "cross_entropy", cpp=Kernels(FLOATS), cuda=Kernels(NOT_DOUBLE), triton=Kernels(FLOATS), refuses=_refuses
+)
 
 
 def cross_entropy(
@@ -51,8 +101,8 @@ def cross_entropy(
     dtype = input.dtype
     if autocast_dtype(input.device.type) is not None:
         dtype = torch.promote_types(dtype, torch.float32)  # what PyTorch's autocast does with its cross_entropy
-    name = choose("cross_entropy", input, _limits(input, target, weight, reduction, label_smoothing))
-    if name == "reference":
+    backend = choose(CROSS_ENTROPY, input, target, weight, reduction, label_smoothing)
+    if backend == "reference":
         return reference.cross_entropy(
             input.to(dtype),
             target,
@@ -65,56 +115,10 @@ def cross_entropy(
     rows = input if input.dim() == 2 else input.movedim(min(1, input.dim() - 1), -1).reshape(-1, _classes(input))
     arguments = (target.long().reshape(-1), weight, REDUCTIONS.index(reduction), ignore_index, label_smoothing)
     if needs_grad(input):
-        loss = _CrossEntropy.apply(rows, *arguments, dtype, name)
+        loss = _CrossEntropy.apply(rows, *arguments, dtype, backend)
     else:
-        loss = kernels(name).cross_entropy_fwd(rows, *arguments, False)[0].to(dtype)
+        loss = kernels(backend).cross_entropy_fwd(rows, *arguments, False)[0].to(dtype)
     return loss.reshape(target.shape) if reduction == "none" else loss
-
-
-def _classes(input: Tensor) -> int:
-    return input.size(min(1, input.dim() - 1))
-
-
-def _limits(
-    input: Tensor, target: Tensor, weight: Tensor | None, reduction: str, label_smoothing: float
-) -> dict[str, str] | None:
-    if input.dim() == 0:
-        return no_kernel("input is a scalar; the kernel takes (N, C), (C,) or (N, C, d1, ...)")
-    index_shape = input.shape[:1] + input.shape[2:] if input.dim() > 1 else input.shape[:0]
-    return target_limits(target, index_shape, input) or option_limits(
-        weight, _classes(input), input, reduction, label_smoothing
-    )
-
-
-def target_limits(target: Tensor, index_shape: torch.Size, input: Tensor) -> dict[str, str] | None:
-    """Why the losses' kernels cannot serve a target."""
-    if target.dtype not in (torch.int64, torch.uint8) or target.shape != index_shape:
-        return no_kernel(
-            f"target is {target.dtype} of shape {list(target.shape)}; the kernel takes class indices of shape "
-            f"{list(index_shape)}"
-        )
-    if target.device != input.device:
-        return no_kernel(f"target is on {target.device}; the kernel needs it on input's device, {input.device}")
-    return None
-
-
-def option_limits(
-    weight: Tensor | None, classes: int, input: Tensor, reduction: str, label_smoothing: float
-) -> dict[str, str] | None:
-    """Why the losses' kernels cannot serve class weights and options."""
-    if reduction not in REDUCTIONS:
-        return no_kernel(f"reduction is {reduction!r}; the kernel knows {', '.join(REDUCTIONS)}")
-    if not 0.0 <= label_smoothing <= 1.0:
-        return no_kernel(f"label_smoothing is {label_smoothing}; the kernel takes [0, 1]")
-    if weight is None:
-        return None
-    if list(weight.shape) != [classes] or weight.device != input.device:
-        return no_kernel(f"weight has shape {list(weight.shape)} on {weight.device}; the kernel takes [{classes}]")
-    if weight.dtype not in (input.dtype, torch.float32):
-        return no_kernel(f"weight is {weight.dtype}; the kernel takes input's dtype, {input.dtype}, or float32")
-    if needs_grad(weight):
-        return no_kernel("weight requires a gradient; the kernel gives none")
-    return None
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -128,17 +132,17 @@ class _CrossEntropy(torch.autograd.Function):
         ignore_index: int,
         label_smoothing: float,
         dtype: torch.dtype,
-        name: str,
+        backend: str,
     ) -> Tensor:
         options = (reduction, ignore_index, label_smoothing)
         # Without a reduction each row has its own upstream gradient. float16 could lose a gradient that has not been
         # scaled yet. And a compiled graph cannot ask whether the upstream gradient is 1.
         early = reduction != 0 and input.dtype != torch.float16 and not torch.compiler.is_compiling()
-        if name == "cuda":
+        if backend == "cuda":
             early = early and _corrects_on_the_gpu(input)
-        loss, max_and_sum, grad_input = kernels(name).cross_entropy_fwd(input, target, weight, *options, early)
+        loss, max_and_sum, grad_input = kernels(backend).cross_entropy_fwd(input, target, weight, *options, early)
         ctx.save_for_backward(input, target, weight, max_and_sum)
-        ctx.options, ctx.grad_input, ctx.name = options, grad_input if early else None, name
+        ctx.options, ctx.grad_input, ctx.backend = options, grad_input if early else None, backend
         return loss.to(dtype)
 
     @staticmethod
@@ -164,7 +168,7 @@ class _CrossEntropy(torch.autograd.Function):
             return found[0], *nothing
         # Handed out once, because whoever gets it may write to it; a second backward computes it again.
         early, ctx.grad_input = ctx.grad_input, None
-        if early is not None and ctx.name != "cpp":  # which does not wait for the device to say what grad is
+        if early is not None and ctx.backend != "cpp":  # which does not wait for the device to say what grad is
             from tinyllm.kernels.cross_entropy import correct_unless_one_
 
             return correct_unless_one_(early, grad, input, target, weight, max_and_sum, *ctx.options), *nothing
@@ -172,7 +176,7 @@ class _CrossEntropy(torch.autograd.Function):
             return early, *nothing
         if early is not None and early.dtype == max_and_sum.dtype:  # in 16 bits it would be rounded twice
             return early.mul_(grad), *nothing
-        return kernels(ctx.name).cross_entropy_bwd(
+        return kernels(ctx.backend).cross_entropy_bwd(
             grad.to(max_and_sum.dtype), input, target, weight, max_and_sum, *ctx.options
         ), *nothing
 
@@ -182,8 +186,8 @@ _CACHED = 1 << 25
 
 
 def _corrects_on_the_gpu(input: Tensor) -> bool:
-    """Whether the CUDA C++ kernel should write the gradient early: Triton's kernel, which knows the same statistics of
-    the rows, then corrects it, if need be, without the host's knowing."""
+    """Return whether the CUDA C++ kernel should write the gradient early: Triton's kernel, which knows the same
+    statistics of the rows, then corrects it, if need be, without the host's knowing."""
     return input.is_cuda and triton.why_not is None and input.numel() * input.element_size() >= _CACHED
 
 

@@ -1,4 +1,4 @@
-"""embedding: checks, choice of backend, autograd, shapes for the compiler."""
+"""embedding: declaration, checks, autograd, shapes for the compiler."""
 
 from __future__ import annotations
 
@@ -8,12 +8,34 @@ import torch
 from torch import Tensor
 
 from tinyllm import reference
-from tinyllm.ops._autograd import differs_from_kernels, grads_by_reference, needs_grad
-from tinyllm.ops._fake import register_fake
+from tinyllm.ops._context import active_transform, differs_from_kernels, grads_by_reference, needs_grad
 from tinyllm.ops._random import draw_rng, dropout_factors
-from tinyllm.ops._transforms import active_transform
-from tinyllm.ops.backends import cuda
-from tinyllm.ops.dispatch import choose, kernels, no_kernel
+from tinyllm.ops.dispatch import FLOATS, NOT_DOUBLE, Kernels, Limit, Operator, choose, kernels, register_fake
+
+# max_norm, norm_type, scale_grad_by_freq, sparse, which only PyTorch serves.
+_PyTorchs = tuple[float | None, float, bool, bool]
+
+
+def _refuses(weight: Tensor, options: _PyTorchs, positions: Tensor | None, dropout_p: float) -> str | None:
+    max_norm, _, scaled, sparse = options
+    if max_norm is not None:
+        return "max_norm changes the weight itself"
+    if scaled or sparse:
+        return "the kernel's gradient is dense and not scaled"
+    if positions is not None and positions.dtype != weight.dtype:
+        return f"positions is {positions.dtype}; the kernel takes weight's dtype, {weight.dtype}"
+    return None
+
+
+EMBEDDING = Operator(
+    "embedding",
+    cpp=Kernels(FLOATS),
+    cuda=Kernels(
+        NOT_DOUBLE, (Limit("no dropout", lambda *call: f"dropout_p is {call[-1]}" if call[-1] > 0.0 else None),)
+    ),
+    triton=Kernels(FLOATS),
+    refuses=_refuses,
+)
 
 
 def embedding(
@@ -50,39 +72,39 @@ def embedding(
         ValueError: shapes that do not fit, tensors on different devices, a number out of range.
     """
     padding_idx = _check(input, weight, padding_idx, positions, dropout_p)
-    limits = _limits(weight, max_norm, scale_grad_by_freq, sparse, positions, dropout_p)
-    name = choose("embedding", weight, limits)
-    if name == "reference":
-        call = lambda: reference.embedding(  # noqa: E731
-            input,
-            weight,
-            padding_idx,
-            max_norm,
-            norm_type,
-            scale_grad_by_freq,
-            sparse,
-            positions=positions,
-            dropout_p=dropout_p,
-        )
-    else:
-        rng = draw_rng(weight.device) if dropout_p > 0.0 else None
-        if needs_grad(weight, positions):
-            call = lambda: _Embedding.apply(input, weight, padding_idx, positions, dropout_p, rng, name)  # noqa: E731
-        else:
-            call = lambda: kernels(name).embedding_fwd(input, weight, positions, dropout_p, rng)  # noqa: E731
+    options = (max_norm, norm_type, scale_grad_by_freq, sparse)
+    backend = choose(EMBEDDING, weight, options, positions, dropout_p)
+    arguments = (input, weight, padding_idx, options, positions, dropout_p)
     if torch.compiler.is_compiling() or active_transform() is not None:  # which cannot look for the bad id
-        return call()
+        return _run(backend, *arguments)
     try:
-        return call()
+        return _run(backend, *arguments)
     except (IndexError, RuntimeError, ValueError):
         raise_for_ids(input, weight.size(0))
         raise
 
 
+def _run(
+    backend: str,
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None,
+    options: _PyTorchs,
+    positions: Tensor | None,
+    dropout_p: float,
+) -> Tensor:
+    if backend == "reference":
+        return reference.embedding(input, weight, padding_idx, *options, positions=positions, dropout_p=dropout_p)
+    rng = draw_rng(weight.device) if dropout_p > 0.0 else None
+    if needs_grad(weight, positions):
+        return _Embedding.apply(input, weight, padding_idx, positions, dropout_p, rng, backend)
+    return kernels(backend).embedding_fwd(input, weight, positions, dropout_p, rng)
+
+
 def _check(
     input: Tensor, weight: Tensor, padding_idx: int | None, positions: Tensor | None, dropout_p: float
 ) -> int | None:
-    """padding_idx, counted from the beginning."""
+    """Return padding_idx, counted from the beginning."""
     if input.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"input has dtype {input.dtype}; int64 or int32 is needed")
     if not weight.dtype.is_floating_point:
@@ -111,27 +133,8 @@ def _check(
     return padding_idx % rows
 
 
-def _limits(
-    weight: Tensor,
-    max_norm: float | None,
-    scale_grad_by_freq: bool,
-    sparse: bool,
-    positions: Tensor | None,
-    dropout_p: float,
-) -> dict[str, str] | None:
-    if max_norm is not None:
-        return no_kernel("max_norm changes the weight itself")
-    if scale_grad_by_freq or sparse:
-        return no_kernel("the kernel's gradient is dense and not scaled")
-    if positions is not None and positions.dtype != weight.dtype:
-        return no_kernel(f"positions is {positions.dtype}; the kernel takes weight's dtype, {weight.dtype}")
-    if dropout_p > 0.0 and cuda.may_serve(weight):
-        return {"cuda": f"dropout_p is {dropout_p}; the kernel drops nothing"}
-    return None
-
-
 def raise_for_ids(input: Tensor, rows: int) -> None:
-    """IndexError if there is an id out of range, which is then why an operator failed."""
+    """Raise IndexError if there is an id out of range, which is then why an operator failed."""
     bad = input[(input < 0) | (input >= rows)]
     if bad.numel() > 0:
         raise IndexError(f"input has the id {int(bad[0])}; ids must be in 0 .. {rows - 1}") from None
@@ -147,12 +150,12 @@ class _Embedding(torch.autograd.Function):
         positions: Tensor | None,
         dropout_p: float,
         rng: Tensor | None,
-        name: str,
+        backend: str,
     ) -> Tensor:
         # Backward needs no value of weight or positions, but their shapes and, for a second backward, themselves.
         ctx.save_for_backward(input, weight, positions, rng)
-        ctx.padding_idx, ctx.dropout_p, ctx.name = padding_idx, dropout_p, name
-        return kernels(name).embedding_fwd(input, weight, positions, dropout_p, rng)
+        ctx.padding_idx, ctx.dropout_p, ctx.backend = padding_idx, dropout_p, backend
+        return kernels(backend).embedding_fwd(input, weight, positions, dropout_p, rng)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -162,7 +165,9 @@ class _Embedding(torch.autograd.Function):
         if differs_from_kernels(grad):
             factors = None
             if rng is not None:
-                factors = dropout_factors(ctx.name, rng, input.numel(), weight.size(1), ctx.dropout_p).view(grad.shape)
+                factors = dropout_factors(ctx.backend, rng, input.numel(), weight.size(1), ctx.dropout_p).view(
+                    grad.shape
+                )
             found = grads_by_reference(
                 lambda w, p: reference.embedding(input, w, ctx.padding_idx, positions=p, factors=factors),
                 (weight, positions),
@@ -170,7 +175,7 @@ class _Embedding(torch.autograd.Function):
                 (grad,),
             )
             return None, found[0], None, found[1], None, None, None
-        grad_weight, grad_positions = kernels(ctx.name).embedding_bwd(
+        grad_weight, grad_positions = kernels(ctx.backend).embedding_bwd(
             grad, input, weight.size(0), ctx.padding_idx, need_weight, need_positions, ctx.dropout_p, rng
         )
         results = grad_weight if need_weight else None, grad_positions if need_positions else None

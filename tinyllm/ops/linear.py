@@ -1,8 +1,9 @@
-"""linear and feed_forward: checks, choice of backend, autograd, shapes for the compiler."""
+"""linear and feed_forward: declarations, checks, autograd, shapes for the compiler."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,10 +11,32 @@ from torch import Tensor
 
 from tinyllm import reference
 from tinyllm.ops import _products
-from tinyllm.ops._autograd import autocast_dtype, differs_from_kernels, grads_by_reference, needs_grad
-from tinyllm.ops.backends import cpp
-from tinyllm.ops.dispatch import choose, forced_backend
+from tinyllm.ops._context import autocast_dtype, differs_from_kernels, grads_by_reference, needs_grad
+from tinyllm.ops.dispatch import FLOATS, Kernels, Operator, choose, forced_backend, register_fake
 from tinyllm.reference import ACTIVATIONS
+
+
+def products_refuse(operator: str, input: Tensor) -> str | None:
+    """Return why the compiled products do not serve an input: the one place where PyTorch's or ours are chosen."""
+    setting = _products.setting()
+    if setting == "cpp":
+        return None
+    if setting == "torch":
+        return "TINYLLM_LINEAR=torch"
+    if forced_backend(operator) == "cpp":
+        return None
+    rows = _products.rows_class(input.numel() // max(1, input.size(-1)))
+    if operator == "linear_cross_entropy" and _products.CLASSES[rows] != "many":
+        return None  # the time goes into writing the weight's gradient, which our kernels do in one pass
+    return _products.by_torch(input.dtype, rows)
+
+
+def _declare(name: str) -> Operator:
+    cublas = "PyTorch's products (cuBLAS) serve it"
+    return Operator(name, cpp=Kernels(FLOATS), cuda=cublas, triton=cublas, refuses=partial(products_refuse, name))
+
+
+LINEAR, FEED_FORWARD = map(_declare, ("linear", "feed_forward"))
 
 
 def linear(
@@ -47,7 +70,7 @@ def linear(
     _check_input(input, activation)
     _check_layer(input, input.size(-1), "weight", weight, "bias", bias, low)
     _check_tensor(input, "residual", residual, (*input.shape[:-1], weight.size(0)), low)
-    if choose("linear", input, limits("linear", input)) == "reference":
+    if choose(LINEAR, input) == "reference":
         # With the weights as they are: PyTorch's autocast casts a parameter once for all calls within it.
         return reference.linear(input, weight, bias, activation=activation, residual=residual)
     weight, bias = _cast(low, weight, bias)
@@ -89,7 +112,7 @@ def feed_forward(
     _check_layer(input, input.size(-1), "weight1", weight1, "bias1", bias1, low)
     _check_layer(input, weight1.size(0), "weight2", weight2, "bias2", bias2, low)
     _check_tensor(input, "residual", residual, (*input.shape[:-1], weight2.size(0)), low)
-    if choose("feed_forward", input, limits("feed_forward", input)) == "reference":  # as in `linear`
+    if choose(FEED_FORWARD, input) == "reference":  # as in `linear`
         return reference.feed_forward(input, weight1, bias1, weight2, bias2, activation=activation, residual=residual)
     weight1, bias1, weight2, bias2 = _cast(low, weight1, bias1, weight2, bias2)
     if needs_grad(input, weight1, bias1, weight2, bias2, residual):
@@ -146,32 +169,11 @@ def _check_tensor(
         raise ValueError(f"{name} is on {tensor.device}; it must be on input's device, {input.device}")
 
 
-# ---- PyTorch's products or ours: the one place where that is decided
-
-
-def limits(operator: str, input: Tensor) -> dict[str, str] | None:
-    """Why the compiled products do not serve this input, for `choose`."""
-    if input.device.type != "cpu" or not cpp.loaded:
-        return None
-    setting = _products.setting()
-    if setting == "cpp":
-        return None
-    if setting == "torch":
-        return {"cpp": "TINYLLM_LINEAR=torch"}
-    if forced_backend(operator) == "cpp":
-        return None
-    rows = _products.rows_class(input.numel() // max(1, input.size(-1)))
-    if operator == "linear_cross_entropy" and _products.CLASSES[rows] != "many":
-        return None  # the time goes into writing the weight's gradient, which our kernels do in one pass
-    reason = _products.by_torch(input.dtype, rows)
-    return None if reason is None else {"cpp": reason}
-
-
 # ---- Autograd
 
 
 def _derivative_from(activation: str, residual: Tensor | None) -> str:
-    """What the activation's derivative is taken from: "", nothing; "out", its result; "pre", its argument."""
+    """Return what the activation's derivative is taken from: "", nothing; "out", its result; "pre", its argument."""
     if activation == "none":
         return ""
     return "out" if activation == "relu" and residual is None else "pre"
@@ -260,41 +262,43 @@ def _where(wanted: Sequence[bool], grads: Sequence[Tensor]) -> list[Tensor | Non
     return [grad if want else None for want, grad in zip(wanted, grads, strict=True)]
 
 
-if cpp.loaded:
+def _if(wanted: bool, like: Tensor, *shape: int) -> Tensor:
+    return like.new_empty(shape if wanted else (0,))
 
-    def _if(wanted: bool, like: Tensor, *shape: int) -> Tensor:
-        return like.new_empty(shape if wanted else (0,))
 
-    @torch.library.register_fake("tinyllm::linear_fwd")
-    def _(input, weight, bias, residual, activation, pre_activation):  # type: ignore[no-untyped-def]
-        shape = (*input.shape[:-1], weight.size(0))
-        return input.new_empty(shape), _if(pre_activation, input, *shape)
+@register_fake("linear_fwd")
+def _(input, weight, bias, residual, activation, pre_activation):  # type: ignore[no-untyped-def]
+    shape = (*input.shape[:-1], weight.size(0))
+    return input.new_empty(shape), _if(pre_activation, input, *shape)
 
-    @torch.library.register_fake("tinyllm::linear_bwd")
-    def _(grad, input, weight, gate, activation, input_grad, weight_grad, bias_grad):  # type: ignore[no-untyped-def]
-        return (
-            _if(input_grad, input, *input.shape),
-            _if(weight_grad, weight, *weight.shape),
-            _if(bias_grad, weight, weight.size(0)),
-        )
 
-    @torch.library.register_fake("tinyllm::feed_forward_fwd")
-    def _(input, weight1, bias1, weight2, bias2, residual, activation, pre_activation):  # type: ignore[no-untyped-def]
-        rows, width = input.shape[:-1], weight1.size(0)
-        return (
-            input.new_empty((*rows, weight2.size(0))),
-            input.new_empty((*rows, width)),
-            _if(pre_activation, input, *rows, width),
-        )
+@register_fake("linear_bwd")
+def _(grad, input, weight, gate, activation, input_grad, weight_grad, bias_grad):  # type: ignore[no-untyped-def]
+    return (
+        _if(input_grad, input, *input.shape),
+        _if(weight_grad, weight, *weight.shape),
+        _if(bias_grad, weight, weight.size(0)),
+    )
 
-    @torch.library.register_fake("tinyllm::feed_forward_bwd")
-    def _(  # type: ignore[no-untyped-def]
-        grad, input, weight1, weight2, hidden, gate, activation, input_grad, weight_grads, bias1_grad, bias2_grad
-    ):
-        return (
-            _if(input_grad, input, *input.shape),
-            _if(weight_grads, weight1, *weight1.shape),
-            _if(bias1_grad, weight1, weight1.size(0)),
-            _if(weight_grads, weight2, *weight2.shape),
-            _if(bias2_grad, weight2, weight2.size(0)),
-        )
+
+@register_fake("feed_forward_fwd")
+def _(input, weight1, bias1, weight2, bias2, residual, activation, pre_activation):  # type: ignore[no-untyped-def]
+    rows, width = input.shape[:-1], weight1.size(0)
+    return (
+        input.new_empty((*rows, weight2.size(0))),
+        input.new_empty((*rows, width)),
+        _if(pre_activation, input, *rows, width),
+    )
+
+
+@register_fake("feed_forward_bwd")
+def _(  # type: ignore[no-untyped-def]
+    grad, input, weight1, weight2, hidden, gate, activation, input_grad, weight_grads, bias1_grad, bias2_grad
+):
+    return (
+        _if(input_grad, input, *input.shape),
+        _if(weight_grads, weight1, *weight1.shape),
+        _if(bias1_grad, weight1, weight1.size(0)),
+        _if(weight_grads, weight2, *weight2.shape),
+        _if(bias2_grad, weight2, weight2.size(0)),
+    )

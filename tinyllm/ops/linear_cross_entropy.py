@@ -1,4 +1,4 @@
-"""linear_cross_entropy: checks, choice of backend, autograd, shapes for the compiler."""
+"""linear_cross_entropy: declaration, checks, autograd, shapes for the compiler."""
 
 from __future__ import annotations
 
@@ -9,15 +9,54 @@ from torch import Tensor
 
 from tinyllm import reference
 from tinyllm.ops import _chunked_loss
-from tinyllm.ops._autograd import autocast_dtype, differs_from_kernels, grads_by_reference, needs_grad
-from tinyllm.ops._fake import register_fake
-from tinyllm.ops.cross_entropy import REDUCTIONS, option_limits, target_limits
-from tinyllm.ops.dispatch import choose, kernels, no_kernel
-from tinyllm.ops.linear import limits as products_limits
+from tinyllm.ops._context import autocast_dtype, differs_from_kernels, grads_by_reference, needs_grad
+from tinyllm.ops.cross_entropy import REDUCTIONS, refuses_options, refuses_target
+from tinyllm.ops.dispatch import FLOATS, Kernels, Operator, choose, kernels, register_fake
+from tinyllm.ops.linear import products_refuse
 
+
+def _refuses(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    linear_bias: Tensor | None,
+    weight: Tensor | None,
+    reduction: str,
+    label_smoothing: float,
+) -> str | None:
+    if input.dim() not in (1, 2) or linear_weight.dim() != 2 or input.size(-1) != linear_weight.size(-1):
+        return (
+            f"input has shape {list(input.shape)}, linear_weight {list(linear_weight.shape)}; the kernel takes "
+            "(N, D) or (D,), and (C, D)"
+        )
+    if input.numel() == 0 or linear_weight.numel() == 0:
+        return "there is nothing to multiply"
+    classes = linear_weight.size(0)
+    tensors: list[tuple[str, Tensor, tuple[torch.dtype, ...]]] = [("linear_weight", linear_weight, (input.dtype,))]
+    if linear_bias is not None:
+        if list(linear_bias.shape) != [classes]:
+            return f"linear_bias has shape {list(linear_bias.shape)}; the kernel takes [{classes}]"
+        tensors.append(("linear_bias", linear_bias, (input.dtype, torch.float32)))
+    for name, tensor, dtypes in tensors:
+        if tensor.dtype not in dtypes:
+            return f"{name} is {tensor.dtype}; the kernel takes input's dtype, {input.dtype}"
+        if tensor.device != input.device:
+            return f"{name} is on {tensor.device}; the kernel needs it on input's device, {input.device}"
+    return refuses_target(target, input.shape[:-1], input) or refuses_options(
+        weight, classes, input, reduction, label_smoothing
+    )
+
+
+LINEAR_CROSS_ENTROPY = Operator(
+    "linear_cross_entropy",
+    cpp=Kernels(FLOATS),
+    cuda="Triton's kernel serves it",
+    triton=Kernels(FLOATS),
+    refuses=_refuses,
+)
 # The backend whose products are PyTorch's and whose losses are the compiled kernels'.
 _PRODUCTS = "products"
-_products_library = _chunked_loss.register()
+_products_namespaces = _chunked_loss.register()
 
 
 def linear_cross_entropy(
@@ -64,9 +103,10 @@ def linear_cross_entropy(
     if low is not None and input.dtype != torch.float64:  # which autocast leaves alone
         input, linear_weight = input.to(low), linear_weight.to(low)
         linear_bias = None if linear_bias is None else linear_bias.to(low)
-    limits = _limits(input, linear_weight, target, linear_bias, weight, reduction, label_smoothing)
-    name = choose("linear_cross_entropy", input, limits)
-    if name == "reference":
+    backend = choose(
+        LINEAR_CROSS_ENTROPY, input, linear_weight, target, linear_bias, weight, reduction, label_smoothing
+    )
+    if backend == "reference":
         return reference.linear_cross_entropy(
             input,
             linear_weight,
@@ -79,55 +119,23 @@ def linear_cross_entropy(
         ).to(dtype)
     arguments = (input.reshape(-1, input.size(-1)), linear_weight, target.long().reshape(-1), linear_bias, weight)
     numbers = (REDUCTIONS.index(reduction), -100 if ignore_index is None else ignore_index, label_smoothing)
-    if name == "cpp" and _serves_products(input, linear_bias):
-        name = _PRODUCTS
+    if backend == "cpp" and _serves_products(input, linear_bias):
+        backend = _PRODUCTS
     if needs_grad(input, linear_weight, linear_bias):
-        loss = _LinearCrossEntropy.apply(*arguments, numbers, dtype, name)
+        loss = _LinearCrossEntropy.apply(*arguments, numbers, dtype, backend)
     else:
-        loss = _raw(name).linear_cross_entropy_fwd(*arguments, *numbers, False, False, False)[0].to(dtype)
+        loss = _raw(backend).linear_cross_entropy_fwd(*arguments, *numbers, False, False, False)[0].to(dtype)
     return loss.reshape(target.shape) if reduction == "none" else loss
-
-
-def _limits(
-    input: Tensor,
-    linear_weight: Tensor,
-    target: Tensor,
-    linear_bias: Tensor | None,
-    weight: Tensor | None,
-    reduction: str,
-    label_smoothing: float,
-) -> dict[str, str] | None:
-    if input.dim() not in (1, 2) or linear_weight.dim() != 2 or input.size(-1) != linear_weight.size(-1):
-        return no_kernel(
-            f"input has shape {list(input.shape)}, linear_weight {list(linear_weight.shape)}; the kernel takes "
-            "(N, D) or (D,), and (C, D)"
-        )
-    if input.numel() == 0 or linear_weight.numel() == 0:
-        return no_kernel("there is nothing to multiply")
-    classes = linear_weight.size(0)
-    tensors: list[tuple[str, Tensor, tuple[torch.dtype, ...]]] = [("linear_weight", linear_weight, (input.dtype,))]
-    if linear_bias is not None:
-        if list(linear_bias.shape) != [classes]:
-            return no_kernel(f"linear_bias has shape {list(linear_bias.shape)}; the kernel takes [{classes}]")
-        tensors.append(("linear_bias", linear_bias, (input.dtype, torch.float32)))
-    for name, tensor, dtypes in tensors:
-        if tensor.dtype not in dtypes:
-            return no_kernel(f"{name} is {tensor.dtype}; the kernel takes input's dtype, {input.dtype}")
-        if tensor.device != input.device:
-            return no_kernel(f"{name} is on {tensor.device}; the kernel needs it on input's device, {input.device}")
-    return target_limits(target, input.shape[:-1], input) or option_limits(
-        weight, classes, input, reduction, label_smoothing
-    )
 
 
 def _serves_products(input: Tensor, linear_bias: Tensor | None) -> bool:
     # Undivided gradients leave float16's range, and a float32 bias would be rounded with the logits.
     fits = input.dtype != torch.float16 and (linear_bias is None or linear_bias.dtype == input.dtype)
-    return fits and products_limits("linear_cross_entropy", input) is not None
+    return fits and products_refuse("linear_cross_entropy", input) is not None
 
 
-def _raw(name: str) -> Any:
-    return getattr(torch.ops, _chunked_loss.NAMESPACE) if name == _PRODUCTS else kernels(name)
+def _raw(backend: str) -> Any:
+    return getattr(torch.ops, _chunked_loss.NAMESPACE) if backend == _PRODUCTS else kernels(backend)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -141,7 +149,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weight: Tensor | None,
         numbers: tuple[int, int, float],
         dtype: torch.dtype,
-        name: str,
+        backend: str,
     ) -> Tensor:
         arguments = (input, linear_weight, target, linear_bias, weight)
         # Without a reduction each row has its own upstream gradient, which only backward knows.
@@ -150,12 +158,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
             early and x is not None and needed
             for x, needed in zip((input, linear_weight, linear_bias), _needs(ctx), strict=True)
         ]
-        loss, *grads = _raw(name).linear_cross_entropy_fwd(*arguments, *numbers, *wanted)
+        loss, *grads = _raw(backend).linear_cross_entropy_fwd(*arguments, *numbers, *wanted)
         # A compiled graph saves the gradients: it cannot hand something out once.
         compiling = torch.compiler.is_compiling()
         ctx.save_for_backward(*arguments, *(grads if early and compiling else ()))
         ctx.grads = grads if early and not compiling else None
-        ctx.numbers, ctx.name = numbers, name
+        ctx.numbers, ctx.backend = numbers, backend
         return loss.to(dtype)
 
     @staticmethod
@@ -189,10 +197,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         elif early is None:
             upstream = grad.to(torch.promote_types(input.dtype, torch.float32))
             wanted = [x is not None and need for x, need in zip(inputs, needed, strict=True)]
-            early = _raw(ctx.name).linear_cross_entropy_bwd(
+            early = _raw(ctx.backend).linear_cross_entropy_bwd(
                 upstream, input, linear_weight, target, linear_bias, weight, *ctx.numbers, *wanted
             )
-        elif ctx.name == "triton":  # which does not wait for the device to say what grad is
+        elif ctx.backend == "triton":  # which does not wait for the device to say what grad is
             from tinyllm.kernels.losses import scale_unless_one_
 
             early = [scale_unless_one_(x, grad) for x in early]
@@ -205,7 +213,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _needs(ctx: Any) -> tuple[bool, bool, bool]:
-    """Whether input, linear_weight and linear_bias need a gradient."""
+    """Return whether input, linear_weight and linear_bias need a gradient."""
     return ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3]
 
 
@@ -215,13 +223,13 @@ def _grads(input, linear_weight, need_input, need_weight, need_bias):  # type: i
     return tuple(input.new_empty(shape if needed else (0,), dtype=compute) for shape, needed in shapes)
 
 
-@register_fake("linear_cross_entropy_fwd", _products_library)
+@register_fake("linear_cross_entropy_fwd", *_products_namespaces)
 def _(input, linear_weight, target, linear_bias, weight, reduction, ignore_index, label_smoothing, *needs):  # type: ignore[no-untyped-def]
     compute = torch.promote_types(input.dtype, torch.float32)
     loss = input.new_empty(input.shape[:1] if reduction == 0 else (), dtype=compute)
     return loss, *_grads(input, linear_weight, *needs)
 
 
-@register_fake("linear_cross_entropy_bwd", _products_library)
+@register_fake("linear_cross_entropy_bwd", *_products_namespaces)
 def _(grad, input, linear_weight, target, linear_bias, weight, reduction, ignore_index, label_smoothing, *needs):  # type: ignore[no-untyped-def]
     return _grads(input, linear_weight, *needs)

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from tinyllm import reference
-from tinyllm.ops._autograd import differs_from_kernels, grads_by_reference, needs_grad
-from tinyllm.ops.backends import cpp
-from tinyllm.ops.dispatch import choose, serves
+from tinyllm.ops._context import differs_from_kernels, grads_by_reference, needs_grad
+from tinyllm.ops.dispatch import choose, register_fake, serves
 from tinyllm.ops.embedding import raise_for_ids
-from tinyllm.ops.transformer_block import block_limits, block_misfit, saved_by_block
+from tinyllm.ops.transformer_block import block_misfit, declare, saved_by_block
 from tinyllm.reference import split_transformer_parameters
+
+TRANSFORMER = declare("transformer")
 
 
 def transformer(
@@ -65,8 +66,7 @@ def transformer(
     if target is not None and target.dtype != torch.int64:
         raise TypeError(f"target has dtype {target.dtype}; int64 is needed")
     settings = (num_layers, num_heads, causal, norm_first, activation, eps)
-    limits = _limits(input, parameters, num_layers, num_heads)
-    if choose("transformer", parameters[0], limits) == "reference":
+    if choose(TRANSFORMER, parameters[0], *_sizes(input, parameters, num_layers, num_heads)) == "reference":
         from tinyllm import ops
 
         return reference.transformer(
@@ -110,7 +110,7 @@ def run_transformer(
 
 def serves_transformer(input: Tensor, parameters: Sequence[Tensor], num_layers: int, num_heads: int) -> bool:
     """Whether a kernel takes such a model, its parameters fitting together."""
-    return serves("cpp", "transformer", parameters[0], _limits(input, parameters, num_layers, num_heads))
+    return serves("cpp", TRANSFORMER, parameters[0], *_sizes(input, parameters, num_layers, num_heads))
 
 
 def transformer_misfit(
@@ -155,10 +155,9 @@ def transformer_misfit(
     return None
 
 
-def _limits(input: Tensor, parameters: Sequence[Tensor], num_layers: int, num_heads: int) -> dict[str, str] | None:
-    table = parameters[0]
+def _sizes(input: Tensor, parameters: Sequence[Tensor], num_layers: int, num_heads: int) -> tuple[int, int, int, int]:
     hidden = parameters[1 + (4 if num_heads > 1 else 3)].size(0) if num_layers > 0 else 0
-    return block_limits("transformer", table, input.numel(), table.size(1), hidden, num_heads)
+    return input.numel(), parameters[0].size(1), hidden, num_heads
 
 
 class _Transformer(torch.autograd.Function):
@@ -203,27 +202,26 @@ class _Transformer(torch.autograd.Function):
         return None, grad_positions if wanted[1] else None, None, None, *found
 
 
-if cpp.loaded:
+@register_fake("transformer_fwd")
+def _(input, parameters, positions, target, num_layers, num_heads, causal, norm_first, activation, eps, save):  # type: ignore[no-untyped-def]
+    table, *others = parameters
+    bias = len(parameters) % 2 == 1 and others[-1].dim() == 1
+    output = others[-2 if bias else -1]
+    batch, tokens = input.shape
+    rows, width, size = batch * tokens, table.size(1), 0
+    if save:  # the numbers that csrc/cpu/transformer.cpp keeps for backward
+        size = (num_layers + 1) * rows * width + (rows * (width + 2) if norm_first else 0)
+        each = (len(others) - (1 + norm_first) * (1 + bias)) // max(1, num_layers)
+        for i in range(num_layers):
+            hidden = others[i * each + (4 if num_heads > 1 else 3)].size(0)
+            size += rows * saved_by_block(width, hidden, num_heads, activation)
+        size += 0 if target is None else rows * output.size(0)
+    shape = () if target is not None else (batch, tokens, output.size(0))
+    return table.new_empty(shape), table.new_empty(size)
 
-    @torch.library.register_fake("tinyllm::transformer_fwd")
-    def _(input, parameters, positions, target, num_layers, num_heads, causal, norm_first, activation, eps, save):  # type: ignore[no-untyped-def]
-        table, *others = parameters
-        bias = len(parameters) % 2 == 1 and others[-1].dim() == 1
-        output = others[-2 if bias else -1]
-        batch, tokens = input.shape
-        rows, width, size = batch * tokens, table.size(1), 0
-        if save:  # the numbers that csrc/cpu/transformer.cpp keeps for backward
-            size = (num_layers + 1) * rows * width + (rows * (width + 2) if norm_first else 0)
-            each = (len(others) - (1 + norm_first) * (1 + bias)) // max(1, num_layers)
-            for i in range(num_layers):
-                hidden = others[i * each + (4 if num_heads > 1 else 3)].size(0)
-                size += rows * saved_by_block(width, hidden, num_heads, activation)
-            size += 0 if target is None else rows * output.size(0)
-        shape = () if target is not None else (batch, tokens, output.size(0))
-        return table.new_empty(shape), table.new_empty(size)
 
-    @torch.library.register_fake("tinyllm::transformer_bwd")
-    def _(grad, input, parameters, positions, target, saved, *settings):  # type: ignore[no-untyped-def]
-        table, positions_grad = parameters[0], settings[-1]
-        shape = (input.size(1), table.size(1)) if positions_grad else (0,)
-        return [p.new_empty(p.shape) for p in parameters], table.new_empty(shape)
+@register_fake("transformer_bwd")
+def _(grad, input, parameters, positions, target, saved, *settings):  # type: ignore[no-untyped-def]
+    table, positions_grad = parameters[0], settings[-1]
+    shape = (input.size(1), table.size(1)) if positions_grad else (0,)
+    return [p.new_empty(p.shape) for p in parameters], table.new_empty(shape)

@@ -3,22 +3,49 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tinyllm import reference
-from tinyllm.ops._autograd import autocast_dtype, differs_from_kernels, grads_by_reference, needs_grad
-from tinyllm.ops.backends import cpp
-from tinyllm.ops.dispatch import choose, serves
-from tinyllm.ops.linear import limits as linear_limits
+from tinyllm.ops._context import autocast_dtype, differs_from_kernels, grads_by_reference, needs_grad
+from tinyllm.ops.attention import MOST_HEAD_DIM
+from tinyllm.ops.dispatch import Kernels, Limit, Operator, choose, register_fake, serves
+from tinyllm.ops.linear import products_refuse
 from tinyllm.reference import BLOCK_PARAMETERS
 
 _ONE_HEAD = tuple(name for name in BLOCK_PARAMETERS if name != "out_proj")
 
 # Below so many multiplications the calls saved outweigh whatever PyTorch's products are faster by.
 _SMALL = 4_000_000
+
+
+def _refuses(operator: str, like: Tensor, rows: int, width: int, hidden: int, num_heads: int) -> str | None:
+    if autocast_dtype(like.device.type) is not None:
+        return "autocast wants some of the parts in another dtype"
+    return None if rows * width * hidden <= _SMALL else products_refuse(operator, like)
+
+
+def _too_wide(like: Tensor, rows: int, width: int, hidden: int, num_heads: int) -> str | None:
+    return f"head_dim is {width // num_heads}" if width // num_heads > MOST_HEAD_DIM else None
+
+
+def declare(name: str) -> Operator:
+    """Declare an operator of blocks, whose limits look at rows, width, hidden_dim and num_heads."""
+    in_parts = "its parts are served one by one"
+    heads = Limit(f"heads up to {MOST_HEAD_DIM} wide", _too_wide)
+    return Operator(
+        name,
+        cpp=Kernels((torch.float32, torch.float64), (heads,)),
+        cuda=in_parts,
+        triton=in_parts,
+        refuses=partial(_refuses, name),
+    )
+
+
+TRANSFORMER_BLOCK = declare("transformer_block")
 
 
 def transformer_block(
@@ -58,7 +85,7 @@ def transformer_block(
     if misfit is not None:
         raise ValueError(misfit)
     settings = (num_heads, causal, norm_first, activation)
-    if choose("transformer_block", input, _limits(input, parameters, num_heads)) == "reference":
+    if choose(TRANSFORMER_BLOCK, input, *_sizes(input, parameters, num_heads)) == "reference":
         from tinyllm import ops
 
         return reference.transformer_block(  # its parts, each on its best backend
@@ -80,7 +107,7 @@ def transformer_block(
 def serves_block(input: Tensor, parameters: Sequence[Tensor], num_heads: int) -> bool:
     """Whether a kernel takes such a block; otherwise it is faster in parts, each on its best backend."""
     return block_misfit(input, parameters, num_heads) is None and serves(
-        "cpp", "transformer_block", input, _limits(input, parameters, num_heads)
+        "cpp", TRANSFORMER_BLOCK, input, *_sizes(input, parameters, num_heads)
     )
 
 
@@ -108,24 +135,10 @@ def block_misfit(input: Tensor, parameters: Sequence[Tensor], num_heads: int) ->
     return None
 
 
-def _limits(input: Tensor, parameters: Sequence[Tensor], num_heads: int) -> dict[str, str] | None:
+def _sizes(input: Tensor, parameters: Sequence[Tensor], num_heads: int) -> tuple[int, int, int, int]:
+    """Return what the limits look at: rows, width, hidden_dim, num_heads."""
     width, hidden = input.size(-1), parameters[4 if num_heads > 1 else 3].size(0)
-    return block_limits("transformer_block", input, input.numel() // max(1, width), width, hidden, num_heads)
-
-
-def block_limits(
-    operator: str, like: Tensor, rows: int, width: int, hidden: int, num_heads: int
-) -> dict[str, str] | None:
-    """Why a kernel does not serve blocks of these sizes; `like` has their dtype and device."""
-    if autocast_dtype(like.device.type) is not None:
-        return {"cpp": "autocast wants some of the parts in another dtype"}
-    if like.dtype not in (torch.float32, torch.float64):
-        return {"cpp": f"the dtype is {like.dtype}; the kernel takes float32 and float64"}
-    if width // num_heads > 1024:
-        return {"cpp": f"head_dim is {width // num_heads}; the kernel takes at most 1024"}
-    if rows * width * hidden <= _SMALL:
-        return None
-    return linear_limits(operator, like)
+    return input.numel() // max(1, width), width, hidden, num_heads
 
 
 class _TransformerBlock(torch.autograd.Function):
@@ -163,15 +176,14 @@ def saved_by_block(width: int, hidden: int, num_heads: int, activation: str) -> 
     return 7 * width + (1 if activation == "relu" else 2) * hidden + num_heads + 4
 
 
-if cpp.loaded:
+@register_fake("transformer_block_fwd")
+def _(input, parameters, num_heads, causal, norm_first, activation, eps1, eps2, save):  # type: ignore[no-untyped-def]
+    batch, tokens, width = input.shape
+    hidden = parameters[4 if num_heads > 1 else 3].size(0)
+    size = batch * tokens * saved_by_block(width, hidden, num_heads, activation) if save else 0
+    return input.new_empty(input.shape), input.new_empty(size)
 
-    @torch.library.register_fake("tinyllm::transformer_block_fwd")
-    def _(input, parameters, num_heads, causal, norm_first, activation, eps1, eps2, save):  # type: ignore[no-untyped-def]
-        batch, tokens, width = input.shape
-        hidden = parameters[4 if num_heads > 1 else 3].size(0)
-        size = batch * tokens * saved_by_block(width, hidden, num_heads, activation) if save else 0
-        return input.new_empty(input.shape), input.new_empty(size)
 
-    @torch.library.register_fake("tinyllm::transformer_block_bwd")
-    def _(grad, input, parameters, saved, num_heads, causal, norm_first, activation):  # type: ignore[no-untyped-def]
-        return input.new_empty(input.shape), [p.new_empty(p.shape) for p in parameters]
+@register_fake("transformer_block_bwd")
+def _(grad, input, parameters, saved, num_heads, causal, norm_first, activation):  # type: ignore[no-untyped-def]
+    return input.new_empty(input.shape), [p.new_empty(p.shape) for p in parameters]

@@ -1,4 +1,5 @@
-"""Loads the compiled libraries `_C` and `_C_cuda` once and remembers, when it cannot, why not."""
+"""The compiled libraries: `_C`, the C++ kernels for CPUs, and `_C_cuda`, which has those of `cuda`. They are loaded
+once; where that fails, the reason is kept."""
 
 from __future__ import annotations
 
@@ -9,13 +10,16 @@ from importlib import metadata
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from types import ModuleType
+from typing import Any
+
+import torch  # before _C, which finds libtorch's symbols in the process and needs no rpath of its own
 
 _PACKAGE = Path(__file__).parents[2]  # where setup.py puts the libraries
 
 
 def build_record() -> dict[str, str]:
-    """What the installation wrote about its build: `extension` (built|skipped), `reason`, `compiler`, `torch`, and
-    `cuda` (built|skipped), `cuda_reason`, `nvcc`, `cuda_arch_list`."""
+    """Return what the installation wrote about its build: `extension` (built|skipped), `reason`, `compiler`, `torch`,
+    and `cuda` (built|skipped), `cuda_reason`, `nvcc`, `cuda_arch_list`."""
     path = _PACKAGE / "_build.json"
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
@@ -26,9 +30,6 @@ def build_record() -> dict[str, str]:
 
 def _load() -> tuple[ModuleType | None, str | None]:
     try:
-        # torch must be in the process first: _C finds libtorch's symbols there, and needs no rpath of its own.
-        import torch  # noqa: F401
-
         library = importlib.import_module("tinyllm._C")
     except ImportError as error:
         record = build_record()
@@ -39,9 +40,8 @@ def _load() -> tuple[ModuleType | None, str | None]:
 
 
 def _load_cuda() -> str | None:
-    """Why the CUDA library is not there. It has no Python module: it gives operators that _C declares their kernels."""
-    import torch
-
+    """Return why the CUDA library is not there. It has no Python module: it gives operators that _C declares their
+    kernels."""
     if why_not is not None:
         return why_not
     record = build_record()
@@ -58,14 +58,12 @@ def _load_cuda() -> str | None:
 
 
 def cuda_path() -> Path | None:
-    """The CUDA library's file, or None where there is none."""
+    """Return the CUDA library's file, or None where there is none."""
     return next(filter(Path.is_file, (_PACKAGE / f"_C_cuda{suffix}" for suffix in EXTENSION_SUFFIXES)), None)
 
 
 def load_operators(path: str | Path) -> str | None:
-    """Loads a library that registers operators; what is wrong with it, or None."""
-    import torch
-
+    """Load a library that registers operators. Return what is wrong with it, or None."""
     try:
         torch.ops.load_library(path)
     except OSError as error:
@@ -73,10 +71,45 @@ def load_operators(path: str | Path) -> str | None:
     return None
 
 
+def _scalar() -> bool:
+    """Return whether the processor runs only the scalar kernels."""
+    try:
+        return library is not None and library.cpu_isa() == "scalar"
+    except RuntimeError:  # TINYLLM_CPU_ISA names none; the kernels say so when they are called
+        return False
+
+
 library, why_not = _load()
 loaded = library is not None
 cuda_why_not = _load_cuda()
+_only_scalar = _scalar()
 _warned = False
+
+
+def unavailable(device_type: str, forced: bool, here: bool) -> str | None:
+    """Return why the C++ kernels serve no tensors of a device type; see `Backend`."""
+    if device_type != "cpu":
+        return f"it serves CPU tensors, not {device_type} ones"
+    if here and why_not is not None:
+        return why_not
+    if here and _only_scalar and not forced:
+        return "there are only the scalar kernels for this processor; PyTorch is faster"
+    return None
+
+
+def provide(operator: str, source: str) -> str | None:
+    """Return None: a build has all C++ kernels, or none."""
+    return None
+
+
+def has(name: str) -> bool:
+    """Return whether there is a kernel for a raw operator."""
+    return loaded and hasattr(torch.ops.tinyllm, name)
+
+
+def operators() -> Any:
+    """Return the namespace of the raw operators."""
+    return torch.ops.tinyllm
 
 
 def deliberately_absent() -> bool:

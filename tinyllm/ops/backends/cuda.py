@@ -15,16 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tinyllm.ops._compiler import constant_for_compiler
+from tinyllm.ops._context import constant_for_compiler
 from tinyllm.ops.backends import cpp
 
-EMULATED_NAMESPACE = "tinyllm_host"
 # Older ones lack bfloat16 and asynchronous copies. Triton's kernels need the same.
 _MINIMUM_CAPABILITY = (8, 0)
 
 
 def _load() -> tuple[bool, str | None]:
-    """Whether the kernels are emulated, and why they serve no CUDA tensors."""
+    """Return whether the kernels are emulated, and why they serve no CUDA tensors."""
     path = os.environ.get("TINYLLM_EMULATED_CUDA")
     if not path:
         return False, cpp.cuda_why_not
@@ -37,21 +36,35 @@ def _load() -> tuple[bool, str | None]:
 emulated, why_not = _load()
 
 
-def operators() -> Any:
-    """The namespace of the raw operators."""
-    return torch.ops.tinyllm_host if emulated else torch.ops.tinyllm
+def unavailable(device_type: str, forced: bool, here: bool) -> str | None:
+    """Return why the CUDA C++ kernels serve no tensors of a device type; see `Backend`. `here` makes no difference: not
+    every installation for GPUs has them."""
+    if device_type == "cpu" and emulated:
+        return None if forced else "it serves CUDA tensors; emulated, CPU tensors where it is forced"
+    if device_type != "cuda":
+        return f"it serves CUDA tensors, not {device_type} ones"
+    return why_not
+
+
+def provide(operator: str, source: str) -> str | None:
+    """Return why a library that is there has no kernels for an operator, as a build of some of its sources has not."""
+    there = emulated or why_not is None
+    if not there or (has(f"{operator}_fwd") and has(f"{operator}_bwd")):
+        return None
+    return "this build of the CUDA library has no kernel for it"
 
 
 def has(name: str) -> bool:
-    """Whether this build has a kernel for a raw operator."""
-    if not emulated:
-        return why_not is None and torch._C._dispatch_has_kernel_for_dispatch_key(f"tinyllm::{name}", "CUDA")
-    return torch._C._dispatch_has_kernel_for_dispatch_key(f"{EMULATED_NAMESPACE}::{name}", "CPU")
+    """Return whether there is a kernel for a raw operator."""
+    if not emulated and why_not is not None:
+        return False
+    key = "CPU" if emulated else "CUDA"
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"{operators().name}::{name}", key)
 
 
-def may_serve(tensor: Tensor) -> bool:
-    """Whether the limits of these kernels are of interest for a tensor at all."""
-    return tensor.is_cuda or emulated
+def operators() -> Any:
+    """Return the namespace of the raw operators."""
+    return torch.ops.tinyllm_host if emulated else torch.ops.tinyllm
 
 
 _capability = functools.cache(torch.cuda.get_device_capability)
@@ -59,7 +72,7 @@ _capability = functools.cache(torch.cuda.get_device_capability)
 
 @constant_for_compiler
 def too_old(index: int) -> str | None:
-    """Why neither these kernels nor Triton's run on a GPU."""
+    """Return why neither these kernels nor Triton's run on a GPU, None where they do."""
     found = _capability(index)
     if found >= _MINIMUM_CAPABILITY:
         return None
@@ -68,7 +81,7 @@ def too_old(index: int) -> str | None:
 
 @functools.cache
 def _norm_columns(index: int) -> int:
-    """What the library says of a GPU: it depends on the code that was compiled for it, not on the GPU alone."""
+    """Return what the library says: it depends on the code that was compiled for the GPU, not on the GPU alone."""
     ask = ctypes.CDLL(os.environ["TINYLLM_EMULATED_CUDA"] if emulated else str(cpp.cuda_path()))
     ask.tinyllm_norm_columns.restype = ctypes.c_int64
     return int(ask.tinyllm_norm_columns(ctypes.c_int32(index)))

@@ -7,33 +7,66 @@ or, where Triton interprets, to these. Schemas are the launchers' own signatures
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
+import os
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-NAMESPACE = "tinyllm_triton"
+_installed = importlib.util.find_spec("triton") is not None
+# As Triton reads it. It is not imported to ask, because that takes long and is of no use without a GPU.
+interpreted = _installed and os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
+_library = torch.library.Library("tinyllm_triton", "DEF")
+defined: list[str] = []  # raw operators
 
-# File -> the launchers that become operators.
-_LAUNCHERS = {
-    "layer_norm": (
-        "layer_norm_fwd",
-        "layer_norm_bwd",
-        "add_layer_norm_fwd",
-        "add_layer_norm_bwd",
-        "rms_norm_fwd",
-        "rms_norm_bwd",
-    ),
-    "random": ("dropout_factors",),
-    "embedding": ("embedding_fwd", "embedding_bwd"),
-    "cross_entropy": ("cross_entropy_fwd", "cross_entropy_bwd"),
-    "linear_cross_entropy": ("linear_cross_entropy_fwd", "linear_cross_entropy_bwd"),
-    "attention": ("attention_fwd", "attention_bwd"),
-}
 
-library: torch.library.Library | None = None
+def _absent() -> str | None:
+    if not _installed:
+        return "triton is not installed (the extra tinyllm[gpu] brings it)"
+    if torch.version.cuda is None and not interpreted:
+        return "this build of torch has no CUDA"
+    return None
+
+
+why_not = _absent()
+
+
+def unavailable(device_type: str, forced: bool, here: bool) -> str | None:
+    """Return why the Triton kernels serve no tensors of a device type; see `Backend`."""
+    if device_type == "cpu" and interpreted:
+        if not forced:
+            return "it serves CUDA tensors; in its interpreter, CPU tensors where it is forced"
+    elif device_type != "cuda":
+        return f"it serves CUDA tensors, not {device_type} ones"
+    return why_not if here else None
+
+
+def provide(operator: str, source: str) -> str | None:
+    """Define the raw operators of an operator from its launchers in kernels/<source>.py; see `Backend`."""
+    define(source, f"{operator}_fwd", f"{operator}_bwd")
+    return None
+
+
+def define(source: str, *names: str) -> None:
+    """Define launchers of kernels/<source>.py as raw operators. Where the file does not load, `why_not` says so."""
+    global why_not
+    if why_not is not None:
+        return
+    try:
+        module = importlib.import_module(f"tinyllm.kernels.{source}")
+    except ImportError as error:
+        why_not = f"triton does not load: {error}"
+        return
+    for name in names:
+        launcher = getattr(module, name)
+        schema = torch.library.infer_schema(launcher, mutates_args=())
+        _library.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
+        for key in ("CPU", "CUDA") if interpreted else ("CUDA",):
+            _library.impl(name, _on_its_device(launcher), key)
+        defined.append(name)
 
 
 def _on_its_device(launcher: Callable[..., Any]) -> Callable[..., Any]:
@@ -49,34 +82,11 @@ def _on_its_device(launcher: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def _register() -> tuple[bool, str | None]:
-    """Defines the operators; whether Triton interprets, and why they are not there."""
-    global library
-    if importlib.util.find_spec("triton") is None:
-        return False, "triton is not installed (the extra tinyllm[gpu] brings it)"
-    import os
-
-    interpreted = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
-    if torch.version.cuda is None and not interpreted:
-        return False, "this build of torch has no CUDA"  # and its users need not wait for the import of triton
-    try:
-        modules = {name: importlib.import_module(f"tinyllm.kernels.{name}") for name in _LAUNCHERS}
-    except ImportError as error:
-        return interpreted, f"triton does not load: {error}"
-    library = torch.library.Library(NAMESPACE, "DEF")
-    for module, names in _LAUNCHERS.items():
-        for name in names:
-            launcher = getattr(modules[module], name)
-            schema = torch.library.infer_schema(launcher, mutates_args=())
-            library.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
-            for key in ("CPU", "CUDA") if interpreted else ("CUDA",):
-                library.impl(name, _on_its_device(launcher), key)
-    return interpreted, None
-
-
-interpreted, why_not = _register()
-
-
 def has(name: str) -> bool:
-    """Whether there is such a raw operator."""
-    return why_not is None and any(name in names for names in _LAUNCHERS.values())
+    """Return whether there is a kernel for a raw operator."""
+    return why_not is None and name in defined
+
+
+def operators() -> Any:
+    """Return the namespace of the raw operators."""
+    return torch.ops.tinyllm_triton
