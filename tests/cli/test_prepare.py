@@ -157,26 +157,17 @@ def test_a_damaged_sidecar_is_named(tmp_path: Path, tokenizer: Path) -> None:
 RACER = """
 import sys
 from tinyllm.data import prepare as package
-from tinyllm.data.prepare import pool, run, worker
-from tinyllm.data.prepare.documents import Part
-from tinyllm.data.prepare.words import token_encoder
-from tinyllm.tokenizer import load_tokenizer
-import json, numpy
-from pathlib import Path
+from tinyllm.data.prepare import run, workers
 
 class Here:
-    def __init__(self, *arguments, **options): pass
+    def __init__(self, *arguments, **options): self.done = []
     def close(self): pass
-    def run(self, task, what, progress):
-        if task["task"] == "tokenizer":
-            return worker.make_tokenizer(task)
-        settings = task["settings"]
-        encode = token_encoder(load_tokenizer(Path(settings["directory"], "tokenizer.json")), numpy.dtype("<u2"))
-        done = worker.write_unit(task["number"], [Part(**part) for part in task["parts"]], settings, encode, progress)
-        worker.write_text(task["sidecar"], json.dumps({**done, **task["extra"]}))
-        return done
+    def run(self, what, function, *arguments): return function(*arguments)
+    def submit(self, what, function, *arguments): self.done.append(function(*arguments))
+    def results(self, most): return [self.done.pop() for _ in range(len(self.done))]
 
-run.Worker = run.WorkerPool = Here
+run.Workers = Here
+workers._count = lambda num_bytes: None
 print("ready", flush=True)
 data, tokenizer = sys.argv[1:]
 for line in sys.stdin:
@@ -268,12 +259,13 @@ def test_d_the_sample_takes_small_streams_whole(make: Callable[[Path], Path], tm
 
 
 def test_d_samples_of_streams_are_bounded(tmp_path: Path) -> None:
-    from tinyllm.data.prepare.worker import sample_texts
+    from tinyllm.data.prepare.inputs import Input
+    from tinyllm.data.prepare.workers import sample_texts
 
-    def stream(name: str, characters: int) -> dict[str, Any]:
+    def stream(name: str, characters: int) -> Input:
         path = tmp_path / f"{name}.jsonl.gz"
         path.write_bytes(gzip.compress((json.dumps({"text": name * 100}) + "\n").encode() * (characters // 100)))
-        return {"path": str(path), "kind": "gz"}
+        return Input(str(path), "gz")
 
     def taken(quotas: dict[str, int], size: int) -> dict[str, int]:
         samples = [(streams[name], quota) for name, quota in quotas.items()]

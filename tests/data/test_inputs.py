@@ -13,10 +13,9 @@ import pytest
 
 from tinyllm.data.prepare import documents
 from tinyllm.data.prepare.documents import Part, cut_input, read_documents, split_text
+from tinyllm.data.prepare.encode import token_encoder
 from tinyllm.data.prepare.inputs import Input, Skipped, find_inputs
 from tinyllm.data.prepare.streams import stream_lines
-from tinyllm.data.prepare.words import token_encoder
-from tinyllm.data.shards import token_dtype
 from tinyllm.tokenizer import BPETokenizer, CharTokenizer, WordTokenizer
 
 PIECES = [
@@ -344,8 +343,8 @@ def test_words_looked_up_are_the_tokenizers(monkeypatch: pytest.MonkeyPatch) -> 
     ]
     training = [mixed_text(3000), " ".join(pieces) * 20]
     tokenizer = BPETokenizer.from_texts(training, 600)
-    encode = token_encoder(tokenizer, np.dtype("<u2"))
-    monkeypatch.setattr("tinyllm.data.prepare.words._MOST_WORDS", 500)  # the table is emptied now and then
+    encode = token_encoder(tokenizer)
+    monkeypatch.setattr("tinyllm.data.prepare.encode._MOST_WORDS", 500)  # the table is emptied now and then
     for start in range(0, 6000, 50):
         documents = [mixed_text(1 + seed % 12, pieces, seed) for seed in range(start, start + 50)]
         expected = [np.array(ids, dtype="<u2").tobytes() for ids in tokenizer.encode_batch(documents)]
@@ -356,7 +355,7 @@ def test_words_looked_up_are_the_tokenizers(monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize("cls", [WordTokenizer, CharTokenizer])
 def test_other_tokenizers_do_their_own_work(cls: type[WordTokenizer | CharTokenizer]) -> None:
     tokenizer = cls.from_texts(["one two  three\n"])
-    encode = token_encoder(tokenizer, token_dtype(tokenizer.vocab_size))
+    encode = token_encoder(tokenizer)
     assert encode(["one two\n", ""]) == [np.array(tokenizer.encode("one two\n"), dtype="<u2").tobytes(), b""]
 
 
@@ -369,4 +368,4 @@ def test_a_bpe_that_splits_otherwise_does_its_own_work() -> None:
     changed = BPETokenizer(library)
     for tokenizer in (plain, changed):
         ids = np.array(tokenizer.encode("SOME words"), dtype="<u2").tobytes()
-        assert token_encoder(tokenizer, np.dtype("<u2"))(["SOME words"]) == [ids]
+        assert token_encoder(tokenizer)(["SOME words"]) == [ids]

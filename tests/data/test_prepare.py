@@ -5,8 +5,13 @@ from __future__ import annotations
 import errno
 import gzip
 import json
+import os
 import random
+import shutil
+import signal
+import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -18,6 +23,7 @@ import pytest
 from tests.helpers.preparing import (
     DOCUMENTS,
     LIGHT,
+    ROOT,
     as_dataset,
     as_gz,
     as_jsonl,
@@ -35,9 +41,9 @@ from tests.helpers.preparing import (
 )
 from tinyllm import cli
 from tinyllm.data import prepare
-from tinyllm.data.prepare import pool, worker
+from tinyllm.data.prepare import workers
 from tinyllm.data.prepare.documents import Part
-from tinyllm.data.prepare.words import token_encoder
+from tinyllm.data.prepare.run import _naming_full_disk
 from tinyllm.data.shards import open_shards
 from tinyllm.tokenizer import load_tokenizer
 
@@ -197,32 +203,106 @@ def test_a_full_disk(tmp_path: Path, tokenizer: Path, monkeypatch: pytest.Monkey
     def full(path: Path) -> Iterator[Path]:
         yield Path("/dev/full")
 
-    monkeypatch.setattr(worker, "replacing", full)
-    path = as_jsonl(tmp_path)
-    settings = {
-        "directory": str(tmp_path / "out"),
-        "dtype": "<u2",
-        "end_of_text_id": 0,
-        "text_column": "text",
-        "val_fraction": 0.1,
-        "seed": 0,
-        "skip_bad": False,
-    }
+    monkeypatch.setattr("tinyllm.data.shards.replacing", full)
+    path, out = as_jsonl(tmp_path), tmp_path / "out"
     part = Part("jsonl", str(path), 0, path.stat().st_size, path.stat().st_size)
-    encode = token_encoder(load_tokenizer(tokenizer), np.dtype("<u2"))
+    settings: dict[str, Any] = {"text_column": "text", "val_fraction": 0.1, "seed": 0, "skip_bad": False}
+    monkeypatch.setattr(workers, "_count", lambda num_bytes: None)
+    out.mkdir()
+    shutil.copy(tokenizer, out)
     with (
         pytest.raises(OSError, match=r"the disk is full: no space left in .*out; finished shards are kept") as error,
-        worker.naming_full_disk(tmp_path / "out"),
+        _naming_full_disk(out),
     ):
-        worker.write_unit(7, [part], settings, encode, lambda count: None)
+        workers.do_unit(7, [part], out / "sidecar", {}, directory=out, **settings)
     assert error.value.errno == errno.ENOSPC
 
 
-def test_a_dead_worker_is_named() -> None:
-    with closing(pool.Worker()) as one:
-        one._process.kill()
-        with pytest.raises(ChildProcessError, match=r"a worker died \(SIGKILL, perhaps .*\) while tokenizing a.txt"):
-            one.run({"task": "unit"}, "tokenizing a.txt", lambda count: None)
+# Workers
+
+
+@pytest.fixture
+def pool() -> Iterator[workers.Workers]:
+    with closing(workers.Workers(1)) as started:
+        yield started
+
+
+def test_a_dead_worker_is_named(pool: workers.Workers) -> None:
+    pid = pool.run("asking", os.getpid)
+    pool.submit("tokenizing a.txt", time.sleep, 60)
+    os.kill(pid, signal.SIGKILL)
+    with pytest.raises(ChildProcessError, match=r"a worker died \(SIGKILL, perhaps .*\) while tokenizing a.txt;"):
+        list(pool.results())
+    with pytest.raises(ChildProcessError, match=r"a worker died \(SIGKILL, perhaps .*\) while tokenizing b.txt"):
+        pool.submit("tokenizing b.txt", os.getpid)
+
+
+def test_a_worker_imports_no_torch(pool: workers.Workers) -> None:
+    loaded = pool.run("looking", eval, "sorted(__import__('sys').modules)")
+    assert "tinyllm.data.prepare.workers" in loaded
+    assert not {"torch", "lightning_fabric", "datasets", "pyarrow", "matplotlib"} & set(loaded)
+
+
+def test_the_environment_stays(pool: workers.Workers) -> None:
+    before, main = dict(os.environ), sys.modules["__main__"]
+    there = pool.run("looking", os.getenv, "TOKENIZERS_PARALLELISM")
+    assert (there, dict(os.environ), sys.modules["__main__"]) == ("false", before, main)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="sends POSIX signals")
+def test_workers_ignore_ctrl_c_and_end_with_their_parent() -> None:
+    script = """
+import os, signal, time
+from tinyllm.data.prepare.workers import Workers
+pool = Workers(1)
+pool.submit("", os.getpid)  # it has only begun to start
+(process,) = pool._context.processes
+os.kill(process.pid, signal.SIGINT)
+(pid,) = pool.results()
+os.kill(pid, signal.SIGINT)
+print(pool.run("", os.getpid) == pid, flush=True)
+pool.submit("", time.sleep, 60)
+time.sleep(60)
+"""
+    process = start("-c", script)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "True\n"
+    process.kill()
+    _, err = process.communicate(timeout=30)  # comes to an end when the worker has, which could write there, too
+    assert "Traceback" not in err
+
+
+# A program need not know that processes are started: it may be a script without a guard, come from stdin, or lie beside
+# files that are called as libraries are.
+SCRIPT = """
+from tinyllm.data.prepare import prepare
+print("once")
+prepare(["a.jsonl"], "out", tokenizer="tokenizer.json", workers=2, shard_size=0.02, say=lambda line: None)
+"""
+
+
+@pytest.mark.parametrize("way", ["script", "stdin", "module"])
+def test_any_program_may_prepare(way: str, tmp_path: Path, tokenizer: Path) -> None:
+    as_jsonl(tmp_path)
+    shutil.copy(tokenizer, tmp_path)
+    (tmp_path / "program.py").write_text(SCRIPT)
+    if way == "script" and sys.version_info >= (3, 11):
+        (tmp_path / "elsewhere").mkdir()
+        (tmp_path / "program.py").rename(tmp_path / "elsewhere" / "program.py")
+        (tmp_path / "pickle.py").write_text("not a library")
+        (tmp_path / "tinyllm").mkdir()
+    program = next(tmp_path.rglob("program.py"))
+    command = {"script": [program], "stdin": ["-"], "module": ["-m", "program"]}[way]
+    done = subprocess.run(
+        [sys.executable, *map(str, command)], cwd=tmp_path, input=SCRIPT, capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=60,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (0, "once\n"), done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(open_shards(tmp_path / "out").train) > 3
+
+
+# Settings
 
 
 @pytest.mark.parametrize(
@@ -291,7 +371,7 @@ def test_a_sample_comes_from_all_over_the_input() -> None:
     for size in (20 * 10**6, 2 * 10**6, 10**5):
         samples = _samples(Plan, size)  # type: ignore[arg-type]
         assert abs(sum(quota for _, quota in samples) - size) < 10
-        numbers = [int(source["path"].partition("/")[0]) for source, _ in samples]
+        numbers = [int(source.path.partition("/")[0]) for source, _ in samples]
         assert min(np.diff([-1, *numbers, 10])) >= 0
         assert max(np.diff([-1, *numbers, 10])) <= max(1, 11 * 10**6 // size + 1)
     everything = _samples(Plan, 10**9)  # type: ignore[arg-type]

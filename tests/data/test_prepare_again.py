@@ -32,8 +32,8 @@ from tests.helpers.preparing import (
     write_jsonl,
 )
 from tinyllm._internal.files import REPLACED
-from tinyllm.data.prepare import pool
 from tinyllm.data.prepare.plan import Plan, _move_ours, giving_up, recover
+from tinyllm.data.prepare.workers import Workers
 from tinyllm.data.shards import open_shards
 from tinyllm.tokenizer import BPETokenizer, load_tokenizer
 
@@ -69,7 +69,7 @@ def test_a_kill_costs_only_what_was_unfinished(
         assert process.returncode == 130
         assert "the same command goes on from there" in err
         assert "Traceback" not in err
-    time.sleep(0.5)  # an orphaned worker notices at its next progress
+    time.sleep(0.5)  # an orphaned worker ends
     done = sidecars(out)
     assert 3 <= len(done) < 10
     assert not (out / "manifest.json").exists()
@@ -97,15 +97,15 @@ def test_a_failure_costs_only_what_was_unfinished(
     source.mkdir()
     data = make(source)
     options: dict[str, Any] = {"tokenizer": tokenizer, "shard_size": 0.01}
-    usual = pool.WorkerPool.run
+    usual = Workers.submit
 
-    def fail(self: pool.WorkerPool, task: dict[str, Any], *rest: Any) -> dict[str, Any]:
-        if task["number"] == 3:
+    def fail(self: Workers, what: str, function: Any, *rest: Any) -> None:
+        if rest[0] == 3:
             raise OSError("the network is gone")
-        return usual(self, task, *rest)
+        usual(self, what, function, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(pool.WorkerPool, "run", fail)
+        patch.setattr(Workers, "submit", fail)
         with pytest.raises(OSError, match="the network is gone"):
             run(data, tmp_path / "out", **options)
     assert sorted(sidecars(tmp_path / "out")) == [f"unit-0000{number}.json" for number in range(3)]

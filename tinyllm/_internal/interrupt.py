@@ -40,6 +40,36 @@ def _end(number: int, frame: Any) -> None:
     os._exit(128 + number)
 
 
+@contextmanager
+def holding_ctrl_c() -> Iterator[None]:
+    """Hold a Ctrl-C back until the block is done; what the block starts has SIGINT blocked from its first moment.
+
+    A terminal sends it to all processes. Where signals cannot be blocked, as on Windows, it does nothing.
+    """
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    main = threading.current_thread() is threading.main_thread()  # which alone handles signals
+    noted = False
+
+    def note(number: int, frame: Any) -> None:  # another thread, which does not block it, may get it meanwhile
+        nonlocal noted
+        noted = True
+
+    before = signal.signal(signal.SIGINT, note) if main else None
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # what is started has the same mask
+    try:
+        yield
+    finally:
+        try:
+            if main:
+                signal.signal(signal.SIGINT, before)
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    if noted:
+        signal.raise_signal(signal.SIGINT)
+
+
 class Stop:
     """The number of the signal that asked a training to end; None if none did."""
 

@@ -1,6 +1,6 @@
 """From token files to batches: windows of tokens in an order that depends on the seed and on nothing else.
 
-    train.bin, ... -TokenDataset-> window at a place -ShuffledWindows-> micro-batches of this process
+    shards -TokenDataset-> window at a place -ShuffledWindows-> micro-batches of this process
 
 An epoch cuts the tokens, from a place of its own on, into windows that do not overlap, and serves each of them once.
 Which windows make step s follows from the seed and s alone: a training can go on at any step, and on another number of
@@ -36,7 +36,7 @@ class TokenDataset(Dataset[tuple[Tensor, Tensor]]):
     from one file into the next; files too short for one are left out.
 
     Args:
-        paths: one file or several of `tinyllm.data.corpus.write_tokens` or `tinyllm prepare`.
+        paths: one file or several of token ids and nothing else, such as shards.
         vocab_size: of the tokenizer that wrote them; it decides the dtype.
         seq_len: tokens in a window.
 

@@ -26,7 +26,7 @@ from tinyllm._internal.files import replacing
 from tinyllm._internal.words import count, option, size
 from tinyllm.data.prepare.documents import cut_input, decode_blocks, decode_file, read_documents
 from tinyllm.data.prepare.inputs import DATASET_PREFIX, STREAMS, Input, OnBad, Skipped, find_inputs, reason_of, walk
-from tinyllm.data.prepare.streams import stream_texts
+from tinyllm.data.prepare.streams import read_source
 from tinyllm.data.shards import token_dtype
 from tinyllm.runs.folder import TRAIN_FILE, VAL_FILE
 from tinyllm.tokenizer import Tokenizer
@@ -103,7 +103,7 @@ def _documents(entry: Input, column: str, on_bad: OnBad) -> Iterator[str]:
         else:
             yield from [text] if text else []
     elif entry.kind in STREAMS:
-        yield from stream_texts(entry, column, on_bad)
+        yield from ("".join(document.pieces) for document in read_source(entry, column, on_bad))
     else:
         for part in cut_input(entry, sys.maxsize, column, on_bad):
             for document in read_documents(part, column, on_bad):

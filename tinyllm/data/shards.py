@@ -1,4 +1,4 @@
-"""Prepared data: the token shards that `tinyllm prepare` writes and training reads.
+"""Token shards, the format that `tinyllm prepare` writes, and `tinyllm train` for text; training reads nothing else.
 
     DIR/manifest.json     what there is; written last, so where it lies the rest is whole
     DIR/tokenizer.json    what the ids mean
@@ -17,14 +17,17 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from array import array
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tinyllm._internal.files import replacing
 from tinyllm.tokenizer import Tokenizer, load_tokenizer
 
 FORMAT = "tinyllm-shards"
@@ -35,11 +38,17 @@ WORK_FOLDER = ".prepare"
 INDEX_DTYPE = np.dtype("<u8")
 
 Split = Literal["train", "val"]
+SPLITS: tuple[Split, ...] = ("train", "val")
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
     """Return the dtype of token ids on disk: uint16 where every id fits, else uint32."""
     return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
+
+
+def shard_dtype(tokenizer: Tokenizer) -> np.dtype[Any]:
+    """Return the dtype of a tokenizer's ids in shards, which is little-endian on every machine."""
+    return token_dtype(tokenizer.vocab_size).newbyteorder("<")
 
 
 @dataclass(frozen=True)
@@ -110,7 +119,7 @@ class Shards:
             ValueError: a checksum differs; names the file and both checksums.
         """
         self.check_tokenizer(self.directory / TOKENIZER_FILE)
-        for split in ("train", "val"):
+        for split in SPLITS:
             for shard in self.manifest["shards"][split]:
                 for suffix, key in ((".bin", "sha256"), (".idx", "index_sha256")):
                     path = self.directory / (shard["name"] + suffix)
@@ -118,7 +127,7 @@ class Shards:
                     if found != shard[key]:
                         raise ValueError(
                             f"{path} is damaged: its SHA-256 is {found}, the manifest says {shard[key]}; "
-                            f"prepare the data again with --overwrite"
+                            f"put the file back, or prepare the data again"
                         )
 
     def documents(self, split: Split) -> Iterator[NDArray[Any]]:
@@ -144,6 +153,51 @@ class Shards:
                 begun.append(tokens[start:])
         if begun:
             yield np.concatenate(begun)
+
+
+class ShardFile:
+    """A .bin file and its .idx, made when the first token comes and there only when all went well."""
+
+    def __init__(self, directory: Path, name: str, dtype: np.dtype[Any], stack: ExitStack) -> None:
+        self.directory = directory
+        self.name = name
+        self.tokens = 0
+        self.ends = array("Q")  # of documents, in tokens
+        self._dtype = dtype
+        self._stack = stack
+        self._file: BinaryIO | None = None
+        self._digest = hashlib.sha256()
+
+    def write(self, ids: bytes) -> None:
+        """Add ids, as they lie in the file."""
+        if not ids:
+            return
+        if self._file is None:
+            path = self._stack.enter_context(replacing(self.directory / f"{self.name}.bin"))
+            self._file = self._stack.enter_context(path.open("wb"))
+        self._file.write(ids)
+        self._digest.update(ids)
+        self.tokens += len(ids) // self._dtype.itemsize
+
+    def end_document(self) -> None:
+        """End a document here, if it has a token."""
+        if self.tokens > (self.ends[-1] if self.ends else 0):
+            self.ends.append(self.tokens)
+
+    def finish(self) -> dict[str, Any] | None:
+        """Write the index; the shard's entry in the manifest, None if there is no token."""
+        if self._file is None:
+            return None
+        self._file.flush()
+        index = np.array(self.ends, dtype=INDEX_DTYPE).tobytes()
+        self._stack.enter_context(replacing(self.directory / f"{self.name}.idx")).write_bytes(index)
+        return {
+            "name": self.name,
+            "tokens": self.tokens,
+            "documents": len(self.ends),
+            "sha256": self._digest.hexdigest(),
+            "index_sha256": hashlib.sha256(index).hexdigest(),
+        }
 
 
 def is_prepared(path: str | os.PathLike[str]) -> bool:
@@ -177,7 +231,7 @@ def open_shards(path: str | os.PathLike[str]) -> Shards:
     if not where.is_file():
         if (directory / WORK_FOLDER).is_dir():
             raise FileNotFoundError(f"{directory} was not finished by `tinyllm prepare`; the same command goes on")
-        raise FileNotFoundError(f"there is no {where}: {directory} was not made by `tinyllm prepare`")
+        raise FileNotFoundError(f"there is no {where}: {directory} holds no prepared data")
     content = where.read_bytes()
     manifest = _parse(content, where)
     itemsize = np.dtype(manifest["dtype"]).itemsize
@@ -222,7 +276,7 @@ def _parse(content: bytes, where: Path) -> dict[str, Any]:
             raise ValueError(f"dtype is {manifest['dtype']!r}")
         if not isinstance(manifest["vocab_size"], int) or not isinstance(manifest["tokenizer_sha256"], str):
             raise ValueError("vocab_size or tokenizer_sha256 has another type")
-        for split in ("train", "val"):
+        for split in SPLITS:
             if not manifest["shards"][split]:
                 raise ValueError(f"it has no {split} shard")
             for shard in manifest["shards"][split]:

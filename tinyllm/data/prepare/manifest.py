@@ -13,8 +13,17 @@ import numpy as np
 
 from tinyllm._internal.files import write_text
 from tinyllm._internal.words import count
-from tinyllm.data.prepare.worker import ShardFile
-from tinyllm.data.shards import FORMAT, INDEX_DTYPE, MANIFEST_FILE, TOKENIZER_FILE, VERSION, file_sha256, token_dtype
+from tinyllm.data.shards import (
+    FORMAT,
+    INDEX_DTYPE,
+    MANIFEST_FILE,
+    SPLITS,
+    TOKENIZER_FILE,
+    VERSION,
+    ShardFile,
+    file_sha256,
+    token_dtype,
+)
 
 _NAMED = 1000  # inputs left out that the manifest names; the others it only counts
 _COPIED_TOKENS = 1 << 20
@@ -84,7 +93,7 @@ def _balance(out: Path, shards: dict[str, list[dict[str, Any]]], dtype: np.dtype
     It is cut between two documents if there is a place with about as many tokens behind it, else within one. New
     files are made for both parts of that shard, so that a kill here changes nothing.
     """
-    train, val = (sum(entry["tokens"] for entry in shards[split]) for split in ("train", "val"))
+    train, val = (sum(entry["tokens"] for entry in shards[split]) for split in SPLITS)
     wanted = max(2, round((train + val) * val_fraction))
     if train >= 2 and val >= max(2, wanted / 2):
         return

@@ -5,27 +5,25 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import closing
-from dataclasses import asdict, dataclass
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from threading import Lock
 from typing import Any
 
 from tqdm import tqdm
 
-from tinyllm._internal.files import replacing
+from tinyllm._internal.files import is_full_disk, replacing
 from tinyllm._internal.locks import owned
 from tinyllm._internal.words import count
 from tinyllm.data.prepare.documents import Part
 from tinyllm.data.prepare.inputs import Input, Skipped
 from tinyllm.data.prepare.manifest import write_manifest
 from tinyllm.data.prepare.plan import MEGABYTE, Plan, giving_up, recover
-from tinyllm.data.prepare.pool import Worker, WorkerPool, usable_cores
 from tinyllm.data.prepare.streams import stream_lines
-from tinyllm.data.prepare.worker import naming_full_disk
-from tinyllm.data.shards import MANIFEST_FILE, TOKENIZER_FILE, Shards, file_sha256, open_shards, token_dtype
+from tinyllm.data.prepare.workers import Workers, copy_tokenizer, do_unit, make_tokenizer, usable_cores
+from tinyllm.data.shards import MANIFEST_FILE, TOKENIZER_FILE, Shards, file_sha256, open_shards
 from tinyllm.tokenizer import check_vocab_size
 
 VOCAB_SIZE = 50257  # GPT-2's
@@ -107,7 +105,7 @@ def prepare(
     """
     _check_settings(workers, shard_size, val_fraction, tokenizer_sample)
     out = Path(out)
-    with naming_full_disk(out), owned(out, "prepared", say), closing(Worker(parallel=True)) as helper:
+    with _naming_full_disk(out), owned(out, "prepared", say), closing(Workers(1, parallel=True)) as helper:
         settings = {
             **_tokenizer_settings(helper, tokenizer, vocab_size, tokenizer_sample),
             "text_column": text_column,
@@ -127,7 +125,7 @@ def prepare(
             helper.close()  # it has no more to do, and training took memory
             plan.tokenizer_sha256 = file_sha256(out / TOKENIZER_FILE)
             start = time.perf_counter()
-            num_bytes, resumed = _tokenize(plan, vocabulary, workers or usable_cores(), skip_bad, say)
+            num_bytes, resumed = _tokenize(plan, workers or usable_cores(), skip_bad, say)
             seconds = time.perf_counter() - start
             left_out, names = plan.skipped
             write_manifest(
@@ -135,6 +133,21 @@ def prepare(
             )
             plan.clean_up()
             return Prepared(open_shards(out), seconds, num_bytes, resumed)
+
+
+@contextmanager
+def _naming_full_disk(directory: Path) -> Iterator[None]:
+    """Say where there is no room, which the system does not, and what to do about it."""
+    try:
+        yield
+    except OSError as error:
+        if is_full_disk(error):
+            raise OSError(
+                error.errno,
+                f"the disk is full: no space left in {directory}; finished shards are kept, so make room and run the "
+                f"same command again",
+            ) from error
+        raise
 
 
 def _check_settings(workers: int | None, shard_size: float, val_fraction: float, tokenizer_sample: float) -> None:
@@ -148,9 +161,9 @@ def _check_settings(workers: int | None, shard_size: float, val_fraction: float,
 
 
 def _tokenizer_settings(
-    helper: Worker, tokenizer: str | os.PathLike[str], vocab_size: int | None, sample: float
+    helper: Workers, tokenizer: str | os.PathLike[str], vocab_size: int | None, sample: float
 ) -> dict[str, Any]:
-    """What of the tokenizer decides the result: how it is trained, or what is in its files."""
+    """Return what of the tokenizer decides the result: how it is trained, or what is in its files."""
     if tokenizer in TRAINED:
         check_vocab_size(str(tokenizer), vocab_size)
         size = VOCAB_SIZE if vocab_size is None and tokenizer != "char" else vocab_size
@@ -159,61 +172,54 @@ def _tokenizer_settings(
         raise ValueError(f"vocab_size is {vocab_size}, but {tokenizer} has its own; it is for one that is trained")
     with TemporaryDirectory() as folder:  # hashed as it will lie beside the shards
         path = Path(folder, TOKENIZER_FILE)
-        size = _write_tokenizer(helper, path, path=str(tokenizer))["vocab_size"]
+        size = _copied(helper, tokenizer, path)["vocab_size"]
         return {"tokenizer": "given", "vocab_size": size, "tokenizer_sha256": file_sha256(path)}
 
 
 # The tokenizer
 
 
-def _write_tokenizer(helper: Worker, to: Path, **task: Any) -> dict[str, Any]:
-    """Its vocab_size and end_of_text_id. Left to a process that ends soon: a vocabulary takes a lot of memory."""
-    return helper.run({"task": "tokenizer", "to": str(to), **task}, "making the tokenizer", lambda num_bytes: None)
+def _copied(helper: Workers, tokenizer: str | os.PathLike[str], to: Path) -> dict[str, Any]:
+    vocabulary: dict[str, Any] = helper.run("reading the tokenizer", copy_tokenizer, os.fspath(tokenizer), to)
+    return vocabulary
 
 
 def _make_tokenizer(
-    helper: Worker, plan: Plan, tokenizer: str | os.PathLike[str], skip_bad: bool, say: Say
+    helper: Workers, plan: Plan, tokenizer: str | os.PathLike[str], skip_bad: bool, say: Say
 ) -> dict[str, Any]:
-    """Write tokenizer.json, unless an earlier call has; what `_write_tokenizer` returns."""
+    """Write tokenizer.json, unless an earlier call has; return its vocab_size and end_of_text_id."""
     path = plan.out / TOKENIZER_FILE
     if path.is_file():
         with TemporaryDirectory() as folder:  # read only: the shards that are finished depend on the file
-            return _write_tokenizer(helper, Path(folder, TOKENIZER_FILE), path=str(path))
+            return _copied(helper, path, Path(folder, TOKENIZER_FILE))
     if tokenizer not in TRAINED:
-        return _write_tokenizer(helper, path, path=str(tokenizer))
+        return _copied(helper, tokenizer, path)
     settings = plan.settings
     size = "" if settings["vocab_size"] is None else f" of up to {settings['vocab_size']:,} tokens"
     sample_size = int(settings["tokenizer_sample"] * MEGABYTE)
     say(f"Training a {tokenizer} tokenizer{size} on up to {settings['tokenizer_sample']:g} MB of the text")
     start = time.perf_counter()
-    vocabulary = _write_tokenizer(
-        helper,
-        path,
-        kind=tokenizer,
-        vocab_size=settings["vocab_size"],
-        samples=_samples(plan, sample_size),
-        sample_size=sample_size,
-        text_column=settings["text_column"],
-        skip_bad=skip_bad,
-    )
+    sample = _samples(plan, sample_size), sample_size, settings["text_column"], skip_bad
+    what = "training the tokenizer"
+    vocabulary: dict[str, Any] = helper.run(what, make_tokenizer, tokenizer, settings["vocab_size"], path, *sample)
     say(f"{vocabulary['vocab_size']:,} tokens learnt in {time.perf_counter() - start:.0f} s")
     return vocabulary
 
 
-def _samples(plan: Plan, size: int) -> list[tuple[dict[str, Any], int]]:
-    """Parts and streams, and how many bytes to take from the beginning of each: `size` in all, spread evenly.
+def _samples(plan: Plan, size: int) -> list[tuple[Part | Input, int]]:
+    """Return parts and streams, and how many bytes to take from the beginning of each: `size` in all, spread evenly.
 
     Each part brings its share of credit; one is opened when there is credit for all of it, or for a megabyte. What of
     it is left over goes to the streams, see `sample_texts`.
     """
-    sources = [(asdict(part), part.size) for unit in plan.units for part in unit]
-    sources += [(asdict(entry), entry.size * _STREAM_EXPANDS) for entry in plan.streams]
+    sources: list[tuple[Part | Input, int]] = [(part, part.size) for unit in plan.units for part in unit]
+    sources += [(entry, entry.size * _STREAM_EXPANDS) for entry in plan.streams]
     known = sum(weight for _, weight in sources)
     datasets = sum(entry.kind == "hf" for entry in plan.streams)
     # Of a dataset nobody knows the size: it gets what the others leave if that is most of the sample, else a share as
     # if it were as long as the sample.
     unknown = (size - known) // max(1, datasets) if 2 * known <= size else size
-    sources = [(source, unknown if source["kind"] == "hf" else weight) for source, weight in sources]
+    sources = [(source, unknown if source.kind == "hf" else weight) for source, weight in sources]
     share = min(1.0, size / max(1, sum(weight for _, weight in sources)))
     credit = 0.0
     samples = []
@@ -229,78 +235,45 @@ def _samples(plan: Plan, size: int) -> list[tuple[dict[str, Any], int]]:
 # The units
 
 
-def _tokenize(plan: Plan, vocabulary: dict[str, Any], workers: int, skip_bad: bool, say: Say) -> tuple[int, int]:
-    """Do the units that are not finished: the bytes of text in them, and how many were finished before."""
-    settings = {
-        "directory": str(plan.out),
-        "dtype": token_dtype(vocabulary["vocab_size"]).newbyteorder("<").str,
-        "end_of_text_id": vocabulary["end_of_text_id"],
-        "text_column": plan.settings["text_column"],
-        "val_fraction": plan.settings["val_fraction"],
-        "seed": plan.settings["seed"],
-        "skip_bad": skip_bad,
-    }
+def _tokenize(plan: Plan, workers: int, skip_bad: bool, say: Say) -> tuple[int, int]:
+    """Do the units that are not finished; return the bytes of text in them, and how many were finished before."""
+    settings = {name: plan.settings[name] for name in ("text_column", "val_fraction", "seed")}
+    task = partial(do_unit, directory=plan.out, skip_bad=skip_bad, **settings)
     _remove_leftovers(plan)
     known = None if plan.streams else sum(part.size for unit in plan.units for part in unit)
-    done = {"bytes": 0, "resumed": 0}
-    lock = Lock()
+    total = resumed = 0
     with (
         tqdm(total=known, desc="tokenizing", unit="B", unit_scale=True, mininterval=0.5, smoothing=0.05) as bar,
-        closing(WorkerPool(workers)) as pool,
+        closing(Workers(workers, progress=bar.update)) as pool,
     ):
 
-        def advance(num_bytes: int) -> None:
-            with lock:
-                bar.update(num_bytes)
+        def wait(most: int) -> None:
+            nonlocal total
+            for num_bytes, size in pool.results(most):
+                total += num_bytes
+                if known is not None:  # text is not all that a file holds
+                    bar.update(size - num_bytes)
 
-        def run(number: int, parts: list[Part], extra: dict[str, Any]) -> None:
-            task = {
-                "task": "unit",
-                "number": number,
-                "parts": [part.as_json() for part in parts],
-                "settings": settings,
-                "sidecar": str(plan.sidecar(number)),
-                "extra": {**extra, "tokenizer_sha256": plan.tokenizer_sha256},
-            }
+        for number, parts, extra in _units(plan, skip_bad):
+            if parts is None:
+                resumed += 1
+                bar.update(extra.get("size", 0))
+                continue
             names = list(dict.fromkeys(part.name or part.path for part in parts))
             what = names[0] if len(names) == 1 else f"{names[0]} and {count(len(names) - 1, 'more file')}"
-            result = pool.run(task, f"tokenizing {what} (unit {number})", advance)
-            with lock:
-                done["bytes"] += result["bytes"]
-            if known is not None:  # text is not all that a file holds
-                advance(sum(part.size for part in parts) - result["bytes"])
-            for part in parts:
-                if part.path.startswith(str(plan.folder)):
-                    os.unlink(part.path)
-
-        running: set[Future[None]] = set()
-        with ThreadPoolExecutor(workers) as threads:
-            try:
-                for number, parts, extra in _units(plan, skip_bad):
-                    if parts is None:
-                        done["resumed"] += 1
-                        advance(extra.get("size", 0))
-                        continue
-                    running.add(threads.submit(run, number, parts, extra))
-                    if len(running) > workers:  # one more waits than works, so that none waits for its reading
-                        running = _wait(running)
-                while running:
-                    running = _wait(running)
-            except BaseException:
-                pool.close()  # ends the threads' waiting
-                for future in running:
-                    future.cancel()
-                raise
-    if done["resumed"]:
-        say(f"{count(done['resumed'], 'unit')} {'was' if done['resumed'] == 1 else 'were'} finished before")
-    return done["bytes"], done["resumed"]
-
-
-def _wait(running: set[Future[None]]) -> set[Future[None]]:
-    finished, waiting = wait(running, return_when=FIRST_COMPLETED)
-    for future in finished:
-        future.result()
-    return waiting
+            wait(workers - 1)  # the next lines of a stream are read before that
+            pool.submit(
+                f"tokenizing {what} (unit {number})",
+                task,
+                number,
+                parts,
+                plan.sidecar(number),
+                {**extra, "tokenizer_sha256": plan.tokenizer_sha256},
+            )
+        wait(0)
+    if resumed:
+        say(f"{count(resumed, 'unit')} {'was' if resumed == 1 else 'were'} finished before")
+    return total, resumed
 
 
 def _remove_leftovers(plan: Plan) -> None:

@@ -13,7 +13,15 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from tinyllm.data.prepare.documents import columns_and_remedy, missing_library, parse_line
+from tinyllm.data.prepare.documents import (
+    Document,
+    Part,
+    columns_and_remedy,
+    missing_library,
+    parse_line,
+    read_documents,
+    split_text,
+)
 from tinyllm.data.prepare.inputs import Input, OnBad, parse_name, reason_of
 
 _PACKED_BYTES = 1 << 15  # decompressed at once: what comes of it may be many times as long
@@ -49,21 +57,28 @@ def stream_lines(entry: Input, column: str, on_bad: OnBad, skip: int = 0) -> Ite
         on_bad(entry.path, f"is damaged {where}: {reason_of(error)}")
 
 
-def stream_texts(entry: Input, column: str, on_bad: OnBad) -> Iterator[str]:
-    """Yield the texts in the lines that `stream_lines` gives, but for empty ones.
+def read_source(source: Part | Input, column: str, on_bad: OnBad) -> Iterator[Document]:
+    """Yield the documents of a part or a stream that are not empty.
 
     Args:
-        entry, column: see `stream_lines`.
-        on_bad: called for each line that cannot be used, which is then passed over, and if a file is damaged.
+        source: A part of a file, or an input of a kind in `STREAMS`.
+        column: The name of the text.
+        on_bad: Called for each text, line or row that cannot be used, which is then passed over.
+
+    Raises:
+        As `read_documents` and `stream_lines`.
     """
-    for number, line in enumerate(stream_lines(entry, column, on_bad), 1):
+    if isinstance(source, Part):
+        yield from read_documents(source, column, on_bad)
+        return
+    for number, line in enumerate(stream_lines(source, column, on_bad), 1):
         try:
             text = parse_line(line.removeprefix(codecs.BOM_UTF8) if number == 1 else line, column)
         except ValueError as error:
-            on_bad(f"{entry.path}, line {number},", reason_of(error))
+            on_bad(f"{source.path}, line {number},", reason_of(error))
         else:
             if text:
-                yield text
+                yield Document(split_text([text]))
 
 
 def _decompressed(entry: Input) -> Iterator[bytes]:
