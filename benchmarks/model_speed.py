@@ -21,12 +21,12 @@ from torch import Tensor
 
 from tinyllm import info, tune_allocator
 from tinyllm.config.saved import CONFIG_FILE
-from tinyllm.data.batches import TokenDataset, val_loader
+from tinyllm.data.batches import val_loader
 from tinyllm.generation import generate
 from tinyllm.model import SimpleLLM
 from tinyllm.ops.backends import cpp
-from tinyllm.runs.folder import TRAIN_FILE
 from tinyllm.runs.load import load_run
+from tinyllm.training.begin import datasets
 from tinyllm.training.trainer import TrainConfig, adamw
 
 from .measure import relative_error, take_turns
@@ -70,12 +70,12 @@ def comparison(run: Path, rounds: int | None = None) -> str:
     Raises:
         FileNotFoundError, ValueError: the folder is not a whole run.
     """
-    model, _, config = load_run(run)
+    model, tokenizer, config = load_run(run)
     try:
         training = TrainConfig(**config["training"])
     except (KeyError, TypeError) as error:
         raise ValueError(f"{run / CONFIG_FILE} does not say how the model was trained: {error}") from error
-    dataset = TokenDataset(run / TRAIN_FILE, model.config.vocab_size, training.seq_len)
+    dataset, _ = datasets(config["data"], run, tokenizer, training.seq_len)
     inputs, targets = next(iter(val_loader(dataset, batch_size=training.batch_size, max_batches=1)))
     plain = PlainLLM(model).eval()
     _check_same(model, plain, inputs)

@@ -31,9 +31,9 @@ from tests.helpers.preparing import (
 )
 from tests.helpers.runs import Here, error
 from tinyllm.config.training import TrainConfig
-from tinyllm.data.corpus import find_files, write_tokens
+from tinyllm.data.corpus import find_files
 from tinyllm.data.shards import open_shards
-from tinyllm.tokenizer import WordTokenizer, load_tokenizer
+from tinyllm.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -302,31 +302,6 @@ def test_d_a_file_that_is_not_compressed(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl.gz").write_text("plain")
     with pytest.raises(ValueError, match=r"a.jsonl.gz is damaged from its beginning: Not a gzipped file"):
         list(find_files([tmp_path / "a.jsonl.gz"]).texts(0))
-
-
-def test_d_tokenizing_shows_progress_if_it_takes_long(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from tinyllm.data import corpus
-
-    tokenizer = WordTokenizer({"a": 0, "<UNK>": 1})
-    usual = corpus.tqdm
-    delays: list[float] = []
-
-    def at_once(**options: Any) -> Any:
-        delays.append(options["delay"])
-        return usual(**{**options, "delay": 0, "mininterval": 0})
-
-    for bar, progress, shown in ((usual, True, False), (at_once, True, True), (at_once, False, False)):
-        monkeypatch.setattr(corpus, "tqdm", bar)
-        write_tokens(["a a a a "] * 50, tokenizer, tmp_path, seq_len=4, progress=progress, num_bytes=400)
-        assert ("tokenizing: 100%" in capsys.readouterr().err) == shown
-    assert delays == [2, 2]
-
-
-def test_d_unknown_tokens_are_counted(tmp_path: Path) -> None:
-    tokenizer = WordTokenizer({"a": 0, "<UNK>": 1})
-    assert write_tokens(["a b a c a a a a "] * 5, tokenizer, tmp_path, seq_len=4).unknown == 10
 
 
 def test_d_a_dataset_out_of_reach_is_one_line(

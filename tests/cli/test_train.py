@@ -11,16 +11,18 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.helpers.runs import TEXT, Here, command, environment, losses, small
+from tests.helpers.runs import RUN, TEXT, Here, command, environment, history, losses, small, tokens
 from tinyllm._internal import memory
 from tinyllm._internal.locks import LOCK_FILE
-from tinyllm.runs.folder import checkpoints
+from tinyllm.data.prepare import prepare
+from tinyllm.data.shards import SPLITS, Split, file_sha256
+from tinyllm.runs.folder import checkpoint_path, checkpoints
 from tinyllm.runs.load import load_run
 from tinyllm.training import estimate, loop
 from tinyllm.training.trainer import resume, train
@@ -185,22 +187,72 @@ def test_of_two_trainings_in_one_folder_one_is_refused(racers: list[subprocess.P
     assert refusals
 
 
+def unpack(run: Path) -> None:
+    """Make of a run what older versions left: the tokens of each split in a file of its own, beside the weights."""
+    config = json.loads((run / "config.json").read_text())
+    for key in ("prepared", "fingerprint"):
+        del config["data"][key]
+    for split, path in {split: tokens(run, split) for split in SPLITS}.items():
+        config["data"][f"{split}_sha256"] = file_sha256(path.rename(run / f"{split}.bin"))
+    (run / "config.json").write_text(json.dumps(config))
+    shutil.rmtree(run / "data")
+
+
 @pytest.mark.parametrize(
-    ("damage", "problem"),
+    ("damage", "problem", "problem_of_older"),
     [
-        (lambda path: path.write_bytes(path.read_bytes()[:-2]), "is damaged: it has "),
-        (lambda path: path.write_bytes(b"\7" + path.read_bytes()[1:]), "has changed since the training began"),
-        (lambda path: path.unlink(), "the tokens that its training learns from"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-2]), " bytes, not the ", "is damaged: it has "),
+        (
+            lambda path: path.write_bytes(b"\7" + path.read_bytes()[1:]),
+            "is damaged: its SHA-256 is ",
+            "has changed since the training began",
+        ),
+        (lambda path: path.unlink(), "there is no ", "the tokens that its training learns from"),
     ],
 )
-@pytest.mark.parametrize("name", ["train.bin", "val.bin"])
-def test_a_resume_notices_damaged_tokens(name: str, damage: Any, problem: str, here: Here, here_with_run: Path) -> None:
-    damage(here_with_run / "run" / name)
-    before = sums(here_with_run / "run")
-    err = refused(here("train", "--resume", "run", "--steps", "9", cwd=here_with_run))
-    assert problem in err
-    assert name in err
-    assert sums(here_with_run / "run") == before
+@pytest.mark.parametrize("split", SPLITS)
+def test_a_resume_notices_damaged_tokens(
+    split: Split, damage: Callable[[Path], Any], problem: str, problem_of_older: str, here: Here, here_with_run: Path
+) -> None:
+    run = here_with_run / "run"
+    shutil.copytree(run, here_with_run / "older")
+    unpack(here_with_run / "older")
+    for path, reason in ((tokens(run, split), problem), (here_with_run / "older" / f"{split}.bin", problem_of_older)):
+        damage(path)
+        before = sums(here_with_run)
+        name = path.relative_to(here_with_run)
+        err = refused(here("train", "--resume", name.parts[0], "--steps", "9", cwd=here_with_run))
+        assert reason in err
+        assert path.name in err
+        assert sums(here_with_run) == before
+
+
+def test_a_run_of_an_older_version_goes_on(folder: Path, here_with_run: Path) -> None:
+    run = here_with_run / "run"
+    before = history(run)
+    unpack(run)
+    assert load_run(run).model.config == load_run(folder / "run").model.config
+    shutil.rmtree(checkpoint_path(run, 8))
+    (run / "model.safetensors").unlink()
+    assert resume(run, progress=False).val_file == run / "val.bin"
+    assert history(run) == before
+    train(small(steps=2), run, [here_with_run / "text.txt"], overwrite=True, progress=False)
+    assert set(os.listdir(run)) == RUN
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+def test_a_data_folder_that_is_not_the_runs_is_not_replaced(prepared: bool, here_with_run: Path) -> None:
+    run, text = here_with_run / "run", here_with_run / "text.txt"
+    unpack(run)
+    if prepared:
+        prepare([text], run / "data", tokenizer="char", workers=1, say=lambda line: None)
+    else:
+        shutil.copytree(here_with_run, here_with_run / "more", ignore=lambda *_: ["run"])
+        (here_with_run / "more").rename(run / "data")
+    before = sums(run)
+    with pytest.raises(FileExistsError, match="has a data that no training wrote; choose another directory"):
+        train(small(steps=2), run, [run / "data"], overwrite=True, progress=False)
+    assert sums(run) == before
 
 
 # B. Failures that are handled well

@@ -9,11 +9,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tinyllm.data.shards import Split, open_shards
+from tinyllm.runs.folder import CHECKPOINTS, DATA, OLD_TOKENS, RUN_FILES
 from tinyllm.runs.metrics import read_metrics
 from tinyllm.training.trainer import TrainConfig
 
 TEXT = "the cat sat on the mat and the dog sat on the cat .\n" * 60
 ROOT = Path(__file__).parents[2]
+RUN = {*RUN_FILES, CHECKPOINTS, DATA} - {*OLD_TOKENS.values()}  # the names in a run folder
 
 Here = Callable[..., tuple[int, str, str]]  # what the fixture `here` gives
 
@@ -27,6 +30,12 @@ def small(**changes: Any) -> TrainConfig:
 
 def losses(out: Path, split: str = "train") -> list[float]:
     return [line["loss"] for line in read_metrics(out / "metrics.jsonl") if line["split"] == split]
+
+
+def tokens(out: Path, split: Split = "train") -> Path:
+    """Return the file of tokens that a run learns from."""
+    (path,) = getattr(open_shards(out / DATA), split)
+    return Path(path)
 
 
 def history(out: Path) -> list[tuple[Any, ...]]:

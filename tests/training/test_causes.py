@@ -70,7 +70,7 @@ def test_a_folder_that_a_kill_left_without_a_run_is_taken_again(
     monkeypatch.chdir(tmp_path)
     left = tmp_path / "runs" / "tiny-1"
     (left / NEW).mkdir(parents=True)
-    (left / NEW / "train.bin").touch()
+    (left / NEW / "tokenizer.json").touch()
     (left / LOCK_FILE).touch()
     with owned(left, "trained"), new_run_folder("tiny") as folder:  # somebody is at work there
         assert folder == Path("runs/tiny-2")

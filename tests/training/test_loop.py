@@ -19,12 +19,12 @@ import torch
 from lightning_fabric import Fabric
 from safetensors import SafetensorError
 
-from tests.helpers.runs import TEXT, history, losses, small
+from tests.helpers.runs import RUN, TEXT, history, losses, small, tokens
 from tinyllm._internal.interrupt import noting_signals
 from tinyllm.data.batches import TokenDataset, val_loader
 from tinyllm.evaluation import evaluate_texts
 from tinyllm.model import SimpleLLM
-from tinyllm.runs.folder import RUN_FILES, checkpoints
+from tinyllm.runs.folder import checkpoints
 from tinyllm.runs.load import load_run
 from tinyllm.runs.metrics import MetricsWriter, read_metrics
 from tinyllm.training import checkpoint, loop, recorder
@@ -85,7 +85,7 @@ def test_a_step_is_adamws(text: Path, tmp_path: Path) -> None:
         {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
-    data = TokenDataset(tmp_path / "out" / "train.bin", result.tokenizer.vocab_size, 8)
+    data = TokenDataset(tokens(tmp_path / "out"), result.tokenizer.vocab_size, 8)
     norms = []
     for step, windows in zip(range(1, 4), ShuffledWindows(data, batch_size=6, seed=0), strict=False):
         inputs, targets = data.__getitems__(windows)
@@ -187,7 +187,7 @@ def test_averaged_weights_are_what_is_validated_and_saved(text: Path, tmp_path: 
     assert all(torch.equal(saved[name], averages[name]) for name in averages)
     module = TrainingModule(load_run(out).model)
     fabric = Fabric(accelerator="cpu", devices=1)
-    val = TokenDataset(out / "val.bin", result.tokenizer.vocab_size, 8)
+    val = TokenDataset(tokens(out, "val"), result.tokenizer.vocab_size, 8)
     assert loop.evaluate(fabric, module, val_loader(val, batch_size=12, max_batches=32))[0] == result.val_loss
     assert evaluate_texts(load_run(out).model, result.tokenizer, [TEXT]).tokens > 0
 
@@ -270,7 +270,7 @@ def test_a_signal_keeps_what_was_trained(number: int, text: Path, tmp_path: Path
     assert result.interrupted
     assert (result.signal, result.steps) == (number, 7)
     assert losses(tmp_path / "out")[-1] > 0
-    assert set(os.listdir(tmp_path / "out")) == {*RUN_FILES, "checkpoints"} - {"loss_curve.png", "samples.jsonl"}
+    assert set(os.listdir(tmp_path / "out")) == RUN - {"loss_curve.png", "samples.jsonl"}
     assert list(checkpoints(tmp_path / "out")) == [7]
     ids = torch.tensor([[0, 1, 2]])
     assert torch.equal(load_run(tmp_path / "out").model(ids), result.model(ids))

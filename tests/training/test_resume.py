@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 import torch
 
-from tests.helpers.runs import TEXT, history, small
+from tests.helpers.runs import RUN, TEXT, history, small, tokens
 from tinyllm.config.saved import read_config
 from tinyllm.config.training import RESUMABLE, TrainConfig
 from tinyllm.data.batches import TokenDataset
-from tinyllm.runs.folder import RUN_FILES, best_step, checkpoint_path, checkpoints
+from tinyllm.runs.folder import best_step, checkpoint_path, checkpoints
 from tinyllm.runs.load import load_model, load_run
 from tinyllm.training.trainer import resume, train
 
@@ -94,7 +94,7 @@ def test_without_a_checkpoint_it_starts_anew(whole: Path, tmp_path: Path) -> Non
     (out / "model.safetensors").unlink()
     said: list[str] = []
     resume(out, progress=False, say=said.append)
-    assert "from the start" in said[0]
+    assert any("from the start" in line for line in said)
     assert_same(out, whole)
 
 
@@ -242,8 +242,11 @@ def test_no_run_and_no_data(whole: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no run folder"):
         resume(tmp_path / "nowhere", progress=False)
     out = stopped(whole, tmp_path / "run", 21)
-    (out / "train.bin").unlink()
-    with pytest.raises(FileNotFoundError, match=r"train\.bin"):
+    tokens(out).unlink()
+    with pytest.raises(FileNotFoundError, match=r"there is no .*train-00000-head\.bin"):
+        resume(out, progress=False)
+    shutil.rmtree(out / "data")
+    with pytest.raises(FileNotFoundError, match=r"data holds no prepared data"):
         resume(out, progress=False)
 
 
@@ -251,8 +254,8 @@ def test_overwriting_a_run_removes_its_checkpoints(whole: Path, text: Path, tmp_
     out = stopped(whole, tmp_path / "run", 21)
     train(small(steps=2), out, [text], overwrite=True, progress=False)
     assert list(checkpoints(out)) == [2]
-    assert set(os.listdir(out)) == {*RUN_FILES, "checkpoints"}
-    assert len(TokenDataset(out / "train.bin", load_run(out).tokenizer.vocab_size, 8)) > 0
+    assert set(os.listdir(out)) == RUN
+    assert len(TokenDataset(tokens(out), load_run(out).tokenizer.vocab_size, 8)) > 0
 
 
 def test_time_goes_on(whole: Path, tmp_path: Path) -> None:

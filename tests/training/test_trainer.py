@@ -12,9 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.helpers.runs import TEXT, losses, small
+from tests.helpers.runs import RUN, TEXT, losses, small, tokens
 from tinyllm.model import SimpleLLM
-from tinyllm.runs.folder import RUN_FILES
 from tinyllm.runs.load import load_run
 from tinyllm.runs.metrics import read_metrics
 from tinyllm.training.trainer import PRESETS, TrainConfig, learning_rate, train
@@ -88,7 +87,7 @@ def test_run_folder(text: Path, tmp_path: Path) -> None:
     said: list[str] = []
     config = small(steps=25, log_interval=10, eval_interval=10)
     result = train(config, out, [text], progress=False, say=said.append)
-    assert sorted(os.listdir(out)) == sorted([*RUN_FILES, "checkpoints"])
+    assert set(os.listdir(out)) == RUN
 
     lines = read_metrics(out / "metrics.jsonl")
     for line in lines:
@@ -104,7 +103,7 @@ def test_run_folder(text: Path, tmp_path: Path) -> None:
     assert saved["training"]["steps"] == 25
     assert saved["training"]["preset"] == "tutorial"
     assert saved["versions"]["torch"] == torch.__version__
-    assert saved["data"]["train_tokens"] * 2 == (out / "train.bin").stat().st_size
+    assert saved["data"]["train_tokens"] * 2 == tokens(out).stat().st_size
     assert saved["data"]["name"] == str(text)
 
     assert (out / "loss_curve.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
@@ -172,14 +171,14 @@ def test_overwrite_replaces_a_run_and_nothing_else(text: Path, tmp_path: Path) -
 
     train(small(steps=4, tokenizer="char"), out, [text], overwrite=True, progress=False)
     assert (out / "notes.txt").read_text() == "mine"
-    assert sorted(os.listdir(out)) == sorted([*RUN_FILES, "checkpoints", "notes.txt"])
+    assert set(os.listdir(out)) == {*RUN, "notes.txt"}
     assert load_run(out).tokenizer.kind == "char"
 
 
 def test_a_small_corpus_validates_on_what_it_has(tmp_path: Path) -> None:
     (tmp_path / "two.txt").write_text("hello world how are you\nhow are you hello world\n" * 2)
     result = train(small(steps=3, seq_len=12), tmp_path / "out", [tmp_path / "two.txt"], progress=False)
-    assert (tmp_path / "out" / "val.bin").stat().st_size == 4  # 2 tokens: one prediction
+    assert tokens(tmp_path / "out", "val").stat().st_size == 4  # 2 tokens: one prediction
     assert result.val_loss is not None
 
 

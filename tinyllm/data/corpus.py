@@ -1,9 +1,9 @@
 """From files to tokens: find the text, read it, write its tokens to disk. `tinyllm.data.batches` serves them.
 
-    paths -find_files-> Corpus -texts-> documents -tokenizer-> train.bin, val.bin
+    paths -find_files-> Corpus -documents-> tokenizer -write_shards-> shards
 
-Files are found and read as `tinyllm prepare` does. Every step is a stream, so memory holds one document at a time,
-whatever the corpus. The token files are bare arrays of uint16 (uint32 from 65,537 ids on), memory-mapped when read.
+Files are found, read and tokenized as `tinyllm prepare` does, in one process. Every step is a stream, so memory holds
+one document at a time, whatever the corpus.
 """
 
 from __future__ import annotations
@@ -12,8 +12,7 @@ import os
 import random
 import sys
 import sysconfig
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from platform import python_version
@@ -22,17 +21,16 @@ from typing import BinaryIO
 import numpy as np
 from tqdm import tqdm
 
-from tinyllm._internal.files import replacing
 from tinyllm._internal.words import count, option, size
-from tinyllm.data.prepare.documents import cut_input, decode_blocks, decode_file, read_documents
-from tinyllm.data.prepare.inputs import DATASET_PREFIX, STREAMS, Input, OnBad, Skipped, find_inputs, reason_of, walk
+from tinyllm.data.prepare.documents import Document, cut_input, decode_blocks
+from tinyllm.data.prepare.encode import token_encoder, write_unit
+from tinyllm.data.prepare.inputs import DATASET_PREFIX, STREAMS, Input, Skipped, find_inputs, walk
+from tinyllm.data.prepare.manifest import write_manifest
 from tinyllm.data.prepare.streams import read_source
-from tinyllm.data.shards import token_dtype
-from tinyllm.runs.folder import TRAIN_FILE, VAL_FILE
+from tinyllm.data.shards import TOKENIZER_FILE, Shards, open_shards, token_dtype
 from tinyllm.tokenizer import Tokenizer
 
 _NOT_THE_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
-_BATCH_CHARACTERS = 1 << 20  # text tokenized at once: enough to keep every core busy, little memory
 
 
 @dataclass
@@ -74,6 +72,11 @@ class Corpus:
         return ", ".join(dict.fromkeys((self.name, count(len(self.inputs), "file"), size(self.num_bytes))))
 
     def texts(self, seed: int) -> Iterator[str]:
+        """Yield the texts of `documents(seed)`."""
+        for document in self.documents(seed):
+            yield "".join(document.pieces)
+
+    def documents(self, seed: int) -> Iterator[Document]:
         """Yield the documents that are not empty, file by file in an order shuffled by `seed`.
 
         Raises:
@@ -86,28 +89,13 @@ class Corpus:
         self.left_out = self._not_found.copy()  # each reading counts anew
         found = False
         for entry in inputs:
-            for text in _documents(entry, self.text_column, self.left_out):
-                found = True
-                yield text
+            whole = [entry] if entry.kind in STREAMS else cut_input(entry, sys.maxsize, self.text_column, self.left_out)
+            for source in whole:
+                for document in read_source(source, self.text_column, self.left_out):
+                    found = True
+                    yield document
         if self.left_out.count and not found:
             raise ValueError(f"nothing in {self.name} can be read: {self.left_out.named[0]}")
-
-
-def _documents(entry: Input, column: str, on_bad: OnBad) -> Iterator[str]:
-    """Yield the documents of a file that are not empty."""
-    if entry.kind == "text":
-        try:
-            text = "".join(decode_file(entry.path, translate=True))
-        except (OSError, ValueError) as error:
-            on_bad(entry.path, reason_of(error))
-        else:
-            yield from [text] if text else []
-    elif entry.kind in STREAMS:
-        yield from ("".join(document.pieces) for document in read_source(entry, column, on_bad))
-    else:
-        for part in cut_input(entry, sys.maxsize, column, on_bad):
-            for document in read_documents(part, column, on_bad):
-                yield "".join(document.pieces)
 
 
 def standard_library(root: Path | None = None) -> Corpus:
@@ -174,140 +162,56 @@ def decode_text(file: BinaryIO, name: str) -> str:
         raise ValueError(f"{name} {error}") from error
 
 
-@dataclass(frozen=True)
-class TokenFiles:
-    """The token files of a corpus.
-
-    Attributes:
-        train, val: the files.
-        train_tokens, val_tokens: how many tokens each has.
-        unknown: tokens that stand for text outside the vocabulary, in both together.
-    """
-
-    train: Path
-    val: Path
-    train_tokens: int
-    val_tokens: int
-    unknown: int = 0
-
-
-def write_tokens(
-    texts: Iterable[str],
+def write_shards(
+    corpus: Corpus,
     tokenizer: Tokenizer,
     directory: str | os.PathLike[str],
     *,
+    seed: int,
     seq_len: int,
     val_fraction: float = 0.05,
     progress: bool = False,
-    num_bytes: int | None = None,
-) -> TokenFiles:
-    """Tokenize documents into `directory`/train.bin and, their last `val_fraction`, val.bin.
+) -> Shards:
+    """Tokenize a corpus in this process, into a folder of shards as `tinyllm prepare` makes them.
 
-    Each document ends with the tokenizer's end-of-text token, if it has one. Both files appear only
-    when all went well; files that were there before are then replaced.
+    No document is chosen for validation by chance, as it may be half of a small corpus: the last ones in the order of
+    `seed` are, cut between two of them if there is a place with about `val_fraction` of the tokens behind it.
 
     Args:
-        texts: the documents, in the order in which they are to lie; read once, as a stream.
-        tokenizer: any `Tokenizer`.
-        directory: where to write; made if missing.
-        seq_len: the sequence length that the training part must be able to serve.
-        val_fraction: between 0 and 1; at least 2 tokens are taken, for one prediction.
-        progress: show a progress bar on stderr if it takes more than two seconds.
-        num_bytes: about how many bytes the texts have, for the bar to say how long it will take.
+        corpus: What to tokenize, read as a stream.
+        tokenizer: Any `Tokenizer`; it is written beside the shards.
+        directory: Where to write; made if missing.
+        seed: Shuffles the files.
+        seq_len: The sequence length that the training part must be able to serve.
+        val_fraction: The share of tokens for validation, between 0 and 1; at least 2 tokens, for one prediction.
+        progress: Show a progress bar on stderr if it takes more than two seconds.
 
     Raises:
-        ValueError: the texts have no token, or too few for one sequence of `seq_len` and its
-            target.
+        ValueError: the text has no token, or too few for one sequence of `seq_len` and its target.
+        As `Corpus.texts` besides.
     """
     directory = Path(directory)
-    dtype = token_dtype(tokenizer.vocab_size)
-    with ExitStack() as stack:
-        train_path = stack.enter_context(replacing(directory / TRAIN_FILE))
-        val_path = stack.enter_context(replacing(directory / VAL_FILE))
-        total = unknown = 0
-        bar = stack.enter_context(
-            tqdm(
-                total=num_bytes,
-                desc="tokenizing",
-                unit="B",
-                unit_scale=True,
-                delay=2,
-                leave=False,
-                disable=not progress,
-            )
+    directory.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(directory / TOKENIZER_FILE)
+    with tqdm(
+        total=corpus.num_bytes, desc="tokenizing", unit="B", unit_scale=True, delay=2, leave=False, disable=not progress
+    ) as bar:
+        documents = corpus.documents(seed)
+        encode = token_encoder(tokenizer)
+        unit = write_unit(0, documents, directory, tokenizer, encode, choose=lambda: False, progress=bar.update)
+    unit.update(skipped_count=corpus.left_out.count, skipped=corpus.left_out.named)
+    settings = {"text_column": corpus.text_column, "val_fraction": val_fraction, "seed": seed}
+    vocabulary = {"vocab_size": tokenizer.vocab_size, "end_of_text_id": tokenizer.end_of_text_id}
+    write_manifest(directory, settings, vocabulary, [unit], (0, []))
+    shards = open_shards(directory)
+    train, val = shards.num_train_tokens, shards.num_val_tokens
+    if train < seq_len + 1:
+        raise ValueError(
+            f"the corpus is too short: of its {count(train + val, 'token')} {val} are kept for validation, and the "
+            f"{train} left are fewer than the {seq_len + 1} of one sequence and its target ({option('seq_len')} "
+            f"{seq_len}, and 1); add text or choose a smaller {option('seq_len')}"
         )
-        with train_path.open("wb") as file:
-            for ids in _encode(_counted(texts, bar), tokenizer):
-                file.write(np.asarray(ids, dtype=dtype).tobytes())
-                total += len(ids)
-                unknown += 0 if tokenizer.unknown_id is None else ids.count(tokenizer.unknown_id)
-        if total == 0:
-            raise ValueError("the corpus is empty: it has no token")
-        val_tokens = max(2, round(total * val_fraction))
-        train_tokens = total - val_tokens
-        if train_tokens < seq_len + 1:
-            raise ValueError(
-                f"the corpus is too short: of its {count(total, 'token')} {val_tokens} are kept for validation, and "
-                f"the {max(train_tokens, 0)} left are fewer than the {seq_len + 1} of one sequence and its target "
-                f"({option('seq_len')} {seq_len}, and 1); add text or choose a smaller {option('seq_len')}"
-            )
-        with train_path.open("r+b") as file:
-            file.seek(train_tokens * dtype.itemsize)
-            with val_path.open("wb") as val_file:
-                while block := file.read(1 << 24):
-                    val_file.write(block)
-            file.truncate(train_tokens * dtype.itemsize)
-    return TokenFiles(directory / TRAIN_FILE, directory / VAL_FILE, train_tokens, val_tokens, unknown)
-
-
-def _counted(texts: Iterable[str], bar: tqdm[None]) -> Iterator[str]:
-    for text in texts:
-        yield text
-        bar.update(len(text) if text.isascii() else len(text.encode()))
-
-
-def _encode(texts: Iterable[str], tokenizer: Tokenizer) -> Iterator[list[int]]:
-    """The ids of all documents, in runs of about `_BATCH_CHARACTERS` characters."""
-    end = [] if tokenizer.end_of_text_id is None else [tokenizer.end_of_text_id]
-    batch: list[tuple[str, bool]] = []  # a piece of text, and whether a document ends with it
-    size = 0
-
-    def flush() -> list[int]:
-        encoded = tokenizer.encode_batch([piece for piece, _ in batch])
-        ids = [i for (_, last), run in zip(batch, encoded, strict=True) for i in (run + end if last else run)]
-        batch.clear()
-        return ids
-
-    for text in texts:
-        if not text:
-            continue
-        pieces = _pieces(text)
-        batch += [(piece, index == len(pieces) - 1) for index, piece in enumerate(pieces)]
-        size += len(text)
-        if size >= _BATCH_CHARACTERS:
-            yield flush()
-            size = 0
-    if batch:
-        yield flush()
-
-
-def _pieces(text: str, size: int = _BATCH_CHARACTERS // 8) -> list[str]:
-    """Cut a long text so that its pieces tokenize in parallel, to the same ids as the whole.
-
-    A cut is made between a character that is not white space and a line end: no token of GPT-2's
-    byte level, no word and no character spans that place.
-    """
-    pieces = []
-    start = 0
-    while len(text) - start > size:
-        cut = text.find("\n", start + size)
-        while cut > 0 and text[cut - 1].isspace():
-            cut = text.find("\n", cut + 1)
-        if cut < 0:
-            break
-        pieces.append(text[start:cut])
-        start = cut
-    return [*pieces, text[start:]]
+    return shards
 
 
 def first_tokens(path: str | os.PathLike[str], vocab_size: int, count: int) -> list[int]:

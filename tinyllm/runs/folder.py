@@ -9,7 +9,8 @@
     loss_curve.png     a picture of it
     samples.jsonl      what the model wrote at each validation: step, prompt, text
     tensorboard/       TensorBoard's files, if they were asked for
-    train.bin val.bin  the tokens, see tinyllm.data; data that were prepared stay where they are
+    data/              the tokens, see tinyllm.data.shards; data that were prepared before stay where they are
+    train.bin val.bin  the tokens of runs that older versions made, without a header: uint16, uint32 from 65,537 ids on
 
 Weights are safetensors, never pickles: loading a file that a stranger sent cannot run code.
 """
@@ -36,8 +37,8 @@ CURVE_FILE = "loss_curve.png"
 SAMPLES_FILE = "samples.jsonl"
 CHECKPOINTS = "checkpoints"
 TENSORBOARD = "tensorboard"
-TRAIN_FILE = "train.bin"
-VAL_FILE = "val.bin"
+DATA = "data"
+OLD_TOKENS = {"train": "train.bin", "val": "val.bin"}
 
 # In a checkpoint, besides the weights.
 AVERAGES_FILE = "averages.safetensors"
@@ -52,10 +53,9 @@ RUN_FILES = (  # config.json is the mark of a run: it comes last into a folder, 
     TABLE_FILE,
     CURVE_FILE,
     SAMPLES_FILE,
-    TRAIN_FILE,
-    VAL_FILE,
+    *OLD_TOKENS.values(),
 )
-RUN_FOLDERS = (CHECKPOINTS, TENSORBOARD)
+RUN_FOLDERS = (CHECKPOINTS, TENSORBOARD, DATA)
 RUNS = Path("runs")
 NEW = ".tinyllm-new"  # in it, a run's files are made, see tinyllm.runs.succession
 
@@ -76,18 +76,26 @@ def check_out(directory: str | os.PathLike[str], *, overwrite: bool) -> Path:
         raise FileExistsError(
             f"out {directory} is not empty; choose another directory{go_on}, or overwrite (--overwrite)"
         )
-    # config.json, train.bin and checkpoints are common names: those of another program are not ours to replace.
-    taken = [name for name in (*RUN_FILES, *RUN_FOLDERS) if Path(directory, name).exists()]
+    # config.json, data and checkpoints are common names: those of another program are not ours to replace.
+    ours = _written_names(directory)
+    taken = [name for name in (*RUN_FILES, *RUN_FOLDERS) if name not in ours and Path(directory, name).exists()]
     if taken:
-        try:
-            has_training = "training" in read_config(directory, parts=["model"])
-        except (OSError, ValueError):
-            has_training = False
-        if not has_training:
-            raise FileExistsError(
-                f"out {directory} has a {taken[0]} that no training wrote; choose another directory, or move it away"
-            )
+        raise FileExistsError(
+            f"out {directory} has a {taken[0]} that no training wrote; choose another directory, or move it away"
+        )
     return directory
+
+
+def _written_names(directory: Path) -> set[str]:
+    """Return the names in a directory that are a run's if they are there; none if no training wrote it."""
+    try:
+        config = read_config(directory, parts=["model"])
+    except (OSError, ValueError):
+        return set()
+    if "training" not in config:
+        return set()
+    own_data = config.get("data", {}).get("prepared") == DATA
+    return {*RUN_FILES, *RUN_FOLDERS} - (set() if own_data else {DATA})
 
 
 @contextmanager

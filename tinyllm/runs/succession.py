@@ -29,7 +29,7 @@ def new_files(out: Path) -> Iterator[Path]:
     try:
         yield folder
         _set_aside(out)
-        _move(folder, out, [*RUN_FILES[1:], CONFIG_FILE])  # the mark of a run, last
+        _move(folder, out, [*RUN_FOLDERS, *RUN_FILES[1:], CONFIG_FILE])  # the mark of a run, last
     finally:
         recover(out)
 

@@ -20,11 +20,11 @@ from tinyllm.config.model import SimpleLLMConfig
 from tinyllm.config.saved import CONFIG_FILE, save_config
 from tinyllm.config.training import TrainConfig, describe
 from tinyllm.data.batches import TokenDataset
-from tinyllm.data.corpus import Corpus, find_files, standard_library, write_tokens
-from tinyllm.data.shards import Shards, file_sha256, is_prepared, open_shards, token_dtype
+from tinyllm.data.corpus import Corpus, find_files, standard_library, write_shards
+from tinyllm.data.shards import SPLITS, Shards, file_sha256, is_prepared, open_shards, token_dtype
 from tinyllm.model import SimpleLLM
 from tinyllm.ops import _products
-from tinyllm.runs.folder import MODEL_FILE, TOKENIZER_FILE, TRAIN_FILE, VAL_FILE, check_out, checkpoints
+from tinyllm.runs.folder import DATA, MODEL_FILE, OLD_TOKENS, TOKENIZER_FILE, check_out, checkpoints
 from tinyllm.runs.load import load_run
 from tinyllm.runs.succession import new_files, recover
 from tinyllm.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
@@ -159,23 +159,19 @@ def _tokenize(
     else:
         tokenizer = source.tokenizer
     check(tokenizer)
-    texts = corpus.texts(config.seed)
-    tokens = write_tokens(
-        texts, tokenizer, folder, seq_len=config.seq_len, progress=progress, num_bytes=corpus.num_bytes
-    )
+    shards = write_shards(corpus, tokenizer, folder / DATA, seed=config.seed, seq_len=config.seq_len, progress=progress)
     if corpus.left_out.count:
         say(f"Left out {count(corpus.left_out.count, 'input')}, such as {corpus.left_out.named[0]}")
-    say(f"Tokens: {tokens.train_tokens:,} to train on, {tokens.val_tokens:,} to validate with")
-    if source is not None and tokens.unknown:
-        say(f"{tokens.unknown:,} of them stand for text that the tokenizer of {source.run} does not know")
-    return tokenizer, {
-        "name": corpus.name,
-        "files": len(corpus.files),
-        "train_tokens": tokens.train_tokens,
-        "val_tokens": tokens.val_tokens,
-        "train_sha256": file_sha256(tokens.train),
-        "val_sha256": file_sha256(tokens.val),
-    }
+    description = _description(corpus.name, DATA, shards, say)
+    if source is not None and (unknown := _count_unknown(shards, tokenizer.unknown_id)):
+        say(f"{unknown:,} of them stand for text that the tokenizer of {source.run} does not know")
+    return tokenizer, {**description, "files": len(corpus.files)}
+
+
+def _count_unknown(shards: Shards, unknown_id: int | None) -> int:
+    """Return how many tokens stand for text outside the vocabulary."""
+    documents = (document for split in SPLITS for document in shards.documents(split))
+    return 0 if unknown_id is None else sum(int((document == unknown_id).sum()) for document in documents)
 
 
 def _describe_shards(
@@ -188,11 +184,16 @@ def _describe_shards(
     shards.verify()
     tokenizer = shards.tokenizer()
     check(tokenizer)
-    say(f"Tokens: {shards.num_train_tokens:,} to train on, {shards.num_val_tokens:,} to validate with")
     TokenDataset(shards.train, shards.vocab_size, config.seq_len)  # is there a whole window?
-    return tokenizer, {
-        "name": path.name,
-        "prepared": str(path.resolve()),
+    return tokenizer, _description(path.name, str(path.resolve()), shards, say)
+
+
+def _description(name: str, where: str, shards: Shards, say: Say) -> dict[str, Any]:
+    """Return what config.json says of the data; a path that is not absolute is one below the run folder."""
+    say(f"Tokens: {shards.num_train_tokens:,} to train on, {shards.num_val_tokens:,} to validate with")
+    return {
+        "name": name,
+        "prepared": where,
         "fingerprint": shards.fingerprint,
         "train_tokens": shards.num_train_tokens,
         "val_tokens": shards.num_val_tokens,
@@ -237,23 +238,50 @@ def _check_data(saved: dict[str, Any], out: Path, vocab_size: int, say: Say) -> 
     if not isinstance(description, dict):
         raise ValueError(f"{out / CONFIG_FILE} does not say what the training learns from")
     if "prepared" in description:
-        say(f"Data: {description['prepared']}; comparing checksums")
-        open_shards(str(description["prepared"])).verify()
+        shards = open_shards(out / description["prepared"])
+        say(f"Data: {shards.directory}; comparing checksums")
+        shards.verify()
         return
-    for split, name in (("train", TRAIN_FILE), ("val", VAL_FILE)):
+    for split, name in OLD_TOKENS.items():
         path = out / name
         if not path.is_file():
-            raise FileNotFoundError(f"{out} has no {name}, the tokens that its training learns from")
+            raise FileNotFoundError(f"{out} has no {path.name}, the tokens that its training learns from")
         tokens = description.get(f"{split}_tokens")
         if type(tokens) is not int:
-            raise ValueError(f"{out / CONFIG_FILE} does not say how many tokens {name} has")
+            raise ValueError(f"{out / CONFIG_FILE} does not say how many tokens {path.name} has")
         expected = tokens * token_dtype(vocab_size).itemsize
         if path.stat().st_size != expected:
             raise ValueError(
                 f"{path} is damaged: it has {path.stat().st_size:,} bytes, and had {expected:,} when the training began"
             )
-        if f"{split}_sha256" in description:  # older versions did not note it
+        if f"{split}_sha256" in description:  # the oldest versions did not note it
             _check_sum(path, description[f"{split}_sha256"])
+
+
+def datasets(
+    description: dict[str, Any], out: Path, tokenizer: Tokenizer, seq_len: int
+) -> tuple[TokenDataset, TokenDataset]:
+    """Return the tokens to train on and to validate with, as config.json describes them.
+
+    Raises:
+        FileNotFoundError: they have gone.
+        ValueError: they are not those that the training began with, or of another tokenizer.
+    """
+    train: Sequence[Path] = (out / OLD_TOKENS["train"],)
+    val: Sequence[Path] = (out / OLD_TOKENS["val"],)
+    if "prepared" in description:
+        shards = open_shards(out / description["prepared"])
+        if shards.fingerprint != description["fingerprint"]:
+            raise ValueError(
+                f"{shards.directory} holds other data than those that the training in {out} began with: the manifest's "
+                f"SHA-256 is {shards.fingerprint}, it was {description['fingerprint']}"
+            )
+        shards.check_tokenizer(out / TOKENIZER_FILE)
+        train, val = shards.train, shards.val
+    vocab_size = tokenizer.vocab_size
+    # Of a small corpus the validation part may be shorter than a sequence.
+    longest = max(path.stat().st_size for path in val) // token_dtype(vocab_size).itemsize - 1
+    return TokenDataset(train, vocab_size, seq_len), TokenDataset(val, vocab_size, min(seq_len, max(longest, 1)))
 
 
 def _check_sum(path: Path, expected: str) -> None:

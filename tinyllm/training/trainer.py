@@ -18,15 +18,11 @@ from tinyllm._internal.locks import owned
 from tinyllm.config.presets import PRESETS, Preset
 from tinyllm.config.saved import CONFIG_FILE, read_config, save_config
 from tinyllm.config.training import RESUMABLE, TrainConfig, describe, saved_config
-from tinyllm.data.batches import TokenDataset
-from tinyllm.data.shards import open_shards, token_dtype
 from tinyllm.model import SimpleLLM, choose_device, init_gpt2_weights
 from tinyllm.ops import _products
 from tinyllm.runs.folder import (
     MODEL_FILE,
     TOKENIZER_FILE,
-    TRAIN_FILE,
-    VAL_FILE,
     checkpoints,
     new_run_folder,
     publish_last,
@@ -35,7 +31,7 @@ from tinyllm.runs.folder import (
 from tinyllm.runs.load import load_model
 from tinyllm.runs.succession import giving_up, recover
 from tinyllm.tokenizer import Tokenizer, load_tokenizer
-from tinyllm.training.begin import begin, check_saved
+from tinyllm.training.begin import begin, check_saved, datasets
 from tinyllm.training.engine import ending_others, launch, on_rank_zero
 from tinyllm.training.estimate import memory_error
 from tinyllm.training.loop import Fitted, fit
@@ -68,7 +64,7 @@ class TrainResult:
         tokenizer: what its ids mean.
         steps: steps done in all: fewer than asked for if it was interrupted.
         val_loss: the last validation loss in nats per token, None if none was reached.
-        val_file: the validation tokens, or the first shard of them.
+        val_file: the first shard of the validation tokens.
         signal: the number of the signal that ended it (SIGINT: Ctrl-C; SIGTERM), or None.
     """
 
@@ -221,7 +217,7 @@ def _run(fabric: Fabric, config: TrainConfig, out: Path, progress: bool, say: Sa
     """Train what `out` describes."""
     saved = read_config(out, parts=["model"])
     tokenizer = load_tokenizer(out / TOKENIZER_FILE)
-    train_set, val_set = _datasets(saved["data"], out, tokenizer, config.seq_len)
+    train_set, val_set = datasets(saved["data"], out, tokenizer, config.seq_len)
     weights = Path(saved["init"]["weights"]) if "init" in saved else None
     device = fabric.device
     with (
@@ -271,27 +267,6 @@ def _model(config: TrainConfig, vocab_size: int) -> SimpleLLM:
     if modern and not later:
         init_gpt2_weights(model, generator=torch.Generator().manual_seed(config.seed))
     return model
-
-
-def _datasets(
-    description: dict[str, Any], out: Path, tokenizer: Tokenizer, seq_len: int
-) -> tuple[TokenDataset, TokenDataset]:
-    """Return the tokens to train on and to validate with, as `begin` described them."""
-    train: Sequence[Path] = (out / TRAIN_FILE,)
-    val: Sequence[Path] = (out / VAL_FILE,)
-    if "prepared" in description:
-        shards = open_shards(description["prepared"])
-        if shards.fingerprint != description["fingerprint"]:
-            raise ValueError(
-                f"{shards.directory} holds other data than those that the training in {out} began with: the manifest's "
-                f"SHA-256 is {shards.fingerprint}, it was {description['fingerprint']}"
-            )
-        shards.check_tokenizer(out / TOKENIZER_FILE)
-        train, val = shards.train, shards.val
-    vocab_size = tokenizer.vocab_size
-    # Of a small corpus the validation part may be shorter than a sequence.
-    longest = max(path.stat().st_size for path in val) // token_dtype(vocab_size).itemsize - 1
-    return TokenDataset(train, vocab_size, seq_len), TokenDataset(val, vocab_size, min(seq_len, max(longest, 1)))
 
 
 def _changed(config: TrainConfig, changes: dict[str, Any], out: Path) -> TrainConfig:
