@@ -93,12 +93,18 @@ def test_a_file_counts_once_and_the_result_never(tmp_path: Path) -> None:
     found = find_inputs([tmp_path, tmp_path / "a.txt", str(tmp_path / "out" / ".." / "a.txt")], REFUSE, out).inputs
     assert [entry.path for entry in found] == [str(tmp_path / "a.txt")]
     assert found[0].size == 4
+    (tmp_path / ".hidden.txt").write_text("named")
+    assert len(find_inputs([tmp_path, tmp_path / ".hidden.txt"], REFUSE, out).inputs) == 2
 
 
 def test_no_input(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no file or directory .*nowhere"):
         find_inputs([tmp_path / "nowhere"], REFUSE)
-    with pytest.raises(ValueError, match="no text in"):
+    for nothing in ([tmp_path], []):
+        with pytest.raises(ValueError, match="no text in"):
+            find_inputs(nothing, REFUSE)
+    (tmp_path / "x.bin").write_bytes(b"\0\1")
+    with pytest.raises(ValueError, match=r"no text in .*: .*x.bin is a binary file"):
         find_inputs([tmp_path], REFUSE)
     with pytest.raises(ValueError, match="names no dataset"):
         find_inputs(["hf:@train"], REFUSE)
@@ -200,6 +206,7 @@ def test_a_long_binary_file_is_refused_as_a_whole(tmp_path: Path) -> None:
         (b"\xef\xbb\xbfcaf\xe9", "byte 0xe9 at offset 6"),
         (b"x" * ((1 << 18) - 2) + b"\xf0\x9f\x99", "byte 0xf0 at offset 262142"),  # over the border of two blocks
         (b"x" * 300_000 + b"\0", "NUL byte at offset 300000"),
+        ("🙂".encode()[:3], "byte 0xf0 at offset 0"),
     ],
 )
 def test_texts_that_are_none(content: bytes, reason: str, tmp_path: Path) -> None:

@@ -40,16 +40,14 @@ class Corpus:
     Attributes:
         name: what to call it in a sentence or a title.
         inputs: the files, and how each is read, in an order that does not depend on the machine.
-        skipped: binary files that lay in the directories and are passed over.
         text_column: under which name JSON lines and Parquet files hold the text.
-        notes: lines that say what was passed over below the directories, `skipped` and folders that `tinyllm` wrote.
+        notes: lines that say what was passed over below the directories, binary files and folders that `tinyllm` wrote.
         left_out: what could not be read, and was left out, up to now in the last call of `texts`. Only where that is
             allowed (`left_out.allowed`); `left_out.count` says how much, `left_out.named` gives examples with reasons.
     """
 
     name: str
     inputs: tuple[Input, ...]
-    skipped: tuple[Path, ...] = ()
     text_column: str = "text"
     notes: tuple[str, ...] = ()
     left_out: Skipped = field(default_factory=lambda: Skipped(False))
@@ -139,8 +137,7 @@ def find_files(paths: Sequence[str | os.PathLike[str]], *, text_column: str = "t
     left_out = Skipped(skip_bad)
     found = find_inputs(paths, left_out)
     name = str(paths[0]) if len(paths) == 1 else count(len(found.inputs), "file")
-    skipped = tuple(Path(path) for path, _ in found.binary)
-    return Corpus(name, tuple(found.inputs), skipped, text_column, tuple(found.notes()), left_out)
+    return Corpus(name, tuple(found.inputs), text_column, tuple(found.notes()), left_out)
 
 
 def read_text(path: str | os.PathLike[str]) -> str:
@@ -201,8 +198,7 @@ def write_shards(
         unit = write_unit(0, documents, directory, tokenizer, encode, choose=lambda: False, progress=bar.update)
     unit.update(skipped_count=corpus.left_out.count, skipped=corpus.left_out.named)
     settings = {"text_column": corpus.text_column, "val_fraction": val_fraction, "seed": seed}
-    vocabulary = {"vocab_size": tokenizer.vocab_size, "end_of_text_id": tokenizer.end_of_text_id}
-    write_manifest(directory, settings, vocabulary, [unit], (0, []))
+    write_manifest(directory, settings, [unit], (0, []))
     shards = open_shards(directory)
     train, val = shards.num_train_tokens, shards.num_val_tokens
     if train < seq_len + 1:

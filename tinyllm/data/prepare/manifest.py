@@ -22,8 +22,9 @@ from tinyllm.data.shards import (
     VERSION,
     ShardFile,
     file_sha256,
-    token_dtype,
+    shard_dtype,
 )
+from tinyllm.tokenizer import load_tokenizer
 
 _NAMED = 1000  # inputs left out that the manifest names; the others it only counts
 _COPIED_TOKENS = 1 << 20
@@ -33,16 +34,14 @@ _SHARD_FILE = re.compile(r"(train-\d{5,}(-head)?|val-\d{5,}(-tail)?)\.(bin|idx)"
 def write_manifest(
     out: Path,
     settings: dict[str, Any],
-    vocabulary: dict[str, Any],
     units: Iterable[dict[str, Any]],
     skipped: tuple[int, list[str]],
 ) -> None:
     """Write manifest.json for the shards of finished units, and remove shards that it does not list.
 
     Args:
-        out: where everything lies.
+        out: where everything lies, the tokenizer, too.
         settings: what the shards were made with.
-        vocabulary: the tokenizer's vocab_size and end_of_text_id.
         units: what the workers said of them, in order.
         skipped: how many inputs were left out before, and the names of some.
 
@@ -50,7 +49,8 @@ def write_manifest(
         ValueError: there are too few tokens for two splits.
         OSError: a file cannot be written.
     """
-    dtype = token_dtype(vocabulary["vocab_size"])
+    tokenizer = load_tokenizer(out / TOKENIZER_FILE)
+    dtype = shard_dtype(tokenizer)
     shards: dict[str, list[dict[str, Any]]] = {"train": [], "val": []}
     skipped_count, names = skipped
     totals = {"documents": 0, "tokens": 0, "bytes": 0}
@@ -62,12 +62,13 @@ def write_manifest(
             totals[key] += unit[key]
         skipped_count += unit["skipped_count"]
         names = (names + unit["skipped"])[:_NAMED]
-    _balance(out, shards, dtype.newbyteorder("<"), settings["val_fraction"])
+    _balance(out, shards, dtype, settings["val_fraction"])
     manifest = {
         "format": FORMAT,
         "version": VERSION,
         "tokenizer_sha256": file_sha256(out / TOKENIZER_FILE),
-        **vocabulary,
+        "vocab_size": tokenizer.vocab_size,
+        "end_of_text_id": tokenizer.end_of_text_id,
         "dtype": dtype.name,
         **totals,
         "settings": settings,

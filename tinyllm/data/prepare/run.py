@@ -22,9 +22,10 @@ from tinyllm.data.prepare.inputs import Input, Skipped
 from tinyllm.data.prepare.manifest import write_manifest
 from tinyllm.data.prepare.plan import MEGABYTE, Plan, giving_up, recover
 from tinyllm.data.prepare.streams import stream_lines
-from tinyllm.data.prepare.workers import Workers, copy_tokenizer, do_unit, make_tokenizer, usable_cores
+from tinyllm.data.prepare.workers import Workers, do_unit, make_tokenizer, usable_cores
 from tinyllm.data.shards import MANIFEST_FILE, TOKENIZER_FILE, Shards, file_sha256, open_shards
 from tinyllm.tokenizer import check_vocab_size
+from tinyllm.tokenizer.formats import load_vocabulary
 
 VOCAB_SIZE = 50257  # GPT-2's
 TRAINED = ("bpe", "word", "char")
@@ -105,9 +106,9 @@ def prepare(
     """
     _check_settings(workers, shard_size, val_fraction, tokenizer_sample)
     out = Path(out)
-    with _naming_full_disk(out), owned(out, "prepared", say), closing(Workers(1, parallel=True)) as helper:
+    with _naming_full_disk(out), owned(out, "prepared", say):
         settings = {
-            **_tokenizer_settings(helper, tokenizer, vocab_size, tokenizer_sample),
+            **_tokenizer_settings(tokenizer, vocab_size, tokenizer_sample),
             "text_column": text_column,
             "shard_size": shard_size,
             "val_fraction": val_fraction,
@@ -121,16 +122,13 @@ def prepare(
             say(f"{out} is ready: the same data was prepared there before")
             return Prepared(open_shards(out), 0.0, 0, len(plan.units))
         with giving_up(plan):
-            vocabulary = _make_tokenizer(helper, plan, tokenizer, skip_bad, say)
-            helper.close()  # it has no more to do, and training took memory
+            _make_tokenizer(plan, tokenizer, skip_bad, say)
             plan.tokenizer_sha256 = file_sha256(out / TOKENIZER_FILE)
             start = time.perf_counter()
             num_bytes, resumed = _tokenize(plan, workers or usable_cores(), skip_bad, say)
             seconds = time.perf_counter() - start
             left_out, names = plan.skipped
-            write_manifest(
-                out, settings, vocabulary, plan.sidecars(), (left_out + len(plan.damaged), names + plan.damaged)
-            )
+            write_manifest(out, settings, plan.sidecars(), (left_out + len(plan.damaged), names + plan.damaged))
             plan.clean_up()
             return Prepared(open_shards(out), seconds, num_bytes, resumed)
 
@@ -160,9 +158,7 @@ def _check_settings(workers: int | None, shard_size: float, val_fraction: float,
         raise ValueError(f"val_fraction is {val_fraction}; it must be above 0 and below 1")
 
 
-def _tokenizer_settings(
-    helper: Workers, tokenizer: str | os.PathLike[str], vocab_size: int | None, sample: float
-) -> dict[str, Any]:
+def _tokenizer_settings(tokenizer: str | os.PathLike[str], vocab_size: int | None, sample: float) -> dict[str, Any]:
     """Return what of the tokenizer decides the result: how it is trained, or what is in its files."""
     if tokenizer in TRAINED:
         check_vocab_size(str(tokenizer), vocab_size)
@@ -170,40 +166,35 @@ def _tokenizer_settings(
         return {"tokenizer": tokenizer, "vocab_size": size, "tokenizer_sample": sample}
     if vocab_size is not None:
         raise ValueError(f"vocab_size is {vocab_size}, but {tokenizer} has its own; it is for one that is trained")
+    loaded = load_vocabulary(tokenizer)
     with TemporaryDirectory() as folder:  # hashed as it will lie beside the shards
         path = Path(folder, TOKENIZER_FILE)
-        size = _copied(helper, tokenizer, path)["vocab_size"]
-        return {"tokenizer": "given", "vocab_size": size, "tokenizer_sha256": file_sha256(path)}
+        loaded.save(path)
+        return {"tokenizer": "given", "vocab_size": loaded.vocab_size, "tokenizer_sha256": file_sha256(path)}
 
 
 # The tokenizer
 
 
-def _copied(helper: Workers, tokenizer: str | os.PathLike[str], to: Path) -> dict[str, Any]:
-    vocabulary: dict[str, Any] = helper.run("reading the tokenizer", copy_tokenizer, os.fspath(tokenizer), to)
-    return vocabulary
-
-
-def _make_tokenizer(
-    helper: Workers, plan: Plan, tokenizer: str | os.PathLike[str], skip_bad: bool, say: Say
-) -> dict[str, Any]:
-    """Write tokenizer.json, unless an earlier call has; return its vocab_size and end_of_text_id."""
+def _make_tokenizer(plan: Plan, tokenizer: str | os.PathLike[str], skip_bad: bool, say: Say) -> None:
+    """Write tokenizer.json, unless an earlier call has: the shards that are finished depend on it."""
     path = plan.out / TOKENIZER_FILE
     if path.is_file():
-        with TemporaryDirectory() as folder:  # read only: the shards that are finished depend on the file
-            return _copied(helper, path, Path(folder, TOKENIZER_FILE))
+        return
     if tokenizer not in TRAINED:
-        return _copied(helper, tokenizer, path)
+        load_vocabulary(tokenizer).save(path)
+        return
     settings = plan.settings
     size = "" if settings["vocab_size"] is None else f" of up to {settings['vocab_size']:,} tokens"
     sample_size = int(settings["tokenizer_sample"] * MEGABYTE)
     say(f"Training a {tokenizer} tokenizer{size} on up to {settings['tokenizer_sample']:g} MB of the text")
     start = time.perf_counter()
     sample = _samples(plan, sample_size), sample_size, settings["text_column"], skip_bad
-    what = "training the tokenizer"
-    vocabulary: dict[str, Any] = helper.run(what, make_tokenizer, tokenizer, settings["vocab_size"], path, *sample)
-    say(f"{vocabulary['vocab_size']:,} tokens learnt in {time.perf_counter() - start:.0f} s")
-    return vocabulary
+    with closing(Workers(1)) as helper:  # whose end gives back the memory that training takes
+        vocab_size = helper.run(
+            "training the tokenizer", make_tokenizer, tokenizer, settings["vocab_size"], path, *sample
+        )
+    say(f"{vocab_size:,} tokens learnt in {time.perf_counter() - start:.0f} s")
 
 
 def _samples(plan: Plan, size: int) -> list[tuple[Part | Input, int]]:
@@ -244,7 +235,7 @@ def _tokenize(plan: Plan, workers: int, skip_bad: bool, say: Say) -> tuple[int, 
     total = resumed = 0
     with (
         tqdm(total=known, desc="tokenizing", unit="B", unit_scale=True, mininterval=0.5, smoothing=0.05) as bar,
-        closing(Workers(workers, progress=bar.update)) as pool,
+        closing(Workers(workers, bar.update)) as pool,
     ):
 
         def wait(most: int) -> None:
@@ -262,14 +253,8 @@ def _tokenize(plan: Plan, workers: int, skip_bad: bool, say: Say) -> tuple[int, 
             names = list(dict.fromkeys(part.name or part.path for part in parts))
             what = names[0] if len(names) == 1 else f"{names[0]} and {count(len(names) - 1, 'more file')}"
             wait(workers - 1)  # the next lines of a stream are read before that
-            pool.submit(
-                f"tokenizing {what} (unit {number})",
-                task,
-                number,
-                parts,
-                plan.sidecar(number),
-                {**extra, "tokenizer_sha256": plan.tokenizer_sha256},
-            )
+            extra["tokenizer_sha256"] = plan.tokenizer_sha256
+            pool.submit(f"tokenizing {what} (unit {number})", task, number, parts, plan.sidecar(number), extra)
         wait(0)
     if resumed:
         say(f"{count(resumed, 'unit')} {'was' if resumed == 1 else 'were'} finished before")

@@ -31,7 +31,6 @@ from tinyllm.data.prepare.inputs import STREAMS, Input, Skipped
 from tinyllm.data.prepare.streams import read_source
 from tinyllm.data.shards import TOKENIZER_FILE
 from tinyllm.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
-from tinyllm.tokenizer.formats import load_vocabulary
 
 _LOOK_INTERVAL = 0.2  # seconds between two looks at how far the workers are
 
@@ -51,17 +50,14 @@ class Workers:
 
     Args:
         size: How many.
-        parallel: Whether the library `tokenizers` may use every core in each of them.
         progress: Called with the bytes of text done since the last call.
     """
 
-    def __init__(
-        self, size: int, *, parallel: bool = False, progress: Callable[[int], object] = lambda _: None
-    ) -> None:
+    def __init__(self, size: int, progress: Callable[[int], object] = lambda num_bytes: None) -> None:
         self._progress = progress
         self._seen = 0
-        self._context = _Context(parallel)
-        with _environment(parallel):  # a process is started here, too, which looks after semaphores
+        self._context = _Context()
+        with _environment():  # a process is started here, too, which looks after semaphores
             self._counted = self._context.Value("q")
             self._executor = ProcessPoolExecutor(size, self._context, _begin, (self._counted,))
         self._at_work: dict[Future[Any], str] = {}
@@ -127,23 +123,18 @@ def _cause(status: int) -> str:
 class _Context(SpawnContext):
     """How workers are started; keeps them in `processes`."""
 
-    def __init__(self, parallel: bool) -> None:
+    def __init__(self) -> None:
         self.processes: list[_Worker] = []
-        self._parallel = parallel
 
     def Process(self, *arguments: Any, **options: Any) -> _Worker:  # type: ignore[override]  # noqa: N802
-        process = _Worker(*arguments, **options)
-        process.parallel = self._parallel
-        self.processes.append(process)
-        return process
+        self.processes.append(_Worker(*arguments, **options))
+        return self.processes[-1]
 
 
 class _Worker(SpawnProcess):
-    parallel = False
-
     def start(self) -> None:
         main = sys.modules["__main__"]
-        with holding_ctrl_c(), _environment(self.parallel):
+        with holding_ctrl_c(), _environment():
             sys.modules["__main__"] = ModuleType("__main__")  # which has no file that the worker would run
             try:
                 super().start()
@@ -152,13 +143,10 @@ class _Worker(SpawnProcess):
 
 
 @contextmanager
-def _environment(parallel: bool) -> Iterator[None]:
-    """Set what a worker's libraries look at before its first line runs; only for the time of the block."""
-    wanted = {
-        "TOKENIZERS_PARALLELISM": "true" if parallel else "false",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONSAFEPATH": "1",  # from Python 3.11 on: no file in the user's directory is taken for a library's
-    }
+def _environment() -> Iterator[None]:
+    """Set what a worker looks at before its first line runs; only for the time of the block."""
+    # From Python 3.11 on the second one keeps files in the user's directory from being taken for libraries.
+    wanted = {"OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
     before = {name: os.environ.get(name) for name in wanted}
     os.environ.update(wanted)
     try:
@@ -178,6 +166,7 @@ _counted: Any = None  # bytes of text done by all workers together
 def _begin(counted: Any) -> None:
     global _counted
     _counted = counted
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there are as many workers as cores
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal; one decides
     os.dup2(2, 1)  # what a library prints is no part of a report
     threading.Thread(target=_end_with_the_parent, daemon=True).start()
@@ -213,22 +202,13 @@ def do_unit(
     seed: int,
     skip_bad: bool,
 ) -> tuple[int, int]:
-    """Tokenize parts of files into shards, and write what came of it.
+    """Tokenize parts of files into shards in `directory`, with the tokenizer that lies there.
 
-    Args:
-        number: The number of the unit. With the seed it decides which documents are for validation.
-        parts: What to read. One that was made for this unit alone, from a stream, is removed in the end.
-        sidecar: The file to write what the manifest needs to know of the unit.
-        extra: What that is to say besides.
-        directory: The folder that the tokenizer lies in, and the shards are written to.
-        text_column, val_fraction, seed, skip_bad: See `prepare`.
+    `sidecar` is written last, with what the manifest needs to know of the unit, and `extra`. A part that was made for
+    this unit alone, from a stream, is then removed. The other arguments are those of `prepare`.
 
     Returns:
         The bytes of text, and those in files that it came from.
-
-    Raises:
-        ValueError: an input cannot be used, and `skip_bad` is false.
-        OSError: a file cannot be read or written.
     """
     tokenizer, encode = _tokenizer(directory / TOKENIZER_FILE)
     draw = random.Random(f"{seed}/{number}").random
@@ -270,24 +250,9 @@ def sample_texts(samples: Sequence[tuple[Part | Input, int]], size: int, column:
         room += quota - (before - left)
 
 
-def copy_tokenizer(source: str, to: Path) -> dict[str, Any]:
-    """Write any tokenizer as this package does.
-
-    Returns:
-        Its vocab_size and end_of_text_id.
-
-    Raises:
-        FileNotFoundError: there is no tokenizer.
-        ValueError: it is none.
-    """
-    return _saved(load_vocabulary(source), to)
-
-
-def make_tokenizer(kind: str, vocab_size: int | None, to: Path, *sample: Any) -> dict[str, Any]:
-    """Train a tokenizer on `sample_texts(*sample)` and write it; return what `copy_tokenizer` does."""
-    return _saved(train_tokenizer(kind, sample_texts(*sample), vocab_size), to)
-
-
-def _saved(tokenizer: Tokenizer, to: Path) -> dict[str, Any]:
+def make_tokenizer(kind: str, vocab_size: int | None, to: Path, *sample: Any) -> int:
+    """Train a tokenizer on `sample_texts(*sample)`, on every core, and write it; return its vocab_size."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"
+    tokenizer = train_tokenizer(kind, sample_texts(*sample), vocab_size)
     tokenizer.save(to)
-    return {"vocab_size": tokenizer.vocab_size, "end_of_text_id": tokenizer.end_of_text_id}
+    return tokenizer.vocab_size
