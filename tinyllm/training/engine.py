@@ -13,7 +13,6 @@ import pickle
 import re
 import signal
 import sys
-import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -31,6 +30,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from tinyllm._internal.interrupt import holding_ctrl_c
 from tinyllm._internal.words import count
 from tinyllm.config.training import TrainConfig
 from tinyllm.model import SimpleLLM, choose_device, init_gpt2_weights
@@ -127,30 +127,8 @@ def _meet(fabric: Fabric, config: TrainConfig, say: Callable[[str], None]) -> No
 def _leave_ctrl_c_to_the_first(fabric: Fabric) -> None:
     """Have the processes that are started block SIGINT from their first moment, which a terminal sends to all."""
     launcher: Any = fabric.strategy.launcher
-    start = getattr(launcher, "_call_children_scripts", None)
-    if start is None or threading.current_thread() is not threading.main_thread():
-        return
-
-    def start_blocking() -> None:
-        noted = False
-
-        def note(number: int, frame: Any) -> None:  # another thread, which does not block it, may get it meanwhile
-            nonlocal noted
-            noted = True
-
-        before = signal.signal(signal.SIGINT, note)
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # what is started has the same mask
-        try:
-            start()
-        finally:
-            try:
-                signal.signal(signal.SIGINT, before)
-            finally:
-                signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-        if noted:
-            signal.raise_signal(signal.SIGINT)
-
-    launcher._call_children_scripts = start_blocking
+    if (start := getattr(launcher, "_call_children_scripts", None)) is not None:
+        launcher._call_children_scripts = holding_ctrl_c()(start)
 
 
 @contextmanager
