@@ -57,6 +57,20 @@ def test_prepared_data_bring_their_tokenizer(prepared: Path, tmp_path: Path) -> 
     assert history(tmp_path / "out") == before
 
 
+def test_the_data_of_another_run(texts: Path, tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    config = small(steps=2, tokenizer="word")
+    train(config, one, [texts], progress=False)
+    train(config, two, [one / "data"], progress=False)
+    assert history(one) == history(two)
+    with pytest.raises(ValueError, match=r"one/data belongs to the run in .*one, which is to be overwritten; choose"):
+        train(config, one, [one / "data"], overwrite=True, progress=False)
+    shutil.move(one, tmp_path / "moved")
+    resume(tmp_path / "moved", progress=False, steps=3)
+    with pytest.raises(FileNotFoundError, match=r"one/data holds no prepared data"):
+        resume(two, progress=False, steps=3)
+
+
 def test_a_damaged_shard_is_named(copy: Path, tmp_path: Path) -> None:
     shard = open_shards(copy).train[1]
     content = bytearray(shard.read_bytes())

@@ -40,12 +40,10 @@ class Source:
 
     Attributes:
         run: the run folder.
-        model: its model's config.
         tokenizer: its tokenizer.
     """
 
     run: Path
-    model: SimpleLLMConfig
     tokenizer: Tokenizer
 
 
@@ -69,6 +67,11 @@ def begin(
     if prepared is not None and (skip_bad or text_column != "text"):
         what = option("skip_bad" if skip_bad else "text_column")
         raise ValueError(f"{what} is for text, and {prepared} is prepared already")
+    if prepared is not None and prepared.resolve() == (out / DATA).resolve():
+        raise ValueError(
+            f"{prepared} belongs to the run in {out}, which is to be overwritten; choose another folder "
+            f"with {option('out')}"
+        )
     if prepared is None and init_from is None:
         _check_packing(config, config.tokenizer == "bpe")
     _check_room(config, 1, out, device, lambda line: None)  # the least: the vocabulary is not known yet
@@ -130,7 +133,7 @@ def _load_source(run: Path, config: TrainConfig, out: Path, say: Say) -> Source:
             f"init_from {run} has another model than the one to train: {_difference(wanted, model.config)}"
         )
     say(f"Beginning with the weights and the tokenizer of {run}; the optimizer is new")
-    return Source(run, model.config, tokenizer)
+    return Source(run, tokenizer)
 
 
 def _difference(wanted: SimpleLLMConfig, found: SimpleLLMConfig) -> str:
