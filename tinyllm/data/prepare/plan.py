@@ -74,7 +74,7 @@ class Plan:
             "version": _VERSION,
             "settings": settings,
             "inputs": rows,
-            "units": [[part.as_json() for part in parts] for parts in units],
+            "units": [[asdict(part) for part in parts] for parts in units],
             "skipped": [skipped.count, skipped.named],
         }
         if (out / MANIFEST_FILE).exists():

@@ -76,7 +76,7 @@ class Workers:
         """
         while len(self._at_work) > most:
             finished, _ = wait(self._at_work, _LOOK_INTERVAL, FIRST_COMPLETED)
-            counted = self._counted.value
+            counted = self._counted.get_obj().value  # without its lock, which a worker that died may hold
             self._progress(counted - self._seen)
             self._seen = counted
             for future in finished:
