@@ -43,7 +43,7 @@ from tinyllm._internal.allocator import allocator_state
 from tinyllm.config.model import SimpleLLMConfig
 from tinyllm.config.training import TrainConfig
 from tinyllm.data.batches import Batches, ShuffledWindows, TokenDataset, train_loader, val_loader
-from tinyllm.data.corpus import Corpus, standard_library, write_tokens
+from tinyllm.data.corpus import Corpus, standard_library, write_shards
 from tinyllm.data.shards import token_dtype
 from tinyllm.model import SimpleLLM, init_gpt2_weights
 from tinyllm.ops.backends import cpp
@@ -197,8 +197,8 @@ class Text:
 def prepare_text(corpus: Corpus, folder: Path, seq_len: int, characters: int = CHARACTERS) -> Text:
     """Tokenize as `tinyllm train --tokenizer char` does, with the most frequent characters."""
     tokenizer = CharTokenizer.from_texts(corpus.texts(0), characters)
-    files = write_tokens(corpus.texts(0), tokenizer, folder, seq_len=seq_len)
-    sets = [TokenDataset(path, tokenizer.vocab_size, seq_len) for path in (files.train, files.val)]
+    shards = write_shards(corpus, tokenizer, folder, seed=0, seq_len=seq_len)
+    sets = [TokenDataset(paths, tokenizer.vocab_size, seq_len) for paths in (shards.train, shards.val)]
     return Text(tokenizer, *sets)
 
 
