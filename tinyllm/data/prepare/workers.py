@@ -13,6 +13,7 @@ import random
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -103,9 +104,15 @@ class Workers:
         try:
             yield
         except BrokenProcessPool:
-            # The others are being terminated, which is not how the first one died.
-            statuses = [process.exitcode for process in self._context.processes]
-            how = next((_cause(status) for status in statuses if status not in (None, 0, -signal.SIGTERM)), "no trace")
+            # The others are being terminated, which is not how the first one died. The executor's own thread may have
+            # collected its exit status without having noted it yet.
+            for _ in range(100):
+                statuses = [process.exitcode for process in self._context.processes]
+                died = [status for status in statuses if status not in (None, 0, -signal.SIGTERM)]
+                if died:
+                    break
+                time.sleep(0.01)
+            how = _cause(died[0]) if died else "no trace"
             more = f", or one of {len(self._at_work) - 1} others" if len(self._at_work) > 1 else ""
             raise ChildProcessError(
                 f"a worker died ({how}) while {what}{more}; finished shards are kept, and the same command goes on "
