@@ -27,7 +27,7 @@ from tinyllm.model import SimpleLLM
 from tinyllm.runs.folder import checkpoints
 from tinyllm.runs.load import load_run
 from tinyllm.runs.metrics import MetricsWriter, read_metrics
-from tinyllm.training import checkpoint, loop, recorder
+from tinyllm.training import checkpoint, loop, recorder, trainer
 from tinyllm.training.engine import TrainingModule
 from tinyllm.training.trainer import train
 
@@ -204,6 +204,25 @@ def test_evaluate_is_the_mean_over_tokens_without_dropout(tmp_path: Path) -> Non
     module.eval()
     inputs, targets = dataset.__getitems__(list(range(0, 96, 8)))
     assert loss == pytest.approx(module(inputs, targets).item(), rel=1e-6)
+
+
+def test_on_step_is_told_each_step_before_it_begins(text: Path, tmp_path: Path, monkeypatch) -> None:
+    config = small(steps=3, dropout=0.1)
+    train(config, tmp_path / "plain", [text], progress=False)
+    seen = []
+
+    def fit(engine: Any, model: SimpleLLM, *args: Any, **options: Any) -> loop.Fitted:
+        def on_step(step: int) -> None:
+            seen.append((step, [float(weight.detach().double().sum()) for weight in model.parameters()]))
+            torch.rand(step)
+
+        return loop.fit(engine, model, *args, **options, on_step=on_step)
+
+    monkeypatch.setattr(trainer, "fit", fit)
+    train(config, tmp_path / "out", [text], progress=False)
+    assert [step for step, _ in seen] == [1, 2, 3]
+    assert len({str(weights) for _, weights in seen}) == 3  # a step's work is done when the next one is announced
+    assert history(tmp_path / "out") == history(tmp_path / "plain")  # and what was drawn meanwhile changed nothing
 
 
 # What is recorded

@@ -7,6 +7,7 @@ a decay of the learning rate, gradients clipped by their global norm, next-token
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,6 +52,7 @@ def fit(
     title: str = "",
     progress_bar: bool = True,
     weights: Path | None = None,
+    on_step: Callable[[int], None] | None = None,
 ) -> Fitted:
     """Train `model`, from the last checkpoint in `out` on if there is one. All processes call it.
 
@@ -68,6 +70,8 @@ def fit(
         title: of the picture.
         progress_bar: show one on stderr.
         weights: the file of those to begin with, in place of the model's, if there is no checkpoint.
+        on_step: called in every process with the number of the step that is about to begin, from 1, before any of its
+            work; for profilers and benchmarks. What it draws from the global random generators changes no step.
 
     Raises:
         FloatingPointError: too many steps in a row had no finite gradient; the checkpoints stay.
@@ -139,6 +143,8 @@ def fit(
         wrapped.train()
         while progress.step < config.steps:
             step = progress.step + 1
+            if on_step is not None:
+                on_step(step)
             seed_step(config.seed, step, fabric.global_rank, fabric.device)
             lr = learning_rate(step, config)
             for group in optimizer.param_groups:
