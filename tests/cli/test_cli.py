@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-import typing
 from pathlib import Path
 
 import pytest
@@ -100,11 +99,6 @@ def test_the_modules_that_help_needs_do_not_import_torch() -> None:
     done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=True)
     out = done.stdout
     assert not heavy & set(out.split())
-
-
-def test_presets_offered_are_the_presets_there_are() -> None:
-    hints = typing.get_type_hints(cli.train.train)
-    assert typing.get_args(typing.get_args(hints["preset"])[0]) == tuple(PRESETS)
 
 
 def test_version(here: Here, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import re
@@ -10,7 +11,7 @@ import subprocess
 import sys
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
 import torch
@@ -19,11 +20,12 @@ from safetensors.torch import load_file
 from typer.main import get_command
 
 from tests.helpers.runs import TEXT, Here, environment, small
+from tinyllm.cli import estimate
 from tinyllm.cli import train as command
 from tinyllm.cli._app import app, one_line_errors
 from tinyllm.config import files
 from tinyllm.config.presets import PRESETS, SIZES
-from tinyllm.config.training import RESUMABLE, TrainConfig, describe
+from tinyllm.config.training import PRECISIONS, RESUMABLE, SCHEDULES, STRATEGIES, TrainConfig, describe
 from tinyllm.training.trainer import resume, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -88,6 +90,33 @@ def test_every_setting_that_resume_may_change_is_an_option() -> None:
     groups = {name: param.rich_help_panel for name, param in params.items() if param.param_type_name == "option"}
     in_groups = {name for name, group in groups.items() if group in (command.WATCHING, command.COMPUTING)}
     assert in_groups | {"steps"} == RESUMABLE  # which the help says
+
+
+CHOICES = {"preset": tuple(PRESETS), "schedule": SCHEDULES, "strategy": STRATEGIES, "precision": PRECISIONS}
+CHOICES["tokenizer"] = ("word", "char", "bpe")
+
+
+def offered(function: Any, name: str) -> Any:
+    """Return the choices that a command offers for a setting, or else the type of its value."""
+    kind = get_args(inspect.signature(function).parameters[name].annotation)[0]
+    inner = next((item for item in get_args(kind) if get_origin(item) is Literal), kind)
+    return get_args(inner) if get_origin(inner) is Literal else kind
+
+
+def test_a_setting_is_declared_once_for_options_files_and_the_docstring() -> None:
+    params = {param.name: param for param in COMMANDS["train"].params}
+    lines, hints = str(TrainConfig.__doc__).splitlines(), get_type_hints(TrainConfig)
+    for item in fields(TrainConfig):
+        assert [line for line in lines if line.startswith(f"    {item.name}: ")], item.name
+        if item.name in ("min_lr_ratio", "decay_fraction", "beta1", "beta2"):
+            assert item.name not in params  # for files and Python, which the help of --config says
+            assert item.name in params["config"].help
+            continue
+        param = params[item.name]
+        assert param.opts == [f"--{item.name.replace('_', '-')}"]
+        assert param.default is None  # left open, so that a file or the preset counts
+        assert str(offered(command.train, item.name)) == str(CHOICES.get(item.name, hints[item.name] | None))
+    assert offered(estimate.estimate, "precision") == CHOICES["precision"]
 
 
 def test_a_refused_change_is_short_and_points_to_the_help(run: Path, here: Here) -> None:

@@ -11,10 +11,9 @@ from typing import Annotated
 import typer
 
 from tinyllm.cli import bench, check, estimate, evaluate, generate, info, plot, prepare, runs, train
-from tinyllm.cli._app import PresetName, app
+from tinyllm.cli._app import app
 
 __all__ = [
-    "PresetName",
     "app",
     "bench",
     "check",

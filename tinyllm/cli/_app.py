@@ -8,7 +8,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -18,9 +18,6 @@ from tinyllm.cli._help import App, Group
 SAMPLE_TOKENS = 200
 SAMPLE_TEMPERATURE = 0.7  # at 1 a model this young wanders off
 _TRACEBACK = "TINYLLM_TRACEBACK"  # set it to see where an error comes from
-
-# The keys of PRESETS: a test compares them.
-PresetName = Literal["tutorial", "tiny", "small", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "gpt3"]
 
 Checkpoint = Annotated[
     str,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from os import PathLike
 from pathlib import Path
@@ -11,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from tinyllm._internal.words import count
 from tinyllm.config.presets import PRESETS, SIZES
+from tinyllm.config.settings import at_least, below_one, between, documented, positive, setting, settings_of
 
 if TYPE_CHECKING:
     from tinyllm.config.model import SimpleLLMConfig
@@ -20,144 +19,192 @@ SCHEDULES = ("cosine", "linear", "constant", "wsd")
 STRATEGIES = ("auto", "ddp", "fsdp", "deepspeed")
 PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
 
+# The groups of options in the help; the last two, and steps, are what a resumed training may change.
+TEXT = "Text"
+MODEL = "Model"
+LEARNING = "Learning"
+WATCHING = "Validation and checkpoints (--resume may change these)"
+COMPUTING = "Devices, speed and memory (--resume may change these)"
 
-# What may differ when a run is resumed: how it is computed and watched, and how long it goes on. A default that follows
-# other settings (`eval_every`, `checkpoint_every`) has no way back but its number: None leaves a setting as it was.
-RESUMABLE = frozenset(
-    {"steps", "eval_interval", "eval_batches", "log_interval", "sample_tokens", "checkpoint_interval"}
-    | {"keep_checkpoints", "stop_on_save_error", "max_skipped_steps", "workers", "tensorboard", "compile"}
-    | {"device", "strategy", "devices", "num_nodes", "precision", "micro_batches", "checkpointing"}
-)
+_SIZES_OF_PRESETS = "; ".join(f"{name} {p.num_layers}/{p.num_heads}/{p.embedding_dim}" for name, p in PRESETS.items())
 
 
+@documented
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """All that decides a training: the same config on the same text gives the same losses.
 
-    `TrainConfig.from_preset(name, **changes)` fills in what suits the preset's model.
-
-    Attributes:
-        preset: the model's kind, and its sizes where those below are None: a key of `PRESETS`.
-        num_layers, num_heads, embedding_dim: the sizes that are to differ from the preset's; None: the preset's.
-        hidden_dim: likewise; None: as many times embedding_dim as in the preset. None stands in a call only: the
-            config that is made has the numbers.
-        tokenizer: `"word"`, `"char"` or `"bpe"`, built from the text.
-        vocab_size: the largest vocabulary wanted; None: every word or character, 4096 for BPE.
-        steps: optimizer steps.
-        batch_size: sequences in a step, over all its micro-batches and processes.
-        seq_len: tokens in a sequence; also the model's context, `max_seq_len`.
-        lr: the learning rate at its peak.
-        warmup_steps: steps in which the learning rate rises to it; None: 5 % of all, at most 500.
-        min_lr_ratio: where the cosine ends, as a fraction of `lr`.
-        schedule: how it goes on: `"cosine"`, `"linear"`, `"constant"`, or `"wsd"` (warmup, stable, decay).
-        decay_fraction: the part of all steps in which "wsd" decays.
-        weight_decay: on matrices only; norms and biases are left alone.
-        beta1, beta2: AdamW's decay rates.
-        grad_clip: the largest global norm of the gradient.
-        dropout: probability in [0, 1).
-        label_smoothing: the part of the target's probability that is spread over all tokens, in [0, 1]. Validation does
-            without.
-        packing: attention stops at the ends of documents, which may lie anywhere in a sequence; needs a tokenizer with
-            an end-of-text token. Off: a sequence is one text, as GPT-2's training has it.
-        ema: decay of an exponential moving average of the weights, in [0, 1): validated, saved as the run's model, and
-            stored in each checkpoint; None: no average.
-        seed: of the document order, the weights, the batches and the dropout.
-        eval_interval: steps between validations; None: ten in all, but 100 steps apart at least.
-        eval_batches: batches in a validation, the same ones each time.
-        log_interval: steps between lines of metrics.jsonl.
-        sample_tokens: how much text to write at each validation, into samples.jsonl; 0: none.
-        checkpoint_interval: steps between checkpoints; None: one at each validation.
-        keep_checkpoints: how many of the last ones stay; the best one stays, too.
-        stop_on_save_error: whether a checkpoint that cannot be written (a full disk) ends the training. Off: it is
-            said, and the training goes on; the checkpoints before stay in both cases.
-        max_skipped_steps: how many steps in a row may be skipped because the loss or the gradient is not finite; one
-            more ends the training.
-        device: `"cpu"`, `"cuda"` (or `"cuda:1"`), or `"auto"`: a GPU if there is one.
-        strategy: how processes share the work: `"ddp"` (each has the model), `"fsdp"` (each has a part of it),
-            `"deepspeed"` (ZeRO, stage 2), or `"auto"`: ddp if there is more than one.
-        devices: devices of this machine, a process for each; on a CPU: processes.
-        num_nodes: machines.
-        precision: `"32-true"`, `"bf16-mixed"` (computes in bfloat16, weights in float32), or `"bf16-true"`.
-        micro_batches: in how many parts a step's sequences are computed, one after the other, to save memory.
-        checkpointing: keep only the blocks' inputs for backward, and compute the rest again.
-        compile: run the model through torch.compile.
-        workers: processes that read data ahead, for each training process; 0: it reads itself.
-        tensorboard: whether to write TensorBoard's files, too.
+    `TrainConfig.from_preset(name, **changes)` fills in what suits the preset's model. The sizes of the model that are
+    None become the preset's: the config that is made has the numbers.
 
     Raises:
         ValueError: a value is out of range; the message names it and what is allowed.
     """
 
-    preset: str = "tiny"
-    num_layers: int | None = None
-    num_heads: int | None = None
-    embedding_dim: int | None = None
-    hidden_dim: int | None = None
-    tokenizer: str = "bpe"
-    vocab_size: int | None = None
-    steps: int = 1000
-    batch_size: int = 12
-    seq_len: int = 64
-    lr: float = 3e-3
-    warmup_steps: int | None = None
-    min_lr_ratio: float = 0.1
-    schedule: str = "cosine"
-    decay_fraction: float = 0.2
-    weight_decay: float = 0.1
-    beta1: float = 0.9
-    beta2: float = 0.95
-    grad_clip: float = 1.0
-    dropout: float = 0.0
-    label_smoothing: float = 0.0
-    packing: bool = False
-    ema: float | None = None
-    seed: int = 0
-    eval_interval: int | None = None
-    eval_batches: int = 32
-    log_interval: int = 10
-    sample_tokens: int = 40
-    checkpoint_interval: int | None = None
-    keep_checkpoints: int = 2
-    stop_on_save_error: bool = False
-    max_skipped_steps: int = 10
-    device: str = "auto"
-    strategy: str = "auto"
-    devices: int = 1
-    num_nodes: int = 1
-    precision: str = "32-true"
-    micro_batches: int = 1
-    checkpointing: bool = False
-    compile: bool = False
-    workers: int = 0
-    tensorboard: bool = False
+    preset: str = setting(
+        "tiny",
+        MODEL,
+        "A model and the training that suits it; other options change parts of it. The names, with layers/heads/"
+        f"embedding dimension: {_SIZES_OF_PRESETS}. Default: {{default}}.",
+        tuple(PRESETS),
+        metavar="NAME",
+    )
+    num_layers: int | None = setting(None, MODEL, "Number of transformer blocks. Default: the preset's.", at_least(1))
+    num_heads: int | None = setting(
+        None, MODEL, "Attention heads of a block; they must divide --embedding-dim. Default: the preset's.", at_least(1)
+    )
+    embedding_dim: int | None = setting(
+        None, MODEL, "Width of the model: the numbers that stand for a token. Default: the preset's.", at_least(1)
+    )
+    hidden_dim: int | None = setting(
+        None,
+        MODEL,
+        "Width of the feed-forward layers. Default: as many times --embedding-dim as in the preset (tiny: "
+        f"{PRESETS['tiny'].hidden_dim // PRESETS['tiny'].embedding_dim} times).",
+        at_least(1),
+    )
+    tokenizer: str = setting(
+        "bpe",
+        TEXT,
+        "What a token is: a word, a character, or a piece of a word that the text teaches. Default: {default}. "
+        "Prepared data bring their own.",
+        ("word", "char", "bpe"),
+    )
+    vocab_size: int | None = setting(
+        None,
+        TEXT,
+        "The largest number of tokens that the tokenizer may know. Default: {default}; four times as many for word, "
+        "and every character for char.",
+        at_least(1),
+        by_preset=True,
+    )
+    steps: int = setting(1000, LEARNING, "Training steps in all; --resume may change it.", at_least(1), by_preset=True)
+    batch_size: int = setting(
+        12, LEARNING, "Sequences in a step, on all devices together.", at_least(1), by_preset=True
+    )
+    seq_len: int = setting(
+        64, MODEL, "Tokens in a sequence, which is as far back as the model can look.", at_least(1), by_preset=True
+    )
+    lr: float = setting(3e-3, LEARNING, "Learning rate at its peak.", positive, by_preset=True)
+    warmup_steps: int | None = setting(
+        None, LEARNING, "Steps in which the learning rate rises. Default: 5 % of all, at most 500.", at_least(0)
+    )
+    min_lr_ratio: float = setting(
+        0.1, "", "Where the learning rate ends, as a fraction of `lr`, if it falls.", between(0, 1)
+    )
+    schedule: str = setting(
+        "cosine",
+        LEARNING,
+        "How the learning rate goes on after its rise: cosine and linear fall to a tenth, constant stays, and wsd "
+        "stays and falls in the last fifth of the steps.",
+        SCHEDULES,
+    )
+    decay_fraction: float = setting(0.2, "", 'Share of the steps in which the schedule "wsd" falls.', between(0, 1))
+    weight_decay: float = setting(
+        0.1, LEARNING, "AdamW's weight decay, of matrices only; norms and biases have none.", at_least(0)
+    )
+    beta1: float = setting(0.9, "", "AdamW's decay rate of the gradient's average.", below_one)
+    beta2: float = setting(0.95, "", "AdamW's decay rate of the squared gradient's average.", below_one)
+    grad_clip: float = setting(
+        1.0, LEARNING, "The largest norm of the gradient; longer ones are scaled down.", positive
+    )
+    dropout: float = setting(
+        0.0,
+        MODEL,
+        "Share of the activations that training sets to zero, at least 0 and below 1.",
+        below_one,
+        by_preset=True,
+    )
+    label_smoothing: float = setting(
+        0.0,
+        LEARNING,
+        "Share of the target's probability that is spread over all tokens in training, from 0 to 1.",
+        between(0, 1),
+    )
+    packing: bool = setting(
+        False,
+        LEARNING,
+        "Attention stops where a document ends, for which the tokenizer needs an end-of-text token. Default: "
+        "{default}, as GPT-2 was trained.",
+    )
+    ema: float | None = setting(
+        None,
+        LEARNING,
+        "Validate and save an average of the weights over the steps, with this decay, such as 0.999: at least 0 and "
+        "below 1. Default: no average.",
+        below_one,
+        metavar="DECAY",
+    )
+    seed: int = setting(0, LEARNING, "The same seed, text and machine give the same model.", between(0, 2**63 - 1))
+    eval_interval: int | None = setting(
+        None, WATCHING, "Steps between validations. Default: a tenth of all steps, but at least 100.", at_least(1)
+    )
+    eval_batches: int = setting(32, WATCHING, "Batches in a validation, the same ones each time.", at_least(1))
+    log_interval: int = setting(10, WATCHING, "Steps between lines of metrics.", at_least(1))
+    sample_tokens: int = setting(
+        40, WATCHING, "Tokens to write at each validation, into samples.jsonl; 0 for none.", at_least(0)
+    )
+    checkpoint_interval: int | None = setting(
+        None, WATCHING, "Steps between checkpoints. Default: one at each validation.", at_least(1)
+    )
+    keep_checkpoints: int = setting(
+        2, WATCHING, "How many of the last checkpoints stay, besides the best one.", at_least(1)
+    )
+    stop_on_save_error: bool = setting(
+        False,
+        WATCHING,
+        "End the training if a checkpoint cannot be written, as on a full disk; those before it stay. Default: "
+        "{default}, which says so and goes on.",
+    )
+    max_skipped_steps: int = setting(
+        10,
+        WATCHING,
+        "Steps in a row that may be skipped because their gradient is not finite; one more ends the training.",
+        at_least(0),
+    )
+    device: str = setting("auto", COMPUTING, "cpu, cuda (or cuda:1), or auto, which takes a GPU if there is one.")
+    strategy: str = setting(
+        "auto",
+        COMPUTING,
+        "How devices share the work: with ddp each has the whole model, with fsdp a part of it, and deepspeed is its "
+        "ZeRO stage 2. Default: {default}, which is ddp where there is more than one device.",
+        STRATEGIES,
+    )
+    devices: int = setting(1, COMPUTING, "GPUs of this machine, or processes on its CPU.", at_least(1))
+    num_nodes: int = setting(1, COMPUTING, "Machines that train together.", at_least(1))
+    precision: str = setting(
+        "32-true",
+        COMPUTING,
+        "Number formats: 32-true computes in float32, bf16-mixed in bfloat16 with float32 weights, and bf16-true has "
+        "bfloat16 for both.",
+        PRECISIONS,
+    )
+    micro_batches: int = setting(
+        1,
+        COMPUTING,
+        "Parts of a step's sequences that are computed one after the other, which takes less memory.",
+        at_least(1),
+    )
+    checkpointing: bool = setting(
+        False,
+        COMPUTING,
+        "Keep only the blocks' inputs for backward, and compute the rest again, which takes less memory.",
+    )
+    compile: bool = setting(
+        False,
+        COMPUTING,
+        "Run the model through torch.compile, which takes a while at first. With --dropout it drops others than "
+        "without, so the losses differ a little.",
+    )
+    workers: int = setting(
+        0, COMPUTING, "Processes that read data ahead, for each device; with 0 the training reads itself.", at_least(0)
+    )
+    tensorboard: bool = setting(False, WATCHING, "Write TensorBoard's files as well.")
 
     def __post_init__(self) -> None:
-        _one_of("preset", self.preset, PRESETS)
-        _one_of("tokenizer", self.tokenizer, ("word", "char", "bpe"))
-        _one_of("schedule", self.schedule, SCHEDULES)
-        _one_of("strategy", self.strategy, STRATEGIES)
-        _one_of("precision", self.precision, PRECISIONS)
+        for name, declared in SETTINGS.items():
+            declared.validate(getattr(self, name))
         self._take_sizes()
-        positive = ("steps", "batch_size", "seq_len", "eval_batches", "log_interval", "keep_checkpoints")
-        for name in (*positive, "devices", "num_nodes", "micro_batches"):
-            _in_range(name, getattr(self, name), 1)
-        for name in ("sample_tokens", "max_skipped_steps", "workers"):
-            _in_range(name, getattr(self, name), 0)
-        for name in ("vocab_size", "eval_interval", "checkpoint_interval"):
-            if getattr(self, name) is not None:
-                _in_range(name, getattr(self, name), 1)
-        if self.warmup_steps is not None:
-            _in_range("warmup_steps", self.warmup_steps, 0)
-        _in_range("seed", self.seed, 0, 2**63 - 1)
-        _positive("lr", self.lr)
-        _positive("grad_clip", self.grad_clip)
-        _in_range("weight_decay", self.weight_decay, 0)
-        for name in ("min_lr_ratio", "decay_fraction", "label_smoothing"):
-            _in_range(name, getattr(self, name), 0, 1)
-        for name in ("dropout", "beta1", "beta2", "ema"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < 1:
-                raise ValueError(f"{name} is {value}; it must be at least 0 and below 1")
         processes = self.devices * self.num_nodes
         if self.batch_size % (self.micro_batches * processes):
             raise ValueError(
@@ -166,12 +213,9 @@ class TrainConfig:
             )
 
     def _take_sizes(self) -> None:
-        """Replace sizes that are None by the preset's, and check them all."""
+        """Replace sizes that are None by the preset's, and check that they fit each other."""
         preset = PRESETS[self.preset]
         given = {name: getattr(self, name) for name in SIZES}
-        for name, value in given.items():
-            if value is not None:
-                _in_range(name, value, 1)
         sizes = {name: getattr(preset, name) if value is None else value for name, value in given.items()}
         if given["hidden_dim"] is None:
             sizes["hidden_dim"] = max(1, sizes["embedding_dim"] * preset.hidden_dim // preset.embedding_dim)
@@ -204,7 +248,7 @@ class TrainConfig:
     @classmethod
     def from_preset(cls, preset: str, **changes: Any) -> TrainConfig:
         """Return the config that suits `preset`; `changes` that are None leave the preset's value."""
-        _one_of("preset", preset, PRESETS)
+        SETTINGS["preset"].validate(preset)
         chosen = PRESETS[preset]
         names = {field.name for field in fields(cls)} - set(SIZES)  # which the constructor takes from the preset
         values = {name: value for name, value in asdict(chosen).items() if name in names}
@@ -255,6 +299,13 @@ class TrainConfig:
         )
 
 
+SETTINGS = settings_of(TrainConfig)
+
+# What may differ when a run is resumed: how it is computed and watched, and how long it goes on. A default that follows
+# other settings (`eval_every`, `checkpoint_every`) has no way back but its number: None leaves a setting as it was.
+RESUMABLE = frozenset({"steps"} | {name for name, item in SETTINGS.items() if item.group in (WATCHING, COMPUTING)})
+
+
 def saved_config(saved: dict[str, Any], run: str | PathLike[str]) -> TrainConfig:
     """Return the config that the content of `run`'s config.json has.
 
@@ -298,20 +349,3 @@ def describe(config: TrainConfig) -> str:
         f"Plan: {count(c.steps, 'step')} of {c.batch_size:,} x {c.seq_len:,} tokens{parts}; {peak}, {after}\n"
         f"Settings: {', '.join(rest)}; seed {c.seed}"
     )
-
-
-def _one_of(name: str, value: str, allowed: Iterable[str]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} is {value!r}; allowed are {', '.join(map(repr, allowed))}")
-
-
-def _in_range(name: str, value: float, low: float, high: float = math.inf) -> None:
-    if not low <= value <= high:  # false for nan, too
-        raise ValueError(
-            f"{name} is {value}; it must be at least {low}" + (f", at most {high}" if high < math.inf else "")
-        )
-
-
-def _positive(name: str, value: float) -> None:
-    if not 0 < value < math.inf:
-        raise ValueError(f"{name} is {value}; it must be a positive number")

@@ -17,11 +17,11 @@ import torch
 from tinyllm._internal.memory import memory
 from tinyllm._internal.words import binary_size, duration, option, short_number, size
 from tinyllm.config.model import SimpleLLMConfig
-from tinyllm.config.training import TrainConfig
+from tinyllm.config.training import PRECISIONS, SETTINGS, TrainConfig
 from tinyllm.model import SimpleLLM
 
 # Bytes for each parameter: the weight, its gradient, AdamW's two moments, and the copy that autocast computes with.
-PRECISIONS = {"32-true": (4, 4, 8, 0), "bf16-mixed": (4, 4, 8, 2), "bf16-true": (2, 2, 4, 0)}
+_BYTES = dict(zip(PRECISIONS, ((4, 4, 8, 0), (4, 4, 8, 2), (2, 2, 4, 0)), strict=True))
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def estimate(
         devices: how many share the work.
         batch_size: B, sequences on each device at a time.
         seq_len: T; None: the model's max_seq_len.
-        precision: "32-true", "bf16-mixed" or "bf16-true", as Lightning names them.
+        precision: see `TrainConfig`.
         checkpointing: keep only each block's input and compute the rest of it again in backward.
 
     Raises:
@@ -105,15 +105,14 @@ def estimate(
             raise ValueError(f"{name} is {value}; it must be at least 1")
     if seq_len > config.max_seq_len:
         raise ValueError(f"seq_len is {seq_len}; the model takes at most max_seq_len, {config.max_seq_len}")
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision is {precision!r}; allowed are {', '.join(map(repr, PRECISIONS))}")
+    SETTINGS["precision"].validate(precision)
     with torch.device("meta"):
         model = SimpleLLM.from_config(config)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     block = sum(parameter.numel() for parameter in model.transformer_blocks[0].parameters()) if config.num_layers else 0
     activations = batch_size * seq_len * _activation_bytes(config, seq_len, precision, checkpointing)
 
-    weight, gradient, optimizer, copy = PRECISIONS[precision]
+    weight, gradient, optimizer, copy = _BYTES[precision]
     share = -(-parameters // devices)
     gathered = 2 * block * (weight if copy == 0 else copy) if devices > 1 else 0
     memory = {
@@ -247,7 +246,7 @@ def memory_error(
 
 def checkpoint_bytes(config: TrainConfig, parameters: int) -> tuple[int, int]:
     """Return the size of a checkpoint and that of the weights alone, which is what a trained model is."""
-    width = PRECISIONS[config.precision][0]
+    width = _BYTES[config.precision][0]
     averages = _AVERAGE_BYTES if config.ema is not None else 0
     # The averages are the model's weights then. AdamW keeps two numbers for each weight.
     return parameters * (3 * width + averages), parameters * (averages or width)
