@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tinyllm._internal.files import replacing
 from tinyllm._internal.words import short_number
 from tinyllm.config.saved import read_config
-from tinyllm.runs.curves import Array, Curve, Series, Split, XAxis, compared_limits, limits, smooth, steady, x_axis
 from tinyllm.runs.folder import METRICS_FILE
 from tinyllm.runs.listing import run_names, tokens_per_step
 from tinyllm.runs.metrics import read_metrics
@@ -26,6 +28,10 @@ from tinyllm.runs.metrics import read_metrics
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+Array = NDArray[np.float64]
+XAxis = Literal["step", "tokens", "time"]
+Split = Literal["val", "train", "both"]
 
 FORMATS = (".png", ".svg", ".pdf")
 SIGNATURE = "drawn by tinyllm"  # in every picture, so that `tinyllm plot` knows which it may replace
@@ -37,6 +43,74 @@ _DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2
 _UNITS = (("seconds", 1, 180), ("minutes", 60, 3 * 3600), ("hours", 3600, 72 * 3600), ("days", 86400, math.inf))
 _FIGURE_SPACE = "\u2007"  # as wide as a digit
 _MANY_POINTS = 40  # from here on markers would hide their line
+_LONG = 500  # lines of a run whose beginning is too small a part of the picture to decide its scale
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Points in the order of the file; y is finite."""
+
+    x: Array
+    y: Array
+
+    @property
+    def smooth(self) -> Curve:
+        return Curve(self.x, smooth(self.y))
+
+
+@dataclass(frozen=True)
+class Series:
+    """The curves of a run, and what its lines of metrics tell besides.
+
+    Attributes:
+        train, val: the losses.
+        rate, speed: the learning rate, and tokens a second.
+        skipped: where steps were skipped, or the loss was not finite.
+        peak_fraction: its median, if it is known.
+        waited: the fraction of the time spent waiting for data, if it is known.
+    """
+
+    train: Curve
+    val: Curve
+    rate: Curve
+    speed: Curve
+    skipped: Array
+    peak_fraction: float | None
+    waited: float | None
+
+    @classmethod
+    def read(cls, metrics: str | os.PathLike[str], place: Callable[[dict[str, Any]], float | None]) -> Series:
+        """Read a metrics.jsonl; `place` says where on the x axis a line belongs, or None."""
+        lines = [line for line in read_metrics(metrics) if place(line) is not None]
+
+        def curve(split: str, key: str) -> Curve:
+            points = [
+                (place(line), line[key]) for line in lines if line["split"] == split and line.get(key) is not None
+            ]
+            return Curve(*np.array(points, dtype=np.float64).reshape(-1, 2).T)
+
+        train = [line for line in lines if line["split"] == "train"]
+        lost = [place(line) for line in train if line.get("skipped") or line["loss"] is None]
+        fractions = [line["peak_fraction"] for line in train if line.get("peak_fraction") is not None]
+        waits = [line["wait_s"] for line in train if line.get("wait_s") is not None]
+        elapsed = max((line.get("elapsed_s") or 0.0 for line in train), default=0.0)
+        return cls(
+            curve("train", "loss"),
+            curve("val", "loss"),
+            curve("train", "lr"),
+            curve("train", "tokens_per_s"),
+            np.array(lost, dtype=np.float64),
+            float(np.median(fractions)) if fractions else None,
+            min(1.0, sum(waits) / elapsed) if waits and elapsed > 0 else None,
+        )
+
+    def validates(self, split: Split) -> bool:
+        """Return whether a comparison shows this run's validation loss."""
+        return split != "train" and len(self.val.x) > 0
+
+    def compared(self, split: Split) -> Curve:
+        """Return the line that a comparison shows of this run."""
+        return self.val if self.validates(split) else self.train.smooth
 
 
 def plot_run(
@@ -49,7 +123,7 @@ def plot_run(
 ) -> None:
     """Draw one run: its loss, its learning rate and its throughput, one above the other.
 
-    The faint line of the loss is each line of metrics.jsonl, the strong one a mean over their neighbours that single
+    The faint line of the loss is each line of metrics.jsonl, the strong one an exponential moving average that single
     spikes do not move. The scale is chosen without rare spikes; where they leave the picture, triangles say so.
 
     Args:
@@ -63,7 +137,7 @@ def plot_run(
         FileNotFoundError: there is no such metrics file.
         ValueError: it has a bad line; `out` has another suffix; "tokens" without `tokens_per_step`.
     """
-    run = Series.of(read_metrics(metrics), x_axis(x, tokens_per_step, metrics))
+    run = Series.read(metrics, _place(x, tokens_per_step, metrics))
     figure = _figure(out, 8, 7)
     grid = figure.add_gridspec(3, 1, height_ratios=(3, 1, 1), left=0.075, right=0.915, top=0.895, bottom=0.07)
     loss = figure.add_subplot(grid[0])
@@ -114,10 +188,10 @@ def plot_comparison(
     if not folders:
         raise ValueError("runs is empty; at least one run folder is needed")
     configs = [read_config(folder) for folder in folders]
-    found: list[Series] = []
-    for folder, config, name in zip(folders, configs, run_names(folders), strict=True):
-        axis = x_axis(x, tokens_per_step(config), folder)
-        found.append(Series.of(read_metrics(folder / METRICS_FILE), axis, name))
+    found = [
+        Series.read(folder / METRICS_FILE, _place(x, tokens_per_step(config), folder))
+        for folder, config in zip(folders, configs, strict=True)
+    ]
     if not any(len(run.train.x) or len(run.val.x) for run in found):
         raise ValueError(f"there is nothing to draw yet: no loss in {', '.join(map(str, folders))}")
 
@@ -127,10 +201,21 @@ def plot_comparison(
     _style(axes)
     validated = any(run.validates(split) for run in found)
     handles: list[tuple[float, Any, str]] = []
-    for index, run in enumerate(found):
+    for index, (name, run) in enumerate(zip(run_names(folders), found, strict=True)):
         colour = _COLOURS[index % len(_COLOURS)]
         dashes = _DASHES[index // len(_COLOURS) % len(_DASHES)]
-        handles.append(_draw_compared(axes, run, split, validated, colour, dashes))
+        curve = run.compared(split)
+        style = _markers(curve) if run.validates(split) or len(curve.x) == 1 else {}
+        if run.validates(split) and split == "both":
+            train = run.train.smooth
+            axes.plot(train.x, train.y, color=colour, linestyle=dashes, alpha=0.4, linewidth=0.9, zorder=2)
+        (line,) = axes.plot(curve.x, curve.y, color=colour, linestyle=dashes, linewidth=1.8, zorder=3, **style)
+        if len(curve.y):
+            last = f"{curve.y[-1]:.3f}".rjust(6, _FIGURE_SPACE)
+            mark = "" if run.validates(split) or not validated else " (training)"
+            handles.append((float(curve.y[-1]), line, f"{last}  {_short(name, 30)}{mark}"))
+        else:
+            handles.append((-math.inf, line, f"{_FIGURE_SPACE * 6}  {_short(name, 30)}: nothing yet"))
     axes.set_ylim(compared_limits(found, split))
     _format_x(axes, x, [curve.x for run in found for curve in (run.train, run.val)])
     axes.set_ylabel("nats per token", color=_INK)
@@ -154,6 +239,73 @@ def plot_comparison(
     _save(figure, out)
 
 
+def smooth(values: Array) -> Array:
+    """Return the exponential moving average of a running median of five, which takes single spikes away.
+
+    Its memory is a fiftieth of the values. The first ones count no more than others, as in Adam's averages.
+    """
+    keep = 1 - 1 / max(1.0, len(values) / 50)
+    calm = running_median(values, 2)
+    sums = list(accumulate(calm, lambda total, value: keep * total + value))
+    counts = list(accumulate(np.ones(len(values)), lambda total, one: keep * total + one))
+    return np.array(sums) / np.array(counts)
+
+
+def running_median(values: Array, reach: int) -> Array:
+    """Return the median of each value and its `reach` neighbours on either side: a lasting change stays sudden."""
+    if not len(values):
+        return values
+    windows = np.lib.stride_tricks.sliding_window_view(np.pad(values, reach, mode="edge"), 2 * reach + 1)
+    return np.asarray(np.median(windows, axis=-1))
+
+
+def limits(train: Array, val: Array) -> tuple[float, float]:
+    """Return a scale for losses without rare spikes, and without a long run's first fall.
+
+    Those would press all that is of interest into one line.
+    """
+    late = train[len(train) // 100 if len(train) >= _LONG else 0 :]
+    calm = np.concatenate([running_median(late, 2), val])
+    if not len(calm):
+        return 0.0, 1.0
+    margin = 0.3 * (calm.max() - calm.min())  # for so little nothing needs to be cut
+    everything = np.concatenate([train, val])
+    near = everything[(everything >= calm.min() - margin) & (everything <= calm.max() + margin)]
+    return _padded(float(near.min()), float(near.max()))
+
+
+def compared_limits(runs: list[Series], split: Split) -> tuple[float, float]:
+    """Return a scale for what is compared: all of each run, but of one that diverged only the beginning."""
+    curves = [run.compared(split).y for run in runs]
+    # A training's first fall says little.
+    curves = [y if run.validates(split) else y[len(y) // 20 :] for run, y in zip(runs, curves, strict=True) if len(y)]
+    if not curves:
+        return 0.0, 1.0
+    lows, highs = [float(y.min()) for y in curves], [float(y.max()) for y in curves]
+    low = min(lows)
+    high = max(min(max(highs), low + 2 * (float(np.median(highs)) - low)), max(lows))  # the best of every run is seen
+    faint = [float(run.train.smooth.y.min()) for run in runs if split == "both" and len(run.train.y)]
+    return _padded(min([low, *faint]) if low - min([low, *faint]) < high - low else low, high)
+
+
+def _padded(low: float, high: float) -> tuple[float, float]:
+    margin = 0.05 * (high - low) or 0.05 * abs(low) or 0.5
+    return low - margin, high + margin
+
+
+def _place(x: str, per_step: int | None, run: str | os.PathLike[str]) -> Callable[[dict[str, Any]], float | None]:
+    """Return a function that says where on the x axis a line of metrics belongs; None if it does not say."""
+    if x == "step":
+        return lambda line: float(line["step"])
+    if x == "time":
+        return lambda line: line.get("elapsed_s")
+    if x != "tokens":
+        raise ValueError(f"x is {x!r}; allowed are 'step', 'tokens' and 'time'")
+    if per_step is None:
+        raise ValueError(f"x is 'tokens', but how many tokens a step of {os.fspath(run)} has is not known; try 'step'")
+    return lambda line: float(line["step"] * per_step)
+
+
 def is_ours(path: str | os.PathLike[str]) -> bool:
     """Whether `path` may be replaced by a new picture: nothing is there, or what this module has drawn."""
     path = Path(path)
@@ -161,13 +313,12 @@ def is_ours(path: str | os.PathLike[str]) -> bool:
 
 
 def _draw_loss(axes: Axes, run: Series) -> None:
-    train, val = run.train.finite, run.val.finite
+    train, val = run.train, run.val
     low, high = limits(train.y, val.y)
     axes.set_ylim(low, high)
     if len(train.x):
-        axes.plot(run.train.x, run.train.y, color=_BLUE, alpha=0.3, linewidth=0.9)
-        single = "o" if len(train.x) == 1 else None
-        axes.plot(train.x, smooth(train.y), color=_BLUE, linewidth=1.8, label="training, smoothed", marker=single)
+        axes.plot(train.x, train.y, color=_BLUE, alpha=0.3, linewidth=0.9)
+        _draw_line(axes, train.smooth, _BLUE, label="training, smoothed")
     if len(val.x):
         axes.plot(val.x, val.y, color=_ORANGE, linewidth=1.8, label="validation", zorder=3, **_markers(val))
     across = axes.get_xaxis_transform()
@@ -181,48 +332,39 @@ def _draw_loss(axes: Axes, run: Series) -> None:
     if len(run.skipped):
         edge = np.full(len(run.skipped), 0.03)
         axes.plot(run.skipped, edge, "x", color=_INK, markersize=5, transform=across, label="skipped steps")
-    shown, colour = (val, _ORANGE) if len(val.x) else (train, _BLUE)
-    if len(shown.x):  # beside the picture, where no line is
-        last = shown.y[-1] if len(val.x) else smooth(shown.y)[-1]
-        _beside(axes, float(np.clip(last, low, high)), f"{last:.4g}", colour)
-        axes.legend(
-            loc="lower right",
-            bbox_to_anchor=(1.0, 1.0),
-            ncols=4,
-            frameon=False,
-            fontsize=8.5,
-            borderaxespad=0.1,
-            handlelength=1.6,
-            columnspacing=1.4,
-        )
-    else:
+    shown, colour = (val, _ORANGE) if len(val.x) else (train.smooth, _BLUE)
+    if not len(shown.x):
         _nothing(axes)
+        return
+    _beside(axes, float(np.clip(shown.y[-1], low, high)), f"{shown.y[-1]:.4g}", colour)  # where no line is
+    axes.legend(
+        loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=4, frameon=False, fontsize=8.5, borderaxespad=0.1,
+        handlelength=1.6, columnspacing=1.4,
+    )  # fmt: skip
 
 
 def _draw_rate(axes: Axes, run: Series) -> None:
-    rate = run.rate.finite
-    if not len(rate.x):
+    if not len(run.rate.x):
         _nothing(axes)
         return
-    axes.plot(rate.x, rate.y, color=_INK, linewidth=1.6, marker="o" if len(rate.x) == 1 else None)
-    axes.set_ylim(0, 1.08 * float(rate.y.max()) or 1.0)
+    _draw_line(axes, run.rate, _INK)
+    axes.set_ylim(0, 1.08 * float(run.rate.y.max()) or 1.0)
     axes.yaxis.set_major_formatter(lambda value, _: _power(value))
     axes.locator_params(axis="y", nbins=4)
-    _beside(axes, float(rate.y[-1]), _power(float(rate.y[-1])), _INK)
+    _beside(axes, float(run.rate.y[-1]), _power(float(run.rate.y[-1])), _INK)
 
 
 def _draw_speed(axes: Axes, run: Series) -> None:
-    speed = run.speed.finite
+    speed = run.speed
     if not len(speed.x):
         _nothing(axes)
         return
-    middle = float(np.median(speed.y))
-    axes.plot(run.speed.x, run.speed.y, color=_GREEN, alpha=0.3, linewidth=0.9)
-    axes.plot(speed.x, steady(speed.y), color=_GREEN, linewidth=1.6, marker="o" if len(speed.x) == 1 else None)
+    axes.plot(speed.x, speed.y, color=_GREEN, alpha=0.3, linewidth=0.9)
+    _draw_line(axes, Curve(speed.x, running_median(speed.y, min(15, len(speed.y) // 25))), _GREEN)
     axes.set_ylim(0, 1.1 * min(float(speed.y.max()), 1.5 * float(np.quantile(speed.y, 0.9))) or 1.0)
     axes.yaxis.set_major_formatter(lambda value, _: short_number(value))
     axes.locator_params(axis="y", nbins=4)
-    notes = [f"median {short_number(middle)}"]
+    notes = [f"median {short_number(float(np.median(speed.y)))}"]
     if run.peak_fraction is not None:
         notes.append(f"{run.peak_fraction:.0%} of peak")
     if run.waited is not None:
@@ -230,22 +372,8 @@ def _draw_speed(axes: Axes, run: Series) -> None:
     axes.set_title(", ".join(notes), loc="right", y=1.0, fontsize=9, color=_GREY)
 
 
-def _draw_compared(
-    axes: Axes, run: Series, split: Split, mixed: bool, colour: str, dashes: Any
-) -> tuple[float, Any, str]:
-    """Draw a run; returns its last loss, and its line and label for the legend."""
-    curve = run.compared(split)
-    validates = run.validates(split)
-    if validates and split == "both":
-        train = run.compared("train")
-        axes.plot(train.x, train.y, color=colour, linestyle=dashes, alpha=0.4, linewidth=0.9, zorder=2)
-    style = _markers(curve) if validates or len(curve.x) == 1 else {}
-    (line,) = axes.plot(curve.x, curve.y, color=colour, linestyle=dashes, linewidth=1.8, zorder=3, **style)
-    name = _short(run.name, 30)
-    if not len(curve.y):
-        return -math.inf, line, f"{_FIGURE_SPACE * 6}  {name}: nothing yet"
-    last = f"{curve.y[-1]:.3f}".rjust(6, _FIGURE_SPACE)
-    return float(curve.y[-1]), line, f"{last}  {name}{'' if validates or not mixed else ' (training)'}"
+def _draw_line(axes: Axes, curve: Curve, colour: str, label: str = "") -> None:
+    axes.plot(curve.x, curve.y, color=colour, linewidth=1.7, label=label, marker="o" if len(curve.x) == 1 else None)
 
 
 def _doubts(configs: list[dict[str, Any]]) -> str:
