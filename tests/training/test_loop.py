@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lightning_fabric import Fabric
 from safetensors import SafetensorError
 
 from tests.helpers.runs import RUN, TEXT, history, losses, small, tokens
@@ -28,7 +27,7 @@ from tinyllm.runs.folder import checkpoints
 from tinyllm.runs.load import load_run
 from tinyllm.runs.metrics import MetricsWriter, read_metrics
 from tinyllm.training import checkpoint, loop, recorder, trainer
-from tinyllm.training.engine import TrainingModule
+from tinyllm.training.engine import Engine, TrainingModule, launch
 from tinyllm.training.trainer import train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -175,6 +174,12 @@ def test_packing_needs_an_end_of_text(text: Path, tmp_path: Path) -> None:
     assert result.val_loss is not None
 
 
+def engine_of(module: TrainingModule) -> Engine:
+    engine = launch(small(device="cpu"))
+    engine.setup(module, lambda m: torch.optim.AdamW(m.parameters()))
+    return engine
+
+
 def test_averaged_weights_are_what_is_validated_and_saved(text: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     result = train(small(steps=12, ema=0.9, tokenizer="bpe", vocab_size=300), out, [text], progress=False)
@@ -185,10 +190,9 @@ def test_averaged_weights_are_what_is_validated_and_saved(text: Path, tmp_path: 
     saved = load_run(out).model.state_dict()
     assert any(not torch.equal(raw[name], averages[name]) for name in raw)
     assert all(torch.equal(saved[name], averages[name]) for name in averages)
-    module = TrainingModule(load_run(out).model)
-    fabric = Fabric(accelerator="cpu", devices=1)
+    engine = engine_of(TrainingModule(load_run(out).model))
     val = TokenDataset(tokens(out, "val"), result.tokenizer.vocab_size, 8)
-    assert loop.evaluate(fabric, module, val_loader(val, batch_size=12, max_batches=32))[0] == result.val_loss
+    assert loop.evaluate(engine, val_loader(val, batch_size=12, max_batches=32))[0] == result.val_loss
     assert evaluate_texts(load_run(out).model, result.tokenizer, [TEXT]).tokens > 0
 
 
@@ -197,8 +201,7 @@ def test_evaluate_is_the_mean_over_tokens_without_dropout(tmp_path: Path) -> Non
     dataset = TokenDataset(tmp_path / "val.bin", 9, 8)
     torch.manual_seed(0)
     module = TrainingModule(SimpleLLM(9, 8, 16, 1, causal=True, dropout=0.5))
-    fabric = Fabric(accelerator="cpu", devices=1)
-    loss, tokens = loop.evaluate(fabric, module, val_loader(dataset, batch_size=5, max_batches=99))
+    loss, tokens = loop.evaluate(engine_of(module), val_loader(dataset, batch_size=5, max_batches=99))
     assert tokens == 12 * 8  # in batches of 5, 5 and 2
     assert module.training
     module.eval()
@@ -247,7 +250,7 @@ def test_metrics_table_picture_and_samples(text: Path, tmp_path: Path) -> None:
 
 
 def test_a_peak_measured_too_low_is_raised_by_what_training_reaches(text, tmp_path, monkeypatch, capsys) -> None:
-    monkeypatch.setattr(recorder, "peak_flops", lambda device, dtype: 1.0)
+    monkeypatch.setattr(Engine, "peak_flops", lambda self, precision: 1.0)
     train(small(steps=8, log_interval=2), tmp_path / "out", [text])
     lines = [line for line in read_metrics(tmp_path / "out" / "metrics.jsonl") if line["split"] == "train"]
     assert len(lines) > 3

@@ -25,8 +25,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning_fabric import Fabric
-from lightning_fabric.strategies import DeepSpeedStrategy
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -35,11 +33,10 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from tinyllm._internal.files import fsync, is_full_disk, replacing
 from tinyllm.runs.folder import AVERAGES_FILE, MODEL_FILE, STATE_FILE, checkpoint_path, checkpoints
 from tinyllm.runs.succession import settle
-from tinyllm.training.engine import on_rank_zero
+from tinyllm.training.engine import Engine
 from tinyllm.training.optim import AveragedWeights
 
 OPTIMIZER_FILE = "optimizer.safetensors"
-_DEEPSPEED = "deepspeed"
 _VERSION = 1
 
 
@@ -68,29 +65,19 @@ class Progress:
 
 
 def save_checkpoint(
-    fabric: Fabric,
-    out: Path,
-    module: nn.Module,
-    optimizer: Any,
-    averages: AveragedWeights | None,
-    progress: Progress,
-    *,
-    keep: int,
-    wrapped: nn.Module,
+    engine: Engine, out: Path, model: nn.Module, averages: AveragedWeights | None, progress: Progress, *, keep: int
 ) -> Path:
     """Write `out`/checkpoints/step-N, and remove all but the best, this one and the `keep` - 1 before it.
 
-    All processes call it; the first one writes.
+    All processes call it; rank 0 writes.
 
     Args:
-        fabric: the engine.
+        engine: with AdamW.
         out: the run folder.
-        module: the model, sharded or not: its own parameters' names are the files'.
-        optimizer: AdamW, as Fabric wrapped it.
+        model: sharded or not: its own parameters' names are the files'.
         averages: of the weights.
         progress: becomes state.json.
         keep: at least 1.
-        wrapped: the model as Fabric wrapped it, which DeepSpeed needs.
 
     Returns:
         The checkpoint's folder.
@@ -99,38 +86,37 @@ def save_checkpoint(
         OSError: it could not be written, in all processes; the checkpoints before it are untouched.
     """
     path = checkpoint_path(out, progress.step)
-    if on_rank_zero(fabric, path.exists):
+    if engine.on_rank_zero(path.exists):
         return path
-    tensors = {MODEL_FILE: _gather(fabric, weights(module))}
-    if averages is not None:  # with buffers, so that the file is a model's, too
-        tensors[AVERAGES_FILE] = tensors[MODEL_FILE] | _gather(fabric, averages.averages.items())
-    own_format = isinstance(fabric.strategy, DeepSpeedStrategy)
-    if not own_format:
-        tensors[OPTIMIZER_FILE] = _gather(fabric, _optimizer_state(module, optimizer))
+    with _new_folder(engine, path) as folder:
 
-    with _new_folder(fabric, path) as folder:
-        if own_format:
-            fabric.save(folder / _DEEPSPEED, {"model": wrapped, "optimizer": optimizer})
+        def save(name: str, tensors: dict[str, Tensor]) -> None:
+            _writing(engine, lambda: save_file(tensors, folder / name, metadata={"format": "pt"}))
 
-        def write() -> None:
-            for name, values in tensors.items():
-                save_file(values, folder / name, metadata={"format": "pt"})
-            state = {"version": _VERSION, "world_size": fabric.world_size, **asdict(progress)}
+        values = _gather(engine, weights(model))
+        save(MODEL_FILE, values)
+        if averages is not None:  # with buffers, so that the file is a model's, too
+            save(AVERAGES_FILE, values | _gather(engine, averages.averages.items()))
+        if not engine.save_own_state(folder):
+            save(OPTIMIZER_FILE, _gather(engine, _optimizer_state(model, engine.optimizer)))
+
+        def finish() -> None:
+            state = {"version": _VERSION, "world_size": engine.world_size, **asdict(progress)}
             (folder / STATE_FILE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
             for file in folder.iterdir():
                 if file.is_file():
                     file.chmod(0o666 & ~_umask())  # safetensors leaves files to their owner only
                     fsync(file)
 
-        _writing(fabric, write)
-    on_rank_zero(fabric, lambda: prune(out, keep, progress.best_step))
+        _writing(engine, finish)
+    engine.on_rank_zero(lambda: prune(out, keep, progress.best_step))
     return path
 
 
 def save_weights(
-    fabric: Fabric,
+    engine: Engine,
     out: Path,
-    module: nn.Module,
+    model: nn.Module,
     averages: AveragedWeights | None,
     *,
     step: int,
@@ -146,9 +132,9 @@ def save_weights(
     Returns:
         Whether they are written, and what came of it in words.
     """
-    tensors = _gather(fabric, weights(module))
+    tensors = _gather(engine, weights(model))
     if averages is not None:
-        tensors |= _gather(fabric, averages.averages.items())
+        tensors |= _gather(engine, averages.averages.items())
 
     def write() -> None:
         with replacing(out / MODEL_FILE) as temporary:
@@ -167,61 +153,47 @@ def save_weights(
     said = f"the weights of step {step} alone are saved: generate and eval can use them, a resume cannot"
     while True:
         try:
-            _writing(fabric, write)
+            _writing(engine, write)
         except OSError as error:
-            if not (is_full_disk(error) and any(on_rank_zero(fabric, sacrifices.pop(0)) for _ in list(sacrifices))):
+            if not (is_full_disk(error) and any(engine.on_rank_zero(sacrifices.pop(0)) for _ in list(sacrifices))):
                 return False, f"nor could its weights alone: {error.strerror or error}"
         else:
             return True, said
 
 
-def load_weights(path: Path, module: nn.Module) -> None:
-    """Fill `module`, sharded or not, with a run's weights. All processes call it. Raises as `load_checkpoint`."""
-    _load(path, weights(module))
+def load_weights(path: Path, model: nn.Module) -> None:
+    """Fill `model`, sharded or not, with a run's weights. All processes call it. Raises as `load_checkpoint`."""
+    _load(path, weights(model))
 
 
-def load_checkpoint(
-    fabric: Fabric,
-    path: Path,
-    module: nn.Module,
-    optimizer: Any,
-    averages: AveragedWeights | None,
-    *,
-    wrapped: nn.Module,
-) -> Progress:
+def load_checkpoint(engine: Engine, path: Path, model: nn.Module, averages: AveragedWeights | None) -> Progress:
     """Take up what `save_checkpoint` left, with whatever strategy and number of processes. All processes call it.
 
     Raises:
         ValueError: a file is truncated or missing, or holds other weights than the model's; the message names it.
     """
     progress = _read_state(path / STATE_FILE)
-    _load(path / MODEL_FILE, weights(module))
+    _load(path / MODEL_FILE, weights(model))
     if averages is not None:
         _load(path / AVERAGES_FILE, averages.averages.items())
         averages.updates = progress.average_updates
-    if isinstance(fabric.strategy, DeepSpeedStrategy):
-        if not (path / _DEEPSPEED).is_dir():
-            raise ValueError(f"{path} was not written by strategy 'deepspeed', which can only take up its own")
-        fabric.load(path / _DEEPSPEED, {"model": wrapped, "optimizer": optimizer})
-        return progress
-    if not (path / OPTIMIZER_FILE).is_file() and (path / _DEEPSPEED).is_dir():
-        raise ValueError(f"{path} was written by strategy 'deepspeed', and has to be taken up by it")
-    _make_optimizer_state(optimizer)
-    _load(path / OPTIMIZER_FILE, _optimizer_state(module, optimizer))
+    if not engine.load_own_state(path):
+        _make_optimizer_state(engine.optimizer)
+        _load(path / OPTIMIZER_FILE, _optimizer_state(model, engine.optimizer))
     return progress
 
 
-def weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Parameters and stored buffers by their names in a state_dict; tied ones once."""
     seen: set[int] = set()
-    for name, tensor in module.state_dict(keep_vars=True).items():
+    for name, tensor in model.state_dict(keep_vars=True).items():
         if id(tensor) not in seen:
             seen.add(id(tensor))
             yield name, tensor.detach()
 
 
-def _optimizer_state(module: nn.Module, optimizer: Any) -> Iterator[tuple[str, Tensor]]:
-    for name, parameter in module.named_parameters():
+def _optimizer_state(model: nn.Module, optimizer: Any) -> Iterator[tuple[str, Tensor]]:
+    for name, parameter in model.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
             yield f"{key}.{name}", value
 
@@ -236,12 +208,12 @@ def _make_optimizer_state(optimizer: Any) -> None:
             state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
 
 
-def _gather(fabric: Fabric, tensors: Any) -> dict[str, Tensor]:
-    """Each tensor whole, on the CPU of the first process; one at a time, so that no device needs room for all."""
+def _gather(engine: Engine, tensors: Any) -> dict[str, Tensor]:
+    """Return each tensor whole, on the CPU of rank 0; they come one by one, so that no device needs room for all."""
     found = {}
     for name, tensor in tensors:
         whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        if fabric.is_global_zero:
+        if engine.rank == 0:
             found[name] = whole.to("cpu").contiguous()
     return found
 
@@ -279,7 +251,7 @@ def _read_state(path: Path) -> Progress:
 
 
 @contextmanager
-def _new_folder(fabric: Fabric, path: Path) -> Iterator[Path]:
+def _new_folder(engine: Engine, path: Path) -> Iterator[Path]:
     """A folder beside `path` that gets its name when the block is done; it is gone if the block fails."""
     temporary = path.with_name(f".{path.name}.tmp")
 
@@ -292,17 +264,17 @@ def _new_folder(fabric: Fabric, path: Path) -> Iterator[Path]:
         temporary.rename(path)
         fsync(path.parent)
 
-    _writing(fabric, begin)
+    _writing(engine, begin)
     try:
         yield temporary
-        _writing(fabric, finish)
+        _writing(engine, finish)
     except BaseException:
-        if fabric.is_global_zero:
+        if engine.rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
         raise
 
 
-def _writing(fabric: Fabric, work: Callable[[], None]) -> None:
+def _writing(engine: Engine, work: Callable[[], None]) -> None:
     """`work` in the first process; a full disk is an OSError, whichever library meets it."""
 
     def attempt() -> None:
@@ -314,7 +286,7 @@ def _writing(fabric: Fabric, work: Callable[[], None]) -> None:
                 raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
             raise OSError(str(error)) from error
 
-    on_rank_zero(fabric, attempt)
+    engine.on_rank_zero(attempt)
 
 
 def prune(out: Path, keep: int, best: int | None) -> bool:

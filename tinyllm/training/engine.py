@@ -1,7 +1,7 @@
-"""Where a training runs: Lightning Fabric with our settings, and the module that its strategies wrap.
+"""The engine: the processes of a training, its devices, and how they share the work.
 
-Fabric starts the processes, places the model, shards or replicates it, and sums the gradients. The loop stays ours, in
-`tinyllm.training.loop`.
+Lightning Fabric starts the processes, places the model, shards or replicates it, and sums the gradients. `Engine` says
+what of it the loop in `tinyllm.training.loop` uses, so that nothing else depends on the strategy.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from functools import partial
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
@@ -39,6 +40,8 @@ _T = TypeVar("_T")
 
 # How long processes wait for each other: the first one may be tokenizing text meanwhile.
 _TIMEOUT = timedelta(hours=2)
+
+_DEEPSPEED = "deepspeed"  # the folder of its state in a checkpoint
 
 
 class TrainingModule(nn.Module):
@@ -72,8 +75,253 @@ class TrainingModule(nn.Module):
         return self.model.loss(ids, targets, label_smoothing=smoothing, documents=documents)
 
 
-def launch(config: TrainConfig, say: Callable[[str], None] = lambda line: None) -> Fabric:
-    """Start the processes that `config` asks for; each goes on from here.
+class Engine:
+    """The processes of a training, this one's device, and the model as they share it.
+
+    All processes call its methods together, but for those of `rank`, `device` and the like.
+
+    Args:
+        fabric: with our settings, see `launch`.
+
+    Attributes:
+        device: where this process computes.
+        rank, world_size: the number of this process, from 0, and how many there are.
+        module: the `TrainingModule` as the strategy wraps it, once there is one.
+        optimizer: likewise.
+    """
+
+    def __init__(self, fabric: Fabric) -> None:
+        self._fabric = fabric
+        self.module: Any = None
+        self.optimizer: Any = None
+
+    @property
+    def device(self) -> torch.device:
+        return self._fabric.device
+
+    @property
+    def rank(self) -> int:
+        return self._fabric.global_rank
+
+    @property
+    def world_size(self) -> int:
+        return self._fabric.world_size
+
+    def setup(
+        self,
+        module: TrainingModule,
+        make_optimizer: Callable[[nn.Module], torch.optim.Optimizer],
+        *,
+        fill: Callable[[], None] | None = None,
+        seed: int = 0,
+        compiled: bool = False,
+    ) -> None:
+        """Place a module, and shard it if the strategy does, and make its optimizer.
+
+        A model on the meta device, which only "fsdp" takes, gets its weights when each process has its part of it:
+        those that `init_gpt2_weights` draws from a generator of this seed.
+
+        Args:
+            module: moved, and sharded, in place.
+            make_optimizer: called with the module when its weights lie where they will be trained.
+            fill: replaces the first weights, as soon as the model has memory for them.
+            seed: of the weights of a model on the meta device.
+            compiled: whether torch.compile runs the module.
+        """
+        on_meta = next(module.parameters()).is_meta
+        if fill is not None and not on_meta:
+            fill()
+        self._wrap(module, torch.compile(module) if compiled else module, make_optimizer)
+        if on_meta:
+            init_gpt2_weights(module.model, generator=torch.Generator().manual_seed(seed))
+            if fill is not None:
+                fill()
+
+    def _wrap(self, module: TrainingModule, called: Any, make_optimizer: Callable[[nn.Module], Any]) -> None:
+        self.module = self._fabric.setup_module(called)
+        self.optimizer = self._fabric.setup_optimizers(make_optimizer(module))
+
+    def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """Return the loss of a batch, which may lie on the CPU."""
+        inputs, targets = (tensor.to(self.device, non_blocking=True) for tensor in (inputs, targets))
+        loss: Tensor = self.module(inputs, targets)
+        return loss
+
+    def accumulate(self, inputs: Tensor, targets: Tensor, *, part: int, parts: int) -> Tensor:
+        """Add the gradient of one of a step's `parts` micro-batches; return its part of the step's loss, detached.
+
+        Only the last one's call sums the gradients over the processes.
+        """
+        last = part + 1 == parts
+        with nullcontext() if last else self._fabric.no_backward_sync(self.module):
+            loss = self.loss(inputs, targets)
+            loss = loss / parts if parts > 1 else loss
+            self._fabric.backward(loss)
+        return loss.detach()
+
+    def clip_and_step(self, max_norm: float) -> float:
+        """Let the optimizer take a step with the gradient, clipped; not if it is not finite. Gradients are then gone.
+
+        Returns:
+            The gradient's global norm before clipping, the same number in all processes; NaN or infinity if there was
+            no step. A GPU is waited for.
+
+        Raises:
+            FloatingPointError: DeepSpeed has taken a step with a gradient that is not finite, as it does in float32.
+        """
+        total = self._fabric.clip_gradients(self.module, self.optimizer, max_norm=max_norm, error_if_nonfinite=False)
+        assert total is not None
+        norm = float(total.full_tensor() if isinstance(total, DTensor) else total)
+        if math.isfinite(norm):
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def save_own_state(self, folder: Path) -> bool:
+        """Write the optimizer's state, if the strategy has a format of its own; return whether it has."""
+        return False
+
+    def load_own_state(self, folder: Path) -> bool:
+        """Load what `save_own_state` has written to a checkpoint's folder; return whether there is such a state.
+
+        Raises:
+            ValueError: the checkpoint was written by another strategy than this one can go on from.
+        """
+        if (folder / _DEEPSPEED).is_dir():
+            raise ValueError(f"{folder} was written by strategy 'deepspeed', and has to be taken up by it")
+        return False
+
+    def on_rank_zero(self, work: Callable[[], _T]) -> _T:
+        """Run `work` on rank 0, and return its result, or raise its error, in all processes."""
+        result: Any = None
+        if self.rank == 0:
+            try:
+                result = work()
+            except Exception as error:
+                if self.world_size == 1:
+                    raise
+                result = _Failure(_picklable(error))
+        result = self._fabric.broadcast(result)
+        if isinstance(result, _Failure):
+            raise result.error
+        return cast(_T, result)
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Return the sum of a tensor over the processes."""
+        if self.world_size == 1:
+            return tensor
+        summed = self._fabric.all_reduce(tensor.to(self.device), reduce_op="sum")
+        assert isinstance(summed, Tensor)
+        return summed
+
+    def any(self, flag: bool) -> bool:
+        """Return whether `flag` is set in any process."""
+        return flag if self.world_size == 1 else bool(self.sum(torch.tensor(int(flag))) > 0)
+
+    def barrier(self) -> None:
+        """Wait until all processes are here."""
+        self._fabric.barrier()
+
+    def peak_flops(self, precision: str) -> float:
+        """Measure how many floating-point operations a second all devices together reach, see `peak_flops`."""
+        dtypes = {torch.float32} if precision == "32-true" else {torch.float32, torch.bfloat16}
+        return max(peak_flops(self.device, dtype) for dtype in dtypes) * self.world_size
+
+    @contextmanager
+    def ending_others(self) -> Iterator[None]:
+        """End the processes that this one has started if Ctrl-C ends it: they would tell at length that it has gone."""
+        try:
+            yield
+        except KeyboardInterrupt:
+            started = getattr(self._fabric.strategy.launcher, "procs", [])
+            others = list(started)
+            started.clear()  # Lightning watches the list, and would kill this process when one of the others ends
+            for process in others:
+                process.kill()
+            raise
+
+
+class DeepSpeedEngine(Engine):
+    """DeepSpeed's ways: it makes its own copy of the weights, clips and counts steps itself, and has its own format."""
+
+    def _wrap(self, module: TrainingModule, called: Any, make_optimizer: Callable[[nn.Module], Any]) -> None:
+        self.module, self.optimizer = self._fabric.setup(called, make_optimizer(module))
+
+    @property
+    def _engine(self) -> Any:
+        return self.module._forward_module
+
+    def accumulate(self, inputs: Tensor, targets: Tensor, *, part: int, parts: int) -> Tensor:
+        """Add a micro-batch's gradient; DeepSpeed divides by their number itself, which it counts by calls of step."""
+        loss = self.loss(inputs, targets)
+        self._fabric.backward(loss)
+        if part + 1 < parts:
+            self._engine.step()
+        return loss.detach() / parts
+
+    def clip_and_step(self, max_norm: float) -> float:
+        """Take a step, clipped as `deepspeed_config` has it; see `Engine.clip_and_step`."""
+        skipped = self._engine.skipped_steps
+        self._engine.step()  # Fabric's optimizer would go round it, and it would not count
+        norm = float(self._engine.get_global_grad_norm() or 0.0)
+        if self._engine.skipped_steps > skipped:
+            return math.nan
+        if not math.isfinite(norm):
+            raise FloatingPointError(
+                "the gradient is not finite, and DeepSpeed cannot skip a step in precision '32-true': the weights are "
+                "lost; resume from the last checkpoint, with another strategy or precision"
+            )
+        return norm
+
+    def save_own_state(self, folder: Path) -> bool:
+        """Write DeepSpeed's folder into a checkpoint's."""
+        self._fabric.save(folder / _DEEPSPEED, {"model": self.module, "optimizer": self.optimizer})
+        return True
+
+    def load_own_state(self, folder: Path) -> bool:
+        """Load DeepSpeed's folder from a checkpoint's."""
+        if not (folder / _DEEPSPEED).is_dir():
+            raise ValueError(f"{folder} was not written by strategy 'deepspeed', which can only take up its own")
+        self._fabric.load(folder / _DEEPSPEED, {"model": self.module, "optimizer": self.optimizer})
+        return True
+
+
+class _Failure:
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+
+def _picklable(error: Exception) -> Exception:
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # pickling may raise anything
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """Measure how many multiplications and additions a second `device` reaches in a large matmul.
+
+    It is the best of ten, or of fewer if these would take more than a third of a second, as bfloat16 may on a CPU.
+    """
+    size = 8192 if device.type == "cuda" else 768
+    left, right = torch.rand(2, size, size, device=device, dtype=dtype)
+
+    def seconds() -> float:
+        start = time.perf_counter()
+        product = left @ right
+        if device.type == "cuda":
+            torch.cuda.synchronize(product.device)
+        return time.perf_counter() - start
+
+    times = [seconds()]  # the first one may start threads and load libraries
+    while len(times) < 11 and sum(times) < 0.3:
+        times.append(seconds())
+    return 2 * size**3 / min(times)
+
+
+def launch(config: TrainConfig, say: Callable[[str], None] = lambda line: None) -> Engine:
+    """Start the processes that `config` asks for; each goes on from here, with its engine.
 
     The command is run again for each further device of this machine, unless a launcher such as torchrun or SLURM has
     started the processes already. With several nodes, `say` is told whom this one waits for.
@@ -104,9 +352,10 @@ def launch(config: TrainConfig, say: Callable[[str], None] = lambda line: None) 
             _meet(fabric, config, say)
         _Launched.listen()
         _leave_ctrl_c_to_the_first(fabric)
-        with ending_others(fabric):
+        engine = (DeepSpeedEngine if config.strategy == "deepspeed" else Engine)(fabric)
+        with engine.ending_others():
             fabric.launch()
-    return fabric
+    return engine
 
 
 def _meet(fabric: Fabric, config: TrainConfig, say: Callable[[str], None]) -> None:
@@ -131,20 +380,6 @@ def _leave_ctrl_c_to_the_first(fabric: Fabric) -> None:
         launcher._call_children_scripts = holding_ctrl_c()(start)
 
 
-@contextmanager
-def ending_others(fabric: Fabric) -> Iterator[None]:
-    """End the processes that this one has started if Ctrl-C ends it: they would tell at length that it has gone."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        started = getattr(fabric.strategy.launcher, "procs", [])
-        others = list(started)
-        started.clear()  # Lightning watches the list, and would kill this process when one of the others ends
-        for process in others:
-            process.kill()
-        raise
-
-
 class _Launched(logging.Handler):
     """Say in a line what Lightning is about to do when a process has ended: it kills the others, this one included."""
 
@@ -161,129 +396,6 @@ class _Launched(logging.Handler):
             status = int(found[2])
             how = f"exit status {status}" if status > 0 else signal.Signals(-status).name
             sys.stderr.write(f"\ntinyllm: error: process {found[1]} of this training has ended ({how}): all do\n")
-
-
-def setup(
-    fabric: Fabric,
-    module: TrainingModule,
-    make_optimizer: Callable[[nn.Module], torch.optim.Optimizer],
-    *,
-    seed: int = 0,
-    compiled: bool = False,
-) -> tuple[nn.Module, Any]:
-    """The module and its optimizer as the strategy wraps them; `module` itself is moved, and sharded, in place.
-
-    A model on the meta device, which only "fsdp" takes, gets its weights when each process has its part of it: those
-    that `init_gpt2_weights` draws from a generator of this seed.
-    """
-    on_meta = next(module.parameters()).is_meta
-    wrapped: Any = torch.compile(module) if compiled else module
-    if isinstance(fabric.strategy, DeepSpeedStrategy):
-        wrapped, optimizer = fabric.setup(wrapped, make_optimizer(module))
-        return wrapped, optimizer
-    wrapped = fabric.setup_module(wrapped)
-    if on_meta:
-        init_gpt2_weights(module.model, generator=torch.Generator().manual_seed(seed))
-    return wrapped, fabric.setup_optimizers(make_optimizer(module))  # of the weights as they lie now
-
-
-def accumulating(fabric: Fabric, wrapped: Any, unfinished: bool) -> AbstractContextManager[Any]:
-    """Where a micro-batch's loss and gradient are computed; while the step is unfinished, no gradient is sent."""
-    if not unfinished or isinstance(fabric.strategy, DeepSpeedStrategy):  # which sees to it by itself
-        return nullcontext()
-    return fabric.no_backward_sync(wrapped)
-
-
-def backward(fabric: Fabric, wrapped: Any, loss: Tensor, *, part: int, parts: int) -> None:
-    """Add the gradient of one of `parts` micro-batches' losses; only the last one's is summed over the processes."""
-    if isinstance(fabric.strategy, DeepSpeedStrategy):  # which divides by itself, and counts by calls of step
-        fabric.backward(loss)
-        if part + 1 < parts:
-            wrapped._forward_module.step()
-        return
-    fabric.backward(loss / parts if parts > 1 else loss)
-
-
-def clip_and_step(fabric: Fabric, module: nn.Module, wrapped: Any, optimizer: Any, max_norm: float) -> float:
-    """Let the optimizer take a step with the gradient, clipped; not if it is not finite. Gradients are then gone.
-
-    Returns:
-        The gradient's global norm before clipping, the same number in all processes; NaN or infinity if there was no
-        step. A GPU is waited for.
-
-    Raises:
-        FloatingPointError: DeepSpeed has taken a step with a gradient that is not finite, as it does in float32.
-    """
-    if isinstance(fabric.strategy, DeepSpeedStrategy):
-        engine = wrapped._forward_module
-        skipped = engine.skipped_steps
-        engine.step()  # Fabric's optimizer would go round it, and it would not count
-        norm = float(engine.get_global_grad_norm() or 0.0)
-        if engine.skipped_steps > skipped:
-            return math.nan
-        if not math.isfinite(norm):
-            raise FloatingPointError(
-                "the gradient is not finite, and DeepSpeed cannot skip a step in precision '32-true': the weights are "
-                "lost; resume from the last checkpoint, with another strategy or precision"
-            )
-        return norm
-    total = fabric.clip_gradients(module, optimizer, max_norm=max_norm, error_if_nonfinite=False)
-    assert total is not None
-    norm = float(total.full_tensor() if isinstance(total, DTensor) else total)
-    if math.isfinite(norm):
-        optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return norm
-
-
-def on_rank_zero(fabric: Fabric, work: Callable[[], _T]) -> _T:
-    """What `work` gives in the first process, in all of them; an error in it is raised in all of them."""
-    result: Any = None
-    if fabric.is_global_zero:
-        try:
-            result = work()
-        except Exception as error:
-            if fabric.world_size == 1:
-                raise
-            result = _Failure(_picklable(error))
-    result = fabric.broadcast(result)
-    if isinstance(result, _Failure):
-        raise result.error
-    return cast(_T, result)
-
-
-class _Failure:
-    def __init__(self, error: Exception) -> None:
-        self.error = error
-
-
-def _picklable(error: Exception) -> Exception:
-    try:
-        pickle.loads(pickle.dumps(error))
-    except Exception:  # pickling may raise anything
-        return RuntimeError(f"{type(error).__name__}: {error}")
-    return error
-
-
-def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Multiplications and additions a second that `device` reaches in a large matrix product: the best of ten.
-
-    Of fewer where they would take more than a third of a second, as bfloat16 may on a CPU.
-    """
-    size = 8192 if device.type == "cuda" else 768
-    left, right = torch.rand(2, size, size, device=device, dtype=dtype)
-
-    def seconds() -> float:
-        start = time.perf_counter()
-        product = left @ right
-        if device.type == "cuda":
-            torch.cuda.synchronize(product.device)
-        return time.perf_counter() - start
-
-    times = [seconds()]  # the first one may start threads and load libraries
-    while len(times) < 11 and sum(times) < 0.3:
-        times.append(seconds())
-    return 2 * size**3 / min(times)
 
 
 def _check_devices(config: TrainConfig, device: torch.device) -> None:

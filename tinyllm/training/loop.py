@@ -14,8 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from lightning_fabric import Fabric
-from torch import Tensor, nn
+from torch import Tensor
 
 from tinyllm._internal.files import is_full_disk
 from tinyllm._internal.interrupt import noting_signals
@@ -26,7 +25,7 @@ from tinyllm.runs.folder import MODEL_FILE, checkpoints, publish
 from tinyllm.runs.succession import settle
 from tinyllm.tokenizer import Tokenizer
 from tinyllm.training.checkpoint import Progress, load_checkpoint, load_weights, prune, save_checkpoint, save_weights
-from tinyllm.training.engine import TrainingModule, accumulating, backward, clip_and_step, on_rank_zero, setup
+from tinyllm.training.engine import Engine, TrainingModule
 from tinyllm.training.optim import AveragedWeights, adamw, learning_rate
 from tinyllm.training.recorder import Recorder
 
@@ -41,7 +40,7 @@ class Fitted:
 
 
 def fit(
-    fabric: Fabric,
+    engine: Engine,
     model: SimpleLLM,
     tokenizer: Tokenizer,
     train_set: TokenDataset,
@@ -60,9 +59,9 @@ def fit(
     changes nothing, and is said.
 
     Args:
-        fabric: launched.
+        engine: see `launch`.
         model: with the weights to begin with, the same in all processes; moved to its device, and sharded, in place.
-            On the meta device, with strategy "fsdp": see `engine.setup`.
+            On the meta device, with strategy "fsdp": see `Engine.setup`.
         tokenizer: for the samples.
         train_set, val_set: what to learn from, and to validate with.
         config: what to do.
@@ -82,39 +81,38 @@ def fit(
     end = tokenizer.end_of_text_id if config.packing else None
     module = TrainingModule(model, label_smoothing=config.label_smoothing, end_of_text_id=end)
     there = checkpoints(out)
-    later = next(model.parameters()).is_meta  # a sharded model takes its weights when it has any
-    if weights is not None and not there and not later:  # before setup: DeepSpeed makes its own copy of them there
-        load_weights(weights, model)
-    wrapped, optimizer = setup(fabric, module, lambda m: adamw(m, config), seed=config.seed, compiled=config.compile)
-    if weights is not None and not there and later:
-        load_weights(weights, model)
+    engine.setup(
+        module,
+        lambda m: adamw(m, config),
+        fill=None if weights is None or there else lambda: load_weights(weights, model),
+        seed=config.seed,
+        compiled=config.compile,
+    )
     progress = Progress()
     averages = None if config.ema is None else AveragedWeights(model, config.ema)
     if there:
-        progress = load_checkpoint(fabric, there[max(there)], model, optimizer, averages, wrapped=wrapped)
-    batches = iter(_train_batches(fabric, train_set, config, progress.step))
-    val_batches = _val_batches(fabric, val_set, config)
+        progress = load_checkpoint(engine, there[max(there)], model, averages)
+    batches = iter(_train_batches(engine, train_set, config, progress.step))
+    val_batches = _val_batches(engine, val_set, config)
     eval_interval, save_interval = config.eval_every, config.checkpoint_every
-    losses = [torch.tensor(loss, device=fabric.device) for loss in progress.losses]
+    losses = [torch.tensor(loss, device=engine.device) for loss in progress.losses]
     norm = 0.0
     stopped = False
 
     def save() -> None:
-        progress.losses = _mean(fabric, losses).tolist() if losses else []
+        progress.losses = _mean(engine, losses).tolist() if losses else []
         progress.average_updates = 0 if averages is None else averages.updates
 
         def write() -> None:
-            path = save_checkpoint(
-                fabric, out, model, optimizer, averages, progress, keep=config.keep_checkpoints, wrapped=wrapped
-            )
-            on_rank_zero(fabric, lambda: _stands(path, out))
+            path = save_checkpoint(engine, out, model, averages, progress, keep=config.keep_checkpoints)
+            engine.on_rank_zero(lambda: _stands(path, out))
 
         try:
             try:
                 write()
             except OSError as error:
                 # The best one and those before the last are luxury where the disk is full.
-                if not (is_full_disk(error) and on_rank_zero(fabric, lambda: prune(out, 1, None))):
+                if not (is_full_disk(error) and engine.on_rank_zero(lambda: prune(out, 1, None))):
                     raise
                 write()
                 record.note("there was no room: only the last checkpoint is kept")
@@ -126,41 +124,39 @@ def fit(
             record.note(line)
             done = progress.step == config.steps
             ending = done or stopped
-            if ending or not on_rank_zero(fabric, lambda: checkpoints(out) or (out / MODEL_FILE).exists()):
-                saved, said = save_weights(fabric, out, model, averages, step=progress.step, ending=ending, done=done)
+            if ending or not engine.on_rank_zero(lambda: checkpoints(out) or (out / MODEL_FILE).exists()):
+                saved, said = save_weights(engine, out, model, averages, step=progress.step, ending=ending, done=done)
                 record.note(said)
-                if saved and on_rank_zero(fabric, lambda: settle(out)):
+                if saved and engine.on_rank_zero(lambda: settle(out)):
                     record.note("The run that was here before is removed; now a checkpoint may fit")
                     with suppress(OSError):
                         write()
 
+    peak = engine.peak_flops(config.precision) if engine.rank == 0 else 0.0
     with (
-        Recorder(fabric, model.config, config, out, progress.step, title=title, shown=progress_bar) as record,
+        Recorder(
+            engine, model.config, config, out, progress.step, title=title, shown=progress_bar, peak_flops=peak
+        ) as record,
         noting_signals() as stop,
     ):
         if config.compile and progress.step < config.steps:
             record.note("Compiling the model: the first step takes longer")
-        wrapped.train()
+        engine.module.train()
         while progress.step < config.steps:
             step = progress.step + 1
             if on_step is not None:
                 on_step(step)
-            seed_step(config.seed, step, fabric.global_rank, fabric.device)
+            seed_step(config.seed, step, engine.rank, engine.device)
             lr = learning_rate(step, config)
-            for group in optimizer.param_groups:
+            for group in engine.optimizer.param_groups:
                 group["lr"] = lr
-            total: Tensor | None = None
+            parts = []
             for part in range(config.micro_batches):
                 inputs, targets = record.waiting(batches)
-                with accumulating(fabric, wrapped, part + 1 < config.micro_batches):
-                    loss = wrapped(_to(fabric, inputs), _to(fabric, targets))
-                    backward(fabric, wrapped, loss, part=part, parts=config.micro_batches)
-                loss = loss.detach() / config.micro_batches
-                total = loss if total is None else total + loss
-            assert total is not None
-            norm = clip_and_step(fabric, model, wrapped, optimizer, config.grad_clip)
+                parts.append(engine.accumulate(inputs, targets, part=part, parts=config.micro_batches))
+            norm = engine.clip_and_step(config.grad_clip)
             if math.isfinite(norm):
-                losses.append(total)
+                losses.append(sum(parts[1:], parts[0]))
                 progress.skipped_in_a_row = 0
                 if averages is not None:
                     averages.update()
@@ -176,16 +172,16 @@ def fit(
                 )
             record.advance()
 
-            stopped = _any(fabric, stop.number is not None)
+            stopped = engine.any(stop.number is not None)  # a signal may reach one process first
             evaluating = step % eval_interval == 0 or step == config.steps
             if step == 1 or step % config.log_interval == 0 or evaluating or stopped:
-                mean = float(_mean(fabric, losses).double().mean()) if losses else math.nan
+                mean = float(_mean(engine, losses).double().mean()) if losses else math.nan
                 record.train(step, mean, lr, norm, steps=len(losses), skipped=progress.skipped)
                 losses.clear()
                 progress.skipped = 0
             if evaluating and not stopped:
                 with averages.in_place() if averages is not None else nullcontext():
-                    loss_now, tokens = evaluate(fabric, wrapped, val_batches)
+                    loss_now, tokens = evaluate(engine, val_batches)
                     record.validation(step, loss_now, lr, tokens=tokens, last=step == config.steps)
                     record.sample(step, module, tokenizer, val_set)
                 progress.val_loss = loss_now
@@ -210,20 +206,20 @@ def _stands(path: Path, out: Path) -> None:
 
 
 @torch.no_grad()
-def evaluate(fabric: Fabric, module: nn.Module, batches: Batches) -> tuple[float, int]:
-    """The mean loss per token over all batches of all processes, without dropout, and the number of tokens."""
-    was_training = module.training
-    module.eval()
+def evaluate(engine: Engine, batches: Batches) -> tuple[float, int]:
+    """Return the mean loss per token over all batches of all processes, without dropout, and the number of tokens."""
+    was_training = engine.module.training
+    engine.module.eval()
     sums = torch.zeros(2, dtype=torch.float64)
     for inputs, targets in batches:
         empty = inputs.size(0) == 0  # this process has no part in it, but a sharded model needs it
         if empty:
             inputs = targets = inputs.new_zeros(1, inputs.size(1))
-        loss = module(_to(fabric, inputs), _to(fabric, targets))
+        loss = engine.loss(inputs, targets)
         if not empty:  # weighted: the last batch may be smaller
             sums += torch.tensor([loss.item() * targets.numel(), targets.numel()], dtype=torch.float64)
-    module.train(was_training)
-    total, tokens = _sum(fabric, sums).tolist()
+    engine.module.train(was_training)
+    total, tokens = engine.sum(sums).tolist()
     return total / tokens, int(tokens)
 
 
@@ -236,27 +232,27 @@ def seed_step(seed: int, step: int, rank: int, device: torch.device) -> None:
         torch.cuda.default_generators[device.index or 0].manual_seed(state)
 
 
-def _train_batches(fabric: Fabric, dataset: TokenDataset, config: TrainConfig, first_step: int) -> Batches:
+def _train_batches(engine: Engine, dataset: TokenDataset, config: TrainConfig, first_step: int) -> Batches:
     windows = ShuffledWindows(
         dataset,
         batch_size=config.batch_size,
         seed=config.seed,
         first_step=first_step,
         micro_batches=config.micro_batches,
-        rank=fabric.global_rank,
-        world_size=fabric.world_size,
+        rank=engine.rank,
+        world_size=engine.world_size,
     )
-    return train_loader(dataset, windows, workers=config.workers, pin_memory=fabric.device.type == "cuda")
+    return train_loader(dataset, windows, workers=config.workers, pin_memory=engine.device.type == "cuda")
 
 
-def _val_batches(fabric: Fabric, dataset: TokenDataset, config: TrainConfig) -> Batches:
+def _val_batches(engine: Engine, dataset: TokenDataset, config: TrainConfig) -> Batches:
     return val_loader(
         dataset,
-        batch_size=max(config.batch_size // config.micro_batches, fabric.world_size),
+        batch_size=max(config.batch_size // config.micro_batches, engine.world_size),
         max_batches=config.eval_batches * config.micro_batches,
-        rank=fabric.global_rank,
-        world_size=fabric.world_size,
-        pin_memory=fabric.device.type == "cuda",
+        rank=engine.rank,
+        world_size=engine.world_size,
+        pin_memory=engine.device.type == "cuda",
     )
 
 
@@ -265,24 +261,6 @@ def _last_good(out: Path) -> str:
     return f"the last checkpoint is of step {max(there)}" if there else "there is no checkpoint yet"
 
 
-def _to(fabric: Fabric, tensor: Tensor) -> Tensor:
-    return tensor.to(fabric.device, non_blocking=True)
-
-
-def _mean(fabric: Fabric, losses: list[Tensor]) -> Tensor:
+def _mean(engine: Engine, losses: list[Tensor]) -> Tensor:
     """Return the mean of each step's loss over the processes."""
-    stacked = torch.stack(losses)
-    return stacked if fabric.world_size == 1 else _sum(fabric, stacked) / fabric.world_size
-
-
-def _sum(fabric: Fabric, tensor: Tensor) -> Tensor:
-    if fabric.world_size == 1:
-        return tensor
-    summed = fabric.all_reduce(tensor.to(fabric.device), reduce_op="sum")
-    assert isinstance(summed, Tensor)
-    return summed
-
-
-def _any(fabric: Fabric, flag: bool) -> bool:
-    """Return whether `flag` is set in any process: a signal may reach one first, and all must stop at the same step."""
-    return flag if fabric.world_size == 1 else bool(_sum(fabric, torch.tensor(int(flag))) > 0)
+    return engine.sum(torch.stack(losses)) / engine.world_size

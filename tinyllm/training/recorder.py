@@ -11,8 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from lightning_fabric import Fabric
 from lightning_fabric.loggers import CSVLogger, Logger, TensorBoardLogger
 from tqdm import tqdm
 
@@ -25,7 +23,7 @@ from tinyllm.runs.folder import CURVE_FILE, METRICS_FILE, SAMPLES_FILE, TABLE_FI
 from tinyllm.runs.metrics import MetricsWriter, read_metrics
 from tinyllm.runs.plot import plot_run
 from tinyllm.tokenizer import Tokenizer
-from tinyllm.training.engine import TrainingModule, peak_flops
+from tinyllm.training.engine import Engine, TrainingModule
 from tinyllm.training.estimate import estimate
 
 _PROMPT_TOKENS = 8
@@ -39,18 +37,19 @@ class Recorder:
     What cannot be written, on a full disk, is said once, and does not end the training.
 
     Args:
-        fabric: launched.
+        engine: see `launch`.
         model: what trains.
         config: how.
         out: the run folder.
         first_step: the steps done before; lines of later ones, which will come again, are removed.
         title: of the picture.
         shown: whether there is a progress bar.
+        peak_flops: floating-point operations a second that all devices together can do; rank 0 needs it.
     """
 
     def __init__(
         self,
-        fabric: Fabric,
+        engine: Engine,
         model: SimpleLLMConfig,
         config: TrainConfig,
         out: Path,
@@ -58,10 +57,11 @@ class Recorder:
         *,
         title: str,
         shown: bool,
+        peak_flops: float,
     ) -> None:
-        self._fabric, self._config, self._out, self._title = fabric, config, out, title
+        self._engine, self._config, self._out, self._title = engine, config, out, title
         self._step_tokens = config.batch_size * config.seq_len
-        self._writes = fabric.is_global_zero
+        self._writes = engine.rank == 0
         self._shown = shown and self._writes
         self._waited = self._drawn = 0.0
         self._start = time.perf_counter()
@@ -71,8 +71,7 @@ class Recorder:
         self._metrics = MetricsWriter(out / METRICS_FILE, first_step if first_step else None)
         self._loggers = _loggers(out, config.tensorboard, read_metrics(out / METRICS_FILE))
         _keep_samples(out / SAMPLES_FILE, first_step)
-        dtypes = {torch.float32} if config.precision == "32-true" else {torch.float32, torch.bfloat16}
-        self._peak = max(peak_flops(fabric.device, dtype) for dtype in dtypes) * fabric.world_size
+        self._peak = peak_flops
         self._token_flops = estimate(model, seq_len=config.seq_len).flops_per_token
         self._bar = tqdm(
             total=config.steps,
@@ -150,7 +149,7 @@ class Recorder:
         prompt = text[0][0][:_PROMPT_TOKENS]
         ids = generate(
             module,  # type: ignore[arg-type]
-            prompt.to(self._fabric.device),
+            prompt.to(self._engine.device),
             self._config.sample_tokens,
             _SAMPLE_TEMPERATURE,
             seed=self._config.seed,

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning_fabric import Fabric
 
 from tinyllm._internal.files import REPLACED
 from tinyllm._internal.locks import owned
@@ -32,7 +31,7 @@ from tinyllm.runs.load import load_model
 from tinyllm.runs.succession import giving_up, recover
 from tinyllm.tokenizer import Tokenizer, load_tokenizer
 from tinyllm.training.begin import begin, check_saved, datasets
-from tinyllm.training.engine import ending_others, launch, on_rank_zero
+from tinyllm.training.engine import Engine, launch
 from tinyllm.training.estimate import memory_error
 from tinyllm.training.loop import Fitted, fit
 from tinyllm.training.optim import adamw, learning_rate
@@ -132,9 +131,9 @@ def train(
         raise TypeError(
             f"config is a {type(config).__name__}; a TrainConfig is needed, such as TrainConfig.from_preset"
         )
-    fabric = launch(config, say)
+    engine = launch(config, say)
     with ExitStack() as stack:
-        stack.enter_context(ending_others(fabric))
+        stack.enter_context(engine.ending_others())
 
         def start() -> Path:
             folder = stack.enter_context(new_run_folder(config.preset)) if out is None else Path(out)
@@ -144,7 +143,7 @@ def train(
                 folder,
                 data,
                 init_from,
-                fabric.device,
+                engine.device,
                 text_column=text_column,
                 skip_bad=skip_bad,
                 overwrite=overwrite,
@@ -154,7 +153,7 @@ def train(
             stack.enter_context(giving_up(folder))
             return folder
 
-        return _run(fabric, config, on_rank_zero(fabric, start), progress, say)
+        return _run(engine, config, engine.on_rank_zero(start), progress, say)
 
 
 def resume(
@@ -181,9 +180,9 @@ def resume(
     out = Path(out)
     saved = read_config(out, parts=["model"])
     config = _changed(saved_config(saved, out), changes, out)
-    fabric = launch(config, say)
+    engine = launch(config, say)
     with ExitStack() as stack:
-        stack.enter_context(ending_others(fabric))
+        stack.enter_context(engine.ending_others())
 
         def start() -> Path:
             stack.enter_context(owned(out, "trained", say))
@@ -196,7 +195,7 @@ def resume(
                     f"{out} has weights but no checkpoint to go on from: no room was left for one, or an older version "
                     "wrote them; --init-from begins a new training with them"
                 )
-            check_saved(saved, config, out, fabric.device, say)
+            check_saved(saved, config, out, engine.device, say)
             remove_unfinished(out)
             if there:
                 publish_last(out)
@@ -210,31 +209,31 @@ def resume(
                 say(line)
             return out
 
-        return _run(fabric, config, on_rank_zero(fabric, start), progress, say)
+        return _run(engine, config, engine.on_rank_zero(start), progress, say)
 
 
-def _run(fabric: Fabric, config: TrainConfig, out: Path, progress: bool, say: Say) -> TrainResult:
+def _run(engine: Engine, config: TrainConfig, out: Path, progress: bool, say: Say) -> TrainResult:
     """Train what `out` describes."""
     saved = read_config(out, parts=["model"])
     tokenizer = load_tokenizer(out / TOKENIZER_FILE)
     train_set, val_set = datasets(saved["data"], out, tokenizer, config.seq_len)
     weights = Path(saved["init"]["weights"]) if "init" in saved else None
-    device = fabric.device
+    device = engine.device
     with (
         torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
-        _naming_causes(config, tokenizer.vocab_size, fabric),
+        _naming_causes(config, tokenizer.vocab_size, engine),
     ):
         model = _model(config, tokenizer.vocab_size)
-        if fabric.is_global_zero:
-            where = f"{device}" if fabric.world_size == 1 else f"{fabric.world_size} processes, {device.type}"
+        if engine.rank == 0:
+            where = f"{device}" if engine.world_size == 1 else f"{engine.world_size} processes, {device.type}"
             say(f"Model: {model.num_parameters():,} weights, on {where}")
         title = f"{config.preset} on {saved['data']['name']}"
         with _products.kept(saved.get("products")):
             fitted: Fitted = fit(
-                fabric, model, tokenizer, train_set, val_set, config, out,
+                engine, model, tokenizer, train_set, val_set, config, out,
                 title=title, progress_bar=progress, weights=weights,
             )  # fmt: skip
-        fabric.barrier()  # whoever goes on reads what the first process has written
+        engine.barrier()  # whoever goes on reads what the first process has written
         if not (out / MODEL_FILE).exists() and not checkpoints(out):
             raise OSError(f"nothing could be written to {out}, not even the weights alone; the training is lost")
         trained = load_model(out, device)
@@ -242,14 +241,14 @@ def _run(fabric: Fabric, config: TrainConfig, out: Path, progress: bool, say: Sa
 
 
 @contextmanager
-def _naming_causes(config: TrainConfig, vocab_size: int, fabric: Fabric) -> Iterator[None]:
+def _naming_causes(config: TrainConfig, vocab_size: int, engine: Engine) -> Iterator[None]:
     """Say what is behind an error of PyTorch's: memory that has run out, or another process that has gone."""
     try:
         yield
     except Exception as error:
-        if (named := memory_error(config, vocab_size, fabric.device, error)) is not None:
+        if (named := memory_error(config, vocab_size, engine.device, error)) is not None:
             raise named from error
-        if fabric.world_size > 1 and isinstance(error, RuntimeError) and _PEER_GONE.search(str(error)):
+        if engine.world_size > 1 and isinstance(error, RuntimeError) and _PEER_GONE.search(str(error)):
             raise ConnectionError(
                 "another process of this training has ended, perhaps for want of memory; --resume goes on from the "
                 "last checkpoint, if there is one"
@@ -258,7 +257,7 @@ def _naming_causes(config: TrainConfig, vocab_size: int, fabric: Fabric) -> Iter
 
 
 def _model(config: TrainConfig, vocab_size: int) -> SimpleLLM:
-    """With the weights to begin with, which depend on the seed alone; fsdp's has none yet, see `engine.setup`."""
+    """With the weights to begin with, which depend on the seed alone; fsdp's has none yet, see `Engine.setup`."""
     modern = PRESETS[config.preset].modern  # the article's model keeps the article's first weights
     later = modern and config.strategy == "fsdp"
     with torch.device("meta" if later else "cpu"):
