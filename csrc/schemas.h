@@ -69,24 +69,16 @@ void define_operators(Library& m) {
       " str activation, bool input_grad, bool weight_grads, bool bias1_grad, bool bias2_grad) -> (Tensor grad_input, "
       "Tensor grad_weight1,"
       " Tensor grad_bias1, Tensor grad_weight2, Tensor grad_bias2)");
-  // parameters are the weights of query, key, value, out_proj (only with several heads), linear1, linear2, norm1 and
-  // norm2, followed, if there are biases, by the biases in the same order.
-  m.def(
-      "transformer_block_fwd(Tensor input, Tensor[] parameters, int num_heads, bool causal, bool norm_first,"
-      " str activation, float eps1, float eps2, bool save) -> (Tensor out, Tensor saved)");
-  m.def(
-      "transformer_block_bwd(Tensor grad, Tensor input, Tensor[] parameters, Tensor saved, int num_heads, bool causal,"
-      " bool norm_first, str activation) -> (Tensor grad_input, Tensor[] grads)");
-  // parameters are listed in cpu/transformer.cpp. With a target (B, T) the output is the mean loss, otherwise the
-  // logits.
+  // Whole models and blocks alone; cpu/transformer.cpp says what parameters lists. With a target (B T) the output is
+  // the mean loss. grad_added is the gradient of positions, or of the input of blocks alone.
   m.def(
       "transformer_fwd(Tensor input, Tensor[] parameters, Tensor? positions, Tensor? target, int num_layers,"
-      " int num_heads, bool causal, bool norm_first, str activation, float eps, bool save)"
+      " int num_heads, bool causal, bool norm_first, str activation, float eps1, float eps2, bool save)"
       " -> (Tensor out, Tensor saved)");
   m.def(
       "transformer_bwd(Tensor grad, Tensor input, Tensor[] parameters, Tensor? positions, Tensor? target, Tensor saved,"
-      " int num_layers, int num_heads, bool causal, bool norm_first, str activation, float eps, bool positions_grad)"
-      " -> (Tensor[] grads, Tensor grad_positions)");
+      " int num_layers, int num_heads, bool causal, bool norm_first, str activation, float eps1, float eps2,"
+      " bool positions_grad) -> (Tensor[] grads, Tensor grad_added)");
 }
 
 }  // namespace tinyllm

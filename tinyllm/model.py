@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from tinyllm import ops
-from tinyllm._whole_model import WholeModel
+from tinyllm import _fused, ops
 from tinyllm.config.model import SimpleLLMConfig
 from tinyllm.nn import (
     Embedding,
@@ -25,9 +24,6 @@ from tinyllm.nn import (
     LearnedPositionalEncoding,
     PositionalEncoding,
     TransformerBlock,
-    apply_linear,
-    embed,
-    is_plain_linear,
 )
 
 __all__ = ["SimpleLLM", "choose_device", "init_gpt2_weights"]
@@ -38,10 +34,6 @@ POSITIONS: dict[str, type[PositionalEncoding] | type[LearnedPositionalEncoding]]
 }
 
 _MANY_LOGITS = 1_000_000  # from so many on, the loss is computed without holding them
-# Multiplications of a call, from which on what Python takes between the blocks is lost in their time. One operator for
-# all of them then has only disadvantages: all activations are held until its backward ends, and no gradient is there
-# before.
-_SMALL_MODEL = 1_000_000_000
 _INDEX_DTYPES = (torch.int32, torch.int64)  # those that torch's embedding takes as they are
 _INTEGER_DTYPES = (
     *_INDEX_DTYPES,
@@ -93,24 +85,16 @@ class SimpleLLM(nn.Module):
         position: str = "sinusoidal",
     ) -> None:
         super().__init__()
+        # In the config's order, which is this constructor's: a test compares the two.
+        # fmt: off
         config = SimpleLLMConfig(
-            vocab_size=vocab_size,
-            embedding_dim=embedding_dim,
-            hidden_dim=hidden_dim,
-            num_layers=num_layers,
-            num_heads=num_heads,
-            causal=causal,
-            max_seq_len=max_seq_len,
-            dropout=dropout,
-            activation=activation,
-            norm_first=norm_first,
-            bias=bias,
-            tie_embeddings=tie_embeddings,
-            position=position,
+            vocab_size, embedding_dim, hidden_dim, num_layers, num_heads, causal, max_seq_len, dropout, activation,
+            norm_first, bias, tie_embeddings, position,
         )
+        # fmt: on
         self.config = config
         self.gradient_checkpointing = False
-        self._whole: WholeModel | None = None  # see _as_one_operator
+        self._whole: _fused.WholeModel | None = None  # see _as_one_operator
         # The order in which parameters are made decides which random numbers each one gets.
         self.embedding = Embedding(config.vocab_size, config.embedding_dim)
         self.positional_encoding = POSITIONS[config.position](config.embedding_dim, config.max_seq_len)
@@ -158,7 +142,7 @@ class SimpleLLM(nn.Module):
         """
         ids = _checked_ids(x)
         logits = self._as_one_operator(ids)
-        return apply_linear(self.output, self.features(ids)) if logits is None else logits
+        return _fused.call_linear(self.output, self.features(ids)) if logits is None else logits
 
     def loss(
         self, x: Tensor, targets: Tensor, *, label_smoothing: float = 0.0, documents: Tensor | None = None
@@ -184,7 +168,7 @@ class SimpleLLM(nn.Module):
             raise ValueError(f"documents has shape {tuple(documents.shape)}; it must have x's, {tuple(x.shape)}")
         ids, output = _checked_ids(x), self.output
         # A small vocabulary's logits cost less than the bookkeeping of their blocks; a changed output must be called.
-        many = is_plain_linear(output) and ids.numel() * output.out_features >= _MANY_LOGITS
+        many = _fused.is_plain_linear(output) and ids.numel() * output.out_features >= _MANY_LOGITS
         whole = not many and label_smoothing == 0 and documents is None
         loss = self._as_one_operator(ids, targets) if whole else None
         if loss is not None:
@@ -193,7 +177,7 @@ class SimpleLLM(nn.Module):
         target = targets.flatten()
         low = features.dtype in (torch.bfloat16, torch.float16)
         if not many:
-            logits = apply_linear(output, features)
+            logits = _fused.call_linear(output, features)
             return F.cross_entropy(logits.float() if low else logits, target, label_smoothing=label_smoothing)
         # Under autocast to the dtype that all is in already, nothing changes but the loss's own dtype.
         with torch.autocast(x.device.type, features.dtype) if low else nullcontext():
@@ -203,7 +187,7 @@ class SimpleLLM(nn.Module):
 
     def features(self, x: Tensor, documents: Tensor | None = None) -> Tensor:
         """What `output` turns into logits: (B, T) ids to (B, T, D). documents: see `loss`. Raises as `forward`."""
-        x = embed(self.embedding, self.positional_encoding, self.dropout, _checked_ids(x))
+        x = _fused.call_embedding(self.embedding, self.positional_encoding, self.dropout, _checked_ids(x))
         recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
         if documents is None and not recompute:
             x = self.transformer_blocks(x)
@@ -218,23 +202,10 @@ class SimpleLLM(nn.Module):
         return self.final_norm(x)  # a tensor only if there are no blocks
 
     def _as_one_operator(self, ids: Tensor, targets: Tensor | None = None) -> Tensor | None:
-        """Logits, or their loss; None where the parts are better run one by one."""
-        own = getattr(self.features, "__func__", None) is SimpleLLM.features
-        # What a transform puts in the parameters' place must not be kept as if it were the model's.
-        if torch.compiler.is_compiling() or ops.active_transform() is not None:
+        """Return logits, or their loss; None where the parts are better called one by one."""
+        if self.gradient_checkpointing or getattr(self.features, "__func__", None) is not SimpleLLM.features:
             return None
-        if not own or ids.numel() == 0 or self.gradient_checkpointing:
-            return None
-        whole = self._whole
-        if whole is None or not whole.holds(self):
-            self._whole = whole = WholeModel.of(self)
-        if whole is None or ids.numel() * whole.work > _SMALL_MODEL:
-            return None
-        try:
-            return whole.run(ids, targets)
-        except IndexError:
-            self.embedding(ids)  # says it in the model's terms, if it is an id
-            raise
+        return _fused.call_model(self, ids, targets)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_whole": None}  # it is found again; copies and files need not carry it

@@ -9,14 +9,14 @@ Shapes: B sequences of T tokens, D = embedding_dim, H = num_heads, D = H * head_
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeGuard, cast, overload
+from typing import cast, overload
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
-from tinyllm import ops
+from tinyllm import _fused, ops
 from tinyllm._internal.checks import check_choice, check_heads, check_int, check_probability
+from tinyllm.ops.embedding import raise_for_ids
 from tinyllm.reference import sinusoidal_table
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"relu": nn.ReLU, "gelu": nn.GELU}
 
 
+@_fused.known("eps")
 class LayerNorm(nn.LayerNorm):
     """`torch.nn.LayerNorm` on the fused kernel, which can add a residual on the way.
 
@@ -70,6 +71,7 @@ class RMSNorm(nn.RMSNorm):
         return ops.rms_norm(x, self.normalized_shape, self.weight, self.eps)
 
 
+@_fused.known()
 class Embedding(nn.Module):
     """Token ids (...), int32 or int64, to vectors (..., embedding_dim): one learned row per word.
 
@@ -86,17 +88,13 @@ class Embedding(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         try:
             vectors: Tensor = self.embedding(x)
-        except IndexError as error:  # torch's own message tells neither the id nor the range
-            vocab_size = self.embedding.num_embeddings
-            bad = x[(x < 0) | (x >= vocab_size)]
-            if bad.numel() == 0:
-                raise
-            raise IndexError(
-                f"x has the token id {int(bad[0])}; ids must be in 0 .. {vocab_size - 1} (vocab_size {vocab_size})"
-            ) from error
+        except IndexError:  # torch's own message tells neither the id nor the range
+            raise_for_ids(x, self.embedding.num_embeddings)
+            raise
         return vectors
 
 
+@_fused.known()
 class PositionalEncoding(nn.Module):
     """Add a fixed sinusoidal position signal: (B, T, D) to (B, T, D), T at most max_seq_len.
 
@@ -130,6 +128,7 @@ class PositionalEncoding(nn.Module):
         return f"{self.embedding_dim}, max_seq_len={self.max_seq_len}"
 
 
+@_fused.known()
 class LearnedPositionalEncoding(nn.Module):
     """Add a learned vector for each position, as GPT-2 does: (B, T, D) to (B, T, D).
 
@@ -159,6 +158,7 @@ class LearnedPositionalEncoding(nn.Module):
         return f"{self.embedding_dim}, max_seq_len={self.max_seq_len}"
 
 
+@_fused.known("num_heads", "causal", "dropout", "training")
 class SelfAttention(nn.Module):
     """softmax(Q K^T / sqrt(head_dim)) V: (B, T, D) to (B, T, D).
 
@@ -208,14 +208,14 @@ class SelfAttention(nn.Module):
         if x.dim() != 3 or x.size(-1) != self.embedding_dim:
             raise ValueError(f"x has shape {tuple(x.shape)}; it must be (B, T, {self.embedding_dim})")
         is_causal = self.causal and attn_mask is None
-        query, key, value = apply_linear(self.query, x), apply_linear(self.key, x), apply_linear(self.value, x)
+        query, key, value = (_fused.call_linear(layer, x) for layer in (self.query, self.key, self.value))
         dropout_p = self.dropout if self.training else 0.0
         if self.out_proj is None:
             mask = None if attn_mask is None else attn_mask.squeeze(1)
             return ops.scaled_dot_product_attention(query, key, value, mask, dropout_p=dropout_p, is_causal=is_causal)
         heads = (self._split_heads(query), self._split_heads(key), self._split_heads(value))
         attended = ops.scaled_dot_product_attention(*heads, attn_mask, dropout_p=dropout_p, is_causal=is_causal)
-        return apply_linear(self.out_proj, attended.transpose(1, 2).flatten(2))
+        return _fused.call_linear(self.out_proj, attended.transpose(1, 2).flatten(2))
 
     def _split_heads(self, x: Tensor) -> Tensor:
         """(B, T, D) to (B, H, T, head_dim): a view, the kernels take any strides."""
@@ -226,6 +226,7 @@ class SelfAttention(nn.Module):
         return f"num_heads={self.num_heads}, causal={self.causal}, dropout={self.dropout}"
 
 
+@_fused.known("norm_first", "activation")
 class TransformerBlock(nn.Module):
     """Attention and a two-layer network, each on a branch: (B, T, D) to (B, T, D).
 
@@ -290,18 +291,10 @@ class TransformerBlock(nn.Module):
         self, x: Tensor | tuple[Tensor, Tensor], attn_mask: Tensor | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
         """attn_mask: (B, 1, T, T), see `SelfAttention`."""
-        parameters = None if attn_mask is not None else self.plain_parameters()
-        if parameters is not None and isinstance(x, Tensor) and _takes_block(x, parameters, self.attention):
-            return ops.transformer_block(
-                x,
-                parameters,
-                num_heads=self.attention.num_heads,
-                causal=self.attention.causal,
-                norm_first=self.norm_first,
-                activation=self.activation,
-                eps1=self.norm1.eps,
-                eps2=self.norm2.eps,
-            )
+        if attn_mask is None and isinstance(x, Tensor):
+            out = _fused.call_block(self, x)
+            if out is not None:
+                return out
         if not self.norm_first:
             x = cast(Tensor, x)
             normed, _ = self.norm1(x, self.dropout(self._attend(x, attn_mask)))
@@ -317,132 +310,10 @@ class TransformerBlock(nn.Module):
         return cast(Tensor, self.attention(x) if attn_mask is None else self.attention(x, attn_mask))
 
     def _network(self, x: Tensor) -> Tensor:
-        """feed_forward(x), in one operator where nothing stands against it."""
-        network = self.feed_forward
-        if type(network) is not nn.Sequential or len(network) != 3 or not _is_worth_it(x, network[0]):
-            out: Tensor = network(x)
-            return out
-        first, activation, last = network
-        plain = _is_plain_activation(activation, self.activation) and not has_hooks(network, activation)
-        if not plain or not is_plain_linear(first) or not is_plain_linear(last):
-            return cast(Tensor, network(x))
-        return ops.feed_forward(x, first.weight, first.bias, last.weight, last.bias, activation=self.activation)
-
-    def plain_parameters(self) -> list[Tensor] | None:
-        """The parameters as `ops.transformer_block` lists them; None where the modules must be called one by one.
-
-        That is: dropout in training, and modules that somebody has replaced, hooked or parametrized.
-        """
-        # Modules are looked up in the dictionaries they are in: nn.Module's search takes as long as a small product.
-        own = self._modules
-        attention, network, dropout, norm1, norm2 = map(
-            own.__getitem__, ("attention", "feed_forward", "dropout", "norm1", "norm2")
-        )
-        if (
-            type(attention) is not SelfAttention
-            or type(network) is not nn.Sequential
-            or type(dropout) is not nn.Dropout
-        ):
-            return None
-        if (dropout.training and dropout.p > 0) or (attention.training and attention.dropout > 0):
-            return None
-        projections = [attention._modules.get(name) for name in ("query", "key", "value", "out_proj")]
-        if attention.num_heads == 1 and projections.pop() is not None:
-            return None
-        inner = [*network._modules.values()]
-        if len(inner) != 3 or not _is_plain_activation(inner[1], self.activation):
-            return None
-        layers = [*projections, inner[0], inner[2]]
-        if any(type(layer) is not nn.Linear for layer in layers):
-            return None
-        if type(norm1) is not LayerNorm or type(norm2) is not LayerNorm:
-            return None
-        parts = cast("list[nn.Module]", [*layers, norm1, norm2])
-        if has_hooks(*parts, attention, network, inner[1], dropout):
-            return None
-        found = [part._parameters[name] for name in ("weight", "bias") for part in parts]
-        parameters: list[Tensor] = [parameter for parameter in found if parameter is not None]
-        biases = len(parameters) - len(parts)
-        # The weights are there, and the biases of all or of none.
-        if any(weight is None for weight in found[: len(parts)]) or biases not in (0, len(parts)):
-            return None
-        if any(type(parameter) not in PLAIN_TENSORS for parameter in parameters):
-            return None
-        return parameters
+        return _fused.call_network(self.feed_forward, x, self.activation)
 
     def extra_repr(self) -> str:
         return f"norm_first={self.norm_first}"
-
-
-def _is_plain_activation(module: nn.Module | None, name: str) -> bool:
-    return type(module) is ACTIVATIONS[name] and getattr(module, "approximate", "none") == "none"
-
-
-def has_hooks(*modules: nn.Module) -> bool:
-    """Whether calling one of them does more than its class says."""
-    return _has_any_global_hook() or any(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-        for module in modules
-    )
-
-
-def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether calling the module is a product with its weight, and the weight a tensor of numbers as they are."""
-    return type(module) is nn.Linear and not has_hooks(module) and type(module.weight) in PLAIN_TENSORS
-
-
-# Not a subclass, such as a quantized or distributed weight: it has its own way of being multiplied.
-PLAIN_TENSORS = (nn.Parameter, Tensor)
-
-
-def apply_linear(module: nn.Module, x: Tensor) -> Tensor:
-    """module(x), on the operator of tinyllm where it is an unchanged nn.Linear and large enough for that to pay."""
-    if is_plain_linear(module) and _is_worth_it(x, module):
-        return ops.linear(x, module.weight, module.bias)
-    out: Tensor = module(x)
-    return out
-
-
-def _is_worth_it(x: Tensor, first: nn.Module) -> bool:
-    """Whether a product of x is large enough for the gain to exceed some microseconds of Python."""
-    return isinstance(first, nn.Linear) and x.numel() * first.out_features >= 1_000_000
-
-
-def embed(embedding: nn.Module, positional_encoding: nn.Module, dropout: nn.Module, ids: Tensor) -> Tensor:
-    """dropout(positional_encoding(embedding(ids))), (B, T) to (B, T, D): in one pass if they are unchanged modules."""
-    table = plain_embedding(embedding, positional_encoding)
-    if table is None:
-        return cast(Tensor, dropout(positional_encoding(embedding(ids))))
-    positions = cast(PositionalEncoding, positional_encoding).rows(ids.size(1))
-    options = (table.padding_idx, table.max_norm, table.norm_type, table.scale_grad_by_freq, table.sparse)
-    p = None  # of a dropout that the operator does
-    if type(dropout) is nn.Dropout and not has_hooks(dropout):
-        p = dropout.p if dropout.training else 0.0
-    try:
-        vectors = ops.embedding(ids, table.weight, *options, positions=positions, dropout_p=p or 0.0)
-    except IndexError:
-        embedding(ids)  # says it in the model's terms
-        raise
-    return cast(Tensor, dropout(vectors)) if p is None else vectors
-
-
-def plain_embedding(embedding: nn.Module, positional_encoding: nn.Module) -> nn.Embedding | None:
-    """The table of ids, where calling the two modules is no more than looking up its rows and adding positions."""
-    known = type(positional_encoding) in (PositionalEncoding, LearnedPositionalEncoding)
-    if not known or type(embedding) is not Embedding or type(table := embedding.embedding) is not nn.Embedding:
-        return None
-    return None if has_hooks(embedding, table, positional_encoding) else table
-
-
-def _takes_block(x: Tensor, parameters: list[Tensor], attention: SelfAttention) -> bool:
-    """Whether one fused operator serves such a block; parts of it that need no gradient would be wasted work."""
-    if torch.is_grad_enabled() and not all(parameter.requires_grad for parameter in parameters):
-        return False
-    return ops.serves_block(x, parameters, attention.num_heads)
 
 
 def _check_seq_len(seq_len: int, max_seq_len: int) -> None:

@@ -1,140 +1,179 @@
-// A whole language model as one operator for forward and one for backward, for models so small that calls of separate
-// operators would take longer than their work:
+// Transformer blocks as one operator forward and one backward, for models so small that calls of separate operators
+// would take longer than their work; of the first parameter's dtype, float or double:
 //
-//   ids (B, T) -> rows of the table + positions -> blocks -> [norm] -> output -> logits (B, T, V) [-> mean loss]
+//   a whole model:  ids (B, T) -> rows of the table + positions -> blocks -> [norm] -> output -> logits (B, T, V')
+//                   [-> mean loss]
+//   blocks alone:   input (B, T, D) -> blocks -> (B, T, D)
 //
-// The list of parameters is: table (V, D); for each block what transformer_block lists; the weight of the final norm if
-// norm_first; the weight of output (V', D). If the blocks have biases, the last two are each followed by their bias.
+// The list of parameters: table (V, D); for each block the weights of query, key, value, out_proj (only with several
+// heads), linear1, linear2, norm1 and norm2, then, if there are biases, those in the same order; if norm_first, the
+// final norm's weight; output's weight (V', D); the last two with their biases behind them where the blocks have
+// biases. For blocks alone it is theirs alone.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
 #include <optional>
+#include <string>
 #include <tuple>
 
 #include "embedding.h"
-#include "layer_norm.h"
 #include "losses.h"
-#include "scratch.h"
 #include "transformer_block.h"
 
 namespace tinyllm::cpu {
 namespace {
 
-struct Layer {
-  BlockSizes sizes;
-  BlockParameters<const void*> weights;
-};
-
-// The checked arguments of a call.
+// The arguments of a call, checked.
 struct Model {
-  BlockSizes settings;  // common to all layers
-  std::vector<Layer> layers;
+  bool whole;
+  BlockSizes settings;  // of all blocks, without hidden
+  std::vector<BlockSizes> blocks;
   int64_t rows, width, vocab_size, classes;
-  double eps;
   ScalarType dtype;
-  Tensor ids;
-  std::optional<Tensor> added;  // positions
+  Tensor input;  // ids as contiguous int64, or vectors
+  std::optional<Tensor> positions;
   std::optional<Targets> targets;
-  Embedding embedding;
-  const void *norm = nullptr, *norm_bias = nullptr;
-  const void *output, *output_bias = nullptr;
+  std::vector<Tensor> parameters;  // contiguous
+
+  std::vector<int64_t> out_shape() const {
+    if (targets) return {};
+    return {settings.batch, settings.tokens, whole ? classes : width};
+  }
 };
 
-struct Call {
-  const char* op;
-  Tensor input;
-  std::vector<Tensor> parameters;
-  std::optional<Tensor> positions, target;
-  int64_t num_layers, num_heads;
-  bool causal, norm_first;
-  std::string activation;
-  double eps;
+template <class P>
+struct Parameters {
+  P table;
+  std::vector<BlockParameters<P>> blocks;
+  Affine<P> norm, output;
+
+  // Calls f(parameter, extents) for each, in the order of the list.
+  template <class F>
+  void visit(const Model& m, const F& f) {
+    if (m.whole) f(table, Extents{m.vocab_size, m.width});
+    blocks.resize(m.blocks.size());
+    for (size_t l = 0; l < blocks.size(); ++l) blocks[l].visit(m.blocks[l], f);
+    if (!m.whole) return;
+    const auto both = [&](Affine<P>& p, const Extents& extents) {
+      f(p.weight, extents);
+      if (m.settings.bias) f(p.bias, Extents{extents.rows});
+    };
+    if (m.settings.norm_first) both(norm, {m.width});
+    both(output, {m.classes, m.width});
+  }
 };
 
-Model prepare(Call& call) {
-  const char* const op = call.op;
-  std::vector<Tensor>& parameters = call.parameters;
+bool has_shape(const Tensor& t, const std::vector<int64_t>& shape) {
+  return t.dim() == static_cast<int64_t>(shape.size()) && std::equal(shape.begin(), shape.end(), t.sizes().begin());
+}
+
+int64_t first_size(const Tensor& t) { return t.dim() > 0 ? t.size(0) : 0; }
+
+Model prepare(const char* op, const Tensor& input, const std::vector<Tensor>& parameters,
+              const std::optional<Tensor>& positions, const std::optional<Tensor>& target, int64_t num_layers,
+              int64_t num_heads, bool causal, bool norm_first, const std::string& activation, double eps1,
+              double eps2) {
   if (parameters.empty()) fail(op, ": there are no parameters");
-  if (call.input.dim() != 2) fail(op, ": input has shape ", shape_of(call.input), "; (B, T) is needed");
-  if (call.num_layers < 0) fail(op, ": num_layers is ", call.num_layers, "; it must not be negative");
-  const Tensor table = parameters[0];
-  const DType dtype = dtype_of(op, table);
-  if (dtype != DType::f32 && dtype != DType::f64)
-    fail(op, ": parameters have dtype ", torch::headeronly::toString(table.scalar_type()),
-         "; float or double is needed");
-  if (table.dim() != 2) fail(op, ": the first parameter has shape ", shape_of(table), "; (V, D) is needed");
   Model m{};
-  m.dtype = table.scalar_type();
-  m.vocab_size = table.size(0);
-  m.width = table.size(1);
-  m.eps = call.eps;
-  const int64_t batch = call.input.size(0), tokens = call.input.size(1);
-  m.rows = batch * tokens;
-  m.settings =
-      block_settings(op, dtype, batch, tokens, m.width, call.num_heads, call.causal, call.norm_first, call.activation);
-  const int64_t rest = call.norm_first ? 2 : 1, given = static_cast<int64_t>(parameters.size()) - 1;
-  const int64_t without = call.num_layers * m.settings.parameters() + rest;
-  m.settings.bias = given == 2 * without;
-  if (!m.settings.bias && given != without)
-    fail(op, ": there are ", given + 1, " parameters; ", without + 1, " or ", 2 * without + 1, " are needed");
+  m.parameters = parameters;
+  m.whole = input.scalar_type() == ScalarType::Long || input.scalar_type() == ScalarType::Int;
+  const Tensor first = m.whole ? parameters[0] : input;
+  m.dtype = first.scalar_type();
+  const DType dtype = dtype_of(op, first);
+  if (dtype != DType::f32 && dtype != DType::f64)
+    fail(op, ": the dtype is ", torch::headeronly::toString(m.dtype), "; float or double is needed");
+  if (input.dim() != (m.whole ? 2 : 3))
+    fail(op, ": input has shape ", shape_of(input), m.whole ? "; (B, T) is needed" : "; (B, T, D) is needed");
+  if (m.whole && first.dim() != 2) fail(op, ": the first parameter has shape ", shape_of(first), "; (V, D) is needed");
+  if (num_layers < (m.whole ? 0 : 1))
+    fail(op, ": num_layers is ", num_layers, "; it must be at least ", m.whole ? 0 : 1);
+  if (!m.whole && (positions || target)) fail(op, ": blocks alone take neither positions nor target");
+  m.vocab_size = m.whole ? first.size(0) : 0;
+  m.width = m.whole ? first.size(1) : input.size(2);
+  if (num_heads < 1 || m.width % num_heads != 0 || m.width / num_heads > 1024)
+    fail(op, ": num_heads is ", num_heads, "; it must divide D, ", m.width, ", into at most 1024 columns");
+  if (activation != "relu" && activation != "gelu")
+    fail(op, ": activation is '", activation, "'; relu or gelu is needed");
+  BlockSizes& s = m.settings;
+  s = {input.size(0),
+       input.size(1),
+       input.size(0) * input.size(1),
+       m.width,
+       0,
+       num_heads,
+       num_heads > 1,
+       false,
+       causal,
+       norm_first,
+       activation == "relu" ? Activation::relu : Activation::gelu,
+       dtype,
+       eps1,
+       eps2};
+  m.rows = s.rows;
 
+  const int64_t given = static_cast<int64_t>(parameters.size()), table = m.whole ? 1 : 0;
+  const int64_t without = num_layers * s.parameters() + (m.whole ? (norm_first ? 2 : 1) : 0);
+  s.bias = given == table + 2 * without;
+  if (!s.bias && given != table + without)
+    fail(op, ": there are ", given, " parameters; ", table + without, " or ", table + 2 * without, " are needed");
+  m.blocks.assign(num_layers, s);
+  for (int64_t l = 0; l < num_layers; ++l)
+    m.blocks[l].hidden = first_size(parameters[table + l * s.parameters() + (s.projected ? 4 : 3)]);
+  m.classes = m.whole ? first_size(parameters[given - (s.bias ? 2 : 1)]) : 0;
   size_t index = 0;
-  const auto next = [&](const Extents& extents) { return parameter_data(op, parameters, index++, m.dtype, extents); };
-  const void* const table_data = next({m.vocab_size, m.width});
-  for (int64_t l = 0; l < call.num_layers; ++l) {
-    Layer layer{m.settings, {}};
-    layer.sizes.hidden = hidden_dim(m.settings, parameters, index);
-    layer.weights.visit(layer.sizes, [&](const void*& at, const Extents& extents) { at = next(extents); });
-    m.layers.push_back(layer);
-  }
-  if (call.norm_first) {
-    m.norm = next({m.width});
-    if (m.settings.bias) m.norm_bias = next({m.width});
-  }
-  m.classes = parameters[index].dim() > 0 ? parameters[index].size(0) : 0;
-  m.output = next({m.classes, m.width});
-  if (m.settings.bias) m.output_bias = next({m.classes});
+  Parameters<const void*>().visit(m, [&](const void*, const Extents& extents) {
+    Tensor& t = m.parameters[index];
+    if (!t.is_cpu()) fail(op, ": parameter ", index, " is not on the CPU, where the others are");
+    check_dtype(op, "a parameter", t, m.dtype);
+    if (!has_shape(t, extents.shape()))
+      fail(op, ": parameter ", index, " has shape ", shape_of(t), ", which does not fit the others");
+    t = as_contiguous(t);
+    ++index;
+  });
 
-  m.ids = checked_ids(op, call.input, table, m.vocab_size);
-  if (call.positions.has_value()) {
-    check_device(op, "positions", *call.positions, table);
-    check_dtype(op, "positions", *call.positions, m.dtype);
-    check_shape(op, "positions", *call.positions, {tokens, m.width});
-    m.added = as_contiguous(*call.positions);
+  m.input = m.whole ? checked_ids(op, input, first, m.vocab_size) : as_contiguous(input);
+  if (positions) {
+    check_device(op, "positions", *positions, first);
+    check_dtype(op, "positions", *positions, m.dtype);
+    check_shape(op, "positions", *positions, {s.tokens, m.width});
+    m.positions = as_contiguous(*positions);
   }
-  if (call.target.has_value())
-    m.targets = read_targets(op, table, *call.target, std::nullopt, m.rows, m.classes, kIgnoreIndex);
-  m.embedding = {table_data,
-                 static_cast<const int64_t*>(data_of(m.ids)),
-                 m.added ? data_of(*m.added) : nullptr,
-                 nullptr,
-                 m.width,
-                 std::max<int64_t>(1, tokens)};
+  if (target) m.targets = read_targets(op, first, *target, std::nullopt, m.rows, m.classes, kIgnoreIndex);
   return m;
 }
 
-// The activations that forward saves for backward; without gradients all layers use the same memory.
+Parameters<const void*> data_of_parameters(const Model& m) {
+  Parameters<const void*> found{};
+  auto next = m.parameters.begin();
+  found.visit(m, [&](const void*& at, const Extents&) { at = data_of(*next++); });
+  return found;
+}
+
+// The activations that forward saves for backward. If nothing is saved, all layers use the same memory.
 template <class S>
 struct Saved {
-  std::vector<S*> streams;  // the input of each layer, and the output of the last one
-  std::vector<BlockSaved<S>> layers;
-  S *features, *mean, *rstd;  // the output and the statistics of the final norm
+  std::vector<S*> streams;  // what each block takes, and what the last one gives: blocks alone have neither end
+  std::vector<BlockSaved<S>> blocks;
+  S *features, *mean, *rstd;  // of the final norm
   S* grad_logits;             // of the mean loss
 
   Saved(const Model& m, bool save, TypedArena<S>& arena) {
     const int64_t size = m.rows * m.width;
-    streams.assign(m.layers.size() + 1, arena.take(size));
+    S* const common = save ? nullptr : arena.take(size);
     int64_t most = arena.used();
-    for (size_t l = 0; l < m.layers.size(); ++l) {
-      if (save) streams[l + 1] = arena.take(size);
+    for (size_t l = 0; l <= m.blocks.size(); ++l) {
+      const bool outside = !m.whole && (l == 0 || l == m.blocks.size());
+      streams.push_back(outside ? nullptr : save ? arena.take(size) : common);
+      if (l == m.blocks.size()) break;
       TypedArena<S> shared = arena;
-      layers.emplace_back(m.layers[l].sizes, save ? arena : shared);
+      blocks.emplace_back(m.blocks[l], save ? arena : shared);
       most = std::max(most, shared.used());
     }
     if (!save) arena.take(most - arena.used());
-    features = m.settings.norm_first ? arena.take(size) : streams.back();
-    mean = m.settings.norm_first ? arena.take(m.rows) : nullptr;
-    rstd = m.settings.norm_first ? arena.take(m.rows) : nullptr;
+    const bool norm = m.whole && m.settings.norm_first;
+    features = norm ? arena.take(size) : streams.back();
+    mean = norm ? arena.take(m.rows) : nullptr;
+    rstd = norm ? arena.take(m.rows) : nullptr;
     grad_logits = save && m.targets ? arena.take(m.rows * m.classes) : nullptr;
   }
 };
@@ -146,7 +185,7 @@ int64_t saved_size(const Model& m, bool save) {
   return sizes.used();
 }
 
-// Returns the mean loss of the logits, and writes their gradient unless grad is null.
+// Returns the mean loss of the logits, and writes their gradient unless `grad` is null.
 template <class S>
 S mean_loss(const Model& m, const S* logits, S* grad) {
   const Scratch scratch(static_cast<size_t>(3 * m.rows) * sizeof(S));
@@ -170,85 +209,92 @@ S mean_loss(const Model& m, const S* logits, S* grad) {
 template <class S>
 void forward(const Model& m, const Saved<S>& saved, S* out) {
   const DType dtype = m.settings.dtype;
-  Embedding embedding = m.embedding;
-  embedding.out = saved.streams[0];
-  embedding_forward(dtype, embedding, m.rows);
-  for (size_t l = 0; l < m.layers.size(); ++l)
-    block_forward<S>(m.layers[l].sizes, m.layers[l].weights, saved.streams[l], m.eps, m.eps, saved.streams[l + 1],
-                     saved.layers[l]);
+  const Parameters<const void*> w = data_of_parameters(m);
+  const S* x = static_cast<const S*>(data_of(m.input));
+  if (m.whole) {
+    embedding_forward(
+        dtype,
+        {w.table, static_cast<const int64_t*>(data_of(m.input)), m.positions ? data_of(*m.positions) : nullptr,
+         saved.streams[0], m.width, std::max<int64_t>(1, m.settings.tokens)},
+        m.rows);
+    x = saved.streams[0];
+  }
+  for (size_t l = 0; l < m.blocks.size(); ++l) {
+    S* const y = !m.whole && l + 1 == m.blocks.size() ? out : saved.streams[l + 1];
+    block_forward<S>(m.blocks[l], w.blocks[l], x, y, saved.blocks[l]);
+    x = y;
+  }
+  if (!m.whole) return;
   if (m.settings.norm_first)
-    layer_norm_forward(dtype,
-                       {saved.streams.back(), nullptr, m.norm, m.norm_bias, saved.features, nullptr, saved.mean,
-                        saved.rstd, m.width, m.eps, false},
-                       m.rows);
+    norm_forward<S>(dtype, w.norm, m.settings.eps1, x, nullptr, m.rows, m.width, saved.features, nullptr, saved.mean,
+                    saved.rstd);
   const Scratch scratch(m.targets ? static_cast<size_t>(m.rows * m.classes) * sizeof(S) : 0);
   S* const logits = m.targets ? reinterpret_cast<S*>(scratch.data()) : out;
-  Matmul output = linear_output(saved.features, m.output, m.rows, m.width, m.classes, logits);
-  output.bias = m.output_bias;
-  run_matmuls(dtype, {output});
+  run_matmuls(dtype, {linear_layer(w.output, saved.features, m.rows, m.width, m.classes, logits)});
   if (m.targets) *out = mean_loss(m, logits, saved.grad_logits);
 }
 
-// `grads` has the memory for the gradient of each parameter and, last, for that of positions (or null).
+// grad_added: where the gradient of positions, or of the input of blocks alone, goes; positions' may be null.
 template <class S>
-void backward(const Model& m, const Saved<S>& saved, const S* grad, const std::vector<void*>& grads) {
+void backward(const Model& m, const Saved<S>& saved, const S* grad, const Parameters<void*>& g, S* grad_added) {
   const DType dtype = m.settings.dtype;
-  const int64_t size = m.rows * m.width, logits = m.rows * m.classes;
+  const int64_t size = m.rows * m.width, logits = m.targets ? m.rows * m.classes : 0;
+  const Parameters<const void*> w = data_of_parameters(m);
   const Scratch scratch(static_cast<size_t>(2 * size + logits) * sizeof(S));
-  S* to = reinterpret_cast<S*>(scratch.data());
-  S* from = to + size;
-  const S* grad_logits = grad;
+  S* buffer = reinterpret_cast<S*>(scratch.data());
+  S* other = buffer + size;
+  // Where the next part puts the gradient of its input, which may not be where that of its output is.
+  const auto next = [&] {
+    std::swap(buffer, other);
+    return other;
+  };
   if (m.targets) {
-    S* const scaled = from + size;
+    S* const scaled = buffer + 2 * size;
     torch::stable::parallel_for(0, logits, 32768, [&](int64_t begin, int64_t end) {
       std::transform(saved.grad_logits + begin, saved.grad_logits + end, scaled + begin,
                      [&](S x) { return x * *grad; });
     });
-    grad_logits = scaled;
+    grad = scaled;
   }
-  size_t index = grads.size() - 1;
-  void* const grad_positions = grads[index];  // the last
-  const auto previous = [&] { return grads[--index]; };
+  if (m.whole) {
+    linear_layer_backward(dtype, grad, saved.features, m.rows, m.width, m.classes, g.output);
+    S* to = next();
+    run_matmuls(dtype, {linear_grad_input(grad, w.output.weight, m.rows, m.width, m.classes, to)});
+    grad = to;
+    if (m.settings.norm_first) {
+      to = next();
+      norm_backward<S>(dtype, grad, nullptr, saved.streams.back(), w.norm.weight, saved.mean, saved.rstd, m.rows,
+                       m.width, to, g.norm);
+      grad = to;
+    }
+  }
+  for (size_t l = m.blocks.size(); l-- > 0;) {
+    const bool first = !m.whole && l == 0;
+    S* const to = first ? grad_added : next();
+    block_backward<S>(m.blocks[l], w.blocks[l], first ? static_cast<const S*>(data_of(m.input)) : saved.streams[l],
+                      grad, saved.blocks[l], to, g.blocks[l]);
+    grad = to;
+  }
+  if (!m.whole) return;
+  embedding_weight_grad(dtype, grad, static_cast<const int64_t*>(data_of(m.input)), m.rows, std::nullopt, g.table,
+                        m.vocab_size, m.width);
+  if (grad_added != nullptr)
+    embedding_positions_grad(dtype, grad, m.settings.batch, grad_added, m.settings.tokens, m.width);
+}
 
-  void* const grad_output_bias = m.settings.bias ? previous() : nullptr;
-  void* const grad_output = previous();
-  run_matmuls(dtype, {linear_grad_weight(grad_logits, saved.features, m.rows, m.width, m.classes, grad_output)});
-  if (m.settings.bias) sum_columns(dtype, grad_logits, m.rows, m.classes, grad_output_bias);
-  run_matmuls(dtype, {linear_grad_input(grad_logits, m.output, m.rows, m.width, m.classes, to)});
-  if (m.settings.norm_first) {
-    std::swap(from, to);
-    // The kernel computes the gradients of both parameters; without a bias the second one is discarded.
-    std::vector<S> unused(m.settings.bias ? 0 : m.width);
-    void* const grad_bias = m.settings.bias ? previous() : unused.data();
-    void* const grad_norm = previous();
-    layer_norm_backward(dtype,
-                        {from, nullptr, saved.streams.back(), m.norm, saved.mean, saved.rstd, to, m.width, false},
-                        m.rows, grad_norm, grad_bias);
-  }
-  for (size_t l = m.layers.size(); l-- > 0;) {
-    const BlockSizes& sizes = m.layers[l].sizes;
-    index -= static_cast<size_t>(sizes.parameters());
-    BlockParameters<void*> g{};
-    size_t at = index;
-    g.visit(sizes, [&](void*& data, const Extents&) { data = grads[at++]; });
-    std::swap(from, to);
-    block_backward<S>(sizes, m.layers[l].weights, saved.streams[l], from, saved.layers[l], to, g);
-  }
-  embedding_weight_grad(dtype, to, m.embedding.ids, m.rows, std::nullopt, grads[0], m.vocab_size, m.width);
-  if (grad_positions != nullptr)
-    embedding_positions_grad(dtype, to, m.settings.batch, grad_positions, m.settings.tokens, m.width);
+template <class F>
+auto with_compute_type(const Model& m, F&& f) {
+  return m.dtype == ScalarType::Double ? f(double{}) : f(float{});
 }
 
 std::tuple<Tensor, Tensor> transformer_fwd(Tensor input, std::vector<Tensor> parameters,
                                            std::optional<Tensor> positions, std::optional<Tensor> target,
                                            int64_t num_layers, int64_t num_heads, bool causal, bool norm_first,
-                                           std::string activation, double eps, bool save) {
-  Call call{"transformer", input,      std::move(parameters), positions, target, num_layers, num_heads,
-            causal,        norm_first, std::move(activation), eps};
-  const Model m = prepare(call);
-  const std::vector<int64_t> scalar, shape{m.settings.batch, m.settings.tokens, m.classes};
-  const Tensor out = empty(m.targets ? scalar : shape, m.dtype);
-  return with_compute_type(m.settings.dtype, [&](auto zero) -> std::tuple<Tensor, Tensor> {
+                                           std::string activation, double eps1, double eps2, bool save) {
+  const Model m = prepare("transformer", input, parameters, positions, target, num_layers, num_heads, causal,
+                          norm_first, activation, eps1, eps2);
+  const Tensor out = empty(m.out_shape(), m.dtype);
+  return with_compute_type(m, [&](auto zero) -> std::tuple<Tensor, Tensor> {
     using S = decltype(zero);
     const int64_t size = saved_size<S>(m, save);
     const Tensor saved = empty({save ? size : 0}, m.dtype);
@@ -263,37 +309,35 @@ std::tuple<std::vector<Tensor>, Tensor> transformer_bwd(Tensor grad, Tensor inpu
                                                         std::optional<Tensor> positions, std::optional<Tensor> target,
                                                         Tensor saved, int64_t num_layers, int64_t num_heads,
                                                         bool causal, bool norm_first, std::string activation,
-                                                        double eps, bool positions_grad) {
+                                                        double eps1, double eps2, bool positions_grad) {
   const char* const op = "transformer_bwd";
-  Call call{op,     input,      std::move(parameters), positions, target, num_layers, num_heads,
-            causal, norm_first, std::move(activation), eps};
-  const Model m = prepare(call);
+  const Model m = prepare(op, input, parameters, positions, target, num_layers, num_heads, causal, norm_first,
+                          activation, eps1, eps2);
   for (const auto& [name, t] : {std::pair{"grad", &grad}, std::pair{"saved", &saved}}) {
-    check_device(op, name, *t, call.parameters[0]);
+    check_device(op, name, *t, input);
     check_dtype(op, name, *t, m.dtype);
   }
-  if (m.targets)
-    check_shape(op, "grad", grad, {});
-  else
-    check_shape(op, "grad", grad, {m.settings.batch, m.settings.tokens, m.classes});
+  if (!has_shape(grad, m.out_shape())) fail(op, ": grad has shape ", shape_of(grad), "; the output's is needed");
   if (!saved.is_contiguous()) fail(op, ": saved must be contiguous");
   const Tensor dy = as_contiguous(grad);
   std::vector<Tensor> grads;
-  std::vector<void*> data;
-  for (const Tensor& parameter : call.parameters) {
-    grads.push_back(empty(parameter.sizes(), m.dtype));
-    data.push_back(data_of(grads.back()));
-  }
-  const Tensor grad_positions =
-      empty(positions_grad ? std::vector<int64_t>{m.settings.tokens, m.width} : std::vector<int64_t>{0}, m.dtype);
-  data.push_back(positions_grad ? data_of(grad_positions) : nullptr);
-  with_compute_type(m.settings.dtype, [&](auto zero) {
+  Parameters<void*> g{};
+  g.visit(m, [&](void*& at, const Extents& extents) {
+    grads.push_back(empty(extents.shape(), m.dtype));
+    at = data_of(grads.back());
+  });
+  std::vector<int64_t> shape{m.settings.tokens, m.width};
+  if (!m.whole) shape.insert(shape.begin(), m.settings.batch);
+  const bool wanted = positions_grad || !m.whole;
+  const Tensor grad_added = empty(wanted ? shape : std::vector<int64_t>{0}, m.dtype);
+  with_compute_type(m, [&](auto zero) {
     using S = decltype(zero);
     check_shape(op, "saved", saved, {saved_size<S>(m, true)});
     TypedArena<S> arena(data_of(saved));
-    backward<S>(m, Saved<S>(m, true, arena), static_cast<const S*>(data_of(dy)), data);
+    backward<S>(m, Saved<S>(m, true, arena), static_cast<const S*>(data_of(dy)), g,
+                wanted ? static_cast<S*>(data_of(grad_added)) : nullptr);
   });
-  return {grads, grad_positions};
+  return {grads, grad_added};
 }
 
 }  // namespace

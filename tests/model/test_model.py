@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 import pickle
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tinyllm import ops, reference
+from tinyllm.config.model import SimpleLLMConfig
 from tinyllm.model import SimpleLLM, init_gpt2_weights
 
 F64 = torch.float64
@@ -124,6 +126,15 @@ def test_training_is_the_same() -> None:
     assert losses[1] == pytest.approx(losses[0], rel=1e-9)
     for (name, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-9, msg=name)
+
+
+def test_the_constructor_has_the_options_of_the_config_in_their_order() -> None:
+    ours, config = (inspect.signature(kind).parameters for kind in (SimpleLLM, SimpleLLMConfig))
+    assert [(name, p.default) for name, p in ours.items()] == [(name, p.default) for name, p in config.items()]
+    values = {"vocab_size": 5, "embedding_dim": 6, "hidden_dim": 7, "num_layers": 1, "num_heads": 2, "causal": True}
+    values |= {"max_seq_len": 8, "dropout": 0.25, "activation": "gelu", "norm_first": True, "bias": False}
+    values |= {"tie_embeddings": True, "position": "learned"}
+    assert SimpleLLM(**values).config.to_dict() == values  # type: ignore[arg-type]
 
 
 def test_state_dict_with_another_max_seq_len_does_not_load() -> None:

@@ -279,7 +279,10 @@ class TestDropout:
 @pytest.mark.parametrize("grad", [True, False])
 def test_an_id_out_of_range_is_named(backend, bad, grad):
     ids = torch.tensor([[0, 3], [bad, 1]], dtype=torch.int32)
-    with ops.backend(backend), pytest.raises(IndexError, match=rf"input has the id {bad}; ids must be in 0 \.\. 3"):
+    with (
+        ops.backend(backend),
+        pytest.raises(IndexError, match=rf"the token id {bad}; ids must be in 0 \.\. 3"),
+    ):
         ops.embedding(ids, torch.ones(4, 2, requires_grad=grad))
 
 

@@ -13,6 +13,7 @@ from tests.ops.parity import DTYPES
 from tinyllm import ops
 from tinyllm.ops import _products
 from tinyllm.ops.backends import cpp
+from tinyllm.ops.transformer import Settings, serves
 
 CPP = {dtype: dict.fromkeys(_products.CLASSES, "cpp") for dtype in _products.DTYPES}
 
@@ -173,7 +174,8 @@ def test_blocks_and_models_obey_the_table(on):
     parameters = [*weights, torch.ones(256), torch.ones(256)]
     with torch.no_grad():
         for tokens, served in ((64, True), (20, False)):  # many rows, and some
-            assert ops.serves_block(torch.randn(1, tokens, 256), parameters, 4) is served
+            settings = Settings(1, 4, False, False, "relu", 1e-5, 1e-5)
+            assert serves("transformer_block", torch.randn(1, tokens, 256), parameters, settings) is served
 
 
 @pytest.mark.parametrize("grad", [True, False])

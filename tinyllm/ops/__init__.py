@@ -13,17 +13,9 @@ from tinyllm.ops.embedding import embedding
 from tinyllm.ops.layer_norm import add_layer_norm, layer_norm, rms_norm
 from tinyllm.ops.linear import feed_forward, linear
 from tinyllm.ops.linear_cross_entropy import linear_cross_entropy
-from tinyllm.ops.transformer import (
-    TransformerSettings,
-    run_transformer,
-    serves_transformer,
-    transformer,
-    transformer_misfit,
-)
-from tinyllm.ops.transformer_block import serves_block, transformer_block
+from tinyllm.ops.transformer import transformer, transformer_block
 
 __all__ = [
-    "TransformerSettings",
     "active_transform",
     "add_layer_norm",
     "backend",
@@ -35,11 +27,7 @@ __all__ = [
     "linear",
     "linear_cross_entropy",
     "rms_norm",
-    "run_transformer",
     "scaled_dot_product_attention",
-    "serves_block",
-    "serves_transformer",
     "transformer",
     "transformer_block",
-    "transformer_misfit",
 ]

@@ -194,6 +194,22 @@ def _why_torch(dtype: torch.dtype, rows: int) -> str | None:
     return f"PyTorch's product is faster for {CLASSES[rows]} rows of this dtype on this processor ({machine()})"
 
 
+# Where a product is small, what surrounds it decides, on any processor: an operator that stands for many calls serves
+# whatever the table says, and a module's own forward in PyTorch costs less Python than an operator of ours.
+_MANY_CALLS = 4_000_000
+_ONE_CALL = 1_000_000
+
+
+def saved_calls_outweigh(multiplications: int) -> bool:
+    """Return whether one operator in place of many calls is faster, whoever multiplies faster."""
+    return multiplications <= _MANY_CALLS
+
+
+def worth_a_call(multiplications: int) -> bool:
+    """Return whether a product is large enough for the gain to exceed the Python of an operator of ours."""
+    return multiplications >= _ONE_CALL
+
+
 # ---- Measuring, where somebody asks for it
 
 _SIZES = {

@@ -134,10 +134,10 @@ def _check(
 
 
 def raise_for_ids(input: Tensor, rows: int) -> None:
-    """Raise IndexError if there is an id out of range, which is then why an operator failed."""
+    """Raise IndexError if there is an id out of range, which is then why a look-up failed."""
     bad = input[(input < 0) | (input >= rows)]
     if bad.numel() > 0:
-        raise IndexError(f"input has the id {int(bad[0])}; ids must be in 0 .. {rows - 1}") from None
+        raise IndexError(f"input has the token id {int(bad[0])}; ids must be in 0 .. {rows - 1}") from None
 
 
 class _Embedding(torch.autograd.Function):

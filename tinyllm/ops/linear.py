@@ -16,8 +16,9 @@ from tinyllm.ops.dispatch import FLOATS, Kernels, Operator, choose, forced_backe
 from tinyllm.reference import ACTIVATIONS
 
 
-def products_refuse(operator: str, input: Tensor) -> str | None:
-    """Return why the compiled products do not serve an input: the one place where PyTorch's or ours are chosen."""
+def products_refuse(operator: str, input: Tensor, rows: int | None = None) -> str | None:
+    """Return why the compiled products do not serve an input, or so many rows of its dtype: the one place where
+    PyTorch's or ours are chosen."""
     setting = _products.setting()
     if setting == "cpp":
         return None
@@ -25,10 +26,10 @@ def products_refuse(operator: str, input: Tensor) -> str | None:
         return "TINYLLM_LINEAR=torch"
     if forced_backend(operator) == "cpp":
         return None
-    rows = _products.rows_class(input.numel() // max(1, input.size(-1)))
-    if operator == "linear_cross_entropy" and _products.CLASSES[rows] != "many":
+    rows_class = _products.rows_class(input.numel() // max(1, input.size(-1)) if rows is None else rows)
+    if operator == "linear_cross_entropy" and _products.CLASSES[rows_class] != "many":
         return None  # the time goes into writing the weight's gradient, which our kernels do in one pass
-    return _products.by_torch(input.dtype, rows)
+    return _products.by_torch(input.dtype, rows_class)
 
 
 def _declare(name: str) -> Operator:

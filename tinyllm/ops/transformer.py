@@ -1,21 +1,98 @@
-"""transformer: a whole language model in one call, for models so small that Python between the blocks costs most."""
+"""transformer and transformer_block: a whole language model, or one block of it, in one call, for sizes at which the
+calls of its parts would cost more than the parts."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from tinyllm import reference
-from tinyllm.ops._context import differs_from_kernels, grads_by_reference, needs_grad
-from tinyllm.ops.dispatch import choose, register_fake, serves
+from tinyllm.ops import _products
+from tinyllm.ops._context import autocast_dtype, differs_from_kernels, grads_by_reference, needs_grad
+from tinyllm.ops.attention import MOST_HEAD_DIM
+from tinyllm.ops.dispatch import Kernels, Limit, Operator, choose, register_fake
+from tinyllm.ops.dispatch import serves as dispatch_serves
 from tinyllm.ops.embedding import raise_for_ids
-from tinyllm.ops.transformer_block import block_misfit, declare, saved_by_block
-from tinyllm.reference import split_transformer_parameters
+from tinyllm.ops.linear import products_refuse
+from tinyllm.reference import BLOCK_PARAMETERS
 
-TRANSFORMER = declare("transformer")
+_ONE_HEAD = tuple(name for name in BLOCK_PARAMETERS if name != "out_proj")
+
+
+def _refuses(operator: str, like: Tensor, rows: int, width: int, hidden: int, num_heads: int) -> str | None:
+    if autocast_dtype(like.device.type) is not None:
+        return "autocast wants some of the parts in another dtype"
+    if _products.saved_calls_outweigh(rows * width * hidden):
+        return None
+    return products_refuse(operator, like, rows)
+
+
+def _too_wide(like: Tensor, rows: int, width: int, hidden: int, num_heads: int) -> str | None:
+    return f"head_dim is {width // num_heads}" if width // num_heads > MOST_HEAD_DIM else None
+
+
+def _declare(name: str) -> Operator:
+    in_parts = "the modules call its parts one by one"
+    heads = Limit(f"heads up to {MOST_HEAD_DIM} wide", _too_wide)
+    refuses = partial(_refuses, name)
+    return Operator(
+        name, cpp=Kernels((torch.float32, torch.float64), (heads,)), cuda=in_parts, triton=in_parts, refuses=refuses
+    )
+
+
+_OPERATORS = {name: _declare(name) for name in ("transformer_block", "transformer")}
+
+
+class Settings(NamedTuple):
+    """What the kernel is told besides tensors, in its order."""
+
+    num_layers: int
+    num_heads: int
+    causal: bool
+    norm_first: bool
+    activation: str
+    eps1: float
+    eps2: float
+
+
+def transformer_block(
+    input: Tensor,
+    parameters: Sequence[Tensor],
+    *,
+    num_heads: int = 1,
+    causal: bool = False,
+    norm_first: bool = False,
+    activation: str = "relu",
+    eps1: float = 1e-5,
+    eps2: float = 1e-5,
+) -> Tensor:
+    """Compute attention and a two-layer network, each on a branch with its norm: see `tinyllm.nn.TransformerBlock`,
+    which calls the parts one by one where no kernel serves this. Then this is plain PyTorch.
+
+    Args:
+        input: (B, T, D).
+        parameters: the weights of query, key, value, out_proj (D, D), linear1 (hidden_dim, D), linear2 (D, hidden_dim),
+            norm1, norm2 (D), then, if there are biases, those of each in the same order. With one head there is no
+            out_proj. All of input's dtype and device.
+        num_heads: heads of D / num_heads columns each.
+        causal: whether a token sees itself and earlier ones only.
+        norm_first: whether to normalise before each branch instead of after each sum.
+        activation: "relu" or "gelu".
+        eps1, eps2: added to the variance by the two norms.
+
+    Returns:
+        (B, T, D), like input.
+
+    Raises:
+        ValueError: parameters whose number, shape, dtype or device does not fit, num_heads that does not divide D,
+            another activation.
+    """
+    settings = Settings(1, num_heads, causal, norm_first, activation, eps1, eps2)
+    return _call("transformer_block", input, parameters, None, None, settings)
 
 
 def transformer(
@@ -31,19 +108,20 @@ def transformer(
     activation: str = "relu",
     eps: float = 1e-5,
 ) -> Tensor:
-    """Token embeddings + positions, transformer blocks, the final norm of pre-norm models, and the projection to
-    logits; with a target, their mean cross-entropy.
+    """Compute token embeddings + positions, transformer blocks, the final norm of pre-norm models, and the projection
+    to logits; with a target, their mean cross-entropy. See `tinyllm.SimpleLLM`, which calls the parts one by one where
+    no kernel serves this. Then this is plain PyTorch.
 
     Args:
         input: ids (B, T), int32 or int64.
         parameters: the embedding's weight (V, D); for each block what `transformer_block` lists; if norm_first, the
             final norm's weight (D) and, where the blocks have biases, its bias; the output's weight (classes, D) and,
             where the blocks have biases, its bias. All of one dtype and device.
-        num_layers: how many blocks.
+        num_layers: the number of blocks.
         positions: (T, D), added to every sequence; or None.
         target: the class of each logit row, int64 (B, T); -100 where there is none.
         num_heads, causal, norm_first, activation: as for `transformer_block`, all blocks alike.
-        eps: of every norm.
+        eps: added to the variance by every norm.
 
     Returns:
         Logits (B, T, classes); with a target, a scalar.
@@ -54,110 +132,152 @@ def transformer(
         ValueError: parameters whose number, shape, dtype or device does not fit, num_heads that does not divide D,
             another activation.
     """
-    misfit = transformer_misfit(input, parameters, num_layers, positions, num_heads, norm_first)
-    if misfit is None and activation not in ("relu", "gelu"):
-        misfit = f"activation is {activation!r}; relu or gelu is needed"
-    if misfit is None and target is not None and target.shape != input.shape:
-        misfit = f"target has shape {list(target.shape)}; it must have input's, {list(input.shape)}"
-    if misfit is not None:
-        raise ValueError(misfit)
-    if input.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"input has dtype {input.dtype}; int64 or int32 is needed")
-    if target is not None and target.dtype != torch.int64:
-        raise TypeError(f"target has dtype {target.dtype}; int64 is needed")
-    settings = (num_layers, num_heads, causal, norm_first, activation, eps)
-    if choose(TRANSFORMER, parameters[0], *_sizes(input, parameters, num_layers, num_heads)) == "reference":
-        from tinyllm import ops
-
-        return reference.transformer(
-            input, parameters, positions=positions, target=target, functions=ops, **_named(settings)
-        )
-    return run_transformer(input, parameters, positions, target, settings)
+    settings = Settings(num_layers, num_heads, causal, norm_first, activation, eps, eps)
+    return _call("transformer", input, parameters, positions, target, settings)
 
 
-# num_layers, num_heads, causal, norm_first, activation, eps
-TransformerSettings = tuple[int, int, bool, bool, str, float]
-
-
-def _named(settings: TransformerSettings) -> dict[str, Any]:
-    return dict(zip(("num_layers", "num_heads", "causal", "norm_first", "activation", "eps"), settings, strict=True))
-
-
-def run_transformer(
+def _call(
+    operator: str,
     input: Tensor,
     parameters: Sequence[Tensor],
     positions: Tensor | None,
     target: Tensor | None,
-    settings: TransformerSettings,
+    settings: Settings,
 ) -> Tensor:
-    """The kernel, for arguments that fit together and that it serves; `settings`: num_layers and on, as above."""
+    reason = misfit(operator, input, parameters, positions, settings)
+    if reason is None and settings.activation not in ("relu", "gelu"):
+        reason = f"activation is {settings.activation!r}; relu or gelu is needed"
+    if reason is None and target is not None and target.shape != input.shape:
+        reason = f"target has shape {list(target.shape)}; it must have input's, {list(input.shape)}"
+    if reason is not None:
+        raise ValueError(reason)
+    if operator == "transformer" and input.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"input has dtype {input.dtype}; int64 or int32 is needed")
+    if target is not None and target.dtype != torch.int64:
+        raise TypeError(f"target has dtype {target.dtype}; int64 is needed")
+    if choose(_OPERATORS[operator], parameters[0], *_sizes(operator, input, parameters, settings)) == "reference":
+        return _by_reference(input, parameters, positions, target, settings)
+    return run(input, parameters, positions, target, settings)
+
+
+def _by_reference(
+    input: Tensor,
+    parameters: Sequence[Tensor],
+    positions: Tensor | None,
+    target: Tensor | None,
+    settings: Settings,
+) -> Tensor:
+    options = settings._asdict()
+    if input.is_floating_point():
+        del options["num_layers"]
+        return reference.transformer_block(input, parameters, **options)
+    del options["eps2"]
+    eps = options.pop("eps1")
+    return reference.transformer(input, parameters, positions=positions, target=target, eps=eps, **options)
+
+
+# ---- For modules that stand on these operators
+
+
+def serves(operator: str, input: Tensor, parameters: Sequence[Tensor], settings: Settings) -> bool:
+    """Return whether the kernel serves such a call, in which all fits together: else the parts are faster."""
+    return dispatch_serves("cpp", _OPERATORS[operator], parameters[0], *_sizes(operator, input, parameters, settings))
+
+
+def run(
+    input: Tensor,
+    parameters: Sequence[Tensor],
+    positions: Tensor | None,
+    target: Tensor | None,
+    settings: Settings,
+) -> Tensor:
+    """Call the kernel, with arguments that fit together and that it serves: `input` are ids, or a block's input."""
     if target is not None:
         target = target.flatten()
-    if needs_grad(*parameters, positions):
-        call = lambda: _Transformer.apply(input, positions, target, settings, *parameters)  # noqa: E731
-    else:
-        call = lambda: torch.ops.tinyllm.transformer_fwd(  # noqa: E731
-            input, parameters, positions, target, *settings, False
-        )[0]
-    if torch.compiler.is_compiling():
-        return call()
     try:
-        return call()
+        if needs_grad(input, positions, *parameters):
+            return _Transformer.apply(input, positions, target, settings, *parameters)
+        return torch.ops.tinyllm.transformer_fwd(input, parameters, positions, target, *settings, False)[0]
     except (IndexError, RuntimeError, ValueError):
-        raise_for_ids(input, parameters[0].size(0))
+        if not torch.compiler.is_compiling() and not input.is_floating_point():
+            raise_for_ids(input, parameters[0].size(0))
         raise
 
 
-def serves_transformer(input: Tensor, parameters: Sequence[Tensor], num_layers: int, num_heads: int) -> bool:
-    """Whether a kernel takes such a model, its parameters fitting together."""
-    return serves("cpp", TRANSFORMER, parameters[0], *_sizes(input, parameters, num_layers, num_heads))
-
-
-def transformer_misfit(
-    input: Tensor,
-    parameters: Sequence[Tensor],
-    num_layers: int,
-    positions: Tensor | None,
-    num_heads: int,
-    norm_first: bool,
+def misfit(
+    operator: str, input: Tensor, parameters: Sequence[Tensor], positions: Tensor | None, settings: Settings
 ) -> str | None:
-    """What does not fit together, if anything."""
-    if input.dim() != 2:
-        return f"input has shape {list(input.shape)}; (B, T) is needed"
-    if not parameters or parameters[0].dim() != 2:
+    """Return what does not fit together, if anything; the modules one by one may still make sense of it."""
+    whole = operator == "transformer"
+    if input.dim() != (2 if whole else 3):
+        return f"input has shape {list(input.shape)}; {'(B, T)' if whole else '(B, T, D)'} is needed"
+    if whole and (not parameters or parameters[0].dim() != 2):
         return "parameters: the first is the embedding's weight; (V, D) is needed"
-    parts = split_transformer_parameters(parameters, num_layers, num_heads, norm_first)
-    if isinstance(parts, str):
-        return parts
-    table, blocks, norm, output = parts
-    width, dtype, device = table.size(1), table.dtype, table.device
-    if input.device != device:
-        return f"input is on {input.device}; it must be on the parameters' device, {device}"
-    like = table.new_empty((0, 0, width))
-    for i, block in enumerate(blocks):
-        misfit = block_misfit(like, block, num_heads)
-        if misfit is not None:
-            return f"block {i}: {misfit}"
-    classes = output[0].size(0) if output[0].dim() > 0 else 0
-    named: list[tuple[str, Tensor, tuple[int, ...]]] = []
-    for name, tensors, first in (("the final norm", norm, (width,)), ("the output", output, (classes, width))):
-        shapes = (first, first[:1])
-        named += [
-            (f"parameters: {name}'s {part}", tensor, shape)
-            for part, tensor, shape in zip(("weight", "bias"), tensors, shapes, strict=False)
-        ]
+    like = parameters[0] if whole else input
+    width = like.size(-1)
+    if settings.num_heads < 1 or width % settings.num_heads:
+        return f"num_heads is {settings.num_heads}; it must be a divisor of D, {width}"
+    if input.device != like.device:
+        return f"input is on {input.device}; it must be on the parameters' device, {like.device}"
+    without = settings.num_layers * len(_names(settings)) + whole * (1 + settings.norm_first)
+    counts = (whole + without, whole + 2 * without)
+    if len(parameters) not in counts:
+        return f"parameters has {len(parameters)} tensors; {counts[0]}, or {counts[1]} with biases, are needed"
+    expected = _expected(like, parameters, settings, whole, len(parameters) == counts[1])
+    found: list[Tensor] = [*parameters]
     if positions is not None:
-        named.append(("positions", positions, (input.size(1), width)))
-    for name, tensor, shape in named:
-        if tensor.shape != shape or tensor.dtype != dtype or tensor.device != device:
+        expected.append((("positions",), (input.size(1), width)))
+        found.append(positions)
+    for tensor, (name, shape) in zip(found, expected, strict=True):
+        if tensor.shape != shape or tensor.dtype != like.dtype or tensor.device != like.device:
             has = f"{list(tensor.shape)}, {tensor.dtype} on {tensor.device}"
-            return f"{name} is {has}; {list(shape)}, {dtype} on {device}, is needed"
+            return f"{''.join(name)} is {has}; {list(shape)}, {like.dtype} on {like.device}, is needed"
     return None
 
 
-def _sizes(input: Tensor, parameters: Sequence[Tensor], num_layers: int, num_heads: int) -> tuple[int, int, int, int]:
-    hidden = parameters[1 + (4 if num_heads > 1 else 3)].size(0) if num_layers > 0 else 0
-    return input.numel(), parameters[0].size(1), hidden, num_heads
+def _names(settings: Settings) -> tuple[str, ...]:
+    return BLOCK_PARAMETERS if settings.num_heads > 1 else _ONE_HEAD
+
+
+def _hidden(parameters: Sequence[Tensor], settings: Settings, first: int) -> int:
+    """Return the hidden_dim of the block whose parameters begin at `first`: linear1's first size."""
+    return _rows(parameters[first + len(_names(settings)) - 4])
+
+
+def _rows(tensor: Tensor) -> int:
+    return tensor.size(0) if tensor.dim() > 0 else 0
+
+
+def _expected(
+    like: Tensor, parameters: Sequence[Tensor], settings: Settings, whole: bool, bias: bool
+) -> list[tuple[tuple[str, ...], tuple[int, ...]]]:
+    """Return the name, in pieces, and the shape that each parameter must have."""
+    width, parts = like.size(-1), ("'s weight", "'s bias")[: 1 + bias]
+    found: list[tuple[tuple[str, ...], tuple[int, ...]]] = [(("",), (like.size(0), width))] if whole else []
+    for block in range(settings.num_layers):
+        hidden = _hidden(parameters, settings, len(found))
+        shapes: dict[str, tuple[int, ...]] = dict.fromkeys(_names(settings), (width, width))
+        shapes |= {"linear1": (hidden, width), "linear2": (width, hidden), "norm1": (width,), "norm2": (width,)}
+        prefix = f"block {block}: parameters: " if whole else "parameters: "
+        for part in parts:
+            found += [
+                ((prefix, name, part), shape if part == parts[0] else shape[:1]) for name, shape in shapes.items()
+            ]
+    if whole:
+        classes = _rows(parameters[len(parameters) - len(parts)])
+        ends: list[tuple[str, tuple[int, ...]]] = [("the final norm", (width,)), ("the output", (classes, width))]
+        for name, shape in ends[not settings.norm_first :]:
+            found += [(("parameters: ", name, part), (shape, shape[:1])[part != parts[0]]) for part in parts]
+    return found
+
+
+def _sizes(operator: str, input: Tensor, parameters: Sequence[Tensor], settings: Settings) -> tuple[int, ...]:
+    """Return what the limits look at: rows, width, hidden_dim, num_heads."""
+    hidden = _hidden(parameters, settings, operator == "transformer") if settings.num_layers > 0 else 0
+    return input.size(0) * input.size(1), parameters[0].size(1), hidden, settings.num_heads
+
+
+# ---- Autograd
 
 
 class _Transformer(torch.autograd.Function):
@@ -167,7 +287,7 @@ class _Transformer(torch.autograd.Function):
         input: Tensor,
         positions: Tensor | None,
         target: Tensor | None,
-        settings: TransformerSettings,
+        settings: Settings,
         *parameters: Tensor,
     ) -> Tensor:
         out, saved = torch.ops.tinyllm.transformer_fwd(input, parameters, positions, target, *settings, True)
@@ -179,49 +299,50 @@ class _Transformer(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         (grad,) = grads
         input, positions, target, saved, *parameters = ctx.saved_tensors
+        block = input.is_floating_point()
         wanted = ctx.needs_input_grad
+        want_added = wanted[0 if block else 1]
         if differs_from_kernels(grad):
-            found = grads_by_reference(
-                lambda added, *p: reference.transformer(
-                    input,
-                    p,
-                    positions=added,
-                    target=None if target is None else target.view(input.shape),
-                    **_named(ctx.settings),
-                ),
-                (positions, *parameters),
-                (wanted[1], *wanted[4:]),
-                (grad,),
+
+            def function(added: Tensor, *parameters: Tensor) -> Tensor:
+                x, positions = (added, None) if block else (input, added)
+                return _by_reference(x, parameters, positions, target, ctx.settings)
+
+            grad_added, *found = grads_by_reference(
+                function, (input if block else positions, *parameters), (want_added, *wanted[4:]), (grad,)
             )
-            return None, found[0], None, None, *found[1:]
-        found, grad_positions = torch.ops.tinyllm.transformer_bwd(
-            grad, input, parameters, positions, target, saved, *ctx.settings, wanted[1]
-        )
-        if not all(wanted[4:]):
-            found = [grad if want else None for grad, want in zip(found, wanted[4:], strict=True)]
-        return None, grad_positions if wanted[1] else None, None, None, *found
+        else:
+            found, grad_added = torch.ops.tinyllm.transformer_bwd(
+                grad, input, parameters, positions, target, saved, *ctx.settings, want_added
+            )
+            if not all(wanted[4:]):
+                found = [grad if want else None for grad, want in zip(found, wanted[4:], strict=True)]
+        grad_added = grad_added if want_added else None
+        return *((grad_added, None) if block else (None, grad_added)), None, None, *found
 
 
 @register_fake("transformer_fwd")
-def _(input, parameters, positions, target, num_layers, num_heads, causal, norm_first, activation, eps, save):  # type: ignore[no-untyped-def]
-    table, *others = parameters
-    bias = len(parameters) % 2 == 1 and others[-1].dim() == 1
-    output = others[-2 if bias else -1]
-    batch, tokens = input.shape
-    rows, width, size = batch * tokens, table.size(1), 0
+def _(input, parameters, positions, target, num_layers, num_heads, causal, norm_first, activation, *others):  # type: ignore[no-untyped-def]
+    first, save = parameters[0], others[-1]
+    (batch, tokens), width, whole = input.shape[:2], first.size(1), not input.is_floating_point()
+    squares, rows = 4 if num_heads > 1 else 3, batch * tokens
+    bias = len(parameters) - whole > num_layers * (squares + 4) + whole * (1 + norm_first)
+    classes = parameters[-2 if bias else -1].size(0)
+    size = 0
     if save:  # the numbers that csrc/cpu/transformer.cpp keeps for backward
-        size = (num_layers + 1) * rows * width + (rows * (width + 2) if norm_first else 0)
-        each = (len(others) - (1 + norm_first) * (1 + bias)) // max(1, num_layers)
+        streams = num_layers + (1 if whole else -1)
+        size = rows * (streams * width + (width + 2 if whole and norm_first else 0))
+        size += 0 if target is None else rows * classes
         for i in range(num_layers):
-            hidden = others[i * each + (4 if num_heads > 1 else 3)].size(0)
-            size += rows * saved_by_block(width, hidden, num_heads, activation)
-        size += 0 if target is None else rows * output.size(0)
-    shape = () if target is not None else (batch, tokens, output.size(0))
-    return table.new_empty(shape), table.new_empty(size)
+            hidden = parameters[whole + i * (squares + 4) * (1 + bias) + squares].size(0)
+            size += rows * (7 * width + (1 if activation == "relu" else 2) * hidden + num_heads + 4)
+    shape = () if target is not None else (batch, tokens, classes if whole else width)
+    return first.new_empty(shape), first.new_empty(size)
 
 
 @register_fake("transformer_bwd")
 def _(grad, input, parameters, positions, target, saved, *settings):  # type: ignore[no-untyped-def]
-    table, positions_grad = parameters[0], settings[-1]
-    shape = (input.size(1), table.size(1)) if positions_grad else (0,)
-    return [p.new_empty(p.shape) for p in parameters], table.new_empty(shape)
+    shape = input.shape if input.is_floating_point() else (input.size(1), parameters[0].size(1))
+    if not settings[-1]:
+        shape = (0,)
+    return [p.new_empty(p.shape) for p in parameters], parameters[0].new_empty(shape)

@@ -16,7 +16,6 @@ from tinyllm.reference.functional import (
     linear_cross_entropy,
     rms_norm,
     scaled_dot_product_attention,
-    split_transformer_parameters,
     transformer,
     transformer_block,
 )
@@ -48,7 +47,6 @@ __all__ = [
     "rms_norm",
     "scaled_dot_product_attention",
     "sinusoidal_table",
-    "split_transformer_parameters",
     "tokenize",
     "transformer",
     "transformer_block",

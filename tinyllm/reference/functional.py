@@ -3,11 +3,8 @@ where no kernel serves. Signatures are those of `tinyllm.ops`; every function is
 
 from __future__ import annotations
 
-import itertools
 import math
-import sys
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -202,56 +199,33 @@ def transformer_block(
     activation: str = "relu",
     eps1: float = 1e-5,
     eps2: float = 1e-5,
-    functions: Any = None,
 ) -> Tensor:
-    """A transformer block of the parameters that `tinyllm.ops.transformer_block` lists.
-
-    functions: what has linear, layer_norm and scaled_dot_product_attention; default: this module.
-    """
-    functions = functions or sys.modules[__name__]
+    """A transformer block of the parameters that `tinyllm.ops.transformer_block` lists."""
     names = [name for name in BLOCK_PARAMETERS if num_heads > 1 or name != "out_proj"]
     weights = dict(zip(names, parameters, strict=False))
     biases = dict.fromkeys(names) | dict(zip(names, parameters[len(names) :], strict=False))
 
-    def layer(name: str, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        out: Tensor = functions.linear(x, weights[name], biases[name], residual=residual)
-        return out
+    def layer(name: str, x: Tensor) -> Tensor:
+        return linear(x, weights[name], biases[name])
 
     def norm(name: str, x: Tensor, eps: float) -> Tensor:
-        out: Tensor = functions.layer_norm(x, x.shape[-1:], weights[name], biases[name], eps)
-        return out
+        return layer_norm(x, x.shape[-1:], weights[name], biases[name], eps)
 
-    def attention(x: Tensor, residual: Tensor) -> Tensor:
+    def attention(x: Tensor) -> Tensor:
         query, key, value = (
             layer(name, x).unflatten(-1, (num_heads, -1)).transpose(-2, -3) for name in ("query", "key", "value")
         )
-        attended = functions.scaled_dot_product_attention(query, key, value, is_causal=causal)
-        attended = attended.transpose(-2, -3).flatten(-2)
-        return layer("out_proj", attended, residual) if num_heads > 1 else attended + residual
+        attended = scaled_dot_product_attention(query, key, value, is_causal=causal).transpose(-2, -3).flatten(-2)
+        return layer("out_proj", attended) if num_heads > 1 else attended
 
-    def network(x: Tensor, residual: Tensor) -> Tensor:
-        return layer("linear2", ACTIVATIONS[activation](layer("linear1", x)), residual)
+    def network(x: Tensor) -> Tensor:
+        return layer("linear2", ACTIVATIONS[activation](layer("linear1", x)))
 
     if norm_first:
-        middle = attention(norm("norm1", input, eps1), input)
-        return network(norm("norm2", middle, eps2), middle)
-    middle = norm("norm1", attention(input, input), eps1)
-    return norm("norm2", network(middle, middle), eps2)
-
-
-def split_transformer_parameters(
-    parameters: Sequence[Tensor], num_layers: int, num_heads: int, norm_first: bool
-) -> tuple[Tensor, list[Sequence[Tensor]], Sequence[Tensor], Sequence[Tensor]] | str:
-    """Table, blocks, final norm and output of the list that `tinyllm.ops.transformer` takes; or why it is none."""
-    each = len(BLOCK_PARAMETERS) - (num_heads <= 1)
-    without = num_layers * each + 1 + norm_first
-    given = len(parameters) - 1
-    if given not in (without, 2 * without):
-        return f"parameters has {given + 1} tensors; {without + 1}, or {2 * without + 1} with biases, are needed"
-    copies = given // without
-    ends = [1 + i * each * copies for i in range(num_layers + 1)]
-    blocks = [parameters[begin:end] for begin, end in itertools.pairwise(ends)]
-    return parameters[0], blocks, parameters[ends[-1] : given + 1 - copies], parameters[given + 1 - copies :]
+        middle = input + attention(norm("norm1", input, eps1))
+        return middle + network(norm("norm2", middle, eps2))
+    middle = norm("norm1", input + attention(input), eps1)
+    return norm("norm2", middle + network(middle), eps2)
 
 
 def transformer(
@@ -266,37 +240,20 @@ def transformer(
     norm_first: bool = False,
     activation: str = "relu",
     eps: float = 1e-5,
-    functions: Any = None,
 ) -> Tensor:
-    """Logits, or their mean loss, of a model whose parameters `tinyllm.ops.transformer` lists.
-
-    functions: as in `transformer_block`, with embedding and cross_entropy besides.
-    """
-    functions = functions or sys.modules[__name__]
-    parts = split_transformer_parameters(parameters, num_layers, num_heads, norm_first)
-    if isinstance(parts, str):
-        raise ValueError(parts)
-    table, blocks, norm, output = parts
-    x: Tensor = functions.embedding(input, table, positions=positions)
-    for block in blocks:
-        x = transformer_block(
-            x,
-            block,
-            num_heads=num_heads,
-            causal=causal,
-            norm_first=norm_first,
-            activation=activation,
-            eps1=eps,
-            eps2=eps,
-            functions=functions,
-        )
+    """Logits, or their mean loss, of a model whose parameters `tinyllm.ops.transformer` lists."""
+    names = len(BLOCK_PARAMETERS) - (num_heads <= 1)
+    copies = (len(parameters) - 1) // (num_layers * names + 1 + norm_first)  # 2 with biases
+    table, *others = parameters
+    block = {"num_heads": num_heads, "causal": causal, "norm_first": norm_first, "activation": activation}
+    x = embedding(input, table, positions=positions)
+    for _ in range(num_layers):
+        x = transformer_block(x, others[: copies * names], **block, eps1=eps, eps2=eps)  # type: ignore[arg-type]
+        others = others[copies * names :]
     if norm_first:
-        x = functions.layer_norm(x, x.shape[-1:], norm[0], norm[1] if len(norm) > 1 else None, eps)
-    logits: Tensor = functions.linear(x, *output)
-    if target is None:
-        return logits
-    loss: Tensor = functions.cross_entropy(logits.flatten(0, 1), target.flatten())
-    return loss
+        x = layer_norm(x, x.shape[-1:], others[0], others[1] if copies == 2 else None, eps)
+    logits = linear(x, *others[-copies:])
+    return logits if target is None else cross_entropy(logits.flatten(0, 1), target.flatten())
 
 
 def cross_entropy(

@@ -1,0 +1,497 @@
+"""Modules as one operator, a whole SimpleLLM or one block: the same as the modules, and only while those are what
+their classes say."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import io
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import tinyllm.model
+import tinyllm.nn
+from tests.helpers.needs import needs_extension
+from tests.model.test_nn import F64, TIGHT, grads, randomise
+from tinyllm import SimpleLLM, _fused, ops
+
+Module = Any  # a SimpleLLM or a TransformerBlock
+KINDS = ["block", "model"]
+
+
+@pytest.fixture
+def taken(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """Return the list of what the operator was given: ids of a model, or the input of a block."""
+    found: list[Tensor] = []
+    original = _fused.run_transformer
+
+    def spy(input: Tensor, *args: Any) -> Tensor:
+        found.append(input)
+        return original(input, *args)
+
+    monkeypatch.setattr(_fused, "run_transformer", spy)
+    return found
+
+
+def small(kind: str, **options: Any) -> Module:
+    torch.manual_seed(0)
+    if kind == "block":
+        module: Module = tinyllm.nn.TransformerBlock(12, 20, **options)
+    else:
+        module = SimpleLLM(11, 12, 20, options.pop("num_layers", 2), max_seq_len=9, **options)
+    randomise(module)
+    return module
+
+
+def by_modules(module: Module) -> Module:
+    """Return a copy whose modules are called one by one, because one of them, or of each block, has a hook."""
+    other = copy.deepcopy(module)
+    for part in other.modules():
+        if isinstance(part, nn.Dropout):
+            part.register_forward_hook(lambda *_: None)
+    return other
+
+
+def tokens() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    drawn = torch.randint(11, (3, 8), generator=generator)
+    return drawn[:, :-1], drawn[:, 1:]
+
+
+def input_of(kind: str, dtype: torch.dtype = torch.float32) -> Tensor:
+    generator = torch.Generator().manual_seed(2)
+    return tokens()[0] if kind == "model" else torch.randn(2, 7, 12, dtype=dtype, generator=generator)
+
+
+def assert_same(ours: Module, theirs: Module, **tolerance: Any) -> None:
+    """Compare outputs, losses and all gradients."""
+    calls: list[Callable[[Module, Tensor], Tensor]] = [lambda module, x: module(x).sin()]
+    x = input_of("block", next(ours.parameters()).dtype).requires_grad_()
+    if isinstance(ours, SimpleLLM):
+        x, targets = tokens()
+        calls.append(lambda model, ids: F.cross_entropy(model(ids).flatten(0, 1), targets.flatten()))
+        calls.append(lambda model, ids: model.loss(ids, targets))
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), theirs(x), **tolerance)
+    for call in calls:
+        out, expected = call(ours, x), call(theirs, x)
+        torch.testing.assert_close(out, expected, **tolerance)
+        more = [x] if x.requires_grad else []
+        found = [grads(y, *more, *module.parameters()) for y, module in ((out, ours), (expected, theirs))]
+        torch.testing.assert_close(*found, **tolerance)
+
+
+MODELS: dict[str, dict[str, Any]] = {
+    "article": {},
+    "scaled": {"num_heads": 3, "causal": True, "norm_first": True, "activation": "gelu", "position": "learned"},
+    "tied": {"num_heads": 2, "tie_embeddings": True, "bias": False},
+    "tied pre-norm": {"tie_embeddings": True, "norm_first": True, "bias": False, "position": "learned"},
+    "one layer": {"num_layers": 1, "causal": True, "norm_first": True},
+    "gelu": {"activation": "gelu"},
+}
+
+
+@needs_extension
+@pytest.mark.parametrize("options", MODELS.values(), ids=MODELS)
+def test_a_model_as_one_operator_is_its_modules(options: dict[str, Any], taken: list[Tensor]) -> None:
+    model = small("model", **options).double()
+    assert_same(model, by_modules(model), **TIGHT)
+    assert len(taken) == 4
+
+
+@needs_extension
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("num_heads", [1, 3])
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_a_block_as_one_operator_is_its_modules(
+    norm_first: bool, num_heads: int, causal: bool, activation: str, bias: bool, taken: list[Tensor]
+) -> None:
+    options = {"norm_first": norm_first, "num_heads": num_heads, "causal": causal, "activation": activation}
+    block = small("block", bias=bias, **options).double()
+    block.norm1.eps, block.norm2.eps = 1e-3, 1e-2
+    assert_same(block, by_modules(block), **TIGHT)
+    assert len(taken) == 2
+
+
+# ---- Changed modules
+
+
+class Doubled(nn.Linear):
+    """Stands for LoRA and its like."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+def attribute(path: str, value: object) -> Callable[[nn.Module], object]:
+    """Return the change of an attribute, or of one of a Sequential's modules."""
+    owner, _, name = path.rpartition(".")
+    return lambda module: setattr(module.get_submodule(owner), name, copy.deepcopy(value))
+
+
+def within(path: str, change: Callable[[Any], object]) -> Callable[[nn.Module], object]:
+    return lambda module: change(module.get_submodule(path))
+
+
+# What may happen to any module.
+TO_ANY: dict[str, Callable[[Module], object]] = {
+    "hook": lambda module: module.register_forward_hook(lambda *_: None),
+    "pre-hook": lambda module: module.register_forward_pre_hook(lambda *_: None),
+    "backward hook": lambda module: module.register_full_backward_hook(lambda *_: None),
+    "patched forward": lambda module: setattr(module, "forward", type(module).forward.__get__(module)),
+    "subclass": lambda module: setattr(module, "__class__", type("Mine", (type(module),), {})),
+}
+BLOCK: dict[str, Callable[[Module], object]] = {
+    "dropout": attribute("dropout.p", 0.5),
+    "dropout left on in eval": lambda block: (block.eval(), block.dropout.train(), setattr(block.dropout, "p", 0.5)),
+    "dropout of attention": attribute("attention.dropout", 0.5),
+    "another dropout": attribute("dropout", nn.AlphaDropout(0.5)),
+    "no dropout": attribute("dropout", nn.Identity()),
+    "parametrization": lambda block: nn.utils.parametrizations.weight_norm(block.attention.key),
+    "a layer of its own": attribute("attention.value", Doubled(12, 12)),
+    "norm without parameters": attribute("norm1", tinyllm.nn.LayerNorm(12, elementwise_affine=False)),
+    "another attention": attribute("attention", nn.Linear(12, 12)),
+    "another activation": attribute("feed_forward.1", nn.ReLU()),
+    "another gelu": attribute("feed_forward.1", nn.GELU("tanh")),
+    "a layer more": lambda block: block.feed_forward.append(nn.Tanh()),
+    "no layers": attribute("feed_forward", nn.Sequential()),
+    "another network": attribute("feed_forward", nn.Linear(12, 12)),
+    "one bias missing": attribute("attention.query", nn.Linear(12, 12, bias=False)),
+    "narrow query and key": lambda block: [
+        setattr(block.attention, name, nn.Linear(12, 5)) for name in ("query", "key")
+    ],
+    "projection of one head": attribute("attention.out_proj", nn.Linear(12, 12)),
+    "frozen parameter": lambda block: block.norm2.bias.requires_grad_(False),
+}
+MODEL: dict[str, Callable[[Module], object]] = {
+    "dropout": attribute("dropout.p", 0.5),
+    "another dropout": attribute("dropout", nn.AlphaDropout(0.5)),
+    "a head of its own": attribute("output", nn.Sequential(nn.Linear(12, 12), nn.ReLU(), nn.Linear(12, 11))),
+    "another output": attribute("output", Doubled(12, 11)),
+    "output without a bias": attribute("output", nn.Linear(12, 11, bias=False)),
+    "padding": attribute("embedding.embedding.padding_idx", 3),
+    "sparse": attribute("embedding.embedding.sparse", True),
+    "scaled gradient": attribute("embedding.embedding.scale_grad_by_freq", True),
+    "largest norm": attribute("embedding.embedding.max_norm", 0.1),
+    "another embedding": attribute("embedding", nn.Embedding(11, 12)),
+    "another encoding": attribute("positional_encoding", nn.Identity()),
+    "a block more": lambda model: model.transformer_blocks.append(nn.Tanh()),
+    "no block": attribute("transformer_blocks", nn.Sequential()),
+    "another block": attribute("transformer_blocks.0", nn.Linear(12, 12)),
+    "another order": attribute("transformer_blocks.0.norm_first", False),
+    "another epsilon": attribute("transformer_blocks.1.norm1.eps", 0.5),
+    "another last epsilon": attribute("final_norm.eps", 0.5),
+    "another mask": attribute("transformer_blocks.1.attention.causal", False),
+    "no last norm": attribute("final_norm", None),
+    "another last norm": attribute("final_norm", nn.LayerNorm(12)),
+    "patched features": attribute("features", lambda ids: torch.ones(*ids.shape, 12)),
+    "one frozen parameter": lambda model: model.output.bias.requires_grad_(False),
+}
+OPTIONS: dict[str, Any] = {"norm_first": True, "activation": "gelu", "causal": True}
+
+
+def to_any(kind: str) -> dict[str, Callable[[Module], object]]:
+    paths = [path for path, _ in small(kind, **OPTIONS).named_modules() if path and "blocks.0" not in path]
+    return {f"{name} of {path}": within(path, change) for path in paths for name, change in TO_ANY.items()}
+
+
+MODEL |= {f"{name} in a block": within("transformer_blocks.1", change) for name, change in BLOCK.items()}
+MODEL |= to_any("model")
+BLOCK |= to_any("block")
+
+
+@pytest.mark.parametrize("change", BLOCK)
+def test_the_modules_of_a_changed_block_are_called(change: str, taken: list[Tensor]) -> None:
+    block = small("block", activation="gelu")
+    BLOCK[change](block)
+    assert block(input_of("block")).shape == (2, 7, 12)
+    assert not taken
+
+
+@needs_extension
+@pytest.mark.parametrize("change", MODEL)
+def test_the_modules_of_a_changed_model_are_called(change: str, taken: list[Tensor]) -> None:
+    ids, targets = tokens()
+    model = small("model", **OPTIONS)
+    model.loss(ids, targets)
+    model.loss(ids, targets)
+    assert len(taken) == 2  # and remembers what it looked like
+    del taken[:]
+    MODEL[change](model)
+    torch.manual_seed(1)
+    out = model(ids)
+    torch.manual_seed(1)
+    torch.testing.assert_close(out, model.output(model.features(ids)))
+    model.loss(ids, targets)
+    assert not [x for x in taken if not x.is_floating_point()]  # at most an unchanged block is one operator
+
+
+@pytest.mark.parametrize("change", ["another activation", "another gelu", "hook of feed_forward.1", "a layer more"])
+def test_a_large_network_that_was_changed_is_called(change: str) -> None:
+    block, x = small("block", activation="gelu"), torch.randn(600, 7, 12)  # large enough for an operator of its own
+    BLOCK[change](block)
+    torch.testing.assert_close(block._network(x), block.feed_forward(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_hooks_on_all_modules_are_called(kind: str, taken: list[Tensor]) -> None:
+    seen: list[nn.Module] = []
+    module = small(kind)
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module))
+    try:
+        module(input_of(kind))
+    finally:
+        handle.remove()
+    assert set(seen) == set(module.modules())
+    assert not taken
+
+
+@needs_extension
+def test_hooks_on_the_model_itself_are_called(taken: list[Tensor]) -> None:
+    model, seen = small("model"), []
+    model.register_forward_hook(lambda *_: seen.append(1))
+    model(tokens()[0])
+    assert len(seen) == len(taken) == 1
+
+
+@needs_extension
+def test_a_change_taken_back_is_seen(taken: list[Tensor]) -> None:
+    ids, _ = tokens()
+    model = small("model", dropout=0.5)
+    model(ids)
+    assert not taken
+    model.eval()(ids)
+    assert len(taken) == 1
+    model.train()(ids)
+    assert len(taken) == 1
+    handle = model.eval().output.register_forward_hook(lambda *_: None)
+    model(ids)
+    assert {x.is_floating_point() for x in taken[1:]} == {True}  # its blocks
+    handle.remove()
+    del taken[:]
+    model(ids)
+    assert taken == [ids]
+
+
+# ---- Parameters
+
+
+@needs_extension
+def test_other_parameters_are_used_at_once(taken: list[Tensor]) -> None:
+    ids, _ = tokens()
+    model = small("model")
+    before = model(ids)
+    model.transformer_blocks[1].norm2.weight = nn.Parameter(torch.full((12,), 3.0))
+    assert not torch.equal(model(ids), before)
+    with torch.no_grad():
+        model.embedding.embedding.weight.mul_(2)
+    torch.testing.assert_close(model(ids), by_modules(model)(ids))
+    model.double()
+    torch.testing.assert_close(model(ids), by_modules(model)(ids))
+    loaded = small("model")
+    loaded(ids)
+    loaded.load_state_dict(model.state_dict(), assign=True)
+    torch.testing.assert_close(loaded(ids), model(ids))
+    assert len(taken) == 7
+
+
+@needs_extension
+def test_layers_of_different_width(taken: list[Tensor]) -> None:
+    model = small("model").double()
+    model(tokens()[0])
+    model.transformer_blocks[1].feed_forward[0] = nn.Linear(12, 7, dtype=F64)
+    model.transformer_blocks[1].feed_forward[2] = nn.Linear(7, 12, dtype=F64)
+    assert_same(model, by_modules(model), **TIGHT)
+    assert len(taken) == 5
+
+
+def test_parameters_that_stop_fitting_raise_as_their_modules_do() -> None:
+    ids, _ = tokens()
+    model = small("model")
+    model(ids)
+    model.transformer_blocks[1].feed_forward[0].weight = nn.Parameter(torch.ones(20, 7))
+    with pytest.raises(RuntimeError, match="cannot be multiplied"):
+        model(ids)
+
+
+class _Doubling(Tensor):
+    """A weight that is not the numbers it holds, as a quantized one is."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        plain = [x.as_subclass(Tensor) * 2 if isinstance(x, cls) else x for x in args]
+        return (
+            func(*plain, **(kwargs or {}))
+            if func is F.linear
+            else super().__torch_function__(func, types, args, kwargs)
+        )
+
+
+def test_weights_of_a_kind_of_their_own_are_left_to_it(taken: list[Tensor]) -> None:
+    x = torch.randn(2, 300, 12)  # large enough for the operators
+    for width in (20, 200):
+        block = tinyllm.nn.TransformerBlock(12, width).requires_grad_(False)
+        doubled = copy.deepcopy(block)
+        for path in ("feed_forward.0", "attention.key"):
+            linear, other = block.get_submodule(path), doubled.get_submodule(path)
+            other.weight.mul_(2)
+            del linear._parameters["weight"]
+            linear._parameters["weight"] = other.weight.div(2).as_subclass(_Doubling)
+        torch.testing.assert_close(block(x), by_modules(doubled)(x))
+    assert not taken
+
+
+@needs_extension
+@pytest.mark.parametrize("kind", KINDS)
+def test_functional_call(kind: str, taken: list[Tensor]) -> None:
+    module, other = small(kind).double(), small(kind).double()
+    randomise(other)
+    x = input_of(kind, F64)
+    module(x)
+    parameters = {name: p.detach().requires_grad_() for name, p in other.named_parameters()}
+    out = torch.func.functional_call(module, parameters, x)
+    torch.testing.assert_close(out, other(x), **TIGHT)
+    assert len(taken) == 3
+    for a, b in zip(grads(out, *parameters.values()), grads(other(x), *other.parameters()), strict=True):
+        torch.testing.assert_close(a, b, **TIGHT)
+
+
+@needs_extension
+@pytest.mark.parametrize("kind", KINDS)
+def test_frozen_parameters_are_fused_where_no_gradient_is_recorded(kind: str, taken: list[Tensor]) -> None:
+    module, x = small(kind).requires_grad_(False), input_of(kind)
+    module(x)
+    assert len(taken) == 1
+    if kind == "block":  # backward would compute the gradients of all parameters for that of x
+        module(x.requires_grad_())
+        assert len(taken) == 1
+    next(module.parameters()).requires_grad_(True)
+    module(x)
+    assert len([y for y in taken if y.dtype == x.dtype]) == 1
+    with torch.no_grad():
+        module(x)
+    assert len([y for y in taken if y.dtype == x.dtype]) == 2
+
+
+# ---- Calls that are not for one operator
+
+
+@needs_extension
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_stands_against_one_operator(kind: str, taken: list[Tensor]) -> None:
+    module, x = small(kind), input_of(kind)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(module(x), by_modules(module)(x))
+    with ops.backend("reference"):
+        module(x)
+        assert ops.last_backend() == "reference"
+    low = x.bfloat16() if x.is_floating_point() else x
+    assert copy.deepcopy(module).bfloat16()(low).dtype == torch.bfloat16
+    assert copy.deepcopy(module).to("meta")(x.to("meta")).device.type == "meta"
+    if kind == "model":
+        assert module(x[:0]).shape == (0, 7, 11)
+        assert module(x[:, :0]).shape == (3, 0, 11)
+    assert not [y for y in taken if y.dtype == x.dtype and y.numel()]
+
+
+@needs_extension
+def test_a_large_call_is_not_one_operator(monkeypatch: pytest.MonkeyPatch, taken: list[Tensor]) -> None:
+    model, (ids, targets) = small("model"), tokens()
+    model.loss(ids, targets)
+    work = ids.numel() * model._whole.work
+    for limit, whole in ((work - 1, False), (work, True)):
+        del taken[:]
+        monkeypatch.setattr(_fused, "_SMALL_MODEL", limit)
+        model.loss(ids, targets)
+        assert [not x.is_floating_point() for x in taken] == ([True] if whole else [False, False])
+
+
+@needs_extension
+def test_the_loss_of_many_logits_does_not_hold_them(monkeypatch: pytest.MonkeyPatch, taken: list[Tensor]) -> None:
+    model, (ids, targets) = small("model"), tokens()
+    expected = model.loss(ids, targets)
+    monkeypatch.setattr(tinyllm.model, "_MANY_LOGITS", ids.numel() * 11)
+    torch.testing.assert_close(model.loss(ids, targets), expected)
+    assert ops.last_backend() == "cpp"
+    assert len([x for x in taken if not x.is_floating_point()]) == 1
+
+
+@needs_extension
+@pytest.mark.parametrize("position", ["sinusoidal", "learned"])
+def test_positions_of_another_dtype_are_promoted_as_by_the_modules(position: str, taken: list[Tensor]) -> None:
+    model, (ids, targets) = small("model", position=position), tokens()
+    model(ids)
+    assert len(taken) == 1
+    for name, parameter in model.named_parameters():
+        if not name.startswith("positional_encoding"):
+            parameter.data = parameter.data.double()
+    out = model(ids)
+    assert out.dtype == F64
+    torch.testing.assert_close(out, by_modules(model)(ids), **TIGHT)
+    assert model.loss(ids, targets).dtype == F64
+    assert len([x for x in taken if not x.is_floating_point()]) == 1
+
+
+def test_errors_are_those_of_the_modules() -> None:
+    for model in (small("model"), by_modules(small("model"))):
+        ids, targets = tokens()
+        with pytest.raises(IndexError, match=r"the token id 99; ids must be in 0 .. 10"):
+            model(torch.full((2, 3), 99))
+        with pytest.raises(ValueError, match="x has 10 tokens in a sequence; max_seq_len is 9"):
+            model(torch.zeros(1, 10, dtype=torch.int64))
+        with pytest.raises(IndexError, match="99 is out of bounds"):
+            model.loss(ids, torch.full_like(targets, 99))
+
+
+# ---- Life of a model
+
+
+@needs_extension
+def test_copies_and_files_are_models_of_their_own(taken: list[Tensor]) -> None:
+    ids, _ = tokens()
+    model = small("model")
+    expected = model(ids)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    for other in (copy.deepcopy(model), torch.load(file, weights_only=False)):
+        assert other._whole is None
+        torch.testing.assert_close(other(ids), expected, rtol=0, atol=0)
+        with torch.no_grad():
+            other.output.weight.zero_()
+        assert not torch.equal(other(ids), expected)
+    torch.testing.assert_close(model(ids), expected, rtol=0, atol=0)
+    assert len(taken) == 6
+
+
+def test_a_model_is_freed_when_nobody_holds_it() -> None:
+    model = small("model")
+    model(tokens()[0])
+    reference = weakref.ref(model)
+    gc.disable()
+    try:
+        del model
+        assert reference() is None
+    finally:
+        gc.enable()
+
+
+@needs_extension
+def test_blocks_and_models_compile_whole() -> None:
+    options: dict[str, Any] = {"num_heads": 3, "norm_first": True, "activation": "gelu"}
+    block = small("block", **options)
+    assert_same(torch.compile(block, fullgraph=True), by_modules(block))
+    model, (ids, targets) = small("model", **options), tokens()
+    eager = model.loss(ids, targets)
+    compiled = torch.compile(model.loss, fullgraph=True)(ids, targets)
+    torch.testing.assert_close(compiled, eager)
+    ours, theirs = (grads(loss, *model.parameters()) for loss in (compiled, eager))
+    torch.testing.assert_close(ours, theirs)
