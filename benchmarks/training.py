@@ -29,7 +29,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
-from unittest import mock
 
 # Before torch reads it: torch.compile's worker processes would still be starting when the first steps are timed.
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
@@ -233,16 +232,12 @@ def fitted(
     text: Text, config: TrainConfig, others: Mapping[str, Run]
 ) -> tuple[Rounds, loop.Fitted, list[dict[str, Any]]]:
     """Run `tinyllm train`'s loop, in turns with the others: times, how it ended, the lines of metrics.jsonl."""
-    turns, seed_step = Turns(others, LOG_INTERVAL), loop.seed_step
-
-    def begin_step(seed: int, step: int, rank: int, device: torch.device) -> None:
-        turns.on_step(step)
-        seed_step(seed, step, rank, device)
-
+    turns = Turns(others, LOG_INTERVAL)
+    sets = (text.train, text.val)
     model = new_model(config, text.tokenizer.vocab_size)
-    with tempfile.TemporaryDirectory() as folder, mock.patch.object(loop, "seed_step", begin_step):
+    with tempfile.TemporaryDirectory() as folder:
         with redirect_stderr(Terminal()):
-            done = loop.fit(launch(config), model, text.tokenizer, text.train, text.val, config, Path(folder))
+            done = loop.fit(launch(config), model, text.tokenizer, *sets, config, Path(folder), on_step=turns.on_step)
         return turns.rounds, done, read_metrics(Path(folder, METRICS_FILE))
 
 
