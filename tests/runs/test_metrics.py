@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tinyllm.runs.metrics import MetricsWriter, read_metrics
+from tinyllm.runs.metrics import read_metrics
+from tinyllm.training.recorder import MetricsLogger
 
 
 @pytest.fixture
@@ -32,19 +33,28 @@ def line(step: int, split: str = "train", **changes: object) -> dict[str, object
     }
 
 
+def log(path: Path, step: int, split: str = "train", resume_step: int | None = None, **values: float) -> None:
+    """Log a line as a training does that starts, or goes on after `resume_step`."""
+    logger = MetricsLogger(path, resume_step)
+    known = {"loss": 1.0, "lr": 0.1, "tokens_per_s": 10.0, **values}
+    logger.log_metrics({f"{split}/{name}": value for name, value in known.items()}, step)
+    logger.finalize("success")
+
+
 def test_what_is_written_is_read(path: Path) -> None:
-    with MetricsWriter(path) as metrics:
-        speed = metrics.write(1, "train", 2.125, 1e-3, tokens=5, grad_norm=0.5, skipped=0, peak_fraction=None)
-        assert len(read_metrics(path)) == 1  # on the disk at once
-        metrics.restart()
-        metrics.write(1, "val", 1 / 3, 1e-3, tokens=7)
+    logger = MetricsLogger(path)
+    values = {"train/skipped": 0, "train/grad_norm": 0.5, "train/loss": 2.125, "train/lr": 1e-3}
+    logger.log_metrics({**values, "train/tokens_per_s": 5.5}, 1)
+    assert len(read_metrics(path)) == 1  # on the disk at once
+    logger.log_metrics({"val/loss": 1 / 3, "val/lr": 1e-3, "val/tokens_per_s": 7.0}, 1)
+    logger.finalize("success")
     train, val = read_metrics(path)
     assert train == {
         "step": 1,
         "split": "train",
         "loss": 2.125,
         "lr": 1e-3,
-        "tokens_per_s": round(speed, 1),
+        "tokens_per_s": 5.5,
         "elapsed_s": train["elapsed_s"],
         "grad_norm": 0.5,
         "skipped": 0,
@@ -56,8 +66,7 @@ def test_what_is_written_is_read(path: Path) -> None:
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_what_is_no_number_is_null(value: float, path: Path) -> None:
-    with MetricsWriter(path) as metrics:
-        metrics.write(1, "train", value, 1e-3, tokens=5, grad_norm=value)
+    log(path, 1, loss=value, grad_norm=value)
 
     def refuse(name: str) -> None:
         raise AssertionError(f"{name} is not JSON")
@@ -74,8 +83,7 @@ def test_nan_of_other_programs_is_read_as_none(path: Path) -> None:
 
 def test_a_new_file_replaces_the_old(path: Path) -> None:
     write(path, line(1))
-    with MetricsWriter(path) as metrics:
-        metrics.write(7, "train", 1.0, 0.1, tokens=1)
+    log(path, 7)
     assert [found["step"] for found in read_metrics(path)] == [7]
 
 
@@ -84,10 +92,10 @@ def test_resuming_keeps_the_lines_up_to_the_step(end: str, path: Path) -> None:
     kept = [line(10, grad_norm=1 / 3), line(10, "val", loss=None), line(20)]
     write(path, *kept, line(30), line(30, "val"))
     path.write_text(path.read_text() + end)
-    with MetricsWriter(path, resume_step=20) as metrics:
-        whole = [json.loads(end)] if end.endswith("}") else []
-        assert read_metrics(path) == [*kept, *whole]  # before anything new is known
-        metrics.write(21, "train", 1.0, 0.1, tokens=1)
+    whole = [json.loads(end)] if end.endswith("}") else []
+    MetricsLogger(path, 20).finalize("failed")
+    assert read_metrics(path) == [*kept, *whole]  # before anything new is known
+    log(path, 21, resume_step=20)
     lines = read_metrics(path)
     assert lines[:-1] == [*kept, *whole]
     assert lines[-1]["step"] == 21
@@ -100,8 +108,7 @@ def test_resuming_keeps_the_lines_up_to_the_step(end: str, path: Path) -> None:
 def test_resuming_with_nothing_kept(content: str | None, path: Path) -> None:
     if content is not None:
         path.write_text(content)
-    with MetricsWriter(path, resume_step=0) as metrics:
-        metrics.write(1, "train", 1.0, 0.1, tokens=1)
+    log(path, 1, resume_step=0)
     assert [found["step"] for found in read_metrics(path)] == [1]
 
 
@@ -109,10 +116,8 @@ def test_resuming_changes_nothing_that_it_does_not_understand(path: Path) -> Non
     write(path, line(1), {"time": 3}, line(2))
     before = path.read_bytes()
     with pytest.raises(ValueError, match="line 2, is not a line of metrics"):
-        MetricsWriter(path, resume_step=5)
+        MetricsLogger(path, 5)
     assert path.read_bytes() == before
-    with pytest.raises(ValueError, match="resume_step is -1; it must be at least 0"):
-        MetricsWriter(path, resume_step=-1)
 
 
 @pytest.mark.parametrize("end", [b"{", b'{"step": 2, "split"', b'{"step": 2, "split": "\xc3', b" "])

@@ -25,7 +25,7 @@ from tinyllm.evaluation import evaluate_texts
 from tinyllm.model import SimpleLLM
 from tinyllm.runs.folder import checkpoints
 from tinyllm.runs.load import load_run
-from tinyllm.runs.metrics import MetricsWriter, read_metrics
+from tinyllm.runs.metrics import read_metrics
 from tinyllm.training import checkpoint, loop, recorder, trainer
 from tinyllm.training.engine import Engine, TrainingModule, launch
 from tinyllm.training.trainer import train
@@ -362,7 +362,7 @@ def test_metrics_that_cannot_be_written_are_said_once(text: Path, tmp_path: Path
     def fail(*args: object, **options: object) -> float:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(MetricsWriter, "write", fail)
+    monkeypatch.setattr(recorder.MetricsLogger, "log_metrics", fail)
     monkeypatch.setattr(recorder, "plot_run", fail)
     assert train(small(steps=30, eval_interval=10), tmp_path / "out", [text]).steps == 30
     assert capsys.readouterr().err.count("not everything about this training can be written") == 1

@@ -19,92 +19,31 @@ Lines of "train" may have more; runs of older versions, and lines that could not
 from __future__ import annotations
 
 import json
-import math
 import os
-import time
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from tinyllm._internal.files import write_text
 
 
-class MetricsWriter:
-    """metrics.jsonl, each line on the disk when it is known, and the clock for its speeds.
+def keep_metrics(path: str | os.PathLike[str], last_step: int) -> float:
+    """Drop the lines of later steps, which will come again, and half a line that a kill may have left at the end.
 
-    Args:
-        path: the file. Its folder must exist.
-        resume_step: None starts a new file. A number goes on with a run that stopped: lines of later steps, which
-            will come again, are dropped, and so is half a line that a kill may have left at the end; `elapsed_s`
-            counts on from the last line kept. If there is no file, a new one starts.
+    Returns:
+        `elapsed_s` of the last line kept, or 0.
 
     Raises:
-        FileNotFoundError: the folder does not exist.
-        ValueError: `resume_step` is negative; or the file to go on with is not a metrics.jsonl. It is left as it was.
+        ValueError: the file is not a metrics.jsonl. It is left as it was.
     """
-
-    def __init__(self, path: str | os.PathLike[str], resume_step: int | None = None) -> None:
-        path = Path(path)
-        before = 0.0
-        if resume_step is None:
-            self._file: TextIO = path.open("w", encoding="utf-8", newline="\n")
-        else:
-            if resume_step < 0:
-                raise ValueError(f"resume_step is {resume_step}; it must be at least 0, or None for a new file")
-            if path.exists():
-                kept = [line for line in read_metrics(path) if line["step"] <= resume_step]
-                write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
-                before = max((line.get("elapsed_s") or 0.0 for line in kept), default=0.0)
-            self._file = path.open("a", encoding="utf-8", newline="\n")
-        self._mark = time.perf_counter()
-        self._start = self._mark - before
-
-    def __enter__(self) -> MetricsWriter:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._file.close()
-
-    def restart(self) -> None:
-        """Count the time for the next line's speed from now on."""
-        self._mark = time.perf_counter()
-
-    def speed(self, tokens: int) -> float:
-        """Tokens per second, if there were so many since the last line, or since `restart`."""
-        return tokens / max(time.perf_counter() - self._mark, 1e-9)
-
-    def write(self, step: int, split: str, loss: float, lr: float, *, tokens: int, **extra: float | None) -> float:
-        """Write a line about the `tokens` tokens since the last one.
-
-        Args:
-            step: the step just done, from 1.
-            split: "train" or "val".
-            loss: mean of those tokens, in nats; written as null if it is not finite.
-            lr: the learning rate of the step.
-            tokens: how many there were since the last line, or since `restart`.
-            extra: more of the line's keys, such as `grad_norm`; those that are None are left out.
-
-        Returns:
-            Tokens per second.
-        """
-        speed = self.speed(tokens)
-        now = time.perf_counter()
-        line = {
-            "step": step,
-            "split": split,
-            "loss": loss,
-            "lr": lr,
-            "tokens_per_s": round(speed, 1),
-            "elapsed_s": round(now - self._start, 3),
-            **{name: value for name, value in extra.items() if value is not None},
-        }
-        self._file.write(json.dumps({name: _json(value) for name, value in line.items()}, allow_nan=False) + "\n")
-        self._file.flush()
-        self._mark = now
-        return speed
+    if not Path(path).exists():
+        return 0.0
+    kept = [line for line in read_metrics(path) if line["step"] <= last_step]
+    write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+    return max((line.get("elapsed_s") or 0.0 for line in kept), default=0.0)
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl, also of one that is being written.
+    """Return the lines of a metrics.jsonl, also of one that is being written.
 
     A last line without its end, which a run under way or killed may leave, is not counted.
 
@@ -133,7 +72,7 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 def _wrong(line: Any) -> str | None:
-    """What keeps `line` from being a line of metrics."""
+    """Return what keeps `line` from being a line of metrics, or None."""
     if not isinstance(line, dict):
         return f"it is {json.dumps(line)[:40]}, not an object"
     for name in ("step", "split", "loss"):
@@ -148,7 +87,3 @@ def _wrong(line: Any) -> str | None:
         if value is not None and type(value) not in (int, float):
             return f'"{name}" is {value!r}, not a number'
     return None
-
-
-def _json(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 import warnings
@@ -20,7 +21,7 @@ from tinyllm.config.training import TrainConfig
 from tinyllm.data.batches import TokenDataset
 from tinyllm.generation import generate
 from tinyllm.runs.folder import CURVE_FILE, METRICS_FILE, SAMPLES_FILE, TABLE_FILE, TENSORBOARD
-from tinyllm.runs.metrics import MetricsWriter, read_metrics
+from tinyllm.runs.metrics import keep_metrics, read_metrics
 from tinyllm.runs.plot import plot_run
 from tinyllm.tokenizer import Tokenizer
 from tinyllm.training.engine import Engine, TrainingModule
@@ -31,8 +32,50 @@ _PICTURE_SHARE = 0.01  # of the time, that drawing may take
 _SAMPLE_TEMPERATURE = 0.7
 
 
+class MetricsLogger(Logger):
+    """metrics.jsonl, which `tinyllm.runs.metrics` describes: each line is on the disk when it is known.
+
+    Args:
+        path: the file. Its folder must exist.
+        resume_step: None starts a new file. A number goes on with a run that stopped, see `keep_metrics`; `elapsed_s`
+            counts on from the last line kept.
+
+    Raises:
+        FileNotFoundError: the folder does not exist.
+        ValueError: the file to go on with is not a metrics.jsonl. It is left as it was.
+    """
+
+    name = METRICS_FILE
+    version = None
+
+    def __init__(self, path: Path, resume_step: int | None = None) -> None:
+        before = 0.0 if resume_step is None else keep_metrics(path, resume_step)
+        self._file = path.open("w" if resume_step is None else "a", encoding="utf-8", newline="\n")
+        self._start = time.perf_counter() - before
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """Write a line; the names of the metrics begin with their split, as in "train/loss"."""
+        (split,) = {name.partition("/")[0] for name in metrics}
+        values = {name.partition("/")[2]: value for name, value in metrics.items()}
+        first = {name: values.pop(name) for name in ("loss", "lr", "tokens_per_s")}
+        elapsed = round(time.perf_counter() - self._start, 3)
+        line = {"step": step, "split": split, **first, "elapsed_s": elapsed, **values}
+        for name, value in line.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                line[name] = None  # JSON has no word for it
+        self._file.write(json.dumps(line, allow_nan=False) + "\n")
+        self._file.flush()
+
+    def log_hyperparams(self, params: Any, *args: Any, **options: Any) -> None:
+        """Do nothing: config.json has them."""
+
+    def finalize(self, status: str) -> None:
+        """Close the file."""
+        self._file.close()
+
+
 class Recorder:
-    """Writes in the first process and does nothing in the others, but for what all must do together.
+    """Write on rank 0 what a training logs; other ranks take part in what all must do together.
 
     What cannot be written, on a full disk, is said once, and does not end the training.
 
@@ -64,12 +107,11 @@ class Recorder:
         self._writes = engine.rank == 0
         self._shown = shown and self._writes
         self._waited = self._drawn = 0.0
-        self._start = time.perf_counter()
+        self._start = self._mark = time.perf_counter()
         self._failed = False
         if not self._writes:
             return
-        self._metrics = MetricsWriter(out / METRICS_FILE, first_step if first_step else None)
-        self._loggers = _loggers(out, config.tensorboard, read_metrics(out / METRICS_FILE))
+        self._loggers = _loggers(out, first_step, config.tensorboard)
         _keep_samples(out / SAMPLES_FILE, first_step)
         self._peak = peak_flops
         self._token_flops = estimate(model, seq_len=config.seq_len).flops_per_token
@@ -82,7 +124,7 @@ class Recorder:
             mininterval=0.1 if sys.stderr.isatty() else 10,  # a log file keeps every state of the bar
             bar_format="{desc} {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} steps{postfix} [{remaining} left]",
         )
-        self._metrics.restart()
+        self.restart()
 
     def __enter__(self) -> Recorder:
         return self
@@ -90,24 +132,22 @@ class Recorder:
     def __exit__(self, *exception: object) -> None:
         if self._writes:
             self._bar.close()
-            self._try(lambda: self._metrics.__exit__(*exception))
             for logger in self._loggers:
                 self._try(partial(logger.finalize, "success" if exception[0] is None else "failed"))
 
     def restart(self) -> None:
         """Count the time for the next line's speed from now on."""
-        if self._writes:
-            self._metrics.restart()
+        self._mark = time.perf_counter()
 
     def waiting(self, batches: Iterator[Any]) -> Any:
-        """The next batch; the time that it takes counts as waiting for data."""
+        """Return the next batch; the time that it takes counts as waiting for data."""
         start = time.perf_counter()
         batch = next(batches)
         self._waited += time.perf_counter() - start
         return batch
 
     def advance(self) -> None:
-        """One step more is done."""
+        """Count a step."""
         if self._writes:
             self._bar.update()
 
@@ -117,21 +157,20 @@ class Recorder:
             self._bar.write(line, file=sys.stderr)
 
     def train(self, step: int, loss: float, lr: float, norm: float, *, steps: int, skipped: int) -> None:
-        """A line about the steps since the last one: `steps` of them counted, `skipped` did not."""
+        """Log a line about the steps since the last one: `steps` of them counted, `skipped` did not."""
         if not self._writes:
             return
         tokens = (steps + skipped) * self._step_tokens
-        extra = {"grad_norm": norm, "wait_s": round(self._waited, 6), "skipped": skipped}
-        self._waited = 0.0
-        speed = self._write(step, "train", loss, lr, tokens, extra)
+        waited, self._waited = round(self._waited, 6), 0.0
+        speed = self._write(step, "train", loss, lr, tokens, grad_norm=norm, wait_s=waited, skipped=skipped)
         peak = f"{self._peak_fraction(speed):.0%} of peak"
         self._bar.set_postfix_str(f"loss {loss:.3f}, lr {lr:.1e}, {speed:,.0f} tokens/s, {peak}", refresh=False)
 
     def validation(self, step: int, loss: float, lr: float, *, tokens: int, last: bool) -> None:
-        """A line about a validation, and the picture anew; unless drawing has taken too much of the time."""
+        """Log a line about a validation, and draw the picture anew, unless drawing has taken too much of the time."""
         if not self._writes:
             return
-        self._write(step, "val", loss, lr, tokens, {})
+        self._write(step, "val", loss, lr, tokens)
         self.note(f"step {step}: validation loss {loss:.3f}")
         begun = time.perf_counter()
         if last or self._drawn <= _PICTURE_SHARE * (begun - self._start):
@@ -139,7 +178,7 @@ class Recorder:
             self._drawn += time.perf_counter() - begun
 
     def draw(self) -> None:
-        """The picture of what is known so far."""
+        """Draw what is known so far."""
         self._try(lambda: plot_run(self._out / METRICS_FILE, self._out / CURVE_FILE, title=self._title))
 
     def sample(self, step: int, module: TrainingModule, tokenizer: Tokenizer, text: TokenDataset) -> None:
@@ -160,21 +199,17 @@ class Recorder:
         if self._writes:
             self._try(lambda: _append(self._out / SAMPLES_FILE, json.dumps(line, ensure_ascii=False)))
 
-    def _write(self, step: int, split: str, loss: float, lr: float, tokens: int, extra: dict[str, float]) -> float:
-        """Returns tokens a second."""
-        speed = 0.0
-
-        def write() -> None:
-            nonlocal speed
-            now = self._metrics.speed(tokens)
-            known = {"peak_fraction": round(self._peak_fraction(now), 4)} if split == "train" else {}
-            speed = self._metrics.write(step, split, loss, lr, tokens=tokens, **extra, **known)
-            values = {"loss": loss, "lr": lr, "tokens_per_s": speed, **extra, **known}
-            for logger in self._loggers:
-                logger.log_metrics({f"{split}/{name}": value for name, value in values.items()}, step)
-                logger.save()
-
-        self._try(write)
+    def _write(self, step: int, split: str, loss: float, lr: float, tokens: int, **extra: float) -> float:
+        """Log a line about the `tokens` tokens since the last one, and return how many there were a second."""
+        now = time.perf_counter()
+        speed = tokens / max(now - self._mark, 1e-9)
+        self._mark = now
+        values = {"loss": loss, "lr": lr, "tokens_per_s": round(speed, 1), **extra}
+        if split == "train":
+            values["peak_fraction"] = round(self._peak_fraction(speed), 4)
+        for logger in self._loggers:
+            self._try(partial(logger.log_metrics, {f"{split}/{name}": value for name, value in values.items()}, step))
+            self._try(logger.save)
         return speed
 
     def _peak_fraction(self, tokens_per_s: float) -> float:
@@ -193,20 +228,21 @@ class Recorder:
                 self.note(f"not everything about this training can be written: {error}")
 
 
-def _loggers(out: Path, tensorboard: bool, lines: list[dict[str, Any]]) -> list[Logger]:
-    """CSV always, and TensorBoard's. A resumed run's table begins with the lines that it had."""
+def _loggers(out: Path, first_step: int, tensorboard: bool) -> list[Logger]:
+    """Return those of metrics.jsonl, of the same as a table, and TensorBoard's. A table begins with what is known."""
+    metrics = MetricsLogger(out / METRICS_FILE, first_step or None)
     (out / TABLE_FILE).unlink(missing_ok=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that the folder is not empty
         table = CSVLogger(out, name="", version="")
-        for line in lines:
+        for line in read_metrics(out / METRICS_FILE):
             step, split = line.pop("step"), line.pop("split")
             line.pop("elapsed_s", None)
             table.log_metrics({f"{split}/{name}": value for name, value in line.items()}, step)
         table.save()
     if not tensorboard:
-        return [table]
-    return [table, TensorBoardLogger(out, name=TENSORBOARD, version="")]
+        return [metrics, table]
+    return [metrics, table, TensorBoardLogger(out, name=TENSORBOARD, version="")]
 
 
 def _keep_samples(path: Path, last_step: int) -> None:
