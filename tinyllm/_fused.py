@@ -1,4 +1,4 @@
-"""Which modules one operator may stand for, and with which tensors.
+"""Decide which modules one operator may stand for, and with which tensors.
 
 An operator stands for modules only while calling them does what their classes say and no more: none of them is replaced
 by a module of another class, hooked, patched or parametrized. Whatever is not so is called module by module.

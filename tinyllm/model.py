@@ -122,11 +122,11 @@ class SimpleLLM(nn.Module):
 
     @classmethod
     def from_config(cls, config: SimpleLLMConfig) -> SimpleLLM:
-        """A model with new random weights."""
+        """Return a model with new random weights."""
         return cls(**config.to_dict())
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits for the token after each one.
+        """Compute the logits for the token after each one.
 
         Args:
             x: token ids (B, T) of any integer dtype, in 0 .. V - 1; T at most max_seq_len. B and T
@@ -186,7 +186,7 @@ class SimpleLLM(nn.Module):
             )
 
     def features(self, x: Tensor, documents: Tensor | None = None) -> Tensor:
-        """What `output` turns into logits: (B, T) ids to (B, T, D). documents: see `loss`. Raises as `forward`."""
+        """Compute the features of ids (B, T) for `output`: (B, T, D). documents: see `loss`. Raises as `forward`."""
         x = _fused.call_embedding(self.embedding, self.positional_encoding, self.dropout, _checked_ids(x))
         recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
         if documents is None and not recompute:
@@ -211,7 +211,7 @@ class SimpleLLM(nn.Module):
         return self.__dict__ | {"_whole": None}  # it is found again; copies and files need not carry it
 
     def num_parameters(self) -> int:
-        """How many numbers are learned; tied weights count once."""
+        """Return the number of weights; tied ones count once."""
         return sum(parameter.numel() for parameter in self.parameters())
 
 
@@ -266,7 +266,7 @@ def init_gpt2_weights(model: SimpleLLM, *, generator: torch.Generator | None = N
 
 
 def choose_device(name: str) -> torch.device:
-    """The device of that name; `"auto"` is a GPU if there is one. ValueError if it is not here."""
+    """Return the device of that name; `"auto"` is a GPU if there is one. Raises ValueError if it is not here."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -287,7 +287,7 @@ def _document_mask(documents: Tensor, causal: bool) -> Tensor:
 
 
 def _checked_ids(x: Tensor) -> Tensor:
-    """Ids (B, T) in a dtype that torch's embedding takes, which checks their range itself."""
+    """Return ids (B, T) in a dtype that torch's embedding takes, which checks their range itself."""
     if not isinstance(x, Tensor):
         raise TypeError(f"x is a {type(x).__name__}; it must be a tensor of token ids, shape (B, T)")
     if x.dtype not in _INTEGER_DTYPES:

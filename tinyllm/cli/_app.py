@@ -1,4 +1,4 @@
-"""What the commands share: the application, how errors are shown, what a program may do to its process."""
+"""Common parts of the commands: the application, how errors are shown, what a program may do to its process."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ app = App(
 
 
 def prepare_process() -> None:
-    """What a program may do to its own process, and a library may not."""
+    """Set up the process as a program may, and a library may not."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a model may write what the terminal cannot show
             stream.reconfigure(errors="replace")
@@ -48,7 +48,7 @@ def prepare_process() -> None:
 
 
 def is_worker() -> bool:
-    """Whether this process is one of several of a training, and not the first: what it has to say, that one says."""
+    """Return whether this is a non-zero rank of a training, which leaves the talking to rank 0."""
     return any(os.environ.get(name, "0") != "0" for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID", "NODE_RANK"))
 
 

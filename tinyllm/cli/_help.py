@@ -1,4 +1,4 @@
-"""How a command's help is laid out: options in groups, in plain text that reads well in any terminal and in a pipe."""
+"""Layout of a command's help: options in groups, in plain text that reads well in any terminal and in a pipe."""
 
 from __future__ import annotations
 

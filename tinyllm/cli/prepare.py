@@ -126,7 +126,7 @@ def _check(out: Path) -> None:
 
 
 def _show(done: Prepared) -> None:
-    """What came of it, and what to do next."""
+    """Print the result and what to do next."""
     shards = done.shards
     manifest = shards.manifest
     tokens = manifest["tokens"]

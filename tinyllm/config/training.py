@@ -1,4 +1,4 @@
-"""What to train and how: the presets, and the config that takes every choice. Imports no torch."""
+"""TrainConfig: every choice of a training. Imports no torch."""
 
 from __future__ import annotations
 
@@ -232,17 +232,17 @@ class TrainConfig:
 
     @property
     def warmup(self) -> int:
-        """Steps in which the learning rate rises."""
+        """Return the number of steps in which the learning rate rises."""
         return min(500, self.steps // 20) if self.warmup_steps is None else self.warmup_steps
 
     @property
     def eval_every(self) -> int:
-        """Steps between validations; the last step has one, too."""
+        """Return the number of steps between validations; the last step has one, too."""
         return self.eval_interval or max(100, self.steps // 10)
 
     @property
     def checkpoint_every(self) -> int:
-        """Steps between checkpoints; the last step has one, too."""
+        """Return the number of steps between checkpoints; the last step has one, too."""
         return self.checkpoint_interval or self.eval_every
 
     @classmethod

@@ -1,1 +1,1 @@
-"""From text to batches of token ids."""
+"""Text, token shards and batches: the way from files to the model's input."""

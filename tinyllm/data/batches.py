@@ -1,4 +1,4 @@
-"""From token files to batches: windows of tokens in an order that depends on the seed and on nothing else.
+"""Batches of windows of tokens, in an order that depends on the seed and on nothing else.
 
     shards -TokenDataset-> window at a place -ShuffledWindows-> micro-batches of this process
 
@@ -65,7 +65,7 @@ class TokenDataset(Dataset[tuple[Tensor, Tensor]]):
         return [np.memmap(path, dtype=self._dtype, mode="r") for path in self.paths]
 
     def __len__(self) -> int:
-        """How many places a window can begin at."""
+        """Return the number of places at which a window can begin."""
         return int(self._starts[-1])
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
@@ -75,7 +75,7 @@ class TokenDataset(Dataset[tuple[Tensor, Tensor]]):
         return inputs[0], targets[0]
 
     def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Windows at `indices`: (inputs, targets), int64, each (len(indices), seq_len)."""
+        """Return the windows at `indices`: (inputs, targets), int64, each (len(indices), seq_len)."""
         at = np.asarray(indices)
         files = np.searchsorted(self._starts, at, side="right") - 1
         windows = np.empty((len(at), self.seq_len + 1), np.int64)
@@ -85,7 +85,7 @@ class TokenDataset(Dataset[tuple[Tensor, Tensor]]):
         return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
     def tiling(self, offset: int) -> tuple[NDArray[Any], NDArray[Any]]:
-        """Windows without overlap, from the `offset`-th token of each file on (or the last that leaves it a window).
+        """Return windows without overlap, from the `offset`-th token of each file on (or the last with a window).
 
         Returns:
             For each file, the index of its first window; and a cumulative count of the files' windows, from 0 on.
@@ -174,7 +174,7 @@ class ShuffledWindows(Sampler[list[int]]):
 
 
 def shuffle(places: NDArray[Any], size: int, seed: int, epoch: int) -> NDArray[Any]:
-    """Where a permutation of 0 .. size - 1 sends `places`; (seed, epoch) choose it.
+    """Apply the permutation of 0 .. size - 1 that (seed, epoch) choose to `places`.
 
     A Feistel network over the next power of four (Luby and Rackoff 1988), applied until the result is below `size`. A
     permutation that is computed, not stored: a thousand million windows take no memory, and any place is found at once.
@@ -194,7 +194,7 @@ def shuffle(places: NDArray[Any], size: int, seed: int, epoch: int) -> NDArray[A
 
 
 def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """The finalizer of SplitMix64 (Steele, Lea and Flood 2014): every bit of the result depends on every bit."""
+    """Apply the finalizer of SplitMix64 (Steele, Lea and Flood 2014): every bit of the result depends on every bit."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))
@@ -203,7 +203,7 @@ def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
 def train_loader(
     dataset: TokenDataset, windows: ShuffledWindows, *, workers: int = 0, pin_memory: bool = False
 ) -> Batches:
-    """The micro-batches of `windows`, without end: (inputs, targets), each int64 (share, seq_len)."""
+    """Yield the micro-batches of `windows` without end: (inputs, targets), each int64 (share, seq_len)."""
     return DataLoader(
         dataset,
         batch_sampler=windows,
@@ -223,7 +223,7 @@ def val_loader(
     world_size: int = 1,
     pin_memory: bool = False,
 ) -> Batches:
-    """This process's part of at most `max_batches` batches of windows without overlap, evenly spread, always the same.
+    """Return this rank's part of at most `max_batches` batches of evenly spread windows, always the same.
 
     Every process has as many batches; one that ends up without a window in the last batch has an empty one.
     """

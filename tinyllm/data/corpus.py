@@ -1,4 +1,4 @@
-"""From files to tokens: find the text, read it, write its tokens to disk. `tinyllm.data.batches` serves them.
+"""Find text, read it, and write its tokens as shards, which `tinyllm.data.batches` serves.
 
     paths -find_files-> Corpus -documents-> tokenizer -write_shards-> shards
 
@@ -57,12 +57,12 @@ class Corpus:
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """The paths of `inputs`."""
+        """Return the paths of `inputs`."""
         return tuple(Path(entry.path) for entry in self.inputs)
 
     @property
     def num_bytes(self) -> int:
-        """The size of the files when they were found."""
+        """Return the size that the files had when they were found."""
         return sum(entry.size for entry in self.inputs)
 
     def describe(self) -> str:
@@ -211,6 +211,6 @@ def write_shards(
 
 
 def first_tokens(path: str | os.PathLike[str], vocab_size: int, count: int) -> list[int]:
-    """The first `count` tokens of a token file, or all if it has fewer."""
+    """Return the first `count` tokens of a token file, or all if it has fewer."""
     ids: list[int] = np.fromfile(path, dtype=token_dtype(vocab_size), count=count).tolist()
     return ids

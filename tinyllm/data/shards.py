@@ -78,11 +78,11 @@ class Shards:
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """The dtype of the .bin files."""
+        """Return the dtype of the .bin files."""
         return np.dtype(self.manifest["dtype"]).newbyteorder("<")
 
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer that made the shards.
+        """Return the tokenizer that made the shards.
 
         Raises:
             FileNotFoundError: tokenizer.json is gone.
@@ -131,7 +131,7 @@ class Shards:
                         )
 
     def documents(self, split: Split) -> Iterator[NDArray[Any]]:
-        """The documents of a split, in order: their ids, the end-of-text id included.
+        """Yield the documents of a split, in order: their ids, the end-of-text id included.
 
         Args:
             split: "train" or "val".
@@ -201,7 +201,7 @@ class ShardFile:
 
 
 def is_prepared(path: str | os.PathLike[str]) -> bool:
-    """Whether `path` is a directory that `tinyllm prepare` has finished.
+    """Return whether `path` is a directory that `tinyllm prepare` has finished.
 
     Other programs have manifests too, so it is read.
     """
@@ -262,7 +262,7 @@ def open_shards(path: str | os.PathLike[str]) -> Shards:
 
 
 def _parse(content: bytes, where: Path) -> dict[str, Any]:
-    """The manifest in `content`, with everything that a reader relies on."""
+    """Return the manifest in `content`, with everything that a reader relies on."""
     try:
         manifest = json.loads(content)
     except ValueError as error:
@@ -293,7 +293,7 @@ def _parse(content: bytes, where: Path) -> dict[str, Any]:
 
 
 def file_sha256(path: str | os.PathLike[str]) -> str:
-    """The SHA-256 of a file, in hexadecimal. Raises OSError if it cannot be read."""
+    """Return the SHA-256 of a file, in hexadecimal. Raises OSError if it cannot be read."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 20):

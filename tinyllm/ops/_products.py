@@ -1,4 +1,4 @@
-"""Who multiplies matrices on a CPU: our kernels, which fuse what surrounds the product, or PyTorch's libraries.
+"""Choice of the matmul on a CPU: our kernels, which fuse what surrounds it, or PyTorch's libraries.
 
 The choice is a function of the instruction set, the processor's family, the dtype and the number of rows, read from a
 table. It never comes from a clock inside a call: two runs of one program give the same bits, and tracing one changes

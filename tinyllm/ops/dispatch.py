@@ -1,4 +1,4 @@
-"""Which backend serves a call of an operator. Every "no" has a reason.
+"""Choose the backend that serves a call of an operator. Every "no" has a reason.
 
 backend     serves          what it is
 cpp         CPU tensors     csrc/cpu, compiled into tinyllm._C

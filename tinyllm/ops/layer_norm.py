@@ -95,7 +95,7 @@ def add_layer_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> tuple[Tensor, Tensor]:
-    """The residual addition and the layer normalisation behind it, in one pass over memory.
+    """Compute a residual addition and the layer normalisation after it, in one pass over memory.
 
     Args:
         input, residual: (*, *normalized_shape), equal shapes and dtypes, any strides.

@@ -48,7 +48,7 @@ _OPERATORS = {name: _declare(name) for name in ("transformer_block", "transforme
 
 
 class Settings(NamedTuple):
-    """What the kernel is told besides tensors, in its order."""
+    """Arguments of the kernel besides tensors, in its order."""
 
     num_layers: int
     num_heads: int

@@ -1,5 +1,6 @@
-"""What each operator means, in plain PyTorch: the specification that kernels are tested against, and what is called
-where no kernel serves. Signatures are those of `tinyllm.ops`; every function is differentiable any number of times."""
+"""The meaning of each operator, in plain PyTorch: the specification that kernels are tested against, which is also
+called where no kernel serves. Signatures are those of `tinyllm.ops`; every function can be differentiated any number of
+times."""
 
 from __future__ import annotations
 
@@ -200,7 +201,7 @@ def transformer_block(
     eps1: float = 1e-5,
     eps2: float = 1e-5,
 ) -> Tensor:
-    """A transformer block of the parameters that `tinyllm.ops.transformer_block` lists."""
+    """Compute a transformer block from the parameters that `tinyllm.ops.transformer_block` lists."""
     names = [name for name in BLOCK_PARAMETERS if num_heads > 1 or name != "out_proj"]
     weights = dict(zip(names, parameters, strict=False))
     biases = dict.fromkeys(names) | dict(zip(names, parameters[len(names) :], strict=False))
@@ -241,7 +242,7 @@ def transformer(
     activation: str = "relu",
     eps: float = 1e-5,
 ) -> Tensor:
-    """Logits, or their mean loss, of a model whose parameters `tinyllm.ops.transformer` lists."""
+    """Compute the logits, or their mean loss, of a model whose parameters `tinyllm.ops.transformer` lists."""
     names = len(BLOCK_PARAMETERS) - (num_heads <= 1)
     copies = (len(parameters) - 1) // (num_layers * names + 1 + norm_first)  # 2 with biases
     table, *others = parameters

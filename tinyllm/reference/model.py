@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 
 def tokenize(text: str, vocab: Mapping[str, int]) -> list[int]:
-    """The id of each whitespace-separated word of `text`; unknown words get that of "<UNK>".
+    """Return the id of each whitespace-separated word of `text`; unknown words get that of "<UNK>".
 
     Raises:
         KeyError: `vocab` has no "<UNK>".
@@ -29,7 +29,7 @@ def tokenize(text: str, vocab: Mapping[str, int]) -> list[int]:
 
 
 def sinusoidal_table(max_seq_len: int, embedding_dim: int) -> Tensor:
-    """The position signal of "Attention Is All You Need" (Vaswani et al., 2017), section 3.5.
+    """Return the position signal of "Attention Is All You Need" (Vaswani et al., 2017), section 3.5.
 
     Column 2i is sin(t / 10000^(2i / D)) and column 2i+1 the cosine of the same angle: wavelengths
     from 2 pi to 10000 * 2 pi. An odd D ends with a sine.

@@ -1,1 +1,1 @@
-"""What a training leaves behind: the folder of a run, and what reads it."""
+"""The folder that a training leaves behind, and what reads it."""

@@ -307,7 +307,7 @@ def _place(x: str, per_step: int | None, run: str | os.PathLike[str]) -> Callabl
 
 
 def is_ours(path: str | os.PathLike[str]) -> bool:
-    """Whether `path` may be replaced by a new picture: nothing is there, or what this module has drawn."""
+    """Return whether `path` may be replaced by a new picture: nothing is there, or what this module has drawn."""
     path = Path(path)
     return not path.exists() or (path.is_file() and SIGNATURE.encode() in path.read_bytes())
 
@@ -429,7 +429,7 @@ def _style(axes: Axes) -> None:
 
 
 def _format_x(axes: Axes, x: str, places: list[Array]) -> None:
-    """Limits, ticks and label of the x axis."""
+    """Set limits, ticks and label of the x axis."""
     from matplotlib.ticker import MaxNLocator
 
     last = max((float(values.max()) for values in places if len(values)), default=0.0)
@@ -458,7 +458,7 @@ def _heading(axes: Axes, title: str, note: str) -> None:
 
 
 def _markers(curve: Curve) -> dict[str, Any]:
-    """Points for a line of few; of many only the last one."""
+    """Mark the points of a line of few; of many only the last one."""
     count = len(curve.x)
     return {"marker": "o", "markersize": 4.5, "markevery": 1 if count <= _MANY_POINTS else [count - 1]}
 

@@ -1,1 +1,1 @@
-"""From a config to weights."""
+"""Training: begin or resume a run, the loop, the engine, checkpoints and what is shown meanwhile."""

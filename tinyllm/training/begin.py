@@ -1,4 +1,4 @@
-"""From text, or prepared data, to a run folder with all that a training needs, but no checkpoint.
+"""Make a run folder with all that a training needs, but no checkpoint, from text or prepared data.
 
 Whatever can be known is checked before anything is read, and what is there is not touched until all is made.
 """

@@ -42,7 +42,7 @@ _VERSION = 1
 
 @dataclass
 class Progress:
-    """Where a training is, besides its weights.
+    """Progress of a training, besides its weights.
 
     Attributes:
         step: steps done.
@@ -184,7 +184,7 @@ def load_checkpoint(engine: Engine, path: Path, model: nn.Module, averages: Aver
 
 
 def weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and stored buffers by their names in a state_dict; tied ones once."""
+    """Return parameters and stored buffers by their names in a state_dict, tied ones once."""
     seen: set[int] = set()
     for name, tensor in model.state_dict(keep_vars=True).items():
         if id(tensor) not in seen:
@@ -252,7 +252,7 @@ def _read_state(path: Path) -> Progress:
 
 @contextmanager
 def _new_folder(engine: Engine, path: Path) -> Iterator[Path]:
-    """A folder beside `path` that gets its name when the block is done; it is gone if the block fails."""
+    """Give the block a folder beside `path`, which gets its name afterwards; remove it if the block fails."""
     temporary = path.with_name(f".{path.name}.tmp")
 
     def begin() -> None:

@@ -61,7 +61,7 @@ class TrainingModule(nn.Module):
         self._end_of_text_id = end_of_text_id
 
     def forward(self, ids: Tensor, targets: Tensor | None = None) -> Tensor:
-        """The loss, see `SimpleLLM.loss`; without targets the logits. ids, targets: int64 (B, T)."""
+        """Compute the loss, see `SimpleLLM.loss`, or without targets the logits. ids, targets: int64 (B, T)."""
         if targets is None:
             logits: Tensor = self.model(ids)
             return logits

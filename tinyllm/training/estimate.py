@@ -1,4 +1,4 @@
-"""What training a model takes, before anything is bought: parameters, computation, memory on each device, speed.
+"""Estimate what training a model takes, before anything is bought: parameters, computation, memory, speed.
 
 The model is built on the meta device, so its parameters are counted, not computed. The rest is arithmetic, and tests
 compare it with what small models are measured to take. B sequences of T tokens a device, D = embedding_dim,
@@ -41,7 +41,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What `estimate` finds.
+    """Result of `estimate`.
 
     Attributes:
         parameters: how many numbers are learned; tied ones once.
@@ -55,14 +55,14 @@ class Estimate:
     memory: dict[str, Memory]
 
     def tokens_per_second(self, devices: int, peak_flops: float, mfu: float) -> float:
-        """Of all devices together. peak_flops: of one, a second. mfu: the fraction of it that the model's own
-        computation reaches."""
+        """Return tokens a second of all devices. peak_flops: of one device. mfu: the fraction of it that the model's
+        own computation reaches."""
         return devices * peak_flops * mfu / self.flops_per_token
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What `report` is told of the machines: devices, B and T on each, GiB of each, its peak, the fraction reached."""
+    """Machines that `report` assumes: devices, B and T on each, GiB of each, its peak, the fraction of it reached."""
 
     devices: int
     batch_size: int
@@ -82,7 +82,7 @@ def estimate(
     precision: str = "bf16-mixed",
     checkpointing: bool = False,
 ) -> Estimate:
-    """Parameters, computation and memory of training a model with AdamW.
+    """Estimate parameters, computation and memory of training a model with AdamW.
 
     The strategies: "ddp" has everything on every device; "fsdp" a share of everything, and two blocks' weights
     gathered while one works and the next one comes; "deepspeed" (its stage 2) all weights, and a share of gradients and
@@ -124,7 +124,7 @@ def estimate(
 
 
 def _flops_per_token(config: SimpleLLMConfig, seq_len: int) -> int:
-    """Of matrix products alone; the rest is below a percent of them."""
+    """Count the FLOPs of matmuls alone; the rest is below a percent of them."""
     size = config.embedding_dim
     projections = 4 if config.num_heads > 1 else 3  # one head has no output projection
     weights = config.num_layers * (projections * size**2 + 2 * size * config.hidden_dim) + size * config.vocab_size
@@ -135,7 +135,7 @@ def _flops_per_token(config: SimpleLLMConfig, seq_len: int) -> int:
 
 
 def _activation_bytes(config: SimpleLLMConfig, seq_len: int, precision: str, checkpointing: bool) -> int:
-    """What forward keeps for backward, for each token.
+    """Return the bytes that forward keeps for backward, for each token.
 
     Of a block: the two norms' inputs and outputs, query, key, value and attention's output, the network's hidden layer
     (twice where its activation cannot be told from its output), and in float32 the norms' statistics and attention's
@@ -155,7 +155,7 @@ def _activation_bytes(config: SimpleLLMConfig, seq_len: int, precision: str, che
 
 
 def report(name: str, config: SimpleLLMConfig, found: Estimate, settings: Settings) -> str:
-    """An estimate as text for a terminal."""
+    """Return an estimate as text for a terminal."""
     alone = settings.devices == 1
     lines = [
         f"{name}: {config.num_layers} layers of {config.embedding_dim} and {config.hidden_dim}, "

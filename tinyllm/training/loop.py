@@ -32,7 +32,7 @@ from tinyllm.training.recorder import Recorder
 
 @dataclass(frozen=True)
 class Fitted:
-    """What `fit` did: steps done in all, the last validation loss, and the signal that ended it, if one did."""
+    """Result of `fit`: steps done in all, the last validation loss, and the signal that ended it, if one did."""
 
     steps: int
     val_loss: float | None

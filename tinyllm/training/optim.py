@@ -23,7 +23,7 @@ def adamw(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
-    """The rate of step 1 .. steps: a linear warmup to `lr`, then what `config.schedule` says.
+    """Return the learning rate of step 1 .. steps: a linear warmup to `lr`, then what `config.schedule` says.
 
     "cosine" and "linear" fall to `min_lr_ratio * lr` at the last step; "constant" stays; "wsd" (warmup, stable, decay;
     Hu et al. 2024) stays and falls linearly in the last `decay_fraction` of the steps.
@@ -63,7 +63,7 @@ class AveragedWeights:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Takes in the weights as they are now."""
+        """Update the averages with the weights as they are now."""
         self.updates += 1
         keep = min(self.decay, (1 + self.updates) / (10 + self.updates))
         weights = [parameter.detach() for parameter in self._parameters.values()]

@@ -1,4 +1,4 @@
-"""What a training shows and writes while it runs: the progress bar, metrics, a picture, samples."""
+"""Show and write the course of a training: the progress bar, metrics, a picture, samples."""
 
 from __future__ import annotations
 
@@ -213,8 +213,8 @@ class Recorder:
         return speed
 
     def _peak_fraction(self, tokens_per_s: float) -> float:
-        """The fraction of what all devices can do, which is at least what they have done: when the peak was measured,
-        another program may have had a part of them."""
+        """Return the fraction of what all devices can do, which is at least what they have done: another program may
+        have had a part of them when the peak was measured."""
         flops = tokens_per_s * self._token_flops
         self._peak = max(self._peak, flops)
         return flops / self._peak

@@ -55,7 +55,7 @@ _PEER_GONE = re.compile("by peer|remote process exited|Broken pipe")  # gloo's w
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What came of a training.
+    """Result of a training.
 
     Attributes:
         out: the run folder.
@@ -77,7 +77,7 @@ class TrainResult:
 
     @property
     def interrupted(self) -> bool:
-        """Whether a signal ended it."""
+        """Return whether a signal ended it."""
         return self.signal is not None
 
 
@@ -257,7 +257,7 @@ def _naming_causes(config: TrainConfig, vocab_size: int, engine: Engine) -> Iter
 
 
 def _model(config: TrainConfig, vocab_size: int) -> SimpleLLM:
-    """With the weights to begin with, which depend on the seed alone; fsdp's has none yet, see `Engine.setup`."""
+    """Return the model with its first weights, which the seed decides; fsdp's has none yet, see `Engine.setup`."""
     modern = PRESETS[config.preset].modern  # the article's model keeps the article's first weights
     later = modern and config.strategy == "fsdp"
     with torch.device("meta" if later else "cpu"):

@@ -1,4 +1,4 @@
-"""From any amount of text to token shards: cut the input into units, tokenize them in parallel, write what came of it.
+"""Preparation of any amount of text: cut the input into units, tokenize them in parallel, write token shards.
 
     inputs -cut-> units of about `shard_size` -workers-> train-N, val-N and a sidecar each -> manifest.json
 

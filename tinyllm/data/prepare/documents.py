@@ -1,4 +1,4 @@
-"""How files are read as documents, at a stretch or in parts: texts, JSON lines and Parquet.
+"""Readers of files as documents, at a stretch or in parts: texts, JSON lines and Parquet.
 
     inputs -cut_input-> parts -read_documents-> documents
 
@@ -36,7 +36,7 @@ _CUTS = tuple(map(re.compile, (r"[^\W_](?=\r?\n)", r"\S(?=\r?\n)", r"\S(?=\s)"))
 
 @dataclass(frozen=True)
 class Part:
-    """What one worker reads at a stretch.
+    """Part of an input that one worker reads at a stretch.
 
     Attributes:
         kind: "text", "jsonl" or "parquet".
@@ -131,7 +131,7 @@ def _cut_parquet(entry: Input, size: int, column: str) -> list[Part]:
 
 
 def _line_cut(file: io.BufferedReader, place: int) -> int:
-    """The end of the line that `place` lies in."""
+    """Return the end of the line that `place` lies in."""
     file.seek(place)
     while block := file.read(_BLOCK_BYTES):
         if (found := block.find(b"\n")) >= 0:
@@ -141,7 +141,7 @@ def _line_cut(file: io.BufferedReader, place: int) -> int:
 
 
 def _text_cut(file: io.BufferedReader, place: int) -> int:
-    """The next place from `place` on where a text may be cut."""
+    """Return the next place from `place` on where a text may be cut."""
     file.seek(place)
     block = file.read(_LONGEST_PIECE)
     text = block.lstrip(bytes(range(0x80, 0xC0)))[:_LONGEST_PIECE]  # from a character's first byte on
@@ -152,7 +152,7 @@ def _text_cut(file: io.BufferedReader, place: int) -> int:
 
 
 def find_cut(text: str, start: int, stop: int) -> int:
-    """Where to cut `text` between `start` and `stop`; `stop` if no place there is a good one."""
+    """Return the place between `start` and `stop` at which to cut `text`; `stop` if there is no good one."""
     for pattern in _CUTS:
         if match := pattern.search(text, start, stop):
             return match.end()
@@ -184,7 +184,7 @@ def split_text(blocks: Iterable[str]) -> Iterator[str]:
 
 
 def read_documents(part: Part, column: str, on_bad: OnBad) -> Iterator[Document]:
-    """The documents of a part that are not empty. Texts are UTF-8; their line ends become `\\n`.
+    """Yield the documents of a part that are not empty. Texts are UTF-8; their line ends become `\\n`.
 
     Args:
         part: what to read.
@@ -277,7 +277,7 @@ def _read_lines(part: Part, column: str, on_bad: OnBad) -> Iterator[Document]:
 
 
 def parse_line(line: bytes, column: str) -> str:
-    """The text of a JSON line; "" for an empty line. Raises ValueError that says what is wrong with it."""
+    """Return the text of a JSON line; "" for an empty line. Raises ValueError that says what is wrong with it."""
     if not line.strip():
         return ""
     try:

@@ -1,4 +1,4 @@
-"""From documents to token shards, and how a lot of text is tokenized with a byte-level BPE: every word only once.
+"""Write documents as token shards, and tokenize a lot of text with a byte-level BPE: every word only once.
 
 A byte-level BPE cuts a text into words by GPT-2's regular expression, and each word's ids depend on the word alone.
 Text repeats its words, so a table from words to their ids does most of the work: cut (by Python's `re`), look up,
@@ -152,7 +152,7 @@ def token_encoder(tokenizer: Tokenizer) -> Callable[[list[str]], list[bytes]]:
 
 
 def _splits_as_gpt2(tokenizer: BPETokenizer) -> bool:
-    """Whether nothing but GPT-2's regular expression comes between a text and the merges of its words."""
+    """Return whether nothing but GPT-2's regular expression comes between a text and the merges of its words."""
     content = json.loads(tokenizer._tokenizer.to_str())
     splitter = content["pre_tokenizer"] or {}
     return (

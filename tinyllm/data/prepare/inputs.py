@@ -1,4 +1,4 @@
-"""Which files are text, and how each is read: what `train`, `eval` and `prepare` find where they are told to look.
+"""Find the files that are text, and how each is read, for `train`, `eval` and `prepare`.
 
 What is evidently no text is passed over below a directory, and is an error where it is named itself: binary files,
 folders that `tinyllm prepare` made or began, and the folders of trainings.

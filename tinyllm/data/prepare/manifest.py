@@ -84,12 +84,12 @@ def write_manifest(
 
 
 def shard_files(out: Path) -> list[Path]:
-    """The files in a directory that have names of shards."""
+    """Return the files in a directory that have names of shards."""
     return [path for path in out.iterdir() if _SHARD_FILE.fullmatch(path.name)]
 
 
 def _balance(out: Path, shards: dict[str, list[dict[str, Any]]], dtype: np.dtype[Any], val_fraction: float) -> None:
-    """Where the chosen documents are too few for validation, the end of the largest training shard joins them.
+    """Move the end of the largest training shard to validation where the chosen documents are too few for it.
 
     It is cut between two documents if there is a place with about as many tokens behind it, else within one. New
     files are made for both parts of that shard, so that a kill here changes nothing.
@@ -128,7 +128,7 @@ def _balance(out: Path, shards: dict[str, list[dict[str, Any]]], dtype: np.dtype
 
 
 def _ends_with_document(out: Path, entry: dict[str, Any]) -> bool:
-    """Whether the shard's last document does not go on in the next one."""
+    """Return whether the shard's last document ends in it."""
     index = out / f"{entry['name']}.idx"
     last = np.fromfile(index, dtype=INDEX_DTYPE, offset=index.stat().st_size - 8) if entry["documents"] else [0]
     return int(last[0]) == entry["tokens"]

@@ -1,4 +1,4 @@
-"""What is to be done in a directory, and what of it has been: written down, so that a later call can go on."""
+"""The plan of a preparation: what is to be done in a directory and what has been, written down for a later call."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _VERSION = 1  # of plan.json
 
 
 class Plan:
-    """What is to be done in a directory, and what of it has been."""
+    """Plan of a preparation: what is to be done in a directory, and what has been."""
 
     def __init__(self, out: Path, content: dict[str, Any]) -> None:
         self.out = out
@@ -88,7 +88,7 @@ class Plan:
 
     @property
     def failed(self) -> Path:
-        """The mark of a plan whose inputs or settings were wrong, as far as its last call has come."""
+        """Return the mark of a plan whose inputs or settings were wrong, as far as its last call has come."""
         return self.folder / "failed"
 
     def has_begun(self) -> bool:
@@ -99,7 +99,7 @@ class Plan:
         return self.folder / f"unit-{number:05d}.json"
 
     def finished(self, number: int) -> dict[str, Any] | None:
-        """What a unit came to, if it is finished and its files are there."""
+        """Return the result of a unit, if it is finished and its files are there."""
         path = self.sidecar(number)
         if not path.is_file():
             return None
@@ -237,7 +237,7 @@ def _shown(value: Any) -> str:
 
 
 def _pack(inputs: Iterable[Input], size: int, column: str, on_bad: OnBad) -> list[list[Part]]:
-    """Parts of all inputs that are no streams, in order, small ones together up to `size` bytes."""
+    """Return parts of all inputs that are not streams, in order, small ones together up to `size` bytes."""
     units: list[list[Part]] = []
     room = 0
     for entry in inputs:

@@ -38,7 +38,7 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Prepared:
-    """What `prepare` did.
+    """Result of `prepare`.
 
     Attributes:
         shards: the result.
@@ -262,7 +262,7 @@ def _tokenize(plan: Plan, workers: int, skip_bad: bool, say: Say) -> tuple[int, 
 
 
 def _remove_leftovers(plan: Plan) -> None:
-    """What a killed call left half-written."""
+    """Remove what a killed call left half-written."""
     for folder, pattern in ((plan.out, ".*.tmp"), (plan.folder, ".*.tmp"), (plan.folder, "lines-*")):
         for path in folder.glob(pattern):
             path.unlink(missing_ok=True)
@@ -283,7 +283,7 @@ def _units(plan: Plan, skip_bad: bool) -> Iterator[tuple[int, list[Part] | None,
 def _stream_units(
     plan: Plan, entry: Input, number: int, skip_bad: bool
 ) -> Iterator[tuple[int, list[Part] | None, dict[str, Any]]]:
-    """Units of a stream, from `number` on: runs of lines, each written to a file for a worker."""
+    """Yield the units of a stream, from `number` on: runs of lines, each written to a file for a worker."""
     lines = 0
     while (before := plan.finished(number)) is not None and before["stream"] == entry.path:
         yield number, None, {}

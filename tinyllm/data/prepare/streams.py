@@ -30,7 +30,7 @@ _TEXT_DTYPES = ("string", "large_string")
 
 
 def stream_lines(entry: Input, column: str, on_bad: OnBad, skip: int = 0) -> Iterator[bytes]:
-    """The JSON lines of a compressed file or a dataset, as they are, from line number `skip` (from 0) on.
+    """Yield the JSON lines of a compressed file or a dataset, unchanged, from line number `skip` (from 0) on.
 
     Args:
         entry: an input of a kind in `STREAMS`.
@@ -82,7 +82,7 @@ def read_source(source: Part | Input, column: str, on_bad: OnBad) -> Iterator[Do
 
 
 def _decompressed(entry: Input) -> Iterator[bytes]:
-    """The lines of a compressed file. Raises EOFError, ValueError, zlib.error or BadGzipFile if it is damaged."""
+    """Yield the lines of a compressed file. Raises EOFError, ValueError, zlib.error or BadGzipFile if it is damaged."""
     if entry.kind == "gz":
         with gzip.open(entry.path, "rb") as unzipped:
             yield from unzipped
@@ -97,7 +97,7 @@ def _decompressed(entry: Input) -> Iterator[bytes]:
 
 
 def _unpacked(path: str) -> Iterator[bytes]:
-    """The content of a zstd file, in blocks. Unlike the library's own reader, it notices a missing end."""
+    """Yield the content of a zstd file, in blocks. Unlike the library's own reader, notice a missing end."""
     try:
         import zstandard
     except ImportError as error:

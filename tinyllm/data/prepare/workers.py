@@ -128,7 +128,7 @@ def _cause(status: int) -> str:
 
 
 class _Context(SpawnContext):
-    """How workers are started; keeps them in `processes`."""
+    """Context that starts the workers and keeps them in `processes`."""
 
     def __init__(self) -> None:
         self.processes: list[_Worker] = []
