@@ -183,7 +183,7 @@ def _work(connection: Any, seed: int, rounds: int) -> None:
 
 
 class Worker:
-    """That process, started when it is needed."""
+    """Return that process, started when it is needed."""
 
     def __init__(self, seed: int, rounds: int) -> None:
         self._arguments = seed, rounds

@@ -107,7 +107,7 @@ DISTURBED = 0.1
 
 
 class OtherLoad:
-    """How busy other programs, and on a virtual machine other guests, keep the processor since this was made."""
+    """Measure of how busy other programs, and on a virtual machine other guests, keep the processor."""
 
     def __init__(self) -> None:
         self._start = self._readings()

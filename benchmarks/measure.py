@@ -98,7 +98,7 @@ def verify(row: Row, case: Case) -> dict[str, float]:
 
 
 class Plan(NamedTuple):
-    """How many rounds there are, and how many calls each side makes in its turn."""
+    """Number of rounds, and of calls that each side makes in its turn."""
 
     rounds: int
     calls: int

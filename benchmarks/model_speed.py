@@ -1,4 +1,4 @@
-"""How fast a trained model learns and writes on our kernels, and on plain PyTorch:
+"""Compare how fast a trained model learns and generates on our kernels and on plain PyTorch:
 
     python -m benchmarks.model_speed --run runs/demo
 

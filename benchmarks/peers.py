@@ -1,4 +1,4 @@
-"""What whole models are compared with: SimpleLLM as one writes it in plain PyTorch, and Hugging Face's GPT-2.
+"""Peers of whole models: SimpleLLM as one writes it in plain PyTorch, and Hugging Face's GPT-2.
 
 Both get SimpleLLM's weights, by the names that GPT-2's modules have had since its release.
 """

@@ -1,4 +1,4 @@
-"""From measurements to what people read: results/KIND/FAMILY.json, docs/benchmarks.md and the README's table.
+"""Write what people read of measurements: results/KIND/FAMILY.json, docs/benchmarks.md and the README's table.
 
     python -m benchmarks.report                   write page, pictures and table anew from the stored results
     python -m benchmarks.report --adopt FILE      first take over what was measured elsewhere, with --out
@@ -99,17 +99,17 @@ def _rounded(value: Any) -> Any:
 
 
 def is_measured(row: RowFacts) -> bool:
-    """Whether a row has a time, and does not say why not."""
+    """Return whether a row has a time."""
     return "failed" not in row
 
 
 def is_peer(provider: str) -> bool:
-    """Whether a provider is not ours, nor a part of one of ours ("Triton, its launch")."""
+    """Return whether a provider is not ours, nor a part of one of ours ("Triton, its launch")."""
     return provider.split(", ")[0] not in OURS_ALL
 
 
 def is_disturbed(row: RowFacts) -> bool:
-    """Whether other programs used the processor while the row was measured."""
+    """Return whether other programs used the processor while the row was measured."""
     return (row["other_load_cores"] or 0.0) >= DISTURBED
 
 

@@ -1,4 +1,4 @@
-"""What a benchmark row is: one piece of work, and the providers that do it on the same tensors."""
+"""A row of a benchmark: one piece of work, and the providers that do it on the same tensors."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ class Row:
 
 
 class Target:
-    """Where rows are measured, and the source of their tensors.
+    """Device on which rows are measured, and the source of their tensors.
 
     Args:
         gpu: whether to make the rows of a GPU, whose work is larger and in bfloat16, or those of a CPU.

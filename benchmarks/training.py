@@ -1,4 +1,4 @@
-"""How fast training is, everything counted: data, forward, backward, clipping, optimizer and bookkeeping.
+"""Compare how fast training is, everything counted: data, forward, backward, clipping, optimizer and bookkeeping.
 
     python -m benchmarks.training              all three; some ten minutes
     python -m benchmarks.training --only char  what `tinyllm train --tokenizer char` does, beside plain PyTorch
@@ -175,7 +175,7 @@ def in_turns(sides: Mapping[str, Run], rounds: int, steps: int = 1) -> Rounds:
 
 
 class Terminal(io.StringIO):
-    """Where the progress bar is drawn as often as for a person."""
+    """Terminal on which the progress bar is drawn as often as for a person."""
 
     def isatty(self) -> bool:
         return True
@@ -307,8 +307,8 @@ def count(model: nn.Module) -> int:
 
 @dataclass
 class Measured:
-    """What a comparison found: the sides that took part with their errors, the others with the reason, and what the
-    table does not say."""
+    """Result of a comparison: the sides that took part with their errors, the others with the reason, and what
+    the table does not say."""
 
     title: str
     model: SimpleLLMConfig

@@ -1,5 +1,5 @@
-"""What counts as work: the rates in the tables are these numbers divided by the time, so a provider that does more than
-it has to gets no credit for it."""
+"""Work that counts: the rates in the tables are these numbers divided by the time, so a provider that does more than it
+has to gets no credit for it."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ _RMS_NORM = {
 
 
 def layer_norm_bytes(direction: str, rows: int, columns: int, itemsize: int = 4) -> int:
-    """The least traffic of layer_norm over (rows, columns): every tensor moves once."""
+    """Return the least traffic of layer_norm over (rows, columns): every tensor moves once."""
     return _bytes(_LAYER_NORM, direction, rows, columns, itemsize)
 
 
 def add_layer_norm_bytes(direction: str, rows: int, columns: int, itemsize: int = 4) -> int:
-    """The least traffic of add_layer_norm, both of whose outputs are used."""
+    """Return the least traffic of add_layer_norm, both of whose outputs are used."""
     return _bytes(_ADD_LAYER_NORM, direction, rows, columns, itemsize)
 
 
 def rms_norm_bytes(direction: str, rows: int, columns: int, itemsize: int = 4) -> int:
-    """The least traffic of rms_norm over (rows, columns)."""
+    """Return the least traffic of rms_norm over (rows, columns)."""
     return _bytes(_RMS_NORM, direction, rows, columns, itemsize)
 
 
@@ -46,7 +46,7 @@ def _bytes(table: dict[str, tuple[int, int]], direction: str, rows: int, columns
 
 
 def embedding_bytes(direction: str, tokens: int, seq_len: int, vocab_size: int, columns: int, itemsize: int = 4) -> int:
-    """The least traffic of embedding + positions; the gradient of the whole table is written."""
+    """Return the least traffic of embedding + positions; the gradient of the whole table is written."""
     rows = {FORWARD: 2 * tokens + seq_len, BACKWARD: tokens + seq_len + vocab_size}[direction]
     return rows * columns * itemsize
 
@@ -57,14 +57,14 @@ def linear_flops(direction: str, rows: int, inputs: int, outputs: int) -> int:
 
 
 def linear_bytes(direction: str, rows: int, inputs: int, outputs: int, itemsize: int = 4) -> int:
-    """The least traffic of a linear layer's forward pass: input, weight and bias are read once, the output written."""
+    """Return the least traffic of a linear forward: input, weight and bias are read once, the output written."""
     assert direction == FORWARD
     return (rows * inputs + outputs * inputs + outputs + rows * outputs) * itemsize
 
 
 def cross_entropy_bytes(direction: str, rows: int, classes: int, itemsize: int = 4) -> int:
-    """The least traffic of a cross-entropy: the logits are read once, and with a backward their gradient written once.
-    Whoever reads them again for it gets no credit; targets and losses, a number a row, are not counted."""
+    """Return the least traffic of a cross-entropy: the logits are read once, and with a backward their gradient is
+    written once. Whoever reads them again for it gets no credit; targets and losses are not counted."""
     return {FORWARD: 1, STEP: 2}[direction] * rows * classes * itemsize
 
 
@@ -74,7 +74,7 @@ def linear_cross_entropy_flops(direction: str, rows: int, features: int, classes
 
 
 def visible_pairs(queries: int, keys: int, causal: bool) -> int:
-    """How many (query, key) pairs take part; with causal, query i sees keys 0 .. i."""
+    """Return the number of (query, key) pairs that take part; with causal, query i sees keys 0 .. i."""
     return sum(min(i + 1, keys) for i in range(queries)) if causal else queries * keys
 
 

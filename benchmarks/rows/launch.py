@@ -1,5 +1,5 @@
-"""What a launch costs on a GPU: calls with next to no work, by the clock on the wall, and beside it for how long the
-GPU is busy. Python, dispatcher and driver are the rest."""
+"""Rows of what a launch costs on a GPU: calls with next to no work, in wall-clock time, beside the time that the GPU is
+busy. Python, dispatcher and driver are the rest."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ OPERATIONS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
 def _build(
     target: Target, operation: str, direction: str, rows: int, widths: Sequence[int], dtype: torch.dtype
 ) -> Case:
-    """Layers between these widths, each weight scaled as a layer's is."""
+    """Return layers between these widths, each weight scaled as a layer's is."""
     inputs = [target.randn(rows, widths[0], dtype=dtype)]
     for before, after in itertools.pairwise(widths):
         inputs += [(target.randn(after, before) / before**0.5).to(dtype), target.randn(after, dtype=dtype)]
