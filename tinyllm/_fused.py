@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import chain, repeat
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar, cast
 
 import torch
@@ -231,7 +232,8 @@ class WholeModel:
         self._parameters = [module._parameters for module in modules]
         names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
         self._hooks = [getattr(module, name) for module in modules for name in names]
-        self._settled = [(module.__dict__, name) for module in modules for name in _ATTRIBUTES.get(type(module), ())]
+        named = [(module.__dict__, _ATTRIBUTES.get(type(module))) for module in modules]
+        self._settled = [(itemgetter(*names), state) for state, names in named if names]
         self._seen = self._look(model)
 
     def _look(self, model: SimpleLLM) -> tuple[object, ...]:
@@ -239,9 +241,9 @@ class WholeModel:
         return (
             [*model._modules.values()],
             [*map(type, self._modules)],
-            [[*children.values()] for children in self._inner],
-            [*map(id, chain.from_iterable([parameters.values() for parameters in self._parameters]))],
-            [state[name] for state, name in self._settled],
+            [*map(list, map(dict.values, self._inner))],
+            [*map(id, chain.from_iterable(map(dict.values, self._parameters)))],
+            [get(state) for get, state in self._settled],
             any(self._hooks) or _has_any_global_hook() or any(map(dict.__contains__, self._states, repeat("forward"))),
         )
 
