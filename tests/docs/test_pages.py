@@ -67,11 +67,11 @@ def test_make_targets_exist(page: str) -> None:
 
 @pytest.mark.parametrize("page", TEXTS)
 def test_links_pictures_and_paths_exist(page: str) -> None:
-    text = re.sub(r"(?ms)^```.*?^```", "", TEXTS[page])
+    text = re.sub(r"(?ms)^ *```.*?^ *```", "", TEXTS[page])
     for link in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
         assert "://" in link or ((ROOT / page).parent / link).exists(), link
     for path in re.findall(r"`((?:csrc|kernels|tinyllm|tests|benchmarks|examples|docs)/[\w/]+\.\w+)`", TEXTS[page]):
-        assert (ROOT / path).exists(), path
+        assert (ROOT / path).exists() or "scale_add" in path, path  # the operator that CONTRIBUTING.md has one add
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/python.md"])

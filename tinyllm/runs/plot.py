@@ -276,9 +276,14 @@ def limits(train: Array, val: Array) -> tuple[float, float]:
 
 def compared_limits(runs: list[Series], split: Split) -> tuple[float, float]:
     """Return a scale for what is compared: all of each run, but of one that diverged only the beginning."""
-    curves = [run.compared(split).y for run in runs]
-    # A training's first fall says little.
-    curves = [y if run.validates(split) else y[len(y) // 20 :] for run, y in zip(runs, curves, strict=True) if len(y)]
+    curves = []
+    for run in runs:
+        y, train = run.compared(split).y, run.train.smooth.y
+        late = train[len(train) // 20 :]  # a training's first fall says little
+        if split == "both" and len(y) == 1:  # a dot, which the training that led to it explains
+            curves.append(np.concatenate([y, late]))
+        elif len(y):
+            curves.append(y if run.validates(split) else late)
     if not curves:
         return 0.0, 1.0
     lows, highs = [float(y.min()) for y in curves], [float(y.max()) for y in curves]
