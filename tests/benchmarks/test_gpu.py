@@ -60,7 +60,7 @@ def test_rows_have_names_of_their_own() -> None:
 
 
 def test_the_headline_is_measured_first() -> None:
-    """Of each section something before all of any: a short run shows them all."""
+    """Check that a short run shows something of each section before all of any."""
     found = rows(Target(gpu=True))
     first = [row for row in found if row.headline]
     assert found[: len(first)] == first

@@ -1,4 +1,4 @@
-"""What counts as work is what the formulas count."""
+"""Tests of the formulas that count work."""
 
 from __future__ import annotations
 

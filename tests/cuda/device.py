@@ -1,4 +1,4 @@
-"""Where the CUDA C++ kernels are tested: on the GPU, or on the CPU with emulated threads (tests/emulation)."""
+"""The device on which the CUDA C++ kernels are tested: the GPU, or emulated threads on the CPU (tests/emulation)."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""What the README and the pages of docs/ tell the reader to type or to look at exists and works."""
+"""Tests that everything the README and docs/ tell the reader to type or to look at exists and works."""
 
 from __future__ import annotations
 

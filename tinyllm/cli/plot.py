@@ -2,42 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
 from tinyllm.cli._app import app, one_line_errors
 from tinyllm.config.saved import read_config
 from tinyllm.runs.folder import CURVE_FILE, METRICS_FILE
-from tinyllm.runs.listing import RunInfo, tokens_per_step
-
-if TYPE_CHECKING:
-    pass
+from tinyllm.runs.listing import tokens_per_step
 
 COMPARISON = Path("comparison.png")
-
-SortKey = Literal["when", "name", "loss", "best", "steps", "parameters", "speed"]
-
-# What each is sorted by, and whether the largest comes first.
-_SORTED: dict[str, tuple[Callable[[RunInfo], Any], bool]] = {
-    "when": (lambda run: run.when, True),
-    "name": (lambda run: str(run.path), False),
-    "loss": (lambda run: run.val_loss, False),
-    "best": (lambda run: run.best_val_loss, False),
-    "steps": (lambda run: run.step, True),
-    "parameters": (lambda run: run.parameters, True),
-    "speed": (lambda run: run.tokens_per_s, True),
-}
-_COLOURS = {
-    "finished": "green",
-    "running": "cyan",
-    "running?": "cyan",
-    "interrupted": "yellow",
-    "killed": "yellow",
-    "broken": "red",
-}
 
 
 @app.command()
