@@ -76,7 +76,7 @@ cuda-sanitize: .venv/installed .venv/dev
 	library=$$($(BIN)/python -m tests.emulation.build --sanitize) && \
 	export TINYLLM_EMULATED_CUDA=$$library TINYLLM_EMULATED_SCHEDULE=backward ASAN_OPTIONS=detect_leaks=0 \
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" && \
-	$(BIN)/python -m pytest -n $(or $(WORKERS),2) tests/cuda
+	$(BIN)/python -m pytest -n $(or $(WORKERS),2) -m cuda tests/ops tests/kernels
 
 # The archives as users get them, in an environment that has nothing else.
 wheel-check: .venv/installed .venv/dev

@@ -78,7 +78,7 @@ for part in csrc kernels tinyllm benchmarks tests pyproject.toml setup.py MANIFE
     cp -r "$root/$part" "$work/src/"
 done
 rm -f "$work"/src/tinyllm/_C*.so "$work"/src/tinyllm/_build.json
-cp -r "$work/src/tests" "$work/run/"
+cp -r "$work/src/tests" "$work/src/benchmarks" "$work/run/"
 cd "$work/run" || exit 2 # where no source lies that would stand before what is installed
 
 # The GPU, its capability as TORCH_CUDA_ARCH_LIST writes it (wgmma and setmaxnreg are in 9.0a alone), and the toolkit
@@ -132,16 +132,17 @@ no_cuda=$(cat "$work/no_cuda" 2>/dev/null || echo "tinyllm does not load")
 # Each of the many test processes compiles one kernel at a time, instead of starting a process for each core.
 export TORCHINDUCTOR_COMPILE_THREADS=1
 
-# tests NAME LIMIT FOLDER OPTIONS...: with those options whose plugin is there, named before them.
+# tests NAME LIMIT BACKEND OPTIONS...: with those options whose plugin is there, named before them.
 tests() {
-    local name=$1 limit=$2 folder=$3 options=()
+    local name=$1 limit=$2 backend=$3 options=()
     shift 3
     while [ $# -gt 0 ]; do
         # shellcheck disable=SC2206
         if "$python" -c "import $1" 2>/dev/null; then options+=($2); fi
         shift 2
     done
-    stage "$name" "$limit" "$python" -m pytest -q -ra -p no:cacheprovider ${options[@]+"${options[@]}"} "$folder"
+    stage "$name" "$limit" "$python" -m pytest -q -ra -p no:cacheprovider ${options[@]+"${options[@]}"} \
+        -m "$backend" tests/ops tests/kernels
 }
 
 sanitizer=$(command -v compute-sanitizer)
@@ -177,13 +178,13 @@ if [ -n "$only_bench" ]; then
 elif [ -z "$gpu" ]; then
     note tests "not run: no GPU"
 else
-    tests tests-triton "$triton_s" tests/gpu xdist "-n 12" &
+    tests tests-triton "$triton_s" triton xdist "-n 12" &
     if [ -n "$no_cuda" ]; then
         note tests-cuda "not run: $no_cuda"
     else
         # Only torch.compile compiles here, and its tests have longer (tests/conftest.py): another that takes long waits
         # for a kernel that does not end.
-        tests tests-cuda "$cuda_s" tests/cuda xdist "-n 4" pytest_timeout "--timeout=20 --timeout-method=thread"
+        tests tests-cuda "$cuda_s" cuda xdist "-n 4" pytest_timeout "--timeout=20 --timeout-method=thread"
         sanitize
     fi
     wait

@@ -5,13 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from _pytest.mark.expression import Expression
 
 # Without a GPU the Triton kernels run in Triton's interpreter, which must be chosen before they are imported.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # it multiplies small tiles with NumPy, slowest on many threads
 
-CUDA_TESTS = Path(__file__).with_name("cuda")
+# Where the CUDA C++ kernels are tested.
+CUDA_TESTS = [Path(__file__).with_name(name) for name in ("ops", "kernels")]
 
 
 def pytest_configure(config):
@@ -20,12 +22,13 @@ def pytest_configure(config):
     # pytest-benchmark does not measure in xdist's workers; benchmarks that a test starts are processes of their own.
     os.environ.pop("PYTEST_XDIST_WORKER", None)
     wanted = [Path(argument.split("::")[0]).resolve() for argument in config.args]
-    if any(path in (CUDA_TESTS, *CUDA_TESTS.parents) or CUDA_TESTS in path.parents for path in wanted):
+    marked = Expression.compile(config.option.markexpr or "cuda").evaluate(lambda name, **_: name == "cuda")
+    if marked and any(a == b or a in b.parents or b in a.parents for a in wanted for b in CUDA_TESTS):
         use_emulated_cuda()
 
 
 def use_emulated_cuda():
-    """Has `import tinyllm`, which must come later, find the emulated kernels."""
+    """Make `import tinyllm`, which must come later, find the emulated kernels."""
     if torch.cuda.is_available() or "TINYLLM_EMULATED_CUDA" in os.environ:
         return
     if shutil.which(os.environ.get("CXX", "c++")) is None:
@@ -36,15 +39,36 @@ def use_emulated_cuda():
 
 
 def pytest_collection_modifyitems(config, items):
-    """Everything below tests/ops tests the compiled kernels, except what is marked `any_build`. Where pytest-timeout
-    limits every test, those that have torch.compile compile are given two minutes."""
+    """Skip tests of the compiled kernels where there are none, and set the order and the time limits of a GPU machine.
+
+    Everything below tests/ops tests these kernels, except what names its backend or is marked `any_build`. Where
+    pytest-timeout limits every test, those that have torch.compile compile are given two minutes. Tiles that only
+    tuning chooses come last: where the time does not suffice for all, they are missed least.
+    """
     from tests.helpers.needs import needs_extension
 
     for item in items:
-        if "/ops/" in str(item.path) and item.get_closest_marker("any_build") is None:
+        chosen = any(item.get_closest_marker(name) for name in ("any_build", "cpp", "triton", "cuda"))
+        if "/ops/" in str(item.path) and not chosen:
             item.add_marker(needs_extension)
         if config.pluginmanager.hasplugin("timeout") and any(word in item.name for word in ("compile", "opcheck")):
             item.add_marker(pytest.mark.timeout(120))
+    items.sort(key=lambda item: item.name.startswith("test_every_tile"))
+
+
+@pytest.fixture(params=[pytest.param(name, marks=getattr(pytest.mark, name)) for name in ("cpp", "triton", "cuda")])
+def backend(request, monkeypatch):
+    """A backend on which a test runs, forced, and what is known of it: tests/helpers/backends.py.
+
+    Behind an underscore its name may tell the compute capability that is emulated.
+    """
+    from tests.helpers.backends import BACKENDS  # not above: tinyllm must not be imported before the emulation is built
+
+    name, _, capability = request.param.partition("_")
+    if capability:
+        monkeypatch.setenv("TINYLLM_EMULATED_CAPABILITY", capability)
+    with BACKENDS[name].forced():
+        yield BACKENDS[name]
 
 
 @pytest.fixture(scope="module")  # trainings that a module's tests compare are the same only on as many threads

@@ -41,6 +41,49 @@ def run(
     return outputs, list(torch.autograd.grad(outputs, wanted, given)), list(grads)
 
 
+def outputs_and_gradients(
+    function: Callable[..., Tensor | tuple[Tensor, ...]], *inputs: Tensor | None, grads: Sequence[Tensor] | None = None
+) -> list[Tensor | None]:
+    """Return the outputs and the gradients of every floating input, by default of random output gradients."""
+    outputs, gradients, _ = run(function, inputs, grads=grads)
+    return [*(out.detach() for out in outputs), *gradients]
+
+
+def second_gradients(function: Callable[..., Tensor], *inputs: Tensor) -> tuple[Tensor, ...]:
+    """Return the gradients of the squares of a function's gradients."""
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    first = torch.autograd.grad(function(*leaves).pow(2).sum(), leaves, create_graph=True)
+    return torch.autograd.grad(sum(g.pow(2).sum() for g in first), leaves)
+
+
+def assert_equal(found: Sequence[Tensor | None], expected: Sequence[Tensor | None]) -> None:
+    """Assert that two lists of tensors are the same to the bit."""
+    torch.testing.assert_close(list(found), list(expected), rtol=0, atol=0, equal_nan=True)
+
+
+def assert_same_bits(threads: Sequence[int], function: Callable[[], Sequence[Tensor | None]]) -> None:
+    """Assert that a function returns the same bits for any of these numbers of threads."""
+    before, results = torch.get_num_threads(), []
+    try:
+        for count in threads:
+            torch.set_num_threads(count)
+            results.append(function())
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert_equal(other, results[0])
+
+
+def assert_same_in_a_graph(step: Callable[[], Sequence[Tensor]]) -> None:
+    """Assert that a step gives the same bits from a CUDA graph."""
+    eager = step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    graph.replay()
+    assert_equal(captured, eager)
+
+
 def check_parity(
     ours: Callable[..., Tensor | tuple[Tensor, ...]],
     torchs: Callable[..., Tensor | tuple[Tensor, ...]],

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from tests.ops.operations import Operations
-from tests.ops.parity import DTYPES, check_parity, run
+from tests.ops.parity import DTYPES, assert_same_bits, check_parity, outputs_and_gradients, run
 from tinyllm import ops, reference
 from tinyllm.ops import dispatch
 from tinyllm.reference import ACTIVATIONS
@@ -250,20 +250,15 @@ def test_nan_and_infinity_stay_in_their_row():
 def test_bits_do_not_depend_on_threads(sizes, dtype):
     rows, inputs, hidden = sizes
     network = make_network(rows, inputs, hidden, 40, dtype)
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            one, one_grads, _ = run(lambda x, w, b: ops.linear(x, w, b, activation="gelu"), network[:3])
-            two, two_grads, _ = run(
-                lambda x, w1, b1, w2, b2, r: ops.feed_forward(x, w1, b1, w2, b2, activation="gelu_tanh", residual=r),
-                network,
-            )
-            results.append([*one, *one_grads, *two, *two_grads])
-    finally:
-        torch.set_num_threads(before)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+    def one(x, w, b):
+        return ops.linear(x, w, b, activation="gelu")
+
+    def two(x, w1, b1, w2, b2, r):
+        return ops.feed_forward(x, w1, b1, w2, b2, activation="gelu_tanh", residual=r)
+
+    assert_same_bits((1, 2, 3), lambda: outputs_and_gradients(one, *network[:3]))
+    assert_same_bits((1, 2, 3), lambda: outputs_and_gradients(two, *network))
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

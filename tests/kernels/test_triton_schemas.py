@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from tests.helpers.backends import on
 from tinyllm.ops.backends import cpp, triton
 
 
@@ -11,9 +12,10 @@ def type_of(argument):
     return str(argument.type).replace("SymInt", "int")
 
 
+@on("triton")
 @pytest.mark.skipif(not cpp.loaded, reason=f"nothing to compare with: {cpp.why_not}")
 @pytest.mark.parametrize("name", triton.defined)
-def test_schema(name):
+def test_schema(backend, name):
     if not hasattr(torch.ops.tinyllm, name):
         pytest.skip("only Triton has it")
     theirs = getattr(torch.ops.tinyllm, name).default._schema

@@ -5,10 +5,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+
+pytest.importorskip("triton")
 import triton
 
 from tinyllm.kernels import tuning
 from tinyllm.kernels.tuning import Tile
+
+pytestmark = pytest.mark.triton
 
 TILES = [Tile(128, 64, 4, 3), Tile(64, 64, 4, 2), Tile(64, 32, 4, 1)]
 SECONDS = {TILES[0]: 3.0, TILES[1]: 1.0, TILES[2]: 2.0}

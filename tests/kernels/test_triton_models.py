@@ -4,10 +4,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.gpu.device import DEVICE, ON_GPU, draw
+from tests.helpers.backends import BACKENDS, on
 from tinyllm import SimpleLLM, ops
 from tinyllm.ops import dispatch
 
+pytestmark = [on("triton"), pytest.mark.usefixtures("backend")]
+draw, DEVICE = BACKENDS["triton"].draw, BACKENDS["triton"].device
+ON_GPU = DEVICE == "cuda"
 KERNELS = [name for name, operator in dispatch.OPERATORS.items() if not isinstance(operator.kernels["triton"], str)]
 SIZES = {
     "article": {"vocab_size": 11, "embedding_dim": 16, "hidden_dim": 32, "num_layers": 2},
