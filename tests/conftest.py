@@ -71,6 +71,16 @@ def backend(request, monkeypatch):
         yield BACKENDS[name]
 
 
+@pytest.fixture
+def unforced():
+    """The choice of a backend as in a program; to be asked for after what forces one, so that it is undone before."""
+    from tinyllm.ops import dispatch
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dispatch, "_forced", None)
+        yield
+
+
 @pytest.fixture(scope="module")  # trainings that a module's tests compare are the same only on as many threads
 def one_thread():
     """Models as small as the tests' gain nothing from more, and lose much when other processes want the cores."""

@@ -320,8 +320,8 @@ class TestWhereNoKernelServes:
     """The reference takes over; with the kernel forced, the call is refused with the reason."""
 
     @pytest.fixture(autouse=True)
-    def _free_choice(self, backend, monkeypatch):
-        monkeypatch.setattr("tinyllm.ops.dispatch._forced", None)
+    def _unforced(self, backend, unforced):
+        """Let the dispatcher choose."""
 
     def test_a_mask_that_wants_a_gradient(self, backend):
         q, k, v = make(backend, 1, 2, 6, 6, 8)

@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from tests.ops.operations import Operations
 from tests.ops.parity import DTYPES, assert_same_bits, check_parity, outputs_and_gradients, run
 from tinyllm import ops, reference
-from tinyllm.ops import dispatch
 from tinyllm.reference import ACTIVATIONS
 
 # The input's rows, in_features, out_features.
@@ -31,11 +30,6 @@ def _on_the_kernel():
     with pytest.MonkeyPatch.context() as patch, ops.backend("cpp"):
         patch.setenv("TINYLLM_LINEAR", "cpp")
         yield
-
-
-@pytest.fixture
-def unforced(monkeypatch):
-    monkeypatch.setattr(dispatch, "_forced", None)
 
 
 def draw(seed, dtype, *shape):

@@ -8,7 +8,6 @@ import torch
 
 from tests.ops.parity import assert_accurate, run
 from tinyllm import ops, reference
-from tinyllm.ops import dispatch
 from tinyllm.ops.transformer import Settings, serves
 from tinyllm.reference import BLOCK_PARAMETERS
 
@@ -318,8 +317,7 @@ def test_export(kind):
 
 
 @pytest.mark.parametrize("kind", ["block", "loss"])
-def test_what_no_kernel_serves_is_the_reference(kind, monkeypatch):
-    monkeypatch.setattr(dispatch, "_forced", None)
+def test_what_no_kernel_serves_is_the_reference(kind, unforced, monkeypatch):
     name = "transformer_block" if kind == "block" else "transformer"
     settings = Settings(1 if kind == "block" else 2, 2, False, False, "relu", 1e-5, 1e-5)
 
