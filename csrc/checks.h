@@ -9,6 +9,7 @@
 
 namespace tinyllm {
 
+using IntArray = torch::headeronly::IntHeaderOnlyArrayRef;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
@@ -19,13 +20,14 @@ template <class... Parts>
   throw std::invalid_argument(text.str());
 }
 
-inline std::string shape_of(const Tensor& t) {
+inline std::string shape_of(IntArray sizes) {
   std::ostringstream text;
   text << "[";
-  for (int64_t i = 0; i < t.dim(); ++i) text << (i ? ", " : "") << t.size(i);
+  for (size_t i = 0; i < sizes.size(); ++i) text << (i ? ", " : "") << sizes[i];
   text << "]";
   return text.str();
 }
+inline std::string shape_of(const Tensor& t) { return shape_of(t.sizes()); }
 
 inline void check_device(const char* op, const char* name, const Tensor& t, const Tensor& like) {
   if (t.device() != like.device()) fail(op, ": ", name, " is on another device than the first argument");
@@ -37,15 +39,9 @@ inline void check_dtype(const char* op, const char* name, const Tensor& t, Scala
          torch::headeronly::toString(wanted), " is needed");
 }
 
-inline void check_shape(const char* op, const char* name, const Tensor& t, std::initializer_list<int64_t> wanted) {
-  bool same = t.dim() == static_cast<int64_t>(wanted.size());
-  int64_t i = 0;
-  if (same)
-    for (const int64_t size : wanted) same = same && t.size(i++) == size;
-  if (same) return;
-  std::ostringstream text;
-  for (const int64_t size : wanted) text << (text.tellp() > 0 ? ", " : "") << size;
-  fail(op, ": ", name, " has shape ", shape_of(t), "; [", text.str(), "] is needed");
+inline void check_shape(const char* op, const char* name, const Tensor& t, IntArray wanted) {
+  if (t.sizes() == wanted) return;
+  fail(op, ": ", name, " has shape ", shape_of(t), "; ", shape_of(wanted), " is needed");
 }
 
 // The dtype in which a dtype is computed and accumulated.

@@ -10,7 +10,6 @@
 
 namespace tinyllm {
 
-using IntArray = torch::headeronly::IntHeaderOnlyArrayRef;
 using OptionalTensor = std::optional<Tensor>;
 
 inline void* data_of(const Tensor& t) { return const_cast<void*>(t.const_data_ptr()); }
@@ -29,9 +28,11 @@ inline Tensor empty_strided(IntArray sizes, IntArray strides, ScalarType dtype, 
   return Tensor(made);
 }
 
-// The strides of a contiguous tensor.
-inline std::vector<int64_t> contiguous_strides(IntArray sizes) {
-  std::vector<int64_t> strides(sizes.size());
+// The strides of a contiguous tensor, until the next call in this thread: memory of their own would take as long to
+// allocate as a small tensor's.
+inline IntArray contiguous_strides(IntArray sizes) {
+  thread_local std::vector<int64_t> strides;
+  strides.resize(sizes.size());
   int64_t step = 1;
   for (size_t i = sizes.size(); i-- > 0;) {
     strides[i] = step;

@@ -50,32 +50,27 @@ struct Parameters {
   // Calls f(parameter, extents) for each, in the order of the list.
   template <class F>
   void visit(const Model& m, const F& f) {
-    if (m.whole) f(table, Extents{m.vocab_size, m.width});
+    if (m.whole) f(table, Extents(m.vocab_size, m.width));
     blocks.resize(m.blocks.size());
     for (size_t l = 0; l < blocks.size(); ++l) blocks[l].visit(m.blocks[l], f);
     if (!m.whole) return;
     const auto both = [&](Affine<P>& p, const Extents& extents) {
       f(p.weight, extents);
-      if (m.settings.bias) f(p.bias, Extents{extents.rows});
+      if (m.settings.bias) f(p.bias, extents.of_bias());
     };
-    if (m.settings.norm_first) both(norm, {m.width});
+    if (m.settings.norm_first) both(norm, Extents(m.width));
     both(output, {m.classes, m.width});
   }
 };
 
-bool has_shape(const Tensor& t, const std::vector<int64_t>& shape) {
-  return t.dim() == static_cast<int64_t>(shape.size()) && std::equal(shape.begin(), shape.end(), t.sizes().begin());
-}
-
 int64_t first_size(const Tensor& t) { return t.dim() > 0 ? t.size(0) : 0; }
 
-Model prepare(const char* op, const Tensor& input, const std::vector<Tensor>& parameters,
+Model prepare(const char* op, const Tensor& input, std::vector<Tensor> parameters,
               const std::optional<Tensor>& positions, const std::optional<Tensor>& target, int64_t num_layers,
               int64_t num_heads, bool causal, bool norm_first, const std::string& activation, double eps1,
               double eps2) {
   if (parameters.empty()) fail(op, ": there are no parameters");
   Model m{};
-  m.parameters = parameters;
   m.whole = input.scalar_type() == ScalarType::Long || input.scalar_type() == ScalarType::Int;
   const Tensor first = m.whole ? parameters[0] : input;
   m.dtype = first.scalar_type();
@@ -120,12 +115,13 @@ Model prepare(const char* op, const Tensor& input, const std::vector<Tensor>& pa
   for (int64_t l = 0; l < num_layers; ++l)
     m.blocks[l].hidden = first_size(parameters[table + l * s.parameters() + (s.projected ? 4 : 3)]);
   m.classes = m.whole ? first_size(parameters[given - (s.bias ? 2 : 1)]) : 0;
+  m.parameters = std::move(parameters);
   size_t index = 0;
   Parameters<const void*>().visit(m, [&](const void*, const Extents& extents) {
     Tensor& t = m.parameters[index];
     if (!t.is_cpu()) fail(op, ": parameter ", index, " is not on the CPU, where the others are");
     check_dtype(op, "a parameter", t, m.dtype);
-    if (!has_shape(t, extents.shape()))
+    if (t.sizes() != extents.shape())
       fail(op, ": parameter ", index, " has shape ", shape_of(t), ", which does not fit the others");
     t = as_contiguous(t);
     ++index;
@@ -159,6 +155,8 @@ struct Saved {
 
   Saved(const Model& m, bool save, TypedArena<S>& arena) {
     const int64_t size = m.rows * m.width;
+    streams.reserve(m.blocks.size() + 1);
+    blocks.reserve(m.blocks.size());
     S* const common = save ? nullptr : arena.take(size);
     int64_t most = arena.used();
     for (size_t l = 0; l <= m.blocks.size(); ++l) {
@@ -291,7 +289,7 @@ std::tuple<Tensor, Tensor> transformer_fwd(Tensor input, std::vector<Tensor> par
                                            std::optional<Tensor> positions, std::optional<Tensor> target,
                                            int64_t num_layers, int64_t num_heads, bool causal, bool norm_first,
                                            std::string activation, double eps1, double eps2, bool save) {
-  const Model m = prepare("transformer", input, parameters, positions, target, num_layers, num_heads, causal,
+  const Model m = prepare("transformer", input, std::move(parameters), positions, target, num_layers, num_heads, causal,
                           norm_first, activation, eps1, eps2);
   const Tensor out = empty(m.out_shape(), m.dtype);
   return with_compute_type(m, [&](auto zero) -> std::tuple<Tensor, Tensor> {
@@ -311,16 +309,17 @@ std::tuple<std::vector<Tensor>, Tensor> transformer_bwd(Tensor grad, Tensor inpu
                                                         bool causal, bool norm_first, std::string activation,
                                                         double eps1, double eps2, bool positions_grad) {
   const char* const op = "transformer_bwd";
-  const Model m = prepare(op, input, parameters, positions, target, num_layers, num_heads, causal, norm_first,
-                          activation, eps1, eps2);
+  const Model m = prepare(op, input, std::move(parameters), positions, target, num_layers, num_heads, causal,
+                          norm_first, activation, eps1, eps2);
   for (const auto& [name, t] : {std::pair{"grad", &grad}, std::pair{"saved", &saved}}) {
     check_device(op, name, *t, input);
     check_dtype(op, name, *t, m.dtype);
   }
-  if (!has_shape(grad, m.out_shape())) fail(op, ": grad has shape ", shape_of(grad), "; the output's is needed");
+  check_shape(op, "grad", grad, m.out_shape());
   if (!saved.is_contiguous()) fail(op, ": saved must be contiguous");
   const Tensor dy = as_contiguous(grad);
   std::vector<Tensor> grads;
+  grads.reserve(m.parameters.size());
   Parameters<void*> g{};
   g.visit(m, [&](void*& at, const Extents& extents) {
     grads.push_back(empty(extents.shape(), m.dtype));

@@ -7,6 +7,7 @@
 // with attention(y) = softmax(Q K^T / sqrt(head_dim)) V [W_o^T + b_o] and
 // ff(y) = activation(y W_1^T + b_1) W_2^T + b_2.
 #pragma once
+#include <array>
 #include <cmath>
 #include <utility>
 #include <vector>
@@ -30,12 +31,18 @@ struct BlockSizes {
   int64_t parameters() const { return (projected ? 8 : 7) * (bias ? 2 : 1); }
 };
 
-// The shape of a parameter: (rows, columns), or (rows) where columns is -1.
-struct Extents {
-  int64_t rows, columns = -1;
-  std::vector<int64_t> shape() const {
-    return columns < 0 ? std::vector<int64_t>{rows} : std::vector<int64_t>{rows, columns};
-  }
+// The shape of a parameter: (rows, columns), or (rows).
+class Extents {
+ public:
+  explicit Extents(int64_t rows) : sizes_{rows, 0}, dim_(1) {}
+  Extents(int64_t rows, int64_t columns) : sizes_{rows, columns}, dim_(2) {}
+  IntArray shape() const { return {sizes_.data(), dim_}; }
+  // The shape of the bias behind such a weight.
+  Extents of_bias() const { return Extents(sizes_[0]); }
+
+ private:
+  std::array<int64_t, 2> sizes_;
+  size_t dim_;
 };
 
 // The parameters of a linear layer or a norm, or their gradients.
@@ -51,7 +58,7 @@ struct BlockParameters {
   // Calls f(parameter, extents) for each, in the order of the operator's list.
   template <class F>
   void visit(const BlockSizes& s, const F& f) {
-    const Extents square{s.width, s.width}, row{s.width};
+    const Extents square(s.width, s.width), row(s.width);
     const std::pair<Affine<P>*, Extents> all[] = {{&query, square},
                                                   {&key, square},
                                                   {&value, square},
@@ -64,7 +71,7 @@ struct BlockParameters {
     for (const auto& [p, extents] : all)
       if (given(p)) f(p->weight, extents);
     for (const auto& [p, extents] : all)
-      if (s.bias && given(p)) f(p->bias, Extents{extents.rows});
+      if (s.bias && given(p)) f(p->bias, extents.of_bias());
   }
   const Affine<P>& middle_norm(const BlockSizes& s) const { return s.norm_first ? norm2 : norm1; }
   const Affine<P>& outer_norm(const BlockSizes& s) const { return s.norm_first ? norm1 : norm2; }

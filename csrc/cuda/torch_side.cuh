@@ -25,7 +25,7 @@ class Device {
 
   // Allocates an uninitialised tensor on this device.
   Tensor empty(IntArray sizes, ScalarType dtype) const {
-    const std::vector<int64_t> strides = contiguous_strides(sizes);
+    const IntArray strides = contiguous_strides(sizes);
     return empty_strided(sizes, strides, dtype);
   }
   Tensor empty_strided(IntArray sizes, IntArray strides, ScalarType dtype) const {
