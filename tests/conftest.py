@@ -58,7 +58,7 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(params=[pytest.param(name, marks=getattr(pytest.mark, name)) for name in ("cpp", "triton", "cuda")])
 def backend(request, monkeypatch):
-    """A backend on which a test runs, forced, and what is known of it: tests/helpers/backends.py.
+    """Force the backend on which a test runs, and return it: see tests/helpers/backends.py.
 
     Behind an underscore its name may tell the compute capability that is emulated.
     """
@@ -73,7 +73,7 @@ def backend(request, monkeypatch):
 
 @pytest.fixture
 def unforced():
-    """The choice of a backend as in a program; to be asked for after what forces one, so that it is undone before."""
+    """Let the dispatcher choose. To be requested after what forces a backend, so that it is undone before that."""
     from tinyllm.ops import dispatch
 
     with pytest.MonkeyPatch.context() as patch:
@@ -92,7 +92,7 @@ def one_thread():
 
 @pytest.fixture
 def here(capsys, monkeypatch):
-    """Runs the command line in this process, which is quicker: (exit status, stdout, stderr)."""
+    """Run the command line in this process, which is quicker, and return its exit status, stdout and stderr."""
     from tinyllm import cli
 
     def run(*arguments, cwd=None):

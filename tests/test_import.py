@@ -1,4 +1,4 @@
-"""What `import tinyllm` costs, and does not."""
+"""The cost of `import tinyllm`."""
 
 from __future__ import annotations
 

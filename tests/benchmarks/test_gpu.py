@@ -27,7 +27,7 @@ ONLY_ON_GPU = {CUDNN, EFFICIENT, FLASH}
 
 
 def small_rows() -> list[Row]:
-    """The rows of a GPU in sizes for a processor."""
+    """Return the rows of a GPU, in sizes for a processor."""
     return [row for row in rows(Target(gpu=True, device="cpu", small=True)) if "CUDA graph" not in row.name]
 
 
@@ -121,7 +121,7 @@ def test_one_provider_fails_alone(ours: Call) -> None:
 
 @pytest.fixture
 def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if "cuda" were there: the clocks and the memory are a processor's."""
+    """Pretend that there is a GPU, with the clocks and the memory of the processor."""
     monkeypatch.setattr(measure, "DeviceClock", lambda: measure.wall_clock)
     monkeypatch.setattr(gpu, "_sets", lambda row_bytes: 1)
     monkeypatch.setattr(cuda, "why_not", None)

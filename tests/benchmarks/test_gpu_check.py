@@ -105,7 +105,7 @@ esac
         )
 
     def check(self, *options: str, **env: str) -> tuple[int, dict[str, str], str]:
-        """The exit status, the stages, and what was said in them."""
+        """Run the script: return its exit status, its stages and their output."""
         out = self.folder / "out"
         unset = dict.fromkeys(("TORCH_CUDA_ARCH_LIST", "MAX_JOBS"), "")
         done = run(out, self.python, *options, env={**unset, **env})

@@ -83,7 +83,7 @@ def test_stored_results_are_whole(kind: str) -> None:
 
 @pytest.fixture
 def house(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A repository of its own, with nothing stored."""
+    """Make a repository without stored results."""
     monkeypatch.setattr(report, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(report, "PAGE", tmp_path / "docs" / "benchmarks.md")
     monkeypatch.setattr(report, "PICTURES", tmp_path / "docs" / "benchmarks")

@@ -31,7 +31,7 @@ STEPS = 3 * LOG_INTERVAL  # the first turn warms up, and what `fit` does in the 
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
-    """So that a busy machine does not let two wait for each other."""
+    """Use one thread: on a busy machine two would wait for each other."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

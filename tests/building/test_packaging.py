@@ -23,7 +23,7 @@ TRACKED = ("benchmarks", "csrc", "docs", "kernels", "tinyllm", "LICENSE", "MANIF
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory):
-    """A copy of what the archives are made from, without anything built in it."""
+    """Copy what the archives are made from, without anything built in it."""
     root = tmp_path_factory.mktemp("checkout")
     ignore = shutil.ignore_patterns("*.so", "__pycache__", "_build.json")
     for name in (*TRACKED, "setup.py"):
@@ -149,7 +149,7 @@ print(tinyllm.ops.last_backend(), facts["why_not"], facts["repair"], sep=" | ")
 
 @pytest.fixture(scope="module")
 def site_without_a_compiler(checkout, tmp_path_factory):
-    """The unpacked wheel of a machine that has no compiler."""
+    """Unpack the wheel of a machine without a compiler."""
     folder = tmp_path_factory.mktemp("no_compiler")
     result, output = build(checkout, "wheel", folder, CXX="no-such-compiler", CC="no-such-compiler")
     assert result.returncode == 0, output

@@ -54,7 +54,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(folder: Path) -> subprocess.CompletedProcess[str]:
-    """A run in `folder`/run, for the tests that need one."""
+    """Train a run into `folder`/run, for the tests that need one."""
     return tinyllm("train", "--data", "text.py", *QUICK, "--out", "run", cwd=folder)
 
 

@@ -57,7 +57,7 @@ def text(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def run(text: Path, tmp_path: Path) -> Path:
-    """A finished training of four steps."""
+    """Train four steps."""
     train(small(steps=4), tmp_path / "run", [text], progress=False)
     return tmp_path / "run"
 

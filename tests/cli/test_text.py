@@ -47,7 +47,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run folder."""
+    """Return a run folder."""
     from tinyllm.training.trainer import train
 
     folder = tmp_path_factory.mktemp("trained")

@@ -53,7 +53,7 @@ def sums(folder: Path) -> dict[str, str]:
 
 
 def refused(result: tuple[int, str, str]) -> str:
-    """The one line of a command that was refused."""
+    """Return the one line of a command that was refused."""
     status, _, err = result
     assert status == 2, err
     assert err.startswith("tinyllm: error: "), err
@@ -260,7 +260,7 @@ def test_a_data_folder_that_is_not_the_runs_is_not_replaced(prepared: bool, here
 
 @pytest.fixture
 def small_disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
-    """A disk of its own, with room for as many kilobytes as the parameter says."""
+    """Mount a disk with room for as many kilobytes as the parameter says."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", f"size={request.param}k", "tmpfs", str(disk)]

@@ -47,7 +47,7 @@ def test_a_pickled_dataset_carries_no_tokens(counting: TokenDataset) -> None:
 
 
 def served(dataset: TokenDataset, steps: int, **options: int) -> list[list[list[int]]]:
-    """The starts of the windows of each step's micro-batches."""
+    """Return where the windows of each step's micro-batches start."""
     sampler = ShuffledWindows(dataset, **{"batch_size": 4, "seed": 0, **options})
     micro_batches = options.get("micro_batches", 1)
     return [list(itertools.islice(it, micro_batches)) for it in [iter(sampler)] for _ in range(steps)]

@@ -1,4 +1,4 @@
-"""From files to tokens: which files count, what is refused, what is written."""
+"""The way from files to tokens: which files are read, what is refused, what is written."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ def mixed_text(count: int, pieces: list[str] = PIECES, seed: int = 0) -> str:
 
 
 def texts(parts: list[Part], column: str = "text", skipped: Skipped = REFUSE) -> list[str]:
-    """The documents, those in several parts put together."""
+    """Return the documents, with the parts of each joined."""
     found = [""]
     for part in parts:
         for document in read_documents(part, column, skipped):

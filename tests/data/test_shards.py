@@ -19,7 +19,7 @@ VAL = [([0, 2], [2])]
 
 
 def write(directory: Path, dtype: str = "uint16") -> Path:
-    """A prepared directory, written by hand: the format is what is tested."""
+    """Write a prepared directory by hand, since the format is what is tested."""
     directory.mkdir()
     tokenizer = directory / "tokenizer.json"
     CharTokenizer({"a": 0, "b": 1, "<UNK>": 2}).save(tokenizer)

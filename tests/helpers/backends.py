@@ -35,7 +35,7 @@ class Backend:
 
     @property
     def threads(self) -> tuple[int, ...]:
-        """Numbers of threads for which results are the same; elsewhere than in C++, where there are none, two calls."""
+        """Return numbers of threads for which results must be the same; on a GPU, which has none, two calls."""
         return (1, 2, 3, 5) if self.name == "cpp" else (1, 1)
 
     @contextmanager

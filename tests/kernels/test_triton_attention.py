@@ -67,7 +67,7 @@ def test_descriptors_and_pointers_both_serve(backend, monkeypatch):
 
 @pytest.mark.parametrize("queries", [1, 20])
 def test_columns_more_than_2_to_the_31_elements_apart(queries):
-    """As those of a large tensor whose first dimension is the heads' size; the memory in between is not touched."""
+    """A large tensor whose first dimension is head_dim has such strides; the memory in between is not touched."""
     size, step = 16, 2**31 // 15 + 1
     memory = torch.empty(15 * step + 200, dtype=torch.float16, device=DEVICE)
     rows = {"q": queries, "k": 45, "v": 45, "grad": queries}

@@ -20,7 +20,7 @@ SECONDS = {TILES[0]: 3.0, TILES[1]: 1.0, TILES[2]: 2.0}
 
 @pytest.fixture
 def gpu(monkeypatch, tmp_path):
-    """A tensor on a GPU that is not there, and what has been timed there."""
+    """Return a tensor on a GPU that is not there, and a record of what was timed on it."""
     timed = []
 
     def do_bench(run, **_):

@@ -20,7 +20,7 @@ def make(kind="bpe", vocab_size=300, causal=True, dropout=0.0):
 
 
 def one_by_one(model, tokenizer, texts):
-    """The loss of each token, from what stands before it in its piece."""
+    """Return the loss of each token, given those before it in its piece."""
     losses = []
     for text in texts:
         ids = tokenizer.encode(text)

@@ -33,7 +33,7 @@ OPTIONS: list[dict[str, Any]] = [{}, {"num_heads": 2, "causal": True}, MODERN]
 
 
 def pair(sizes: tuple[int, ...], dtype: torch.dtype) -> tuple[reference.SimpleLLM, SimpleLLM]:
-    """The reference model and ours, with the same weights: random everywhere, norms included."""
+    """Return the reference model and ours with the same weights, all of them random, the norms' too."""
     theirs, ours = reference.SimpleLLM(*sizes[:4]), SimpleLLM(*sizes[:4])
     with torch.no_grad():
         for parameter in theirs.parameters():
@@ -163,7 +163,7 @@ def test_causal_means_no_look_ahead(options: dict[str, Any]) -> None:
 
 
 def test_modern_model_by_its_parts() -> None:
-    """The whole GPT-2-like model from torch.nn's own modules, with the weights of ours."""
+    """A GPT-2-like model equals one of torch.nn's own modules with the same weights."""
     torch.manual_seed(5)
     model = SimpleLLM(11, 8, 12, 2, **{**MODERN, "bias": True, "tie_embeddings": False}).double()
     with torch.no_grad():

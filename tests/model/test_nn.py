@@ -1,4 +1,4 @@
-"""Each module against the one of torch.nn, or of the reference, that it stands in for."""
+"""Modules equal those of torch.nn, or of the reference, that they stand in for."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def randomise(module: nn.Module) -> None:
 
 
 def grads(out: Tensor, *inputs: Tensor | nn.Parameter) -> tuple[Tensor, ...]:
-    """Gradients of a fixed random weighting of `out`."""
+    """Return the gradients of a fixed random weighting of `out`."""
     generator = torch.Generator().manual_seed(9)
     weighting = torch.randn(out.shape, generator=generator, dtype=out.dtype)
     return torch.autograd.grad(out, inputs, weighting)
@@ -158,7 +158,7 @@ def test_one_head_is_the_articles(batch: int, seq_len: int, dim: int) -> None:
 
 
 def copy_to_torch_attention(ours: tinyllm.nn.SelfAttention, theirs: nn.MultiheadAttention) -> None:
-    """The other way round than a user would, but every parameter of ours takes part."""
+    """Copy the other way round than a user would, so that every parameter of ours takes part."""
     state = {
         "in_proj_weight": torch.cat([ours.query.weight, ours.key.weight, ours.value.weight]),
         # One head has no output projection: the identity stands for it.

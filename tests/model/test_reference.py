@@ -85,7 +85,7 @@ def by_hand_block(x: list[list[float]], block: reference.TransformerBlock) -> li
 
 
 def randomise_norms(module: nn.Module) -> None:
-    """Weights and biases other than one and zero, so that leaving them out shows."""
+    """Draw weights and biases, since leaving out ones and zeros would not show."""
     for norm in module.modules():
         if isinstance(norm, nn.LayerNorm):
             nn.init.normal_(norm.weight)

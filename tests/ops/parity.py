@@ -28,7 +28,7 @@ def run(
     seed: int = 0,
     grads: Sequence[Tensor] | None = None,
 ) -> tuple[list[Tensor], list[Tensor | None], list[Tensor]]:
-    """Outputs, gradients of every floating input, and the output gradients that were used."""
+    """Return outputs, gradients of every floating-point input, and the output gradients that were used."""
     leaves = [x.detach().requires_grad_() if x is not None and x.is_floating_point() else x for x in inputs]
     outputs = function(*leaves)
     outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
@@ -92,7 +92,7 @@ def check_parity(
     steps: int = 2,
     output_steps: int = 2,
 ) -> None:
-    """Outputs and gradients of `ours` against `exact` on float64 copies, with the error of `torchs` as the measure.
+    """Compare outputs and gradients of `ours` with `exact` on float64 copies; the error of `torchs` is the measure.
 
     steps: of rounding that gradients may have besides; output_steps: and outputs.
     """

@@ -264,8 +264,8 @@ def test_what_is_seen_still_counts(backend, queries):
     ],
 )  # fmt: skip
 def test_rows_of_the_largest_finite_numbers(backend, lowest, shape, kv_heads, dtype):
-    """As Hugging Face hides keys. A row that is hidden whole gives what PyTorch gives, a mean of the values; and its
-    gradients, for which such a number has swallowed the logarithm of how many keys there are."""
+    """Hugging Face hides keys in this way. A row that is hidden whole gives what PyTorch gives, a mean of the values;
+    and its gradients, for which such a number has swallowed the logarithm of how many keys there are."""
     *_, queries, keys, _ = shape
     inputs, numbers = make(backend, *shape, dtype, kv_heads), torch.finfo(dtype)
     number = {"finfo.min": numbers.min, "finfo.min / 2": numbers.min / 2, "finfo.max": numbers.max}[lowest]

@@ -265,7 +265,7 @@ print_info()
 
 @pytest.fixture
 def cuda_build(monkeypatch):
-    """As if the CUDA library and Triton were there, and a GPU."""
+    """Pretend that there are a GPU, the CUDA library and Triton."""
     monkeypatch.setattr(cuda, "why_not", None)
     monkeypatch.setattr(cuda, "emulated", False)
     monkeypatch.setattr(cuda, "_capability", lambda index: (8, 0))
@@ -278,7 +278,7 @@ class ChosenError(Exception):
 
 
 def on_a_gpu(name, dtype=torch.float32, **options):
-    """The backend that would serve a call of an operator on a GPU: its function goes no further."""
+    """Return the backend that would serve a call on a GPU; the operator's function goes no further."""
     served, choose = [], dispatch._choose
 
     def chosen(*arguments):
@@ -429,7 +429,7 @@ tinyllm.ops.layer_norm(torch.ones(2, 2), 2)
 
 @pytest.fixture
 def emulated(monkeypatch):
-    """As if the CUDA kernels were emulated; the raw calls that reach them."""
+    """Pretend that the CUDA kernels are emulated, and return the raw calls that reach them."""
     calls = []
 
     def raw(name):

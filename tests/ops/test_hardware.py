@@ -14,7 +14,7 @@ from tinyllm.ops.backends import hardware
 
 @pytest.fixture
 def measured(monkeypatch):
-    """Has the committed results say that the rows of some operators were measured on a GPU, by one provider."""
+    """Let the committed results say that the rows of some operators were measured on a GPU, by one provider."""
 
     def commit(provider, capability, *operators):
         entries = [

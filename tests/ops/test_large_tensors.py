@@ -85,7 +85,7 @@ def test_rms_norm():
 
 
 def test_embedding():
-    """A table, its gradient, and a result of that size."""
+    """The table, its gradient and the result may each be so large."""
     needs(6)
     table = marked().requires_grad_()
     y = ops.embedding(MARKED, table)
@@ -100,7 +100,7 @@ def test_embedding():
 
 
 def test_attention_on_strided_heads():
-    """Heads, rows and a mask that lie more than 2^31 elements apart: a slice of a large cache of keys and values."""
+    """Heads, rows and masks may lie more than 2^31 elements apart, as in a slice of a large cache."""
     needs(2)
     shape, strides = (1, 2, 3, 64), (0, BORDER + 64, BORDER // 4, 1)
     size = sum((n - 1) * step for n, step in zip(shape, strides, strict=True)) + 1

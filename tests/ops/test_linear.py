@@ -56,7 +56,7 @@ def make_network(rows, inputs, hidden, outputs, dtype=torch.float64, bias=True, 
 
 
 def bind(function, activation):
-    """The function of positional arguments, the residual last."""
+    """Return the function with positional arguments, the residual last."""
     return lambda *x: function(*x[:-1], residual=x[-1], activation=activation)
 
 
@@ -195,7 +195,7 @@ def test_a_tensor_in_two_roles():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_tanh"])
 def test_activations_everywhere(activation, dtype):
-    """Each value and slope by itself: a large one elsewhere excuses no error."""
+    """Every value and slope is compared by itself, so that a large one elsewhere excuses no error."""
     largest = 4 if dtype == torch.float16 else 9
     sizes = torch.cat([torch.linspace(0.01, 7, 500, dtype=torch.float64), torch.logspace(1, largest, 30)])
     x = torch.cat([sizes, -sizes]).to(dtype).view(-1, 1)
@@ -217,7 +217,7 @@ def test_activations_everywhere(activation, dtype):
 @pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_tanh"])
 @pytest.mark.parametrize("count", [3, 40])
 def test_nan_and_infinity(count, activation, dtype):
-    """As the formula in double precision has them; PyTorch's float32 gelu(inf) is NaN, or is not, by its vectors."""
+    """The formula in double precision decides: PyTorch's float32 gelu(inf) is NaN or not, depending on its vectors."""
     nan, inf, most = float("nan"), float("inf"), torch.finfo(dtype).max
     for value in (nan, inf, -inf, most, -most):
         x, weight = torch.full((count, 1), value, dtype=dtype), torch.ones(40, 1, dtype=dtype)

@@ -1,4 +1,4 @@
-"""What the C++ kernels need of memory, besides what they return."""
+"""The memory that C++ kernels need besides what they return."""
 
 import subprocess
 import sys

@@ -64,7 +64,7 @@ PLAIN = {
 
 
 def make(backend, norm, shape, dims, dtype):
-    """The normalized shape, and a norm's tensors."""
+    """Return the normalized shape and a norm's tensors."""
     tail = shape[len(shape) - dims :]
     sizes = {"input": shape, "residual": shape, "weight": tail, "bias": tail}
     left_out = {"layer_norm": ("residual",), "add_layer_norm": (), "rms_norm": ("residual", "bias")}[norm]

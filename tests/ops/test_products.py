@@ -1,4 +1,4 @@
-"""Who multiplies on a CPU is read from a table: the same for every run, and nothing that a call leaves behind."""
+"""A table says who multiplies on a CPU: the same for every run, whatever was called before."""
 
 import json
 import os
@@ -31,7 +31,7 @@ def undecided(monkeypatch, tmp_path):
 
 @pytest.fixture
 def on(monkeypatch):
-    """Has the table believe that this is another machine."""
+    """Let the table believe that this is another machine."""
 
     def on(isa, family):
         class Library:

@@ -151,7 +151,7 @@ def outputs(function: Function) -> Callable[..., tuple[Tensor, ...]]:
 
 
 def scalar(function: Function) -> Callable[..., Tensor]:
-    """The outputs as one number that is not linear in them, so that second derivatives are not 0."""
+    """Return one number that is not linear in the outputs, so that second derivatives are not 0."""
     return lambda *inputs: sum((out.sin().sum() for out in outputs(function)(*inputs)), torch.tensor(0.0))
 
 
@@ -177,7 +177,7 @@ def run_forward_ad(function: Function, inputs: Inputs) -> Any:
 
 
 def run_forward_over_reverse(function: Function, inputs: Inputs) -> Any:
-    """A product with the Hessian, the forward pass being outside of the dual level's reach."""
+    """Compute a product with the Hessian, with the forward pass outside of the dual level."""
     leaves = [x.clone().requires_grad_() for x in inputs]
     with forward_ad.dual_level():
         duals = [forward_ad.make_dual(x, tangent) for x, tangent in zip(leaves, like(leaves, 1), strict=True)]

@@ -40,7 +40,7 @@ def run_folder(path: Path, metrics: list[dict[str, Any]], **changes: Any) -> Pat
 
 @pytest.fixture
 def figures(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The figures that are drawn, which are not saved then."""
+    """Return the figures that are drawn, in place of saving them."""
     drawn: list[Any] = []
     monkeypatch.setattr(plot, "_save", lambda figure, out: drawn.append(figure))
     return drawn

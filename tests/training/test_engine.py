@@ -42,7 +42,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def fsdp(folder: Path) -> Path:
-    """A training in parts, on two processes that torchrun starts; of micro-batches, so that gradients wait."""
+    """Train with FSDP on two processes that torchrun starts, in micro-batches, so that gradients accumulate."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "tinyllm"]
     arguments = ["train", "text.txt", *SETTINGS, *TWO, "--strategy", "fsdp", "--micro-batches", 2, "--out", "two"]
     done = subprocess.run(

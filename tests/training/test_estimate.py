@@ -46,13 +46,13 @@ def test_causal_attention_takes_half():
 
 
 def checkpointed(forward, x):
-    """A block's call; a pair goes to checkpoint as two tensors, which it keeps as such."""
+    """Call a block with checkpointing; a pair is passed as two tensors, which checkpoint keeps as such."""
     parts = x if isinstance(x, tuple) else (x,)
     return checkpoint(lambda *parts: forward(parts if len(parts) > 1 else parts[0]), *parts, use_reentrant=False)
 
 
 def kept_for_backward(config, dtype, checkpointing=False):
-    """Bytes that forward keeps, besides parameters."""
+    """Return the bytes that forward keeps for backward, without parameters."""
     model, ids = SimpleLLM.from_config(config).to(dtype), torch.zeros(B, T, dtype=torch.int64)
     if checkpointing:
         for block in model.transformer_blocks:

@@ -23,7 +23,7 @@ OTHER = "the dog saw a bird on the mat and the bird sat on the dog .\n" * 60
 
 @pytest.fixture(scope="module", params=[None, 0.5], ids=["weights", "averages"])
 def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> Path:
-    """A folder with a run on TEXT, and other.txt."""
+    """Make a folder with a run on TEXT, and other.txt."""
     folder = tmp_path_factory.mktemp("base")
     (folder / "text.txt").write_text(TEXT)
     (folder / "other.txt").write_text(OTHER)

@@ -45,7 +45,7 @@ Change = Callable[[int, torch.Tensor], torch.Tensor]
 
 @pytest.fixture
 def change_loss(monkeypatch: pytest.MonkeyPatch) -> Callable[[Change], list[bool]]:
-    """Makes the loss of the n-th training step what a function of n and the loss says; lists the modes of the calls."""
+    """Replace the loss of the n-th training step by a function of n and the loss; return the modes of the calls."""
 
     def change(function: Change) -> list[bool]:
         real = SimpleLLM.loss
@@ -311,7 +311,7 @@ def test_a_second_signal_acts_as_ever() -> None:
 
 
 def test_a_loss_that_is_not_finite_costs_its_step_only(text: Path, tmp_path: Path, change_loss, capsys) -> None:
-    """As if the step had not been; the next ones have their own windows and rate."""
+    """The step is left out; the next ones have their own windows and rate."""
     change_loss(lambda step, loss: loss * math.nan if step in (4, 5, 9) else loss)
     train(small(steps=12, log_interval=3, max_skipped_steps=2), tmp_path / "out", [text])
     lines = [line for line in read_metrics(tmp_path / "out" / "metrics.jsonl") if line["split"] == "train"]

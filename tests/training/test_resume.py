@@ -39,14 +39,14 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A training that never stopped."""
+    """Train without a stop."""
     out = tmp_path_factory.mktemp("whole") / "run"
     train(small(**STATEFUL), out, [text], progress=False)
     return out
 
 
 def stopped(whole: Path, out: Path, step: int) -> Path:
-    """The same training, as a kill some time after the checkpoint of `step` would have left it."""
+    """Train as before, and leave what a kill some time after the checkpoint of `step` would leave."""
     shutil.copytree(whole, out)
     for later, path in checkpoints(out).items():
         if later > step:
