@@ -1,4 +1,4 @@
-"""Tests of the commands train and resume: refusals, signals, full disks, damaged files."""
+"""Tests of the commands train and resume: refusals, full disks, damaged files."""
 
 from __future__ import annotations
 
@@ -7,17 +7,15 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.helpers.runs import RUN, TEXT, Here, command, environment, history, losses, small, tokens
+from tests.helpers.runs import RUN, WORDS, Here, command, environment, history, losses, small, tokens
 from tinyllm._internal import memory
 from tinyllm._internal.locks import LOCK_FILE
 from tinyllm.data.prepare import prepare
@@ -28,17 +26,6 @@ from tinyllm.training import estimate, loop
 from tinyllm.training.trainer import resume, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-WORDS = ["--preset", "tutorial", "--tokenizer", "word", "--seq-len", "8", "--sample-tokens", "3", "--device", "cpu"]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> Path:
-    """text.txt, and a run of eight steps on it."""
-    path = tmp_path_factory.mktemp("hands")
-    (path / "text.txt").write_text(TEXT)
-    train(small(steps=8), path / "run", [path / "text.txt"], progress=False)
-    return path
 
 
 @pytest.fixture
@@ -390,31 +377,6 @@ def test_fewer_steps_than_are_done(here: Here, here_with_run: Path) -> None:
     assert sums(here_with_run / "run") == before
 
 
-# What is being imported when Ctrl-C comes.
-@pytest.mark.parametrize("module", ["typer", "torch.nn", "tinyllm.training.loop"])
-def test_ctrl_c_while_torch_is_imported(module: str, folder: Path) -> None:
-    process = subprocess.Popen(
-        [sys.executable, "-X", "importtime", *command("train", "text.txt", *WORDS, "--out", "interrupted")[1:]],
-        cwd=folder,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stderr is not None
-    for line in process.stderr:
-        if line.rstrip().endswith(f" {module}"):
-            break
-    process.send_signal(signal.SIGINT)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
-    left = [line for line in err.splitlines() if not line.startswith("import time:")]
-    assert process.returncode in (130, -signal.SIGINT)  # the second one may end it at once
-    assert left in (["tinyllm: interrupted"], [])
-    assert out == ""
-    assert not (folder / "interrupted").exists()
-
-
 def test_a_refused_training_leaves_no_folder(here: Here, folder: Path) -> None:
     (folder / "one.txt").write_text("a")
     (folder / "there").mkdir(exist_ok=True)
@@ -422,30 +384,6 @@ def test_a_refused_training_leaves_no_folder(here: Here, folder: Path) -> None:
         assert "too short" in refused(here("train", "one.txt", *WORDS, "--out", out, cwd=folder))
     assert not (folder / "deep").exists()
     assert os.listdir(folder / "there") == []
-
-
-def test_a_double_ctrl_c_before_a_checkpoint_leaves_nothing(folder: Path) -> None:
-    process = subprocess.Popen(
-        command("train", "text.txt", *WORDS, "--steps", "100000", "--out", "twice"),
-        cwd=folder,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    while not (folder / "twice" / "metrics.jsonl").exists():
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-    assert "Traceback" not in err
-    if checkpoints(folder / "twice"):  # the two came as one
-        assert process.returncode == 130
-    else:
-        assert process.returncode == 130
-        assert err.endswith("tinyllm: interrupted\n")
-        assert not (folder / "twice").exists()
 
 
 # What a second look found of the same kind
@@ -528,23 +466,3 @@ def test_memory_within_the_limits_of_control_groups(tmp_path: Path) -> None:
     )
     assert list(memory._group_memory(tmp_path / "v1", own)) == [memory.Room(7000, 8000)]
     assert list(memory._group_memory(tmp_path, tmp_path / "none")) == []
-
-
-def test_ctrl_c_while_several_processes_start(folder: Path) -> None:
-    process = subprocess.Popen(
-        command("train", "text.txt", *WORDS, "--batch-size", "2", "--devices", "2", "--out", "interrupted"),
-        cwd=folder,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    while not children.read_text():  # the second process is there, and imports
-        assert process.poll() is None
-        time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGINT)
-    out, err = process.communicate(timeout=60)
-    assert (process.returncode, out, err) == (130, "", "tinyllm: interrupted\n")
-    assert not (folder / "interrupted").exists()

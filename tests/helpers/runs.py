@@ -18,6 +18,9 @@ TEXT = "the cat sat on the mat and the dog sat on the cat .\n" * 60
 ROOT = Path(__file__).parents[2]
 RUN = {*RUN_FILES, CHECKPOINTS, DATA} - {*OLD_TOKENS.values()}  # the names in a run folder
 
+# Options of the article's model on words.
+WORDS = ["--preset", "tutorial", "--tokenizer", "word", "--seq-len", "8", "--sample-tokens", "3", "--device", "cpu"]
+
 Here = Callable[..., tuple[int, str, str]]  # what the fixture `here` gives
 
 
