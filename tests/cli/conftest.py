@@ -4,14 +4,30 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.preparing import finished, save_tokenizer, unfinish
 from tests.helpers.runs import TEXT, small
 from tinyllm.training.trainer import train
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> Path:
-    """text.txt, and a run of eight steps on it."""
+    """Make a folder with text.txt and a run of eight steps on it."""
     path = tmp_path_factory.mktemp("hands")
     (path / "text.txt").write_text(TEXT)
     train(small(steps=8), path / "run", [path / "text.txt"], progress=False)
     return path
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory, tokenizer: Path) -> Path:
+    return finished(tmp_path_factory.mktemp("prepared"), tokenizer)
+
+
+@pytest.fixture
+def unfinished(prepared: Path, tmp_path: Path) -> Path:
+    return unfinish(prepared, tmp_path / "unfinished")

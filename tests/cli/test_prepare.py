@@ -21,13 +21,10 @@ from tests.helpers.preparing import (
     as_jsonl,
     as_zst,
     content,
-    finished,
     full_run,
     interrupt_before_the_manifest,
     run,
-    save_tokenizer,
     start,
-    unfinish,
 )
 from tests.helpers.runs import Here, error
 from tinyllm._internal.locks import LOCK_FILE
@@ -36,21 +33,6 @@ from tinyllm.data.shards import open_shards
 from tinyllm.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tokenizer(tmp_path_factory.mktemp("tokenizer"))
-
-
-@pytest.fixture(scope="module")
-def prepared(tmp_path_factory: pytest.TempPathFactory, tokenizer: Path) -> Path:
-    return finished(tmp_path_factory.mktemp("prepared"), tokenizer)
-
-
-@pytest.fixture
-def unfinished(prepared: Path, tmp_path: Path) -> Path:
-    return unfinish(prepared, tmp_path / "unfinished")
 
 
 # B4: a failed attempt does not lock out its own correction

@@ -24,10 +24,7 @@ from tests.helpers.preparing import (
     as_jsonl,
     as_parquet,
     as_zst,
-    finished,
     run,
-    save_tokenizer,
-    unfinish,
 )
 from tests.helpers.runs import Here, error
 from tinyllm.config.training import TrainConfig
@@ -41,11 +38,6 @@ QUICK = ["--preset", "tutorial", "--steps", "1", "--seq-len", "16", "--vocab-siz
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tokenizer(tmp_path_factory.mktemp("tokenizer"))
-
-
-@pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a run folder."""
     from tinyllm.training.trainer import train
@@ -55,16 +47,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = TrainConfig.from_preset("tutorial", steps=1, seq_len=16, vocab_size=300, device="cpu")
     train(config, folder / "run", [folder / "a.jsonl"], progress=False)
     return folder / "run"
-
-
-@pytest.fixture(scope="module")
-def prepared(tmp_path_factory: pytest.TempPathFactory, tokenizer: Path) -> Path:
-    return finished(tmp_path_factory.mktemp("prepared"), tokenizer)
-
-
-@pytest.fixture
-def unfinished(prepared: Path, tmp_path: Path) -> Path:
-    return unfinish(prepared, tmp_path / "unfinished")
 
 
 # A1: nothing is removed before what could be known is

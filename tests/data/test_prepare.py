@@ -35,7 +35,6 @@ from tests.helpers.preparing import (
     expected,
     ids,
     run,
-    save_tokenizer,
     start,
     write_jsonl,
 )
@@ -46,12 +45,6 @@ from tinyllm.data.prepare.documents import Part
 from tinyllm.data.prepare.run import _naming_full_disk
 from tinyllm.data.shards import open_shards
 from tinyllm.tokenizer import load_tokenizer
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tokenizer(tmp_path_factory.mktemp("tokenizer"))
-
 
 # Every kind of input
 

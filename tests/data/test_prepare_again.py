@@ -26,7 +26,6 @@ from tests.helpers.preparing import (
     full_run,
     interrupt_before_the_manifest,
     run,
-    save_tokenizer,
     sidecars,
     start,
     write_jsonl,
@@ -36,11 +35,6 @@ from tinyllm.data.prepare.plan import Plan, _move_ours, giving_up, recover
 from tinyllm.data.prepare.workers import Workers
 from tinyllm.data.shards import open_shards
 from tinyllm.tokenizer import BPETokenizer, load_tokenizer
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 @pytest.mark.skipif(os.name == "nt", reason="sends a POSIX signal")

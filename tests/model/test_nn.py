@@ -35,6 +35,14 @@ def grads(out: Tensor, *inputs: Tensor | nn.Parameter) -> tuple[Tensor, ...]:
     return torch.autograd.grad(out, inputs, weighting)
 
 
+def assert_same(ours: nn.Module, theirs: nn.Module, x: Tensor) -> None:
+    """Assert that two modules agree in outputs and in gradients."""
+    found, expected = ours(x), theirs(x)
+    torch.testing.assert_close(found, expected, **TIGHT)
+    pair = grads(found, x, *ours.parameters()), grads(expected, x, *theirs.parameters())
+    torch.testing.assert_close(*pair, **TIGHT)
+
+
 # ---- LayerNorm
 
 
@@ -48,13 +56,7 @@ def test_layer_norm_is_torchs(shape: tuple[int, ...], affine: tuple[bool, bool])
     randomise(theirs)
     ours.load_state_dict(theirs.state_dict(), strict=True)
     x = torch.randn(2, 4, *shape, dtype=F64, requires_grad=True)
-    torch.testing.assert_close(ours(x), theirs(x), **TIGHT)
-    for a, b in zip(
-        grads(ours(x), x, *ours.parameters()),
-        grads(theirs(x), x, *theirs.parameters()),
-        strict=True,
-    ):
-        torch.testing.assert_close(a, b, **TIGHT)
+    assert_same(ours, theirs, x)
 
 
 def test_layer_norm_adds_the_residual() -> None:
@@ -148,13 +150,7 @@ def test_one_head_is_the_articles(batch: int, seq_len: int, dim: int) -> None:
     assert list(ours.state_dict()) == list(theirs.state_dict())
     ours.load_state_dict(theirs.state_dict(), strict=True)
     x = torch.randn(batch, seq_len, dim, dtype=F64, requires_grad=True)
-    torch.testing.assert_close(ours(x), theirs(x), **TIGHT)
-    for a, b in zip(
-        grads(ours(x), x, *ours.parameters()),
-        grads(theirs(x), x, *theirs.parameters()),
-        strict=True,
-    ):
-        torch.testing.assert_close(a, b, **TIGHT)
+    assert_same(ours, theirs, x)
 
 
 def copy_to_torch_attention(ours: tinyllm.nn.SelfAttention, theirs: nn.MultiheadAttention) -> None:
@@ -241,13 +237,7 @@ def test_default_block_is_the_articles(batch: int, seq_len: int, dim: int, hidde
     randomise(theirs)
     ours.load_state_dict(theirs.state_dict(), strict=True)
     x = torch.randn(batch, seq_len, dim, dtype=F64, requires_grad=True)
-    torch.testing.assert_close(ours(x), theirs(x), **TIGHT)
-    for a, b in zip(
-        grads(ours(x), x, *ours.parameters()),
-        grads(theirs(x), x, *theirs.parameters()),
-        strict=True,
-    ):
-        torch.testing.assert_close(a, b, **TIGHT)
+    assert_same(ours, theirs, x)
 
 
 @pytest.mark.parametrize("bias", [True, False])

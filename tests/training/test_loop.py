@@ -33,13 +33,6 @@ from tinyllm.training.trainer import train
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    path = tmp_path / "text.txt"
-    path.write_text(TEXT)
-    return path
-
-
 Change = Callable[[int, torch.Tensor], torch.Tensor]
 
 

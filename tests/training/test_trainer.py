@@ -21,13 +21,6 @@ from tinyllm.training.trainer import PRESETS, TrainConfig, learning_rate, train
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    path = tmp_path / "text.txt"
-    path.write_text(TEXT)
-    return path
-
-
 # Learning
 
 
