@@ -52,7 +52,7 @@ def embedding_bytes(direction: str, tokens: int, seq_len: int, vocab_size: int, 
 
 
 def linear_flops(direction: str, rows: int, inputs: int, outputs: int) -> int:
-    """FLOPs of a linear layer's products: the output, and for a step the gradients of input and weight, too."""
+    """Return the FLOPs of a linear layer's products: the output; in a step the gradients of both operands, too."""
     return {FORWARD: 1, STEP: 3}[direction] * 2 * rows * inputs * outputs
 
 
@@ -69,7 +69,7 @@ def cross_entropy_bytes(direction: str, rows: int, classes: int, itemsize: int =
 
 
 def linear_cross_entropy_flops(direction: str, rows: int, features: int, classes: int) -> int:
-    """FLOPs of the products: the logits, and for a step the gradients of input and weight. Softmax counts nothing."""
+    """Return the FLOPs of the products: the logits, in a step the gradients of input and weight; none for softmax."""
     return {FORWARD: 1, STEP: 3}[direction] * 2 * rows * features * classes
 
 
@@ -100,7 +100,7 @@ def model_flops(
     out_proj: bool = False,
     causal: bool = False,
 ) -> int:
-    """FLOPs of a SimpleLLM's matrix products.
+    """Return the FLOPs of a SimpleLLM's matrix products.
 
     A step counts three forwards, as is usual: backward has two products for each of forward's. `out_proj`: whether
     attention has an output projection (it does with more than one head).

@@ -35,7 +35,7 @@ LONG_ROW = 1 << 17
 
 @triton.jit
 def softmax_exp(x):
-    """e^x for x <= 0."""
+    """Return e^x for x <= 0."""
     return tl.exp2(x * LOG2_E)
 
 
@@ -143,7 +143,7 @@ def weight_of(weight, target, columns, COMPUTE: tl.constexpr):
 
 @triton.jit
 def weights_and_scale(weight, totals, columns, SMOOTHING: tl.constexpr, AVERAGED: tl.constexpr, COMPUTE: tl.constexpr):
-    """s / C, the sum of the class weights, and what a row's loss is multiplied by."""
+    """Return s / C, the sum of the class weights, and what a row's loss is multiplied by."""
     uniform = tl.full([], SMOOTHING, COMPUTE) / columns
     weight_sum = tl.zeros([], COMPUTE) + columns
     if SMOOTHING > 0 and weight is not None:
@@ -339,7 +339,7 @@ def correct_unless_one_(
     ignore_index: int,
     label_smoothing: float,
 ) -> Tensor:
-    """`grad_input`, written by forward for an upstream gradient of 1, for this one, a scalar of any dtype.
+    """Correct `grad_input`, which forward wrote for an upstream gradient of 1, for this one, a scalar of any dtype.
 
     Only the device looks at it. It is computed again, since multiplying would round 16-bit gradients twice, and read as
     much.

@@ -27,7 +27,7 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def triton_compute_dtype(dtype: torch.dtype) -> tl.dtype:
-    """`compute_dtype` as a kernel's constant."""
+    """Return `compute_dtype` as a kernel's constant."""
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
@@ -53,7 +53,7 @@ def _capability(index: int) -> tuple[int, int]:
 
 # Triton's functions of these names take some microseconds each time.
 def cdiv(a: int, b: int) -> int:
-    """a / b, rounded up."""
+    """Return a / b, rounded up."""
     return -(-a // b)
 
 

@@ -386,7 +386,7 @@ def rms_norm_bwd(
 
 
 def _as_rows(x: Tensor, columns: int) -> Tensor:
-    """(rows, columns) with neighbouring columns next to each other; a copy only where the strides ask for one."""
+    """Return (rows, columns) with neighbouring columns side by side; a copy only where the strides ask for one."""
     rows = x.reshape(x.numel() // max(1, columns), columns)
     return rows if columns < 2 or rows.stride(1) == 1 else rows.contiguous()
 

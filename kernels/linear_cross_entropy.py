@@ -132,7 +132,7 @@ def _run(
 
 
 def _multiply(a: Tensor, b: Tensor, out: Tensor, *, add: bool) -> None:
-    """out (+)= a b, in out's dtype."""
+    """Compute out (+)= a b in out's dtype."""
     if a.dtype == out.dtype or not a.is_cuda:  # on the CPU, products of 16 bits with sums of 32 are not there
         a, b = a.to(out.dtype), b.to(out.dtype)
         torch.addmm(out, a, b, out=out) if add else torch.mm(a, b, out=out)

@@ -113,7 +113,7 @@ def reduced(losses: Tensor, totals: Tensor, reduction: int) -> Tensor:
 
 
 def scale_unless_one_(x: Tensor, factor: Tensor) -> Tensor:
-    """x *= factor, a scalar at which only the device looks: where it is 1, x is not touched. x is contiguous."""
+    """Compute x *= factor, a scalar at which only the device looks; where it is 1, x, contiguous, is not touched."""
     if x.numel() > 0:
         programs = min(multiprocessors(x) * 8, cdiv(x.numel(), SCALE_BLOCK))
         scale_kernel[(programs,)](x, factor, x.numel(), BLOCK=SCALE_BLOCK, **launch_options(8))

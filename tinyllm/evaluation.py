@@ -40,7 +40,7 @@ class Evaluation:
 
     @property
     def perplexity(self) -> float:
-        """exp(loss): among how many equally likely tokens the model is, as it were, undecided."""
+        """Return exp(loss): among how many equally likely tokens the model is, as it were, undecided."""
         return math.exp(self.loss) if self.loss < 700 else math.inf
 
     @property

@@ -220,7 +220,7 @@ def _decode_stream(decode: Callable[[list[int]], str], prompt: list[int], ids: I
 
 
 def _prompt(model: SimpleLLM, ids: Tensor | Sequence[int]) -> Tensor:
-    """`ids` as int64 on the model's device, checked."""
+    """Return `ids` as int64 on the model's device, checked."""
     prompt = torch.as_tensor(ids)
     if prompt.numel() == 0 or prompt.dim() not in (1, 2):
         raise ValueError(f"ids has shape {tuple(prompt.shape)}; it must be (T,) or (B, T), with at least one token")

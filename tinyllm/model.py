@@ -281,7 +281,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def _document_mask(documents: Tensor, causal: bool) -> Tensor:
-    """(B, T) to (B, 1, T, T): whether a query (row) may see a key."""
+    """Return whether a query (row) may see a key: (B, T) to (B, 1, T, T)."""
     mask = documents.unsqueeze(-1) == documents.unsqueeze(-2)
     return (mask.tril() if causal else mask).unsqueeze(1)
 

@@ -120,7 +120,7 @@ class PositionalEncoding(nn.Module):
         return x + self.rows(x.size(1))
 
     def rows(self, seq_len: int) -> Tensor:
-        """(seq_len, D): what is added to the tokens of a sequence. ValueError above max_seq_len."""
+        """Return what is added to the tokens of a sequence, (seq_len, D). ValueError above max_seq_len."""
         _check_seq_len(seq_len, self.max_seq_len)
         return self.pe[:seq_len, 0]
 
@@ -150,7 +150,7 @@ class LearnedPositionalEncoding(nn.Module):
         return x + self.rows(x.size(1))
 
     def rows(self, seq_len: int) -> Tensor:
-        """(seq_len, D): what is added to the tokens of a sequence. ValueError above max_seq_len."""
+        """Return what is added to the tokens of a sequence, (seq_len, D). ValueError above max_seq_len."""
         _check_seq_len(seq_len, self.max_seq_len)
         return self.weight[:seq_len]
 
@@ -218,7 +218,7 @@ class SelfAttention(nn.Module):
         return _fused.call_linear(self.out_proj, attended.transpose(1, 2).flatten(2))
 
     def _split_heads(self, x: Tensor) -> Tensor:
-        """(B, T, D) to (B, H, T, head_dim): a view, the kernels take any strides."""
+        """Return (B, T, D) as (B, H, T, head_dim): a view, since kernels take any strides."""
         head_dim = self.embedding_dim // self.num_heads
         return x.view(x.size(0), x.size(1), self.num_heads, head_dim).transpose(1, 2)
 

@@ -131,8 +131,8 @@ def _row(
     section: str = "attention",
     with_flex: bool = False,
 ) -> Row:
-    """Causal, full or padded attention. In the section "length" torch.compile is left out: it runs the very kernel that
-    eager PyTorch has."""
+    """Return a row of causal, full or padded attention. In the section "length" torch.compile is left
+    out: it runs the very kernel that eager PyTorch has."""
     causal, dtype = kind == "causal", dtype or target.dtype
     if kind == "padded":
         pairs = int(padding_mask(shape).sum()) * shape.seq_len * shape.heads

@@ -56,7 +56,7 @@ def _parts(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> dict[st
 
 
 def rows(target: Target) -> list[Row]:
-    """layer_norm from almost nothing up to a few MB, and one step of a decoder."""
+    """Return the rows of layer_norm from almost nothing up to a few MB, and of one step of a decoder."""
     if not target.gpu:
         return []
     cut = target.cut

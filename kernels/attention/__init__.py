@@ -251,6 +251,6 @@ def _describable(tensor: Tensor) -> bool:
 
 
 def _heads_inside(like: Tensor, columns: int) -> Tensor:
-    """(B, H, T, columns) over memory in the order (B, T, H, columns): joining the heads afterwards is free."""
+    """Allocate (B, H, T, columns) in memory in the order (B, T, H, columns): joining the heads afterwards is free."""
     batch, heads, rows, _ = like.shape
     return torch.empty((batch, rows, heads, columns), dtype=like.dtype, device=like.device).transpose(1, 2)

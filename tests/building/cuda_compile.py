@@ -148,7 +148,7 @@ def before_the_second_wait(kernel: Kernel) -> int:
 
 
 def overlaps(least: Callable[[str], int]) -> Claim:
-    """least: of an instance's template arguments, how many numbers of a tile a thread has."""
+    """Return a claim; `least` tells from an instance's template arguments how many numbers of a tile a thread has."""
     return Claim(
         "computes a tile's exponentials while a product is under way: between the two waits of its loop",
         lambda k: before_the_second_wait(k) >= least(k.case),

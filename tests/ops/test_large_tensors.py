@@ -55,7 +55,7 @@ def zeros(*shape, dtype=torch.bfloat16):
 
 
 def marked(dtype=torch.bfloat16, seed=0):
-    """(ROWS, COLUMNS) of zeros but for the marked rows."""
+    """Return zeros (ROWS, COLUMNS) but for the marked rows."""
     x = zeros(ROWS, COLUMNS, dtype=dtype)
     x[MARKED] = torch.randn(len(MARKED), COLUMNS, generator=torch.Generator().manual_seed(seed)).to(dtype)
     assert x.numel() > BORDER

@@ -38,7 +38,7 @@ def draw(seed, dtype, *shape):
 
 
 def make(rows, inputs, outputs, dtype=torch.float64, bias=True, residual=True):
-    """input, weight, bias, residual; sums of the order of 1."""
+    """Return input, weight, bias and residual; sums are of the order of 1."""
     weight = draw(1, torch.float64, outputs, inputs) / max(1, inputs) ** 0.5
     return (
         draw(0, dtype, *rows, inputs),
@@ -49,7 +49,7 @@ def make(rows, inputs, outputs, dtype=torch.float64, bias=True, residual=True):
 
 
 def make_network(rows, inputs, hidden, outputs, dtype=torch.float64, bias=True, residual=True):
-    """input, weight1, bias1, weight2, bias2, residual."""
+    """Return input, weight1, bias1, weight2, bias2 and residual."""
     x, w1, b1, _ = make(rows, inputs, hidden, dtype, bias)
     _, w2, b2, r = make(rows, hidden, outputs, dtype, bias, residual)
     return x, w1, b1, w2, b2, r

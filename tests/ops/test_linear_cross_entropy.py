@@ -28,7 +28,7 @@ CPP = ("cpp", "cpp_torch")
 
 @pytest.fixture(params=params(*CPP, "triton"))
 def backend(request, monkeypatch):
-    """C++ with our own products and with PyTorch's, and Triton in small blocks."""
+    """Force C++ with our own products, C++ with PyTorch's, or Triton in small blocks."""
     name, _, products = request.param.partition("_")
     found = BACKENDS[name]
     monkeypatch.setenv("TINYLLM_LINEAR", products or "cpp")

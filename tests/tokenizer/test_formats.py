@@ -22,7 +22,7 @@ def original() -> BPETokenizer:
 
 @pytest.fixture
 def gpt2(original: BPETokenizer, tmp_path: Path) -> Path:
-    """vocab.json and merges.txt, as the library writes them."""
+    """Write vocab.json and merges.txt as the library does."""
     original._tokenizer.model.save(str(tmp_path))
     return tmp_path
 

@@ -7,7 +7,7 @@ from collections.abc import Collection
 
 
 def check_int(name: str, value: object, minimum: int) -> int:
-    """`value` as an int; it may be of any integer type but bool. TypeError, ValueError."""
+    """Return `value` as an int; it may be of any integer type but bool. TypeError, ValueError."""
     try:
         if isinstance(value, bool):
             raise TypeError
@@ -20,7 +20,7 @@ def check_int(name: str, value: object, minimum: int) -> int:
 
 
 def check_probability(name: str, value: object) -> float:
-    """`value` as a float in [0, 1). TypeError, ValueError."""
+    """Return `value` as a float in [0, 1). TypeError, ValueError."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} is {value!r}; it must be a number from 0 up to, but not including, 1")
     if not 0 <= value < 1:
@@ -29,7 +29,7 @@ def check_probability(name: str, value: object) -> float:
 
 
 def check_choice(name: str, value: object, choices: Collection[str]) -> str:
-    """`value`, one of `choices`. ValueError."""
+    """Return `value` if it is one of `choices`. ValueError."""
     if not isinstance(value, str) or value not in choices:
         allowed = " or ".join(f'"{choice}"' for choice in choices)
         raise ValueError(f"{name} is {value!r}; it must be {allowed}")

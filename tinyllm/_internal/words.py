@@ -38,7 +38,7 @@ def option(name: str) -> str:
 
 
 def short_number(value: float) -> str:
-    """1.25M: a number of at most four digits, with a letter for its size."""
+    """Return, as 1.25M, a number of at most four digits, with a letter for its size."""
     for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= 0.9995 * size:
             return f"{value / size:.3g}{letter}"

@@ -90,7 +90,7 @@ class Draw:
 
 
 def _both(function: str, text: str, inputs: Sequence[Tensor | None], call: Callable[..., Any], **options: Any) -> Case:
-    """`call(module's function, *inputs)` with both modules."""
+    """Return `call(module's function, *inputs)` of both modules."""
     return Case(
         text, partial(call, getattr(ops, function)), partial(call, getattr(reference, function)), inputs, **options
     )

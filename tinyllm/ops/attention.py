@@ -78,7 +78,7 @@ def scaled_dot_product_attention(
     *,
     key_lengths: Tensor | None = None,
 ) -> Tensor:
-    """softmax(query key^T * scale + mask) value, as `torch.nn.functional.scaled_dot_product_attention`.
+    """Compute softmax(query key^T * scale + mask) value, as `torch.nn.functional.scaled_dot_product_attention`.
 
     The (queries x keys) matrix is never stored (Dao 2023, "FlashAttention-2"). `is_causal` lets query i see keys 0..i:
     the diagonal starts in the top left corner, whatever the numbers of queries and keys:

@@ -75,7 +75,7 @@ def cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """Cross-entropy between logits and targets, as `torch.nn.functional.cross_entropy`.
+    """Compute the cross-entropy between logits and targets, as `torch.nn.functional.cross_entropy`.
 
     A row of logits is read from memory once (after Milakov & Gimelshein 2018, "Online normalizer calculation for
     softmax"). Where a gradient will be wanted, forward writes it right then: loss and gradient together cost one read

@@ -50,7 +50,7 @@ def embedding(
     positions: Tensor | None = None,
     dropout_p: float = 0.0,
 ) -> Tensor:
-    """weight[input] + positions, in one pass, as `torch.nn.functional.embedding` and an addition behind it.
+    """Compute weight[input] + positions in one pass, as `torch.nn.functional.embedding` and an addition behind it.
 
     Args:
         input: (*), or (*, T) with positions: ids, int32 or int64.

@@ -48,7 +48,7 @@ def linear(
     activation: str = "none",
     residual: Tensor | None = None,
 ) -> Tensor:
-    """activation(input weight^T + bias) + residual in one pass; `torch.nn.functional.linear` without the last two.
+    """Compute activation(input weight^T + bias) + residual in one pass: `torch.nn.functional.linear`, and more.
 
     Args:
         input: (*, in_features).
@@ -90,7 +90,7 @@ def feed_forward(
     activation: str = "relu",
     residual: Tensor | None = None,
 ) -> Tensor:
-    """activation(input weight1^T + bias1) weight2^T + bias2 + residual: a transformer's two-layer network.
+    """Compute activation(input weight1^T + bias1) weight2^T + bias2 + residual: a transformer's two-layer network.
 
     Args:
         input: (*, D).

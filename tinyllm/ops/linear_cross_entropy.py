@@ -71,7 +71,7 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
     options: Any = None,
 ) -> Tensor:
-    """`cross_entropy(linear(input, linear_weight, linear_bias), target)` whose logits never exist all together.
+    """Compute `cross_entropy(linear(input, linear_weight, linear_bias), target)` whose logits never exist all together.
 
     As `torch.nn.functional.linear_cross_entropy` of torch 2.13, on every torch. Where gradients will be wanted, forward
     computes them, a block of rows at a time (as in Liger Kernel, Hsu et al. 2024): three matrix products in all.

@@ -19,7 +19,7 @@ def layer_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Tensor:
-    """(input - mean) / sqrt(variance + eps) * weight + bias over the last `len(normalized_shape)` dimensions."""
+    """Compute (input - mean) / sqrt(variance + eps) * weight + bias over the last len(normalized_shape) dimensions."""
     # Statistics in float32 at least: a 16-bit sum over a row would lose most of its digits.
     compute = torch.promote_types(input.dtype, torch.float32)
     dims = tuple(range(-len(normalized_shape), 0))
@@ -44,7 +44,7 @@ def add_layer_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> tuple[Tensor, Tensor]:
-    """`sum = input + residual`; returns (layer_norm(sum), sum)."""
+    """Return (layer_norm(sum), sum) of `sum = input + residual`."""
     total = input + residual
     return layer_norm(total, normalized_shape, weight, bias, eps), total
 
@@ -55,7 +55,7 @@ def rms_norm(
     weight: Tensor | None = None,
     eps: float | None = None,
 ) -> Tensor:
-    """input / sqrt(mean(input^2) + eps) * weight over the last `len(normalized_shape)` dimensions."""
+    """Compute input / sqrt(mean(input^2) + eps) * weight over the last `len(normalized_shape)` dimensions."""
     compute = torch.promote_types(input.dtype, torch.float32)
     x = input.to(compute)
     squares = x.pow(2).mean(tuple(range(-len(normalized_shape), 0)), keepdim=True)
@@ -78,7 +78,7 @@ def embedding(
     dropout_p: float = 0.0,
     factors: Tensor | None = None,
 ) -> Tensor:
-    """weight[input] + positions, with dropout; the other arguments are those of `torch.nn.functional.embedding`.
+    """Compute weight[input] + positions, with dropout; the rest as in `torch.nn.functional.embedding`.
 
     factors: what the sum is multiplied by, such as a dropout mask that is known already.
     """
@@ -102,7 +102,7 @@ def scaled_dot_product_attention(
     *,
     weight_factors: Tensor | None = None,
 ) -> Tensor:
-    """softmax(query key^T * scale + mask) value, with the whole (queries x keys) matrix in memory.
+    """Compute softmax(query key^T * scale + mask) value, with the whole (queries x keys) matrix in memory.
 
     What a query may not see (above the causal diagonal, hidden by a bool mask, or by -inf in an additive one) may hold
     infinities and NaN. A query that sees one of those while others are hidden from it gives NaN, and
@@ -168,7 +168,7 @@ def linear(
     activation: str = "none",
     residual: Tensor | None = None,
 ) -> Tensor:
-    """activation(input weight^T + bias) + residual."""
+    """Compute activation(input weight^T + bias) + residual."""
     out = ACTIVATIONS[activation](torch.nn.functional.linear(input, weight, bias))
     return out if residual is None else out + residual
 
@@ -183,7 +183,7 @@ def feed_forward(
     activation: str = "relu",
     residual: Tensor | None = None,
 ) -> Tensor:
-    """activation(input weight1^T + bias1) weight2^T + bias2 + residual."""
+    """Compute activation(input weight1^T + bias1) weight2^T + bias2 + residual."""
     return linear(linear(input, weight1, bias1, activation=activation), weight2, bias2, residual=residual)
 
 
@@ -266,7 +266,7 @@ def cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """PyTorch's own, computed in float32 where input has 16 bits."""
+    """Compute PyTorch's own cross_entropy, in float32 where input has 16 bits."""
     compute = torch.promote_types(input.dtype, torch.float32)
     loss = F.cross_entropy(
         input.to(compute),
@@ -290,7 +290,7 @@ def linear_cross_entropy(
     ignore_index: int | None = None,
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """`cross_entropy` of the whole (N, C, ...) logits; linear_weight is (C, ..., D)."""
+    """Compute `cross_entropy` of the whole (N, C, ...) logits; linear_weight is (C, ..., D)."""
     compute = torch.promote_types(input.dtype, torch.float32)
     logits = F.linear(
         input.to(compute),

@@ -489,7 +489,7 @@ def _nothing(axes: Axes) -> None:
 
 
 def _power(value: float) -> str:
-    """3e-3: a learning rate as one gives it to --lr."""
+    """Return a learning rate as one gives it to --lr: 3e-3."""
     if value == 0:
         return "0"
     digits, exponent = f"{value:.2e}".split("e")
@@ -497,6 +497,6 @@ def _power(value: float) -> str:
 
 
 def _short(text: str, most: int) -> str:
-    """`text`, without its middle if it is too long."""
+    """Return `text`, without its middle if it is too long."""
     half = (most - 1) // 2
     return text if len(text) <= most else f"{text[:half]}…{text[-half:]}"

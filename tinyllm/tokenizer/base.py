@@ -38,7 +38,7 @@ class Tokenizer(Protocol):
         """Return the ids of `text`; `[]` for empty text."""
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """`[encode(text) for text in texts]`, in parallel where the tokenizer can."""
+        """Return `[encode(text) for text in texts]`, in parallel where the tokenizer can."""
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of `ids`. Raises ValueError for an id outside `0 .. vocab_size - 1`."""

@@ -199,7 +199,7 @@ def _optimizer_state(model: nn.Module, optimizer: Any) -> Iterator[tuple[str, Te
 
 
 def _make_optimizer_state(optimizer: Any) -> None:
-    """AdamW makes its state at the first step; here it is needed before."""
+    """Make AdamW's state before its first step does."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             state = optimizer.state[parameter]
@@ -275,7 +275,7 @@ def _new_folder(engine: Engine, path: Path) -> Iterator[Path]:
 
 
 def _writing(engine: Engine, work: Callable[[], None]) -> None:
-    """`work` in the first process; a full disk is an OSError, whichever library meets it."""
+    """Do `work` in the first process; a full disk is an OSError, whichever library meets it."""
 
     def attempt() -> None:
         try:

@@ -437,7 +437,7 @@ def _strategy(config: TrainConfig, device: torch.device) -> Strategy | str:
 
 
 def deepspeed_config(config: TrainConfig) -> dict[str, Any]:
-    """DeepSpeed's own settings for `config`: ZeRO stage 2, our clipping, our share of a step."""
+    """Return DeepSpeed's own settings for `config`: ZeRO stage 2, our clipping, our share of a step."""
     share = config.batch_size // (config.devices * config.num_nodes * config.micro_batches)
     return {
         "train_micro_batch_size_per_gpu": share,
@@ -449,7 +449,7 @@ def deepspeed_config(config: TrainConfig) -> dict[str, Any]:
 
 
 def _shard(module: TrainingModule, mesh: DeviceMesh, compute_dtype: torch.dtype | None) -> TrainingModule:
-    """FSDP2: every block by itself, so that only one or two are whole at a time, and the rest together."""
+    """Shard by FSDP2 every block by itself, so that only one or two are whole at a time, and the rest together."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32 if compute_dtype else None)

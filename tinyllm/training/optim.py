@@ -71,7 +71,7 @@ class AveragedWeights:
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Within, the model computes with the averages; afterwards it has its own weights, bit for bit."""
+        """Let the model compute with the averages within; afterwards it has its own weights, bit for bit."""
         own = [parameter.detach().clone() for parameter in self._parameters.values()]
         self._set(list(self.averages.values()))
         try:

@@ -269,7 +269,7 @@ def _remove_leftovers(plan: Plan) -> None:
 
 
 def _units(plan: Plan, skip_bad: bool) -> Iterator[tuple[int, list[Part] | None, dict[str, Any]]]:
-    """Number, parts and what its sidecar is to say, of each unit; None for the parts of one that is finished."""
+    """Return number, parts and what its sidecar is to say, of each unit; None for the parts of one that is finished."""
     for number, parts in enumerate(plan.units):
         finished = plan.finished(number) is not None
         yield number, None if finished else parts, {"size": sum(part.size for part in parts)}
