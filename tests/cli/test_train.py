@@ -227,19 +227,30 @@ def test_a_run_of_an_older_version_goes_on(folder: Path, here_with_run: Path) ->
     assert set(os.listdir(run)) == RUN
 
 
-@pytest.mark.parametrize("prepared", [False, True])
-def test_a_data_folder_that_is_not_the_runs_is_not_replaced(prepared: bool, here_with_run: Path) -> None:
+def test_a_data_folder_that_is_not_the_runs_is_not_replaced(here_with_run: Path) -> None:
     run, text = here_with_run / "run", here_with_run / "text.txt"
     unpack(run)
-    if prepared:
-        prepare([text], run / "data", tokenizer="char", workers=1, say=lambda line: None)
-    else:
-        shutil.copytree(here_with_run, here_with_run / "more", ignore=lambda *_: ["run"])
-        (here_with_run / "more").rename(run / "data")
+    shutil.copytree(here_with_run, here_with_run / "more", ignore=lambda *_: ["run"])
+    (here_with_run / "more").rename(run / "data")
     before = sums(run)
     with pytest.raises(FileExistsError, match="has a data that no training wrote; choose another directory"):
         train(small(steps=2), run, [run / "data"], overwrite=True, progress=False)
     assert sums(run) == before
+    shutil.rmtree(run / "data")
+    prepare([text], run / "data", tokenizer="char", workers=1, say=lambda line: None)
+    before = sums(run / "data")
+    train(small(steps=2), run, [run / "data"], overwrite=True, progress=False)  # which writes none of its own
+    assert sums(run / "data") == before
+
+
+@pytest.mark.parametrize("data", ["null", "[]", '"x"'])
+def test_a_config_whose_data_is_no_object(data: str, here_with_run: Path) -> None:
+    run = here_with_run / "run"
+    config = json.loads((run / "config.json").read_text())
+    shutil.rmtree(run / "data")
+    (run / "config.json").write_text(json.dumps({**config, "data": json.loads(data)}))
+    train(small(steps=2), run, [here_with_run / "text.txt"], overwrite=True, progress=False)
+    assert losses(run)
 
 
 # B. Failures that are handled well

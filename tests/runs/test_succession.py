@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -15,13 +16,14 @@ from tinyllm.runs.folder import NEW
 from tinyllm.runs.succession import giving_up, new_files, recover, settle
 
 FILES = ("config.json", "tokenizer.json", "data/train-00000.bin")
+CONFIGS = {name: json.dumps({"name": name, "data": {"prepared": "data"}}) for name in ("old", "new")}
 
 
 def make_run(folder: Path, name: str, *, checkpoint: bool) -> None:
     folder.mkdir(exist_ok=True)
     for file in FILES:
         (folder / file).parent.mkdir(exist_ok=True)
-        (folder / file).write_text(name)
+        (folder / file).write_text(CONFIGS[name] if file == "config.json" else name)
     if checkpoint:
         (folder / "checkpoints" / "step-00000008").mkdir(parents=True)
         (folder / "model.safetensors").write_text(name)
@@ -36,8 +38,8 @@ def content(folder: Path) -> dict[str, str]:
     }
 
 
-OLD = dict.fromkeys((*FILES, "model.safetensors"), "old")
-YOUNG = dict.fromkeys(FILES, "new")
+OLD = {**dict.fromkeys((*FILES, "model.safetensors"), "old"), "config.json": CONFIGS["old"]}
+YOUNG = {**dict.fromkeys(FILES, "new"), "config.json": CONFIGS["new"]}
 
 
 @pytest.fixture
@@ -105,6 +107,24 @@ def test_of_three_runs_the_one_with_weights_is_kept(out: Path) -> None:
     begin(out)
     fail(out)
     assert content(out) == OLD
+
+
+def test_a_folder_data_that_is_not_the_runs_stays(out: Path) -> None:
+    shutil.rmtree(out / "data")
+    (out / "config.json").write_text(json.dumps({"data": {"prepared": "/elsewhere"}}))
+    with new_files(out) as folder:
+        make_run(folder, "new", checkpoint=False)
+        shutil.rmtree(folder / "data")
+        shutil.copyfile(out / "config.json", folder / "config.json")
+    (out / "data").mkdir()
+    (out / "data" / "notes.txt").write_text("mine")
+    fail(out)
+    assert content(out)["data/notes.txt"] == "mine"
+    assert content(out)["model.safetensors"] == "old"
+    (out / "config.json").unlink()  # as a kill of an older version may leave it
+    (out / REPLACED).mkdir()
+    recover(out)
+    assert content(out)["data/notes.txt"] == "mine"
 
 
 def killed_at(number: int, out: Path) -> bool:

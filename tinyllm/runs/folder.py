@@ -55,13 +55,18 @@ RUN_FILES = (  # config.json is the mark of a run: it comes last into a folder, 
     SAMPLES_FILE,
     *OLD_TOKENS.values(),
 )
-RUN_FOLDERS = (CHECKPOINTS, TENSORBOARD, DATA)
+RUN_FOLDERS = (CHECKPOINTS, TENSORBOARD, DATA)  # the last one of runs with `owns_data`
 RUNS = Path("runs")
 NEW = ".tinyllm-new"  # in it, a run's files are made, see tinyllm.runs.succession
 
 
-def check_out(directory: str | os.PathLike[str], *, overwrite: bool) -> Path:
+def check_out(directory: str | os.PathLike[str], *, overwrite: bool, writes_data: bool = True) -> Path:
     """Return the run folder to write to, or raise an error if writing would touch what is there. Changes nothing.
+
+    Args:
+        directory: the run folder.
+        overwrite: allow a run to be there.
+        writes_data: the new run's tokens will be in `directory`, and not elsewhere.
 
     Raises:
         FileExistsError: the directory is not empty and `overwrite` is off; or it is on, but files
@@ -77,7 +82,7 @@ def check_out(directory: str | os.PathLike[str], *, overwrite: bool) -> Path:
             f"out {directory} is not empty; choose another directory{go_on}, or overwrite (--overwrite)"
         )
     # config.json, data and checkpoints are common names: those of another program are not ours to replace.
-    ours = _written_names(directory)
+    ours = _written_names(directory) | (set() if writes_data else {DATA})
     taken = [name for name in (*RUN_FILES, *RUN_FOLDERS) if name not in ours and Path(directory, name).exists()]
     if taken:
         raise FileExistsError(
@@ -94,8 +99,17 @@ def _written_names(directory: Path) -> set[str]:
         return set()
     if "training" not in config:
         return set()
-    own_data = config.get("data", {}).get("prepared") == DATA
-    return {*RUN_FILES, *RUN_FOLDERS} - (set() if own_data else {DATA})
+    return {*RUN_FILES, *RUN_FOLDERS} - (set() if owns_data(directory) else {DATA})
+
+
+def owns_data(directory: Path) -> bool:
+    """Return whether the run in a directory wrote the folder `data` that may be in it, for which config.json is asked:
+    data that were prepared elsewhere, even there, stay the user's."""
+    try:
+        data = read_config(directory, parts=["data"])["data"]
+    except (OSError, ValueError):
+        return False
+    return bool(data.get("prepared") == DATA)
 
 
 @contextmanager

@@ -16,9 +16,10 @@ from pathlib import Path
 
 from tinyllm._internal.files import REPLACED
 from tinyllm.config.saved import CONFIG_FILE
-from tinyllm.runs.folder import MODEL_FILE, NEW, RUN_FILES, RUN_FOLDERS, checkpoints
+from tinyllm.runs.folder import DATA, MODEL_FILE, NEW, RUN_FILES, RUN_FOLDERS, checkpoints, owns_data
 
 _MOVING = ".tinyllm-moving"  # part of the earlier run, the other part lies in `out`
+_REMOVED = ".tinyllm-removed"  # the tokens of a new run that is being removed
 
 
 @contextmanager
@@ -54,9 +55,14 @@ def settle(out: Path) -> bool:
 
 def recover(out: Path) -> None:
     """Mend what a kill left: files of a run that was not begun, and an earlier run that was on its way."""
+    if owns_data(out / NEW) and not (out / NEW / DATA).exists() and (out / DATA).exists():  # on its way to `out`
+        (out / DATA).rename(out / NEW / DATA)
+    (out / NEW / CONFIG_FILE).unlink(missing_ok=True)
     shutil.rmtree(out / NEW, ignore_errors=True)
     if (out / _MOVING).is_dir():
         _return(out)
+    elif (out / _REMOVED).is_dir():
+        _put_back(out)
     elif (out / REPLACED).is_dir():
         if not (out / CONFIG_FILE).exists():
             _put_back(out)
@@ -72,8 +78,9 @@ def _set_aside(out: Path) -> None:
     if (out / REPLACED).is_dir():  # and stays there: what has taken its place came to no checkpoint
         _remove(out)
         return
+    names = [name for name in (*RUN_FILES, *RUN_FOLDERS) if name != DATA or owns_data(out)]
     (out / _MOVING).mkdir()
-    _move(out, out / _MOVING, [*RUN_FILES, *RUN_FOLDERS])
+    _move(out, out / _MOVING, names)
     if any((out / _MOVING).iterdir()):
         (out / _MOVING).rename(out / REPLACED)
     else:
@@ -94,10 +101,12 @@ def _return(out: Path) -> None:
 
 def _remove(out: Path) -> None:
     """Remove the run in `out`, its mark first, but not one that is aside."""
+    if owns_data(out) and (out / DATA).is_dir():  # which only the mark tells
+        (out / DATA).rename(out / _REMOVED)
     for name in RUN_FILES:
         (out / name).unlink(missing_ok=True)
-    for name in RUN_FOLDERS:
-        if (out / name).is_dir():
+    for name in (*RUN_FOLDERS, _REMOVED):
+        if name != DATA and (out / name).is_dir():
             shutil.rmtree(out / name)
 
 

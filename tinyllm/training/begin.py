@@ -24,7 +24,7 @@ from tinyllm.data.corpus import Corpus, find_files, standard_library, write_shar
 from tinyllm.data.shards import SPLITS, Shards, file_sha256, is_prepared, open_shards, token_dtype
 from tinyllm.model import SimpleLLM
 from tinyllm.ops import _products
-from tinyllm.runs.folder import DATA, MODEL_FILE, OLD_TOKENS, TOKENIZER_FILE, check_out, checkpoints
+from tinyllm.runs.folder import DATA, MODEL_FILE, OLD_TOKENS, TOKENIZER_FILE, check_out, checkpoints, owns_data
 from tinyllm.runs.load import load_run
 from tinyllm.runs.succession import new_files, recover
 from tinyllm.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
@@ -62,12 +62,12 @@ def begin(
 ) -> None:
     """Make `out`, which this process owns, a run folder. Arguments and errors are those of `training.train`."""
     recover(out)
-    check_out(out, overwrite=overwrite)
     prepared = None if data is None or len(data) != 1 or not is_prepared(data[0]) else Path(data[0])
+    check_out(out, overwrite=overwrite, writes_data=prepared is None)
     if prepared is not None and (skip_bad or text_column != "text"):
         what = option("skip_bad" if skip_bad else "text_column")
         raise ValueError(f"{what} is for text, and {prepared} is prepared already")
-    if prepared is not None and prepared.resolve() == (out / DATA).resolve():
+    if prepared is not None and prepared.resolve() == (out / DATA).resolve() and owns_data(out):
         raise ValueError(
             f"{prepared} belongs to the run in {out}, which is to be overwritten; choose another folder "
             f"with {option('out')}"
