@@ -74,7 +74,8 @@ cpu-sanitize: .venv/installed .venv/dev
 # built with the sanitizers, so their libraries come first by force, and its own leaks are left alone.
 cuda-sanitize: .venv/installed .venv/dev
 	library=$$($(BIN)/python -m tests.emulation.build --sanitize) && \
-	export TINYLLM_EMULATED_CUDA=$$library TINYLLM_EMULATED_SCHEDULE=backward ASAN_OPTIONS=detect_leaks=0 \
+	export TINYLLM_EMULATED_CUDA=$$library TINYLLM_EMULATED_SCHEDULE=backward TINYLLM_TEST_BACKENDS=cuda \
+	ASAN_OPTIONS=detect_leaks=0 \
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" && \
 	$(BIN)/python -m pytest -n $(or $(WORKERS),2) -m cuda tests/ops tests/kernels
 

@@ -132,7 +132,7 @@ VIEWS = {
     **on_cuda([((2, 2, 4, 33, 64), False), ((2, 2, 18, 33, 64), False)]),
 )
 def test_any_strides(backend, view, shape, is_causal):
-    """What is between the elements, of the gradient too, does not count."""
+    """Memory between the elements, of the gradient too, is not read."""
     inputs = [view(x) for x in make(backend, *shape)]
     plain = [x.clone(memory_format=torch.contiguous_format) for x in inputs]
     grad = view(backend.draw(*shape[:3], shape[-1], dtype=inputs[0].dtype, seed=5))

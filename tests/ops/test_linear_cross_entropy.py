@@ -116,6 +116,13 @@ def test_options(backend, shape, ignored, reduction, weighted, smoothing, dtype)
     compare(backend, (x, w, b), target, **options)
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_another_ignore_index(backend, smoothing):
+    x, w, b, target, weight = make(backend, (30, 20, 12), F32)
+    assert 0 < (target == 3).sum() < 30
+    compare(backend, (x, w, b), target, weight=weight, ignore_index=3, label_smoothing=smoothing)
+
+
 @pytest.mark.any_build
 def test_the_reference_is_pytorchs():
     x, w, b, target, weight = make(BACKENDS["cpp"], (9, 5, 12))

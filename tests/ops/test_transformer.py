@@ -65,7 +65,7 @@ def bind(kind, module, shape, ids, target, **options):
     options["num_heads"] = shape[6]
     if kind == "block":
         return lambda x, *parameters: module.transformer_block(x, parameters, eps2=1e-3, **options)
-    options |= {"num_layers": shape[7], "target": target if kind == "loss" else None}
+    options |= {"eps": 1e-3, "num_layers": shape[7], "target": target if kind == "loss" else None}
     return lambda positions, *parameters: module.transformer(ids, parameters, positions=positions, **options)
 
 
