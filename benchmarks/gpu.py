@@ -183,7 +183,7 @@ def _work(connection: Any, seed: int, rounds: int) -> None:
 
 
 class Worker:
-    """Return that process, started when it is needed."""
+    """A process that is started when it is needed."""
 
     def __init__(self, seed: int, rounds: int) -> None:
         self._arguments = seed, rounds

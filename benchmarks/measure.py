@@ -4,6 +4,7 @@
     round 2   tinyllm  torch.compile  torch         the order is drawn anew for each round, by a fixed seed
     ...
 
+In `tinyllm bench` pytest-benchmark calls ours: it comes first in each round, and the order of the peers is drawn.
 A machine that slows down for a while thus slows all of them, and their ratio stays. Timing all rounds of one and then
 all of the next would leave that drift in the ratio.
 """

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -48,10 +50,15 @@ def _figure(width: float, height: float) -> Any:
     return figure
 
 
-def _save(figure: Any, path: Path) -> None:
+def digest(shown: Mapping[str, Any]) -> str:
+    """Return what a picture says of the results that it shows, so that a test can tell whether it is theirs."""
+    return hashlib.sha256(json.dumps(shown, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _save(figure: Any, path: Path, shown: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
-        figure.savefig(temporary, format="png", metadata={"Software": None})
+        figure.savefig(temporary, format="png", metadata={"Software": None, "Source": digest(shown)})
 
 
 def draw_speedups(found: Mapping[str, Results], path: Path) -> None:
@@ -81,7 +88,7 @@ def draw_speedups(found: Mapping[str, Results], path: Path) -> None:
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(axis="y", length=0)
     figure.legend(loc="outside lower center", frameon=False, fontsize=8)
-    _save(figure, path)
+    _save(figure, path, found)
 
 
 def _over_length(results: Results) -> dict[tuple[str, int], list[Mapping[str, Any]]]:
@@ -118,4 +125,4 @@ def draw_lengths(results: Results, path: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, fontsize=9)
     figure.suptitle(f"{machine_line(results)}; {results['date'][:10]}", fontsize=8, color="#555555")
-    _save(figure, path)
+    _save(figure, path, results)

@@ -347,7 +347,9 @@ hour (`--quick`: a few minutes). It needs `pip install 'tinyllm[test]'`. `make b
 `make train-bench` compares training itself, in ten minutes. Results are stored by the family of the processor, or by
 the chip; `python -m benchmarks.report --adopt FILE` takes over what another machine has measured with `--out`.
 
-- A result is verified before it is timed: its error against float64 may be at most twice that of eager PyTorch.
+- A result is verified before it is timed: its error against float64 may be at most twice that of eager PyTorch, plus
+  two rounding steps. Where one rounding can move the result by much, a ReLU's gradient at 0 or elements that dropout
+  draws (forward+backward of the article's model, attention with dropout), a third of the dtype's digits must be right.
 - All providers get the same inputs, threads, dtype and allocator settings, and take turns, so that a machine that slows
   down for a while slows all of them.
 - Times are medians ± half the interquartile range. The factor is how many times as long as tinyllm a peer takes: above
@@ -355,6 +357,11 @@ the chip; `python -m benchmarks.report --adopt FILE` takes over what another mac
 - Rates count useful work only: matrix products, of attention those of visible query-key pairs; or every tensor moved
   once. Ceilings are measured with plain PyTorch in the same run; tensors that fit in the caches move faster than a
   copy.
+- Shapes: B sequences of T tokens, H heads of D columns, V tokens in the vocabulary; 8192x1024 is rows x columns, of a
+  linear layer 1024x768->3072 rows x inputs -> outputs; a model 128/512/4 is 128 wide, 512 in its feed-forward layers,
+  and 4 layers deep. Padded attention has a mask over sequences of different lengths. The article's model has one head
+  and ReLU; the scaled one several heads, GELU and causal attention.
+- "torch via float32" converts 16-bit inputs first; "torch, chunked" computes the logits in pieces.
 """
 LINEAR_NOTE = (
     "Linear layers are measured on our kernel; the package itself takes PyTorch's product where that is faster."
@@ -418,7 +425,12 @@ def _headline_table(found: Mapping[str, Results]) -> str:
         "",
         "Our time, and how many times as long the fastest of PyTorch, torch.compile and Hugging Face takes. Below 1,",
     ]
-    lines += [f"that one is faster: in {len(slower)} of the {len(slowest)} rows measured.", LINEAR_NOTE, ""]
+    lines += [
+        f"that one is faster: in {len(slower)} of the {len(slowest)} rows measured, which close the table.",
+        "B sequences of T tokens, H heads of D columns; a model: width/feed-forward width/layers, V tokens known.",
+        LINEAR_NOTE,
+        "",
+    ]
     lines += [f"- {family}: {machine_line(results)}; {results['date'][:10]}" for family, results in found.items()]
     return "\n".join(lines)
 

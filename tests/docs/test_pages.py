@@ -24,7 +24,7 @@ def commands(text: str) -> list[str]:
 
 
 TYPED = [
-    (page, line) for page, text in TEXTS.items() for line in commands(text) if re.search(r"\btinyllm [a-z-]", line)
+    (page, line) for page, text in TEXTS.items() for line in commands(text) if re.search(r"\btinyllm\s+[a-z-]", line)
 ]
 
 

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from tinyllm.cli._app import app, one_line_errors, prepare_process
-
-if TYPE_CHECKING:
-    pass
 
 
 @app.command()

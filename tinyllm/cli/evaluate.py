@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from tinyllm._internal.words import count
 from tinyllm.cli._app import Checkpoint, app, one_line_errors, prepare_process, which
-
-if TYPE_CHECKING:
-    pass
 
 
 @app.command("eval")

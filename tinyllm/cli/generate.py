@@ -1,4 +1,4 @@
-"""The commands that use a trained model: generate and eval."""
+"""The command generate."""
 
 from __future__ import annotations
 

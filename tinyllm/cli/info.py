@@ -1,15 +1,12 @@
-"""The commands about this machine and others: bench, check, estimate, info."""
+"""The command info."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from tinyllm.cli._app import app, one_line_errors, prepare_process
-
-if TYPE_CHECKING:
-    pass
 
 
 @app.command()

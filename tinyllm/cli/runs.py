@@ -1,4 +1,4 @@
-"""The commands that look at runs: plot and runs."""
+"""The command runs."""
 
 from __future__ import annotations
 
