@@ -13,11 +13,13 @@ from torch import Tensor
 from tinyllm import reference
 from tinyllm.ops import _products
 from tinyllm.ops._context import autocast_dtype, differs_from_kernels, grads_by_reference, needs_grad
-from tinyllm.ops.attention import MOST_HEAD_DIM
-from tinyllm.ops.dispatch import Kernels, Limit, Operator, choose, register_fake
+from tinyllm.ops.attention import MOST_HEAD_DIM, scaled_dot_product_attention
+from tinyllm.ops.cross_entropy import cross_entropy
+from tinyllm.ops.dispatch import Kernels, Limit, Operator, choose, forced_backend, register_fake
 from tinyllm.ops.dispatch import serves as dispatch_serves
-from tinyllm.ops.embedding import raise_for_ids
-from tinyllm.ops.linear import products_refuse
+from tinyllm.ops.embedding import embedding, raise_for_ids
+from tinyllm.ops.layer_norm import layer_norm
+from tinyllm.ops.linear import feed_forward, linear, products_refuse
 from tinyllm.reference import BLOCK_PARAMETERS
 
 _ONE_HEAD = tuple(name for name in BLOCK_PARAMETERS if name != "out_proj")
@@ -71,7 +73,7 @@ def transformer_block(
     eps2: float = 1e-5,
 ) -> Tensor:
     """Compute attention and a two-layer network, each on a branch with its norm: see `tinyllm.nn.TransformerBlock`,
-    which calls the parts one by one where no kernel serves this. Then this is plain PyTorch.
+    which calls the parts one by one where no kernel serves this, as this does then.
 
     Args:
         input: (B, T, D).
@@ -110,7 +112,7 @@ def transformer(
 ) -> Tensor:
     """Compute token embeddings + positions, transformer blocks, the final norm of pre-norm models, and the projection
     to logits; with a target, their mean cross-entropy. See `tinyllm.SimpleLLM`, which calls the parts one by one where
-    no kernel serves this. Then this is plain PyTorch.
+    no kernel serves this, as this does then.
 
     Args:
         input: ids (B, T), int32 or int64.
@@ -155,9 +157,13 @@ def _call(
         raise TypeError(f"input has dtype {input.dtype}; int64 or int32 is needed")
     if target is not None and target.dtype != torch.int64:
         raise TypeError(f"target has dtype {target.dtype}; int64 is needed")
-    if choose(_OPERATORS[operator], parameters[0], *_sizes(operator, input, parameters, settings)) == "reference":
+    if choose(_OPERATORS[operator], parameters[0], *_sizes(operator, input, parameters, settings)) != "reference":
+        return run(input, parameters, positions, target, settings)
+    if forced_backend(operator) is not None:
         return _by_reference(input, parameters, positions, target, settings)
-    return run(input, parameters, positions, target, settings)
+    if operator == "transformer":
+        return _model_by_parts(input, parameters, positions, target, settings)
+    return _block_by_parts(input, parameters, settings)
 
 
 def _by_reference(
@@ -174,6 +180,55 @@ def _by_reference(
     del options["eps2"]
     eps = options.pop("eps1")
     return reference.transformer(input, parameters, positions=positions, target=target, eps=eps, **options)
+
+
+# ---- The parts one by one, each on the backend that serves it
+
+
+def _block_by_parts(input: Tensor, parameters: Sequence[Tensor], settings: Settings) -> Tensor:
+    names, heads = _names(settings), settings.num_heads
+    weights = dict(zip(names, parameters, strict=False))
+    biases = dict.fromkeys(names) | dict(zip(names, parameters[len(names) :], strict=False))
+
+    def norm(name: str, x: Tensor, eps: float) -> Tensor:
+        return layer_norm(x, x.shape[-1:], weights[name], biases[name], eps)
+
+    def add_attention(x: Tensor) -> Tensor:
+        query, key, value = (
+            linear(x, weights[name], biases[name]).unflatten(-1, (heads, -1)).transpose(-2, -3)
+            for name in ("query", "key", "value")
+        )
+        attended = scaled_dot_product_attention(query, key, value, is_causal=settings.causal)
+        attended = attended.transpose(-2, -3).flatten(-2)
+        if heads == 1:
+            return input + attended
+        return linear(attended, weights["out_proj"], biases["out_proj"], residual=input)
+
+    def add_network(x: Tensor, residual: Tensor) -> Tensor:
+        layers = (weights["linear1"], biases["linear1"], weights["linear2"], biases["linear2"])
+        return feed_forward(x, *layers, activation=settings.activation, residual=residual)
+
+    if settings.norm_first:
+        middle = add_attention(norm("norm1", input, settings.eps1))
+        return add_network(norm("norm2", middle, settings.eps2), middle)
+    middle = norm("norm1", add_attention(input), settings.eps1)
+    return norm("norm2", add_network(middle, middle), settings.eps2)
+
+
+def _model_by_parts(
+    ids: Tensor, parameters: Sequence[Tensor], positions: Tensor | None, target: Tensor | None, settings: Settings
+) -> Tensor:
+    table, *others = parameters
+    copies = len(others) // (settings.num_layers * len(_names(settings)) + 1 + settings.norm_first)  # 2 with biases
+    each = copies * len(_names(settings))
+    x = embedding(ids, table, positions=positions)
+    for first in range(0, settings.num_layers * each, each):
+        x = _block_by_parts(x, others[first : first + each], settings)
+    if settings.norm_first:
+        weight, *bias = others[settings.num_layers * each : -copies]
+        x = layer_norm(x, x.shape[-1:], weight, bias[0] if bias else None, settings.eps1)
+    logits = linear(x, *others[-copies:])
+    return logits if target is None else cross_entropy(logits.flatten(0, 1), target.flatten())
 
 
 # ---- For modules that stand on these operators
