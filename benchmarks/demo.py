@@ -18,7 +18,7 @@ from .report import README, ROOT, machine_line, replace_block
 
 RECORD = ROOT / "docs" / "demo.txt"
 BIN = ".venv/bin/"
-_SHOWN_TEXT = 6  # lines of what the model wrote that the README shows
+_SHOWN_TEXT = 3  # lines of what the model wrote that the README shows
 
 
 def commands() -> list[str]:
@@ -42,6 +42,8 @@ def excerpt(record: str) -> str:
     shown = []
     for part in parts:
         command, *lines = part.splitlines()
+        if command == "tinyllm info":
+            continue
         if command.startswith("tinyllm train"):
             said = [line for line in lines if re.match(r"(Text|Tokens|Model): |Training 100%", line)]
         elif command.startswith("tinyllm generate"):

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import typer.main
 
+from benchmarks import demo
+from benchmarks.report import replace_block
 from tests.helpers.runs import ROOT
 from tinyllm.cli import app
 from tinyllm.reference import SimpleLLM
@@ -33,10 +35,8 @@ def test_the_readme_is_short() -> None:
 
 
 def test_the_demo_is_the_one_that_ran() -> None:
-    """The lines of the demo that the README shows are those that were printed, in their order."""
-    ran = iter((ROOT / "docs" / "demo.txt").read_text(encoding="utf-8").splitlines())
-    (block,) = re.findall(r"(?s)<!-- demo:begin -->\n```console\n(.*?)```\n<!-- demo:end -->", TEXTS["README.md"])
-    assert all(line in ran for line in block.splitlines() if line.strip() not in ("", "..."))
+    shown = demo.excerpt(demo.RECORD.read_text(encoding="utf-8"))
+    assert replace_block(TEXTS["README.md"], "demo", shown) == TEXTS["README.md"], "run `python -m benchmarks.demo`"
 
 
 @pytest.mark.parametrize(("page", "line"), TYPED)
