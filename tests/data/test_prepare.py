@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -411,3 +412,15 @@ def test_the_command(
 
 def test_what_the_package_offers() -> None:
     assert prepare.__all__ == ["Prepared", "prepare"]
+
+
+def _prepare_two(folder: Path, tokenizer: Path) -> None:
+    run(as_texts(folder), folder / "out", tokenizer=tokenizer, workers=2)
+
+
+def test_daemonic_processes_may_prepare(tmp_path: Path, tokenizer: Path) -> None:
+    process = get_context("fork").Process(target=_prepare_two, args=(tmp_path, tokenizer), daemon=True)
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    assert open_shards(tmp_path / "out").train

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from multiprocessing import parent_process
+from multiprocessing import current_process, parent_process
 from multiprocessing.context import SpawnContext, SpawnProcess
 from pathlib import Path
 from types import ModuleType
@@ -140,6 +140,16 @@ class _Context(SpawnContext):
 
 class _Worker(SpawnProcess):
     def start(self) -> None:
+        # Daemonic processes, such as those of a multiprocessing.Pool, may not have children, lest these outlive them;
+        # workers end with their parent.
+        parent: Any = current_process()
+        daemon, parent._config["daemon"] = parent._config.get("daemon"), False
+        try:
+            self._start()
+        finally:
+            parent._config["daemon"] = daemon
+
+    def _start(self) -> None:
         main = sys.modules["__main__"]
         with holding_ctrl_c(), _environment():
             sys.modules["__main__"] = ModuleType("__main__")  # which has no file that the worker would run
