@@ -228,3 +228,15 @@ def test_a_device_that_is_not_here(device: str, text: Path, tmp_path: Path) -> N
     with pytest.raises(ValueError, match=f"device is '{device}'"):
         train(small(device=device), tmp_path / "out", [text], progress=False)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["lr", "steps", "seq_len", "grad_clip", "seed", "workers"])
+def test_a_setting_that_is_not_open_may_not_be_none(name: str) -> None:
+    with pytest.raises((TypeError, ValueError)):
+        TrainConfig(**{name: None})
+    assert TrainConfig(vocab_size=None).vocab_size is None
+
+
+def test_one_path_is_enough(text: Path, tmp_path: Path) -> None:
+    train(small(steps=1), tmp_path / "run", str(text), progress=False)
+    assert losses(tmp_path / "run")

@@ -34,11 +34,11 @@ class Setting:
     by_preset: bool
 
     def validate(self, value: Any) -> None:
-        """Raise a ValueError if `value` is not allowed. None, where a setting is left open, always is."""
+        """Raise a ValueError if `value` is not allowed; None is where it is the default."""
         if isinstance(self.allowed, tuple):
             if value not in self.allowed:
                 raise ValueError(f"{self.name} is {value!r}; allowed are {', '.join(map(repr, self.allowed))}")
-        elif self.allowed is not None and value is not None:
+        elif self.allowed is not None and not (value is None and self.default is None):
             self.allowed(self.name, value)
 
     def option_help(self, preset: str, default: Any = None) -> str:

@@ -35,7 +35,8 @@ class TrainConfig:
     """All that decides a training: the same config on the same text gives the same losses.
 
     `TrainConfig.from_preset(name, **changes)` fills in what suits the preset's model. The sizes of the model that are
-    None become the preset's: the config that is made has the numbers.
+    None become the preset's: the config that is made has the numbers. A `vocab_size` of None stays: it stands for
+    every word or character, and for 4,096 tokens of bpe.
 
     Raises:
         ValueError: a value is out of range; the message names it and what is allowed.

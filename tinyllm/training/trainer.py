@@ -84,7 +84,7 @@ class TrainResult:
 def train(
     config: TrainConfig,
     out: str | PathLike[str] | None = None,
-    data: Sequence[str | PathLike[str]] | None = None,
+    data: str | PathLike[str] | Sequence[str | PathLike[str]] | None = None,
     *,
     text_column: str = "text",
     skip_bad: bool = False,
@@ -107,8 +107,8 @@ def train(
         out: the run folder; made if missing. Until the training ends no other process can train there. With `overwrite`
             an earlier run's files are moved aside once the new text has been read and tokenized, and removed when the
             new run's first checkpoint stands; other files stay. None: runs/PRESET-NUMBER, a new one.
-        data: text files, .jsonl, .jsonl.gz, .jsonl.zst, .parquet and directories, see `find_files`; or one directory
-            that `tinyllm prepare` made, and its tokenizer with it; None: Python's standard library.
+        data: a path, or several: text files, .jsonl, .jsonl.gz, .jsonl.zst, .parquet and directories, see `find_files`;
+            or one directory that `tinyllm prepare` made, and its tokenizer with it; None: Python's standard library.
         text_column: under which name JSON lines and Parquet files hold the text.
         skip_bad: leave out what cannot be read, and say how much.
         init_from: a run folder, whose weights are those to begin with, and whose tokenizer is kept. The optimizer is
@@ -131,6 +131,8 @@ def train(
         raise TypeError(
             f"config is a {type(config).__name__}; a TrainConfig is needed, such as TrainConfig.from_preset"
         )
+    if isinstance(data, (str, PathLike)):
+        data = [data]
     engine = launch(config, say)
     with ExitStack() as stack:
         stack.enter_context(engine.ending_others())
