@@ -75,6 +75,14 @@ def test_a_finished_run(tmp_path: Path) -> None:
     assert datetime.fromisoformat(found.to_dict()["when"]).timestamp() == pytest.approx(found.when, abs=1)
 
 
+def test_checkpoints_that_cannot_be_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(folder: Path) -> dict[int, Path]:
+        raise PermissionError(folder)
+
+    monkeypatch.setattr("tinyllm.runs.listing.checkpoints", refuse)
+    assert describe_run(make(tmp_path / "a", [{"step": 1, "split": "val", "loss": 1.0}])).state == "killed"
+
+
 def test_a_run_without_validation_or_numbers(tmp_path: Path) -> None:
     (found,) = [describe_run(make(tmp_path / "a", [{"step": 1, "split": "val", "loss": None}]))]
     assert (found.step, found.val_loss, found.best_val_loss, found.tokens_per_s) == (1, None, None, None)

@@ -187,12 +187,19 @@ def _state(folder: Path, step: int, steps: int) -> str:
     owner = is_owned(folder)
     if owner:
         return "running"
-    if step >= steps and (max(checkpoints(folder), default=-1) >= step or (folder / MODEL_FILE).exists()):
+    if step >= steps and (_last_checkpoint(folder) >= step or (folder / MODEL_FILE).exists()):
         return "finished"
     if owner is None:
         return "running?"
     saved = _changed(folder / MODEL_FILE) >= _changed(folder / METRICS_FILE) if step else False
-    return "interrupted" if saved or 0 < step <= max(checkpoints(folder), default=-1) else "killed"
+    return "interrupted" if saved or 0 < step <= _last_checkpoint(folder) else "killed"
+
+
+def _last_checkpoint(folder: Path) -> int:
+    try:
+        return max(checkpoints(folder), default=-1)
+    except OSError:  # another user's, perhaps
+        return -1
 
 
 def _changed(path: Path) -> float:
