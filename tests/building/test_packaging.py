@@ -9,6 +9,7 @@ import sys
 import tarfile
 import zipfile
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import readme_renderer.markdown
@@ -183,6 +184,14 @@ print(format_info())
     )
     at = rest.index(f"compiled extension   not loaded: {reason}")
     assert rest[at + 1].strip().startswith(f"to install it: {command}")
+
+
+def test_a_source_tree_is_mended_from_itself(monkeypatch):
+    from tinyllm.ops.backends import cpp
+
+    monkeypatch.setattr(cpp, "why_not", "it was never built")
+    monkeypatch.setattr(cpp.metadata, "distribution", mock.Mock(side_effect=cpp.metadata.PackageNotFoundError))
+    assert cpp.repair().endswith(f" -e {ROOT}")
 
 
 def test_an_unknown_choice_is_refused(checkout, tmp_path):

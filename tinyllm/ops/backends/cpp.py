@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import shlex
 import warnings
 from importlib import metadata
 from importlib.machinery import EXTENSION_SUFFIXES
@@ -121,7 +122,8 @@ def repair() -> str | None:
     """Return the command that installs the missing compiled kernels, or None where nothing is amiss."""
     if why_not is None or deliberately_absent():
         return None
-    origin = "tinyllm"
+    tree = Path(__file__).parents[3]
+    origin = f"-e {shlex.quote(str(tree))}" if (tree / "pyproject.toml").exists() else "tinyllm"
     try:
         # Where pip had it from, if not from an index (PEP 610).
         direct = json.loads(metadata.distribution("tinyllm").read_text("direct_url.json") or "{}")
