@@ -1,5 +1,6 @@
 # Every target makes .venv and installs what it needs; nothing else has to be run first.
 #   make demo    train the tiny preset for about a minute, generate, show the speed beside plain PyTorch
+#   make dev     what working on the code needs, into .venv
 #   make test    all tests
 #   make bench   benchmarks against PyTorch; updates benchmarks/results/, docs/benchmarks.md and the README's table
 #   make train-bench    how fast training is beside plain PyTorch and Hugging Face; updates the same
@@ -16,7 +17,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 EMULATION := $(wildcard tests/emulation/*.h tests/emulation/*.cpp)
 
-.PHONY: demo test bench train-bench lint abi-check gpu-compile cpu-sanitize cuda-sanitize wheel-check docs format clean
+.PHONY: demo dev test bench train-bench lint abi-check gpu-compile cpu-sanitize cuda-sanitize wheel-check docs format clean
 
 # What building and checking need; torch is pinned, so that no other one is downloaded.
 .venv/tools: pyproject.toml constraints.txt
@@ -34,6 +35,8 @@ EMULATION := $(wildcard tests/emulation/*.h tests/emulation/*.cpp)
 .venv/dev: .venv/tools | .venv/installed
 	$(PIP) install -q -c constraints.txt --no-build-isolation -e ".[dev]"
 	touch $@
+
+dev: .venv/installed .venv/dev
 
 demo: .venv/installed
 	$(BIN)/tinyllm info
@@ -87,9 +90,9 @@ docs: .venv/installed .venv/dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict --site-dir build/site
 
 format: .venv/installed .venv/dev
-	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(SOURCES) $(EMULATION)
+	$(BIN)/ruff check --fix .
 
 clean:
 	rm -rf build dist *.egg-info .venv tinyllm/_build.json tinyllm/_C*.so

@@ -146,7 +146,8 @@ def cpp_module(torch: Any, pybind11: Any, cpp_extension: Any) -> Extension:
             "-fno-math-errno",
             "-fvisibility=hidden",
             "-Wall",
-            "-Wno-maybe-uninitialized",
+            "-Wno-maybe-uninitialized",  # as this and the next of GCC's own intrinsics for AVX-512
+            "-Wno-uninitialized",
         ],
         depends=files("csrc/**/*.h"),
     )

@@ -343,7 +343,7 @@ INTRO = """# Benchmarks
 <!-- Written by `python -m benchmarks.report` from benchmarks/results/; edit neither this page nor its figures. -->
 
 `tinyllm bench` compares every operator and the model with PyTorch and torch.compile on your machine, in a quarter of an
-hour (`--quick`: a few minutes). It needs `pip install 'tinyllm[test]'`. `make bench` does so for this page, and
+hour (`--quick`: a few minutes). It needs `pip install -e '.[test]'`. `make bench` does so for this page, and
 `make train-bench` compares training itself, in ten minutes. Results are stored by the family of the processor, or by
 the chip; `python -m benchmarks.report --adopt FILE` takes over what another machine has measured with `--out`.
 

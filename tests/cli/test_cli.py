@@ -281,7 +281,7 @@ def test_bad_data(name: str, content: str | None, reason: str, here: Here, tmp_p
         (["generate", "--run", "run", "--prompt", "def ", "--temperature", "-1"], "--temperature is -1.0"),
         (["generate", "--run", "run", "--prompt", "def ", "--top-k", "0"], "--top-k is 0; it must be at least 1"),
         (["generate", "--run", "run", "--prompt", "def ", "--max-new-tokens", "-5"], "--max-new-tokens is -5"),
-        (["generate", "--run", "run", "--prompt", ""], "an argument is empty"),
+        (["generate", "--run", "run", "--prompt", ""], "the value of --prompt is empty"),
         (["generate", "--run", "run", "--prompt", "a\udcff"], "not valid Unicode"),
         (["generate", "--run", "nowhere", "--prompt", "x"], "no run folder nowhere"),
     ],
@@ -336,7 +336,10 @@ def test_ctrl_c_keeps_the_model(folder: Path, here: Here, tmp_path: Path) -> Non
         (["train", "--steps", "1.5"], "Invalid value for '--steps': a whole number is needed"),
         (["train", "--lr", "abc"], "Invalid value for '--lr': a number is needed"),
         (["train", "--preset", "foo"], "Invalid value for '--preset': 'foo' is not one of 'tutorial'"),
-        (["train", "--data", ""], "tinyllm: error: an argument is empty, as a variable leaves it that is not set"),
+        (
+            ["train", "--data", ""],
+            "tinyllm: error: the value of --data is empty, as a variable leaves it",
+        ),
         (["eval", "--run", "run"], "tinyllm: error: --data is missing"),
     ],
 )

@@ -68,7 +68,9 @@ def one_line_errors() -> Iterator[None]:
     interrupt.raise_again()
     try:
         if "" in sys.argv[1:]:
-            raise ValueError("an argument is empty, as a variable leaves it that is not set; give it a value")
+            before = sys.argv[sys.argv.index("", 1) - 1]
+            what = f"the value of {before}" if before.startswith("-") else "an argument"
+            raise ValueError(f"{what} is empty, as a variable leaves it that is not set; give it a value")
         yield
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second one ends the program without a word
