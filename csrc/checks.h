@@ -3,6 +3,7 @@
 #pragma once
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -39,8 +40,10 @@ inline void check_dtype(const char* op, const char* name, const Tensor& t, Scala
          torch::headeronly::toString(wanted), " is needed");
 }
 
+inline bool same_shape(IntArray a, IntArray b) { return std::equal(a.begin(), a.end(), b.begin(), b.end()); }
+
 inline void check_shape(const char* op, const char* name, const Tensor& t, IntArray wanted) {
-  if (t.sizes() == wanted) return;
+  if (same_shape(t.sizes(), wanted)) return;
   fail(op, ": ", name, " has shape ", shape_of(t), "; ", shape_of(wanted), " is needed");
 }
 

@@ -121,7 +121,7 @@ Model prepare(const char* op, const Tensor& input, std::vector<Tensor> parameter
     Tensor& t = m.parameters[index];
     if (!t.is_cpu()) fail(op, ": parameter ", index, " is not on the CPU, where the others are");
     check_dtype(op, "a parameter", t, m.dtype);
-    if (t.sizes() != extents.shape())
+    if (!same_shape(t.sizes(), extents.shape()))
       fail(op, ": parameter ", index, " has shape ", shape_of(t), ", which does not fit the others");
     t = as_contiguous(t);
     ++index;
