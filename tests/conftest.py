@@ -1,5 +1,6 @@
 import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -19,6 +20,8 @@ CUDA_TESTS = [Path(__file__).with_name(name) for name in ("ops", "kernels")]
 def pytest_configure(config):
     """Without a GPU the CUDA C++ kernels run on the CPU, with emulated threads: where their tests may run, a library of
     them is built before tinyllm is imported."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as of a shell's background jobs, and all that they start
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     # pytest-benchmark does not measure in xdist's workers; benchmarks that a test starts are processes of their own.
     os.environ.pop("PYTEST_XDIST_WORKER", None)
     wanted = [Path(argument.split("::")[0]).resolve() for argument in config.args]
