@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import ClassVar, TypeVar
@@ -21,7 +22,7 @@ from tinyllm.tokenizer.base import (
 _V = TypeVar("_V", bound="_VocabTokenizer")
 
 
-class _VocabTokenizer:
+class _VocabTokenizer(ABC):
     """A tokenizer that is a dict from token to id with `<UNK>` in it: words and characters."""
 
     kind: ClassVar[str]
@@ -64,9 +65,9 @@ class _VocabTokenizer:
         return cls(vocab)
 
     @staticmethod
+    @abstractmethod
     def split(text: str) -> Iterable[str]:
         """Return the tokens of `text`, known or not."""
-        raise NotImplementedError
 
     @property
     def vocab_size(self) -> int:
