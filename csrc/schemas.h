@@ -55,15 +55,15 @@ void define_operators(Library& m) {
       " bool need_bias) -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)");
   // activation is none, relu, gelu or gelu_tanh.
   m.def(
-      "linear_fwd(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, str activation, bool pre_activation)"
-      " -> (Tensor out, Tensor pre_activation)");
+      "linear_fwd(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, str activation, bool slope)"
+      " -> (Tensor out, Tensor slope)");
   m.def(
       "linear_bwd(Tensor grad, Tensor input, Tensor weight, Tensor? gate, str activation, bool input_grad,"
       " bool weight_grad, bool bias_grad)"
       " -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)");
   m.def(
       "feed_forward_fwd(Tensor input, Tensor weight1, Tensor? bias1, Tensor weight2, Tensor? bias2, Tensor? residual,"
-      " str activation, bool pre_activation) -> (Tensor out, Tensor hidden, Tensor pre_activation)");
+      " str activation, bool slope) -> (Tensor out, Tensor hidden, Tensor slope)");
   m.def(
       "feed_forward_bwd(Tensor grad, Tensor input, Tensor weight1, Tensor weight2, Tensor hidden, Tensor gate,"
       " str activation, bool input_grad, bool weight_grads, bool bias1_grad, bool bias2_grad) -> (Tensor grad_input, "

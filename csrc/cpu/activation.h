@@ -66,51 +66,52 @@ struct TanhGate {
 };
 
 template <class S>
-inline Vec<S> activate(Activation activation, Vec<S> x) {
-  switch (activation) {
-    case Activation::relu:
-      return max(Vec<S>::zero(), x);  // max returns its second argument for NaN
-    case Activation::gelu:
-      return x * normal_cdf(x);
-    case Activation::gelu_tanh:
-      return x * TanhGate<S>(x).open;
-    case Activation::none:
-      break;
-  }
-  return x;
-}
+struct Activated {
+  Vec<S> value, slope;
+};
 
-// grad times the derivative of the activation at x. For relu, x may be its output as well as its input.
+// The activation at x, and its derivative there, which shares most of the work.
 template <class S>
-inline Vec<S> activation_grad(Activation activation, Vec<S> x, Vec<S> grad) {
+inline Activated<S> activate_with_slope(Activation activation, Vec<S> x) {
   using V = Vec<S>;
+  const V one = V::set1(S(1));
   switch (activation) {
     case Activation::relu:
-      return grad.where_positive(x);
+      return {max(V::zero(), x), one.where_positive(x)};  // max returns its second argument for NaN
     case Activation::gelu: {
-      const V density = V::set1(S(0.39894228040143268)) * exp(x * x * V::set1(S(-0.5)));
-      return grad * fma(x, density, normal_cdf(x));
+      const V cdf = normal_cdf(x), density = V::set1(S(0.39894228040143268)) * exp(x * x * V::set1(S(-0.5)));
+      return {x * cdf, fma(x, density, cdf)};
     }
     case Activation::gelu_tanh: {
       const TanhGate<S> gate(x);
       const V slope = fma(V::set1(S(6 * 0.7978845608028654 * 0.044715)), x * x, V::set1(S(2 * 0.7978845608028654)));
-      return grad * fma(x * gate.open * gate.closed, slope, gate.open);
+      return {x * gate.open, fma(x * gate.open * gate.closed, slope, gate.open)};
     }
     case Activation::none:
       break;
   }
-  return grad;
+  return {x, one};
+}
+
+template <class S>
+inline Vec<S> activate(Activation activation, Vec<S> x) {
+  return activate_with_slope(activation, x).value;
+}
+
+// The gradient behind an activation, `x`, in front of it. For relu only the sign of the gate matters, so that the
+// activation's own result serves.
+template <class S>
+inline Vec<S> pass_gate(Activation activation, Vec<S> gate, Vec<S> x) {
+  return activation == Activation::relu ? x.where_positive(gate) : x * gate;
 }
 
 template <class T>
-void activate_all(Activation activation, const void* x, const void* grad, void* out, int64_t begin, int64_t end) {
+void gate_all(Activation activation, const void* gate, const void* grad, void* out, int64_t begin, int64_t end) {
   using V = Vec<compute_t<T>>;
-  const T *from = static_cast<const T*>(x) + begin, *by = static_cast<const T*>(grad) + (grad == nullptr ? 0 : begin);
+  const T *from = static_cast<const T*>(gate) + begin, *by = static_cast<const T*>(grad) + begin;
   T* to = static_cast<T*>(out) + begin;
   for_each_vector<V>(end - begin, [&](int64_t i, int64_t n) {
-    const V value = load_n<V>(from + i, n);
-    store_n(grad == nullptr ? activate(activation, value) : activation_grad(activation, value, load_n<V>(by + i, n)),
-            to + i, n);
+    store_n(pass_gate(activation, load_n<V>(from + i, n), load_n<V>(by + i, n)), to + i, n);
   });
 }
 

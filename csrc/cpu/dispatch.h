@@ -70,8 +70,8 @@ struct Kernels {
   // depth.
   Kernel<const Matmul&, int64_t, int64_t> gemv;
   Kernel<const ColumnSums&, int64_t, int64_t> column_sums;
-  // out[i] = activation(x[i]) for i in [begin, end), or grad[i] * activation'(x[i]) if grad is not null.
-  Kernel<Activation, const void*, const void*, void*, int64_t, int64_t> activate;
+  // Write the gradient in front of an activation, from its gate and the gradient behind it, for elements [begin, end).
+  Kernel<Activation, const void*, const void*, void*, int64_t, int64_t> gate;
 
   PerDType<int64_t> vector;  // elements of the compute type in a vector
   PerDType<int64_t> nr;      // columns of the micro-kernel's tile, and of a packed panel of B

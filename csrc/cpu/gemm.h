@@ -63,11 +63,24 @@ inline OperandB<S> panels(const S* data, int64_t depth) {
   return {data, kNR<S>, kNR<S> * depth};
 }
 
+// What happens to the sums of a tile before they are written to C, in this order; each may be null. The rows of the last
+// three matrices lie as those of C.
+template <class S>
+struct TileEnd {
+  const S* sums;  // added: those of the chunks of k before this one; may be C itself
+  int64_t sums_row;
+  const S* bias = nullptr;      // one row, added
+  const S* factors = nullptr;   // multiplied
+  const S* positive = nullptr;  // where an element is not positive, the sum becomes 0
+  bool relu = false;
+  const S* residual = nullptr;  // added
+};
+
 // The micro-kernel for a tile of M x N vectors. The fields of A are separate parameters: a structure would be passed on
 // the stack, where it is stored in halves and loaded whole, which defeats store-to-load forwarding.
 template <class S, int M, int N>
 __attribute__((noinline)) void micro_kernel(int64_t depth, const S* a, int64_t a_row, int64_t a_step, const S* b,
-                                            int64_t b_row, S* c, int64_t c_row, bool accumulate) {
+                                            int64_t b_row, S* c, int64_t c_row, const TileEnd<S>& end) {
   using V = Vec<S>;
   V sum[M][N];
 #pragma GCC unroll 8
@@ -87,33 +100,43 @@ __attribute__((noinline)) void micro_kernel(int64_t depth, const S* a, int64_t a
     a += a_step;
     b += b_row;
   }
+  const auto each = [&](const auto& f) {
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m)
+#pragma GCC unroll 4
+      for (int n = 0; n < N; ++n) sum[m][n] = f(sum[m][n], m, n * V::size);
+  };
+  if (end.sums != nullptr) each([&](V x, int m, int n) { return x + V::load(end.sums + m * end.sums_row + n); });
+  if (end.bias != nullptr) each([&](V x, int, int n) { return x + V::load(end.bias + n); });
+  if (end.factors != nullptr) each([&](V x, int m, int n) { return x * V::load(end.factors + m * c_row + n); });
+  if (end.positive != nullptr)
+    each([&](V x, int m, int n) { return x.where_positive(V::load(end.positive + m * c_row + n)); });
+  if (end.relu) each([&](V x, int, int) { return max(V::zero(), x); });
+  if (end.residual != nullptr) each([&](V x, int m, int n) { return x + V::load(end.residual + m * c_row + n); });
 #pragma GCC unroll 8
   for (int m = 0; m < M; ++m)
 #pragma GCC unroll 4
-    for (int n = 0; n < N; ++n) {
-      S* at = c + m * c_row + n * V::size;
-      (accumulate ? sum[m][n] + V::load(at) : sum[m][n]).store(at);
-    }
+    for (int n = 0; n < N; ++n) sum[m][n].store(c + m * c_row + n * V::size);
 }
 
 // Multiplies m <= kMR rows by N vectors of a panel.
 template <class S, int N, int M = kMR>
 inline void gemm_rows(int64_t m, int64_t depth, OperandA<S> a, const S* b, int64_t b_row, S* c, int64_t c_row,
-                      bool accumulate) {
+                      const TileEnd<S>& end) {
   if constexpr (M > 1) {
-    if (m < M) return gemm_rows<S, N, M - 1>(m, depth, a, b, b_row, c, c_row, accumulate);
+    if (m < M) return gemm_rows<S, N, M - 1>(m, depth, a, b, b_row, c, c_row, end);
   }
-  micro_kernel<S, M, N>(depth, a.data, a.row, a.step, b, b_row, c, c_row, accumulate);
+  micro_kernel<S, M, N>(depth, a.data, a.row, a.step, b, b_row, c, c_row, end);
 }
 
 // Multiplies m <= kMR rows by n columns of a panel; n is a multiple of the vector size.
 template <class S, int N = kNV>
 inline void gemm_panel(int64_t m, int64_t n, int64_t depth, OperandA<S> a, const S* b, int64_t b_row, S* c,
-                       int64_t c_row, bool accumulate) {
+                       int64_t c_row, const TileEnd<S>& end) {
   if constexpr (N > 1) {
-    if (n < N * Vec<S>::size) return gemm_panel<S, N - 1>(m, n, depth, a, b, b_row, c, c_row, accumulate);
+    if (n < N * Vec<S>::size) return gemm_panel<S, N - 1>(m, n, depth, a, b, b_row, c, c_row, end);
   }
-  gemm_rows<S, N>(m, depth, a, b, b_row, c, c_row, accumulate);
+  gemm_rows<S, N>(m, depth, a, b, b_row, c, c_row, end);
 }
 
 // C (+)= A B. n is rounded up to whole vectors, for which the rows of B and C must have room.
@@ -126,10 +149,12 @@ inline void gemm(int64_t m, int64_t n, int64_t depth, OperandA<S> a, OperandB<S>
     const int64_t chunk = std::min(kKC, depth - k);
     for (int64_t col = 0; col < n; col += kNR<S>) {
       const S* panel = b.data + col / kNR<S> * b.panel + k * b.row;
-      for (int64_t row = 0; row < m; row += kMR)
+      for (int64_t row = 0; row < m; row += kMR) {
+        S* const tile = c + row * c_row + col;
         gemm_panel<S>(std::min<int64_t>(kMR, m - row), std::min(kNR<S>, n - col), chunk,
-                      {a.data + row * a.row + k * a.step, a.row, a.step}, panel, b.row, c + row * c_row + col, c_row,
-                      accumulate || k > 0);
+                      {a.data + row * a.row + k * a.step, a.row, a.step}, panel, b.row, tile, c_row,
+                      {accumulate || k > 0 ? tile : nullptr, c_row});
+      }
     }
     k += chunk;
   } while (k < depth);

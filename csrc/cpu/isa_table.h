@@ -47,7 +47,7 @@ constexpr cpu::Kernels table(const char* name) {
       .matmul_block = TINYLLM_ALL_DTYPES(matmul_block),
       .gemv = TINYLLM_ALL_DTYPES(gemv),
       .column_sums = TINYLLM_ALL_DTYPES(column_sums),
-      .activate = TINYLLM_ALL_DTYPES(activate_all),
+      .gate = TINYLLM_ALL_DTYPES(gate_all),
       .vector = {{Vec<float>::size, Vec<double>::size, Vec<float>::size, Vec<float>::size}},
       .nr = {{kNR<float>, kNR<double>, kNR<float>, kNR<float>}},
       .mr = kMR,

@@ -138,8 +138,8 @@ struct Matrix {
 enum class Activation : int { none = 0, relu = 1, gelu = 2, gelu_tanh = 3 };
 
 // A matmul with its epilogue: out = activation(A B + bias) + residual or, with a gate,
-// out = (A B + bias) * activation'(gate) + residual. Bias, gate, residual, pre_activation and out have the element type
-// of A; the last four are (rows, columns) matrices whose rows are out_row apart. residual and out may be the same.
+// out = (A B + bias) * gate + residual. Bias, gate, residual, slope and out have the element type of A; the last four are
+// (rows, columns) matrices whose rows are out_row apart. residual and out may be the same.
 struct Matmul {
   int64_t rows, columns, depth;
   Matrix a;  // (rows, depth)
@@ -148,10 +148,10 @@ struct Matmul {
   int64_t out_row;
   const void* bias = nullptr;  // (columns)
   Activation activation = Activation::none;
-  const void* gate = nullptr;  // the argument of the derivative
+  const void* gate = nullptr;  // a slope; or of relu any matrix that is positive where its slope is 1
   const void* residual = nullptr;
-  void* pre_activation = nullptr;  // receives A B + bias
-  void* packed = nullptr;          // B in packed panels, compute type; null: B is read in place
+  void* slope = nullptr;   // receives activation'(A B + bias)
+  void* packed = nullptr;  // B in packed panels, compute type; null: B is read in place
 };
 
 struct ColumnSums {

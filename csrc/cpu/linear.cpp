@@ -71,7 +71,7 @@ int64_t outputs_of(const char* op, const char* name, const Tensor& weight) {
 }
 
 std::tuple<Tensor, Tensor> linear_fwd(Tensor input, Tensor weight, OptionalTensor bias, OptionalTensor residual,
-                                      std::string activation, bool pre_activation) {
+                                      std::string activation, bool slope) {
   const char* op = "linear";
   const DType dtype = dtype_of(op, input);
   const Rows x(op, "input", input);
@@ -80,14 +80,14 @@ std::tuple<Tensor, Tensor> linear_fwd(Tensor input, Tensor weight, OptionalTenso
   const OptionalTensor b = operand(op, "bias", bias, input, {outputs});
   std::optional<Rows> r;
   if (residual) r = with_rows(op, "residual", *residual, x, outputs);
-  const Tensor out = x.new_with(outputs), pre = pre_activation ? x.new_with(outputs) : none_like(input);
+  const Tensor out = x.new_with(outputs), slopes = slope ? x.new_with(outputs) : none_like(input);
   Matmul p = linear_output(x.data(), data_of(w), x.count, x.columns, outputs, data_of(out));
   p.bias = data_or_null(b);
   p.activation = parse_activation(op, activation);
   p.residual = r ? r->data() : nullptr;
-  p.pre_activation = pre_activation ? data_of(pre) : nullptr;
+  p.slope = slope ? data_of(slopes) : nullptr;
   run_matmuls(dtype, {p});
-  return {out, pre};
+  return {out, slopes};
 }
 
 // Computes the gradients of the weight and the bias of a layer; one that is not wanted is empty.
@@ -115,7 +115,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_bwd(Tensor grad, Tensor input, Tensor 
   if (gate) {
     const Rows at = with_rows(op, "gate", *gate, x, outputs);
     const Tensor gated = dy.new_with(outputs);
-    activate(dtype, parse_activation(op, activation), at.data(), dy.data(), data_of(gated), x.count * outputs);
+    pass_gate(dtype, parse_activation(op, activation), at.data(), dy.data(), data_of(gated), x.count * outputs);
     dy.tensor = gated;
   }
   const Tensor grad_input = input_grad ? x.new_with(x.columns) : none_like(input);
@@ -127,7 +127,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_bwd(Tensor grad, Tensor input, Tensor 
 
 std::tuple<Tensor, Tensor, Tensor> feed_forward_fwd(Tensor input, Tensor weight1, OptionalTensor bias1, Tensor weight2,
                                                     OptionalTensor bias2, OptionalTensor residual,
-                                                    std::string activation, bool pre_activation) {
+                                                    std::string activation, bool slope) {
   const char* op = "feed_forward";
   const DType dtype = dtype_of(op, input);
   const Rows x(op, "input", input);
@@ -139,16 +139,16 @@ std::tuple<Tensor, Tensor, Tensor> feed_forward_fwd(Tensor input, Tensor weight1
   std::optional<Rows> r;
   if (residual) r = with_rows(op, "residual", *residual, x, outputs);
   const Tensor hidden = x.new_with(width), out = x.new_with(outputs);
-  const Tensor pre = pre_activation ? x.new_with(width) : none_like(input);
+  const Tensor slopes = slope ? x.new_with(width) : none_like(input);
   Matmul first = linear_output(x.data(), data_of(w1), x.count, x.columns, width, data_of(hidden));
   first.bias = data_or_null(b1);
   first.activation = parse_activation(op, activation);
-  first.pre_activation = pre_activation ? data_of(pre) : nullptr;
+  first.slope = slope ? data_of(slopes) : nullptr;
   Matmul second = linear_output(data_of(hidden), data_of(w2), x.count, width, outputs, data_of(out));
   second.bias = data_or_null(b2);
   second.residual = r ? r->data() : nullptr;
   run_matmuls(dtype, {first, second});
-  return {out, hidden, pre};
+  return {out, hidden, slopes};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> feed_forward_bwd(Tensor grad, Tensor input, Tensor weight1,
@@ -167,7 +167,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> feed_forward_bwd(Tensor grad,
   const Tensor grad_hidden = x.new_with(width), grad_input = input_grad ? x.new_with(x.columns) : none_like(input);
   Matmul through = linear_grad_input(dy.data(), data_of(w2), x.count, width, outputs, data_of(grad_hidden));
   through.activation = parse_activation(op, activation);
-  through.gate = at.data();
+  through.gate = through.activation == Activation::none ? nullptr : at.data();
   std::vector<Matmul> matmuls{through};
   if (input_grad)
     matmuls.push_back(

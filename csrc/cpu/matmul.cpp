@@ -26,7 +26,7 @@ double flops(const Matmul& p) {
 // cache sets.
 bool usable_unpacked(const Matmul& p, DType dtype) {
   return p.b.column == 1 && element_size(dtype) == compute_size(dtype) && p.columns % kernels().nr[dtype] == 0 &&
-         p.b.row * element_size(dtype) <= 2048;
+         p.b.row * element_size(dtype) <= 1024;
 }
 
 int64_t packed_bytes(const Matmul& p, DType dtype) {
@@ -42,7 +42,7 @@ Matmul columns_of(Matmul p, int64_t first, int64_t count, DType dtype) {
   p.bias = advance(p.bias, first, dtype);
   p.gate = advance(p.gate, first, dtype);
   p.residual = advance(p.residual, first, dtype);
-  p.pre_activation = const_cast<void*>(advance(p.pre_activation, first, dtype));
+  p.slope = const_cast<void*>(advance(p.slope, first, dtype));
   p.columns = count;
   return p;
 }
@@ -133,7 +133,7 @@ void run_matmul(const Matmul& p, DType dtype) {
   // The sum of a chunk of the depth can continue in `out` only if nothing but the bias follows it, and only if `out`
   // has the compute type.
   const bool can_continue = p.activation == Activation::none && p.gate == nullptr && p.residual == nullptr &&
-                            p.pre_activation == nullptr && element_size(dtype) == compute_size(dtype);
+                            p.slope == nullptr && element_size(dtype) == compute_size(dtype);
   const int64_t max_depth = can_continue ? kPackedDepth : std::max<int64_t>(1, p.depth);
   int64_t k = 0;
   do {  // runs once even for depth 0, which must still write out
@@ -174,10 +174,10 @@ void sum_columns(DType dtype, const void* data, int64_t rows, int64_t columns, v
   torch::stable::parallel_for(0, columns, grain, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
 }
 
-void activate(DType dtype, Activation activation, const void* x, const void* grad, void* out, int64_t count) {
-  const auto kernel = kernels().activate[dtype];
+void pass_gate(DType dtype, Activation activation, const void* gate, const void* grad, void* out, int64_t count) {
+  const auto kernel = kernels().gate[dtype];
   torch::stable::parallel_for(0, count, 16384,
-                              [&](int64_t begin, int64_t end) { kernel(activation, x, grad, out, begin, end); });
+                              [&](int64_t begin, int64_t end) { kernel(activation, gate, grad, out, begin, end); });
 }
 
 }  // namespace tinyllm::cpu

@@ -14,8 +14,8 @@ void run_matmuls(DType dtype, std::vector<Matmul> matmuls);
 // Writes the sums over the rows of a (rows, columns) matrix to `out`.
 void sum_columns(DType dtype, const void* data, int64_t rows, int64_t columns, void* out);
 
-// Writes activation(x) to `out`, or grad * activation'(x) if grad is not null, for `count` elements.
-void activate(DType dtype, Activation activation, const void* x, const void* grad, void* out, int64_t count);
+// Writes the gradient in front of an activation to `out`, for `count` elements; `gate` is what Matmul has.
+void pass_gate(DType dtype, Activation activation, const void* gate, const void* grad, void* out, int64_t count);
 
 // The three matmuls of a linear layer y = x w^T over `rows` contiguous rows; w is (outputs, inputs).
 inline Matmul linear_output(const void* x, const void* w, int64_t rows, int64_t inputs, int64_t outputs, void* y) {

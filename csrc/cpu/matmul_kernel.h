@@ -85,15 +85,19 @@ inline void epilogue(const Matmul& p, int64_t row, int64_t column, int64_t n, co
   };
   const T* bias = p.bias == nullptr ? nullptr : static_cast<const T*>(p.bias) + column;
   const T *gate = at(p.gate), *residual = at(p.residual);
-  T *pre = const_cast<T*>(at(p.pre_activation)), *out = const_cast<T*>(at(p.out));
+  T *slope = const_cast<T*>(at(p.slope)), *out = const_cast<T*>(at(p.out));
   const auto finish = [&](int64_t i, int64_t count) {
     V x = V::load(sums + i);
     if (bias != nullptr) x = x + load_n<V>(bias + i, count);
-    if (pre != nullptr) store_n(x, pre + i, count);
-    if (gate != nullptr)
-      x = activation_grad(p.activation, load_n<V>(gate + i, count), x);
-    else if (p.activation != Activation::none)
+    if (gate != nullptr) {
+      x = pass_gate(p.activation, load_n<V>(gate + i, count), x);
+    } else if (slope != nullptr) {
+      const auto both = activate_with_slope(p.activation, x);
+      store_n(both.slope, slope + i, count);
+      x = both.value;
+    } else if (p.activation != Activation::none) {
       x = activate(p.activation, x);
+    }
     if (residual != nullptr) x = x + load_n<V>(residual + i, count);
     store_n(x, out + i, count);
   };
@@ -126,6 +130,14 @@ void matmul_pack_b(const Matmul& p, int64_t begin, int64_t end) {
          static_cast<S*>(p.packed) + begin * p.depth);
 }
 
+// Whether the micro-kernel itself can finish a tile of n columns: whole vectors of the compute type, and no activation
+// but relu.
+template <class T>
+inline bool ends_in_registers(const Matmul& p, int64_t n) {
+  const bool simple = p.gate != nullptr || p.activation == Activation::none || p.activation == Activation::relu;
+  return std::is_same_v<T, compute_t<T>> && simple && p.slope == nullptr && n % Vec<compute_t<T>>::size == 0;
+}
+
 // Computes rows [begin, end) of columns [column_begin, column_end). B is packed, or else row-major and in the compute
 // type.
 template <class T>
@@ -156,7 +168,22 @@ void matmul_block(const Matmul& p, int64_t begin, int64_t end, int64_t column_be
         const OperandB<S> b = p.packed == nullptr
                                   ? row_major(static_cast<const S*>(p.b.data) + k * p.b.row + column, p.b.row)
                                   : panels(static_cast<const S*>(p.packed) + column * p.depth + k * kNR<S>, chunk);
-        S* c = single_chunk ? tile : sums + first * kNC<S> + (column - c0);
+        S* const earlier = single_chunk ? nullptr : sums + first * kNC<S> + (column - c0);
+        if (last) prefetch_epilogue<T>(p, begin + first, m, column);
+        if constexpr (std::is_same_v<T, S>) {
+          if (last && ends_in_registers<T>(p, n)) {
+            const int64_t at = (begin + first) * p.out_row + column;
+            const auto from = [](const void* base, int64_t offset) {
+              return base == nullptr ? nullptr : static_cast<const S*>(base) + offset;
+            };
+            const S* gate = from(p.gate, at);
+            const bool relu = p.activation == Activation::relu;
+            return gemm_panel<S>(m, n, chunk, block.at(first, k), b.data, b.row, static_cast<S*>(p.out) + at, p.out_row,
+                                 {k > 0 ? earlier : nullptr, kNC<S>, from(p.bias, column), relu ? nullptr : gate,
+                                  relu ? gate : nullptr, relu && gate == nullptr, from(p.residual, at)});
+          }
+        }
+        S* c = single_chunk ? tile : earlier;
         const int64_t c_row = single_chunk ? kNR<S> : kNC<S>;
         gemm<S>(m, n, chunk, block.at(first, k), b, c, c_row, k > 0);
         if (!last) return;
@@ -166,7 +193,6 @@ void matmul_block(const Matmul& p, int64_t begin, int64_t end, int64_t column_be
         for (int64_t column = c0; column < c1; column += kNR<S>)
           for (int64_t first = 0; first < rows; first += kMR) {
             const int64_t m = std::min<int64_t>(kMR, rows - first);
-            if (single_chunk) prefetch_epilogue<T>(p, begin + first, m, column);
             multiply(first, m, column);
           }
       } else {
@@ -175,10 +201,7 @@ void matmul_block(const Matmul& p, int64_t begin, int64_t end, int64_t column_be
           RowPrefetcher<S> ahead(block.at(first + kMR, k), next, block.step == 1, chunk,
                                  (c1 - c0 + kNR<S> - 1) / kNR<S>);
           for (int64_t column = c0; column < c1; column += kNR<S>) {
-            if (single_chunk) {
-              prefetch_epilogue<T>(p, begin + first, m, column);
-              ahead.prefetch_share();
-            }
+            if (single_chunk) ahead.prefetch_share();
             multiply(first, m, column);
           }
         }

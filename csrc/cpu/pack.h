@@ -31,9 +31,8 @@ inline void pack_strip(const T* from, int64_t column_stride, int64_t row_stride,
   using S = compute_t<T>;
   using V = Vec<S>;
   constexpr int64_t width = kNR<S>;
-  if (n == 0 || column_stride == 1) {
-    for (int64_t k = 0; k < depth; ++k)
-      (n == 0 ? V::zero() : load_n<V>(from + k * row_stride, n)).store(to + k * width);
+  if (n == 0) {
+    for (int64_t k = 0; k < depth; ++k) V::zero().store(to + k * width);
   } else if (row_stride == 1) {
     // Squares of Vec::size x Vec::size are read along the depth and transposed in registers.
     for_each_vector<V>(depth, [&](int64_t k, int64_t rows) {
@@ -59,6 +58,22 @@ inline void pack_b(const T* from, int64_t column_stride, int64_t row_stride, int
   using S = compute_t<T>;
   using V = Vec<S>;
   constexpr int64_t width = kNR<S>;
+  if (column_stride == 1) {
+    // A few rows at a time: each is read from its begin to its end, and each panel receives a few whole lines.
+    constexpr int64_t kRows = 8;
+    for (int64_t k0 = 0; k0 < depth; k0 += kRows)
+      for (int64_t first = 0; first < columns; first += width)
+        for (int64_t k = k0; k < std::min(k0 + kRows, depth); ++k) {
+          const T* row = from + k * row_stride + first;
+          S* panel = to + first * depth + k * width;
+#pragma GCC unroll 4
+          for (int64_t c = 0; c < width; c += V::size) {
+            const int64_t n = std::clamp<int64_t>(columns - first - c, 0, V::size);
+            (n == 0 ? V::zero() : load_n<V>(row + c, n)).store(panel + c);
+          }
+        }
+    return;
+  }
   for (int64_t first = 0; first < columns; first += width, to += width * depth)
     for (int64_t c = 0; c < width; c += V::size) {
       const int64_t n = std::clamp<int64_t>(columns - first - c, 0, V::size);

@@ -99,13 +99,13 @@ class TypedArena {
 template <class S>
 struct BlockSaved {
   S *query, *key, *value, *attended, *lse, *sum1, *middle, *outer;
-  S *hidden, *pre_activation;  // the latter only where hidden does not give the activation's derivative
+  S *hidden, *slope;  // the latter only where hidden does not give the activation's derivative
   S *middle_mean, *middle_rstd, *outer_mean, *outer_rstd;
 
   BlockSaved(const BlockSizes& s, TypedArena<S>& arena) {
     for (S** p : {&query, &key, &value, &attended, &sum1, &middle, &outer}) *p = arena.take(s.rows * s.width);
     hidden = arena.take(s.rows * s.hidden);
-    pre_activation = s.activation == Activation::relu ? nullptr : arena.take(s.rows * s.hidden);
+    slope = s.activation == Activation::relu ? nullptr : arena.take(s.rows * s.hidden);
     lse = arena.take(s.rows * s.heads);
     for (S** p : {&middle_mean, &middle_rstd, &outer_mean, &outer_rstd}) *p = arena.take(s.rows);
   }
@@ -215,7 +215,7 @@ void block_forward(const BlockSizes& s, const BlockParameters<const void*>& w, c
                   saved.middle_mean, saved.middle_rstd);
   Matmul first = linear_layer(w.linear1, saved.middle, rows, d, h, saved.hidden);
   first.activation = s.activation;
-  first.pre_activation = saved.pre_activation;
+  first.slope = saved.slope;
   S* const last = s.norm_first ? out : saved.outer;
   run_matmuls(s.dtype, {first, plus(linear_layer(w.linear2, saved.hidden, rows, h, d, last),
                                     s.norm_first ? saved.sum1 : saved.middle)});
@@ -242,7 +242,7 @@ void block_backward(const BlockSizes& s, const BlockParameters<const void*>& w, 
   // feed_forward
   Matmul through = linear_grad_input(grad_last, w.linear2.weight, rows, h, d, grad_hidden);
   through.activation = s.activation;
-  through.gate = saved.pre_activation == nullptr ? saved.hidden : saved.pre_activation;
+  through.gate = saved.slope == nullptr ? saved.hidden : saved.slope;
   run_matmuls(s.dtype, {through, plus(linear_grad_input(grad_hidden, w.linear1.weight, rows, d, h, grad_middle),
                                       s.norm_first ? nullptr : grad_last)});
   linear_layer_backward(s.dtype, grad_last, saved.hidden, rows, h, d, g.linear2);

@@ -173,11 +173,12 @@ def _check_tensor(
 # ---- Autograd
 
 
-def _derivative_from(activation: str, residual: Tensor | None) -> str:
-    """Return what the activation's derivative is taken from: "", nothing; "out", its result; "pre", its argument."""
+def _gate_from(activation: str, residual: Tensor | None) -> str:
+    """Return what backward multiplies the gradient by: "", nothing; "out", what the sign of the result says; "slope",
+    the activation's derivative, which forward computes by the way."""
     if activation == "none":
         return ""
-    return "out" if activation == "relu" and residual is None else "pre"
+    return "out" if activation == "relu" and residual is None else "slope"
 
 
 class _Linear(torch.autograd.Function):
@@ -185,9 +186,9 @@ class _Linear(torch.autograd.Function):
     def forward(
         ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str
     ) -> Tensor:
-        gate = _derivative_from(activation, residual)
-        out, pre = torch.ops.tinyllm.linear_fwd(input, weight, bias, residual, activation, gate == "pre")
-        ctx.save_for_backward(input, weight, bias, residual, {"": None, "out": out, "pre": pre}[gate])
+        gate = _gate_from(activation, residual)
+        out, slope = torch.ops.tinyllm.linear_fwd(input, weight, bias, residual, activation, gate == "slope")
+        ctx.save_for_backward(input, weight, bias, residual, {"": None, "out": out, "slope": slope}[gate])
         ctx.activation = activation
         return out
 
@@ -220,11 +221,11 @@ class _FeedForward(torch.autograd.Function):
         residual: Tensor | None,
         activation: str,
     ) -> Tensor:
-        pre_needed = _derivative_from(activation, None) == "pre"
-        out, hidden, pre = torch.ops.tinyllm.feed_forward_fwd(
-            input, weight1, bias1, weight2, bias2, residual, activation, pre_needed
+        needs_slope = _gate_from(activation, None) == "slope"
+        out, hidden, slope = torch.ops.tinyllm.feed_forward_fwd(
+            input, weight1, bias1, weight2, bias2, residual, activation, needs_slope
         )
-        ctx.save_for_backward(input, weight1, bias1, weight2, bias2, residual, hidden, pre if pre_needed else hidden)
+        ctx.save_for_backward(input, weight1, bias1, weight2, bias2, residual, hidden, slope if needs_slope else hidden)
         ctx.activation = activation
         return out
 
@@ -268,9 +269,9 @@ def _if(wanted: bool, like: Tensor, *shape: int) -> Tensor:
 
 
 @register_fake("linear_fwd")
-def _(input, weight, bias, residual, activation, pre_activation):  # type: ignore[no-untyped-def]
+def _(input, weight, bias, residual, activation, slope):  # type: ignore[no-untyped-def]
     shape = (*input.shape[:-1], weight.size(0))
-    return input.new_empty(shape), _if(pre_activation, input, *shape)
+    return input.new_empty(shape), _if(slope, input, *shape)
 
 
 @register_fake("linear_bwd")
@@ -283,12 +284,12 @@ def _(grad, input, weight, gate, activation, input_grad, weight_grad, bias_grad)
 
 
 @register_fake("feed_forward_fwd")
-def _(input, weight1, bias1, weight2, bias2, residual, activation, pre_activation):  # type: ignore[no-untyped-def]
+def _(input, weight1, bias1, weight2, bias2, residual, activation, slope):  # type: ignore[no-untyped-def]
     rows, width = input.shape[:-1], weight1.size(0)
     return (
         input.new_empty((*rows, weight2.size(0))),
         input.new_empty((*rows, width)),
-        _if(pre_activation, input, *rows, width),
+        _if(slope, input, *rows, width),
     )
 
 
