@@ -70,15 +70,18 @@ void define_operators(Library& m) {
       "Tensor grad_weight1,"
       " Tensor grad_bias1, Tensor grad_weight2, Tensor grad_bias2)");
   // Whole models and blocks alone; cpu/transformer.cpp says what parameters lists. With a target (B T) the output is
-  // the mean loss. grad_added is the gradient of positions, or of the input of blocks alone.
+  // the mean loss. rng is the (seed, offset) of dropout. grad_added is the gradient of positions, or of the input of
+  // blocks alone.
   m.def(
       "transformer_fwd(Tensor input, Tensor[] parameters, Tensor? positions, Tensor? target, int num_layers,"
-      " int num_heads, bool causal, bool norm_first, str activation, float eps1, float eps2, bool save)"
+      " int num_heads, bool causal, bool norm_first, str activation, float eps1, float eps2, float dropout_p, Tensor? "
+      "rng,"
+      " bool save)"
       " -> (Tensor out, Tensor saved)");
   m.def(
       "transformer_bwd(Tensor grad, Tensor input, Tensor[] parameters, Tensor? positions, Tensor? target, Tensor saved,"
       " int num_layers, int num_heads, bool causal, bool norm_first, str activation, float eps1, float eps2,"
-      " bool positions_grad) -> (Tensor[] grads, Tensor grad_added)");
+      " float dropout_p, Tensor? rng, bool positions_grad) -> (Tensor[] grads, Tensor grad_added)");
 }
 
 }  // namespace tinyllm

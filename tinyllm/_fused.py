@@ -110,8 +110,8 @@ def is_plain_linear(module: nn.Module | None) -> TypeGuard[nn.Linear]:
     return plain and _tensors(cast(nn.Linear, module)) is not None
 
 
-def _drops(module: nn.Module | None) -> bool:
-    return isinstance(module, nn.Dropout) and module.training and module.p > 0
+def _dropout_p(module: nn.Dropout) -> float:
+    return module.p if module.training else 0.0
 
 
 def _network_is_plain(network: nn.Module, activation: str) -> bool:
@@ -123,13 +123,13 @@ def _block_tensors(block: TransformerBlock) -> list[Tensor] | None:
     """Return the parameters as `ops.transformer_block` lists them; None where the modules must be called."""
     # Modules are looked up in the dictionaries they are in: nn.Module's search takes as long as a small product.
     own = cast("dict[str, Any]", block._modules)
-    if _drops(own["dropout"]) or _has_any_global_hook() or _kinds(block) != _BLOCK:
+    if _has_any_global_hook() or _kinds(block) != _BLOCK:
         return None
     attention, network = own["attention"], own["feed_forward"]
     projections = _PROJECTIONS if attention.num_heads > 1 else _PROJECTIONS[:3]
     if _kinds(attention) != dict.fromkeys(projections, "nn.Linear") or not _network_is_plain(network, block.activation):
         return None
-    if attention.training and attention.dropout > 0:
+    if _dropout_p(own["dropout"]) != (attention.dropout if attention.training else 0.0):
         return None
     layers = [attention._modules[name] for name in projections]
     return _tensors(*layers, network._modules["0"], network._modules["2"], own["norm1"], own["norm2"])
@@ -138,7 +138,8 @@ def _block_tensors(block: TransformerBlock) -> list[Tensor] | None:
 def _block_settings(block: TransformerBlock) -> Settings:
     attention = block.attention
     eps = block.norm1.eps, block.norm2.eps
-    return Settings(1, attention.num_heads, attention.causal, block.norm_first, block.activation, *eps)
+    dropout_p = _dropout_p(block.dropout)
+    return Settings(1, attention.num_heads, attention.causal, block.norm_first, block.activation, *eps, dropout_p)
 
 
 def _table(embedding: nn.Module, encoding: nn.Module) -> nn.Embedding | None:
@@ -189,7 +190,7 @@ def call_embedding(embedding: nn.Module, encoding: nn.Module, dropout: nn.Module
     positions = cast("PositionalEncoding", encoding).rows(ids.size(1))
     options = (table.padding_idx, table.max_norm, table.norm_type, table.scale_grad_by_freq, table.sparse)
     plain = _kind(dropout) == "nn.Dropout"
-    dropout_p = cast(nn.Dropout, dropout).p if plain and _drops(dropout) else 0.0
+    dropout_p = _dropout_p(cast(nn.Dropout, dropout)) if plain else 0.0
     vectors = ops.embedding(ids, table.weight, *options, positions=positions, dropout_p=dropout_p)
     return vectors if plain else cast(Tensor, dropout(vectors))
 
@@ -254,8 +255,6 @@ class WholeModel:
     @classmethod
     def of(cls, model: SimpleLLM) -> WholeModel | None:
         """Return the model as one operator; None where some module must be called by itself."""
-        if _drops(model.dropout):
-            return None
         kinds, norm = _kinds(model), model.final_norm
         table = _table(model.embedding, model.positional_encoding)
         if not kinds.items() >= _MODEL.items() or table is None:
@@ -276,6 +275,8 @@ class WholeModel:
         settings = {_block_settings(block) for block in blocks}
         eps = {eps for block in blocks for eps in (block.norm1.eps, block.norm2.eps)}
         eps |= set() if norm is None else {norm.eps}
+        if {block.dropout_p for block in settings} != {_dropout_p(model.dropout)}:
+            return None
         if len(settings) != 1 or len(eps) != 1 or any(type(x) not in (nn.Parameter, Tensor) for x in others):
             return None
         shared = settings.pop()._replace(num_layers=len(blocks))

@@ -36,6 +36,8 @@ struct Kernels {
   // Compute segment sums [begin, end), accumulated in the compute type.
   Kernel<const SumRows&, int64_t, int64_t> sum_rows;
   void (*stream_zeros)(char* data, int64_t bytes);
+  // Process rows [begin, end).
+  Kernel<const DroppedSum&, int64_t, int64_t> dropped_sum;
   // Write the factors of the elements [first, first + n), in whole blocks of 64.
   void (*dropout_factors)(const Dropout&, int64_t first, int64_t n, float* factors);
 

@@ -5,18 +5,9 @@
 // same row. With dropout, generating the random bits is the limit; a block of columns is processed as soon as its
 // factors are generated, in backward once more.
 #pragma once
-#include "kernel_args.h"
-#include "random_kernel.h"
-#include "simd.h"
+#include "dropout_kernel.h"
 
 namespace tinyllm::TINYLLM_ISA {
-
-// The dropout factors of the n <= kRandomBlock columns of a row from `first` on, a multiple of kRandomBlock.
-template <class S>
-inline void block_factors(const cpu::Dropout& dropout, int64_t row, int64_t size, int64_t first, int64_t n,
-                          S* factors) {
-  dropout_factors(dropout, static_cast<uint64_t>(row * random_row(size) + first), n, factors);
-}
 
 template <class T>
 void dropped_embedding(const cpu::Embedding& a, int64_t begin, int64_t end) {

@@ -63,8 +63,8 @@ inline OperandB<S> panels(const S* data, int64_t depth) {
   return {data, kNR<S>, kNR<S> * depth};
 }
 
-// What happens to the sums of a tile before they are written to C, in this order; each may be null. The rows of the last
-// three matrices lie as those of C.
+// What happens to the sums of a tile before they are written to C, in this order; each may be null. The rows of the
+// last three matrices lie as those of C.
 template <class S>
 struct TileEnd {
   const S* sums;  // added: those of the chunks of k before this one; may be C itself

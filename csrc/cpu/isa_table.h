@@ -30,6 +30,7 @@ constexpr cpu::Kernels table(const char* name) {
       .embedding_fwd = TINYLLM_ALL_DTYPES(embedding_fwd),
       .sum_rows = TINYLLM_ALL_DTYPES(sum_rows),
       .stream_zeros = stream_zeros,
+      .dropped_sum = TINYLLM_ALL_DTYPES(dropped_sum),
       .dropout_factors = write_dropout_factors,
       .attention_fwd = TINYLLM_ALL_DTYPES(attention_fwd),
       .attention_decode = TINYLLM_ALL_DTYPES(attention_decode),

@@ -47,6 +47,14 @@ struct Dropout {
   uint64_t seed = 0, offset = 0;  // select the random bits (random_kernel.h)
 };
 
+// out = input * factors + residual, for rows of contiguous (rows, size) matrices; out may be one of the others.
+struct DroppedSum {
+  const void *input, *residual;  // residual may be null
+  void* out;
+  int64_t size;
+  Dropout dropout;  // as element (row, column) of (rows, size rounded up to 64)
+};
+
 struct Attention {
   int64_t batch, heads, kv_heads;  // heads is a multiple of kv_heads
   int64_t queries, keys;
@@ -138,8 +146,8 @@ struct Matrix {
 enum class Activation : int { none = 0, relu = 1, gelu = 2, gelu_tanh = 3 };
 
 // A matmul with its epilogue: out = activation(A B + bias) + residual or, with a gate,
-// out = (A B + bias) * gate + residual. Bias, gate, residual, slope and out have the element type of A; the last four are
-// (rows, columns) matrices whose rows are out_row apart. residual and out may be the same.
+// out = (A B + bias) * gate + residual. Bias, gate, residual, slope and out have the element type of A; the last four
+// are (rows, columns) matrices whose rows are out_row apart. residual and out may be the same.
 struct Matmul {
   int64_t rows, columns, depth;
   Matrix a;  // (rows, depth)

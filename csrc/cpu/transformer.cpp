@@ -18,6 +18,7 @@
 
 #include "embedding.h"
 #include "losses.h"
+#include "random.h"
 #include "transformer_block.h"
 
 namespace tinyllm::cpu {
@@ -67,8 +68,8 @@ int64_t first_size(const Tensor& t) { return t.dim() > 0 ? t.size(0) : 0; }
 
 Model prepare(const char* op, const Tensor& input, std::vector<Tensor> parameters,
               const std::optional<Tensor>& positions, const std::optional<Tensor>& target, int64_t num_layers,
-              int64_t num_heads, bool causal, bool norm_first, const std::string& activation, double eps1,
-              double eps2) {
+              int64_t num_heads, bool causal, bool norm_first, const std::string& activation, double eps1, double eps2,
+              double dropout_p, const std::optional<Tensor>& rng) {
   if (parameters.empty()) fail(op, ": there are no parameters");
   Model m{};
   m.whole = input.scalar_type() == ScalarType::Long || input.scalar_type() == ScalarType::Int;
@@ -103,7 +104,8 @@ Model prepare(const char* op, const Tensor& input, std::vector<Tensor> parameter
        activation == "relu" ? Activation::relu : Activation::gelu,
        dtype,
        eps1,
-       eps2};
+       eps2,
+       dropout_state(op, rng, dropout_p)};
   m.rows = s.rows;
 
   const int64_t given = static_cast<int64_t>(parameters.size()), table = m.whole ? 1 : 0;
@@ -112,8 +114,10 @@ Model prepare(const char* op, const Tensor& input, std::vector<Tensor> parameter
   if (!s.bias && given != table + without)
     fail(op, ": there are ", given, " parameters; ", table + without, " or ", table + 2 * without, " are needed");
   m.blocks.assign(num_layers, s);
-  for (int64_t l = 0; l < num_layers; ++l)
+  for (int64_t l = 0; l < num_layers; ++l) {
     m.blocks[l].hidden = first_size(parameters[table + l * s.parameters() + (s.projected ? 4 : 3)]);
+    m.blocks[l].dropout.offset += 1 + BlockSizes::kDropouts * static_cast<uint64_t>(l);  // the embedding's is the first
+  }
   m.classes = m.whole ? first_size(parameters[given - (s.bias ? 2 : 1)]) : 0;
   m.parameters = std::move(parameters);
   size_t index = 0;
@@ -213,7 +217,7 @@ void forward(const Model& m, const Saved<S>& saved, S* out) {
     embedding_forward(
         dtype,
         {w.table, static_cast<const int64_t*>(data_of(m.input)), m.positions ? data_of(*m.positions) : nullptr,
-         saved.streams[0], m.width, std::max<int64_t>(1, m.settings.tokens)},
+         saved.streams[0], m.width, std::max<int64_t>(1, m.settings.tokens), m.settings.dropout},
         m.rows);
     x = saved.streams[0];
   }
@@ -275,9 +279,9 @@ void backward(const Model& m, const Saved<S>& saved, const S* grad, const Parame
   }
   if (!m.whole) return;
   embedding_weight_grad(dtype, grad, static_cast<const int64_t*>(data_of(m.input)), m.rows, std::nullopt, g.table,
-                        m.vocab_size, m.width);
+                        m.vocab_size, m.width, m.settings.dropout);
   if (grad_added != nullptr)
-    embedding_positions_grad(dtype, grad, m.settings.batch, grad_added, m.settings.tokens, m.width);
+    embedding_positions_grad(dtype, grad, m.settings.batch, grad_added, m.settings.tokens, m.width, m.settings.dropout);
 }
 
 template <class F>
@@ -288,9 +292,10 @@ auto with_compute_type(const Model& m, F&& f) {
 std::tuple<Tensor, Tensor> transformer_fwd(Tensor input, std::vector<Tensor> parameters,
                                            std::optional<Tensor> positions, std::optional<Tensor> target,
                                            int64_t num_layers, int64_t num_heads, bool causal, bool norm_first,
-                                           std::string activation, double eps1, double eps2, bool save) {
+                                           std::string activation, double eps1, double eps2, double dropout_p,
+                                           std::optional<Tensor> rng, bool save) {
   const Model m = prepare("transformer", input, std::move(parameters), positions, target, num_layers, num_heads, causal,
-                          norm_first, activation, eps1, eps2);
+                          norm_first, activation, eps1, eps2, dropout_p, rng);
   const Tensor out = empty(m.out_shape(), m.dtype);
   return with_compute_type(m, [&](auto zero) -> std::tuple<Tensor, Tensor> {
     using S = decltype(zero);
@@ -307,10 +312,11 @@ std::tuple<std::vector<Tensor>, Tensor> transformer_bwd(Tensor grad, Tensor inpu
                                                         std::optional<Tensor> positions, std::optional<Tensor> target,
                                                         Tensor saved, int64_t num_layers, int64_t num_heads,
                                                         bool causal, bool norm_first, std::string activation,
-                                                        double eps1, double eps2, bool positions_grad) {
+                                                        double eps1, double eps2, double dropout_p,
+                                                        std::optional<Tensor> rng, bool positions_grad) {
   const char* const op = "transformer_bwd";
   const Model m = prepare(op, input, std::move(parameters), positions, target, num_layers, num_heads, causal,
-                          norm_first, activation, eps1, eps2);
+                          norm_first, activation, eps1, eps2, dropout_p, rng);
   for (const auto& [name, t] : {std::pair{"grad", &grad}, std::pair{"saved", &saved}}) {
     check_device(op, name, *t, input);
     check_dtype(op, name, *t, m.dtype);

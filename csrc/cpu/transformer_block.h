@@ -5,7 +5,7 @@
 //   out = norm2(outer = middle + ff(middle))      out = sum1 + ff(middle)
 //
 // with attention(y) = softmax(Q K^T / sqrt(head_dim)) V [W_o^T + b_o] and
-// ff(y) = activation(y W_1^T + b_1) W_2^T + b_2.
+// ff(y) = activation(y W_1^T + b_1) W_2^T + b_2. Dropout acts on the softmax and on what is added to a sum.
 #pragma once
 #include <array>
 #include <cmath>
@@ -26,7 +26,10 @@ struct BlockSizes {
   Activation activation;
   DType dtype;
   double eps1, eps2;
+  Dropout dropout;  // `offset` is that of the attention's; both branches have the next ones
 
+  static constexpr uint64_t kDropouts = 3;
+  bool drops() const { return dropout.p > 0; }
   // The number of parameters.
   int64_t parameters() const { return (projected ? 8 : 7) * (bias ? 2 : 1); }
 };
@@ -125,6 +128,7 @@ Attention attention_of(const BlockSizes& s, const BlockSaved<S>& saved) {
   a.head_dim = a.value_dim = s.width / s.heads;
   a.scale = 1.0 / std::sqrt(static_cast<double>(a.head_dim));
   a.causal = s.causal;
+  a.dropout = s.dropout;
   a.query = heads_of(s, saved.query);
   a.key = heads_of(s, saved.key);
   a.value = heads_of(s, saved.value);
@@ -191,6 +195,18 @@ void norm_backward(DType dtype, const S* grad, const S* grad_sum, const S* x, co
                       rows, g.weight, g.bias == nullptr ? unused.data() : g.bias);
 }
 
+enum class Branch : uint64_t { attention = 1, feed_forward = 2 };
+
+// out = x with dropout + residual, or without a residual if it is null; out may be one of them.
+template <class S>
+void drop(const BlockSizes& s, Branch branch, const S* x, const S* residual, S* out) {
+  DroppedSum args{x, residual, out, s.width, s.dropout};
+  args.dropout.offset += static_cast<uint64_t>(branch);
+  const auto kernel = kernels().dropped_sum[s.dtype];
+  torch::stable::parallel_for(0, s.rows, std::max<int64_t>(1, 8192 / std::max<int64_t>(1, s.width)),
+                              [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+}
+
 // out may be input.
 template <class S>
 void block_forward(const BlockSizes& s, const BlockParameters<const void*>& w, const S* input, S* out,
@@ -208,17 +224,21 @@ void block_forward(const BlockSizes& s, const BlockParameters<const void*>& w, c
                linear_layer(w.value, x, rows, d, d, saved.value)});
   attention_forward(s.dtype, attention_of(s, saved));
   if (s.projected)
-    run_matmuls(s.dtype, {plus(linear_layer(w.out_proj, saved.attended, rows, d, d, saved.sum1), input)});
-  // Without a projection, whose epilogue adds the residual, the norm does.
-  norm_forward<S>(s.dtype, w.middle_norm(s), middle_eps, s.projected ? saved.sum1 : saved.attended,
-                  s.projected ? nullptr : input, rows, d, saved.middle, s.projected ? nullptr : saved.sum1,
-                  saved.middle_mean, saved.middle_rstd);
+    run_matmuls(s.dtype,
+                {plus(linear_layer(w.out_proj, saved.attended, rows, d, d, saved.sum1), s.drops() ? nullptr : input)});
+  if (s.drops()) drop(s, Branch::attention, s.projected ? saved.sum1 : saved.attended, input, saved.sum1);
+  // Without a projection, whose epilogue adds the residual, or dropout, the norm does.
+  const bool summed = s.projected || s.drops();
+  norm_forward<S>(s.dtype, w.middle_norm(s), middle_eps, summed ? saved.sum1 : saved.attended, summed ? nullptr : input,
+                  rows, d, saved.middle, summed ? nullptr : saved.sum1, saved.middle_mean, saved.middle_rstd);
   Matmul first = linear_layer(w.linear1, saved.middle, rows, d, h, saved.hidden);
   first.activation = s.activation;
   first.slope = saved.slope;
   S* const last = s.norm_first ? out : saved.outer;
-  run_matmuls(s.dtype, {first, plus(linear_layer(w.linear2, saved.hidden, rows, h, d, last),
-                                    s.norm_first ? saved.sum1 : saved.middle)});
+  const S* const residual = s.norm_first ? saved.sum1 : saved.middle;
+  run_matmuls(s.dtype,
+              {first, plus(linear_layer(w.linear2, saved.hidden, rows, h, d, last), s.drops() ? nullptr : residual)});
+  if (s.drops()) drop(s, Branch::feed_forward, last, residual, last);
   if (!s.norm_first) outer_norm(saved.outer, out);
 }
 
@@ -239,22 +259,32 @@ void block_backward(const BlockSizes& s, const BlockParameters<const void*>& w, 
 
   if (!s.norm_first) outer_norm(grad, nullptr, saved.outer, grad_outer);
   const S* const grad_last = s.norm_first ? grad : grad_outer;
-  // feed_forward
-  Matmul through = linear_grad_input(grad_last, w.linear2.weight, rows, h, d, grad_hidden);
+  // feed_forward; the gradient of a branch with dropout takes the place of the query's, which comes later
+  const S* grad_branch = grad_last;
+  if (s.drops()) {
+    drop<S>(s, Branch::feed_forward, grad_last, nullptr, grad_query);
+    grad_branch = grad_query;
+  }
+  Matmul through = linear_grad_input(grad_branch, w.linear2.weight, rows, h, d, grad_hidden);
   through.activation = s.activation;
   through.gate = saved.slope == nullptr ? saved.hidden : saved.slope;
   run_matmuls(s.dtype, {through, plus(linear_grad_input(grad_hidden, w.linear1.weight, rows, d, h, grad_middle),
                                       s.norm_first ? nullptr : grad_last)});
-  linear_layer_backward(s.dtype, grad_last, saved.hidden, rows, h, d, g.linear2);
+  linear_layer_backward(s.dtype, grad_branch, saved.hidden, rows, h, d, g.linear2);
   linear_layer_backward(s.dtype, grad_hidden, saved.middle, rows, d, h, g.linear1);
   norm_backward(s.dtype, grad_middle, s.norm_first ? grad : nullptr, saved.sum1, w.middle_norm(s).weight,
                 saved.middle_mean, saved.middle_rstd, rows, d, grad_sum1, g.middle_norm(s));
   // attention
+  S* grad_attention = grad_sum1;
+  if (s.drops()) {
+    grad_attention = s.projected ? grad_query : grad_attended;
+    drop<S>(s, Branch::attention, grad_sum1, nullptr, grad_attention);
+  }
   if (s.projected) {
-    run_matmuls(s.dtype, {linear_grad_input(grad_sum1, w.out_proj.weight, rows, d, d, grad_attended)});
-    linear_layer_backward(s.dtype, grad_sum1, saved.attended, rows, d, d, g.out_proj);
+    run_matmuls(s.dtype, {linear_grad_input(grad_attention, w.out_proj.weight, rows, d, d, grad_attended)});
+    linear_layer_backward(s.dtype, grad_attention, saved.attended, rows, d, d, g.out_proj);
   } else {
-    grad_attended = grad_sum1;
+    grad_attended = grad_attention;
   }
   Attention a = attention_of(s, saved);
   a.grad_out = heads_of(s, grad_attended);

@@ -266,15 +266,17 @@ def test_hooks_on_the_model_itself_are_called(taken: list[Tensor]) -> None:
 def test_a_change_taken_back_is_seen(taken: list[Tensor]) -> None:
     ids, _ = tokens()
     model = small("model", dropout=0.5)
-    model(ids)
-    assert not taken
-    model.eval()(ids)
-    assert len(taken) == 1
-    model.train()(ids)
-    assert len(taken) == 1
+    torch.manual_seed(1)
+    first = model(ids)
+    torch.manual_seed(1)
+    assert torch.equal(model(ids), first)
+    assert not torch.equal(model(ids), first)
+    torch.testing.assert_close(model.eval()(ids), by_modules(model)(ids))
+    assert not torch.equal(model.train()(ids), first)
+    assert len(taken) == 5
     handle = model.eval().output.register_forward_hook(lambda *_: None)
     model(ids)
-    assert {x.is_floating_point() for x in taken[1:]} == {True}  # its blocks
+    assert {x.is_floating_point() for x in taken[5:]} == {True}  # its blocks
     handle.remove()
     del taken[:]
     model(ids)

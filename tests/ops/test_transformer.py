@@ -8,14 +8,13 @@ import torch
 
 from tests.ops.operations import Operations
 from tests.ops.parity import assert_accurate, outputs_and_gradients, run
+from tests.ops.transformers import KINDS, SMALL, bind, make
 from tinyllm import ops, reference
 from tinyllm.ops import dispatch
 from tinyllm.ops.transformer import Settings, serves
 from tinyllm.reference import BLOCK_PARAMETERS
 
-KINDS = ("block", "logits", "loss")
-# B, T, V, classes, D, hidden_dim, num_heads, num_layers; a block alone takes the five that it knows.
-SMALL = (2, 5, 7, 7, 6, 8, 2, 2)
+# As SMALL.
 SHAPES = [
     (1, 5, 6, 6, 16, 32, 1, 2), (1, 1, 1, 2, 6, 5, 2, 1), (2, 3, 5, 4, 6, 5, 2, 0), (3, 17, 40, 31, 33, 21, 3, 1),
     (2, 40, 3000, 70, 32, 64, 4, 3), (2, 2, 5, 5, 4, 9, 4, 1), (1, 130, 9, 9, 40, 100, 5, 1),
@@ -34,41 +33,6 @@ def _on_the_kernel():
     with pytest.MonkeyPatch.context() as patch, ops.backend("cpp"):
         patch.setenv("TINYLLM_LINEAR", "cpp")
         yield
-
-
-def make(kind, shape, dtype=torch.float64, bias=True, norm_first=False):
-    """Return ids, targets and what is differentiated: positions, or a block's input, and parameters; sums of the order
-    of 1."""
-    batch, tokens, words, classes, width, hidden, heads, layers = shape
-    generator = torch.Generator().manual_seed(sum(shape[:2] + shape[4:7] if kind == "block" else shape))
-
-    def draw(*sizes):
-        return torch.randn(*sizes, generator=generator, dtype=torch.float64)
-
-    def ints(below):
-        return torch.randint(max(1, below), (batch, tokens), generator=generator)
-
-    def block():
-        shapes = [(width, width)] * (4 if heads > 1 else 3) + [(hidden, width), (width, hidden)]
-        weights = [draw(*s) / max(1, s[1]) ** 0.5 for s in shapes] + [1 + draw(width) / 4 for _ in range(2)]
-        return weights + [draw(w.size(0)) for w in weights] * bias
-
-    if kind == "block":
-        found = [draw(batch, tokens, width), *block()]
-    else:
-        found = [draw(tokens, width), draw(words, width), *(p for _ in range(layers) for p in block())]
-        found += ([1 + draw(width) / 4] + [draw(width)] * bias) * norm_first
-        found += [draw(classes, width) / width**0.5] + [draw(classes)] * bias
-    return ints(words), ints(classes), [x.to(dtype) for x in found]
-
-
-def bind(kind, module, shape, ids, target, **options):
-    """Return the operator as a function of what `make` gives last."""
-    options["num_heads"] = shape[6]
-    if kind == "block":
-        return lambda x, *parameters: module.transformer_block(x, parameters, eps2=1e-3, **options)
-    options |= {"eps": 1e-3, "num_layers": shape[7], "target": target if kind == "loss" else None}
-    return lambda positions, *parameters: module.transformer(ids, parameters, positions=positions, **options)
 
 
 def both(kind, shape, ids, target, **options):
@@ -262,6 +226,7 @@ def test_opcheck(heads, bias, activation, norm_first, layers, kind):
         input, added, layers = added, None, max(1, layers)
         parameters *= layers
     forward = (input, parameters, added, target, layers, heads, True, norm_first, activation, 1e-5, 1e-3)
+    forward += (0.25, torch.tensor([5, 7])) if layers % 2 else (0.0, None)
     torch.library.opcheck(raw.transformer_fwd, (*forward, False))
     torch.library.opcheck(raw.transformer_fwd, (*forward, True))
     out, saved = raw.transformer_fwd(*forward, True)
@@ -273,7 +238,7 @@ def test_opcheck(heads, bias, activation, norm_first, layers, kind):
 @norms
 def test_blocks_in_a_row_are_one_after_the_other(norm_first):
     ids, target, (x, *parameters) = make("block", SMALL)
-    settings = (2, True, norm_first, "gelu", 1e-5, 1e-3)
+    settings = (2, True, norm_first, "gelu", 1e-5, 1e-3, 0.0, None)
     out, saved = torch.ops.tinyllm.transformer_fwd(x, parameters * 3, None, None, 3, *settings, True)
     leaves = [t.requires_grad_() for t in (x, *parameters)]
     block = bind("block", reference, SMALL, ids, target, causal=True, norm_first=norm_first, activation="gelu")
@@ -341,7 +306,7 @@ def test_what_no_kernel_serves_is_its_parts(heads, bias, norm_first, kind, unfor
 @pytest.mark.parametrize("kind", ["block", "loss"])
 def test_where_a_kernel_serves(kind, unforced, monkeypatch):
     name = "transformer_block" if kind == "block" else "transformer"
-    settings = Settings(1 if kind == "block" else 2, 2, False, False, "relu", 1e-5, 1e-5)
+    settings = Settings(1 if kind == "block" else 2, 2, False, False, "relu", 1e-5, 1e-5, 0.0)
 
     def served(arguments):
         input = arguments[0] if kind == "block" else ids
@@ -438,10 +403,9 @@ def test_a_raw_call_with_bad_shapes_is_refused():
     _, _, (x, *block) = make("block", WIDE, torch.float32)
 
     def refused(says, input, changed, added=None, classes=None, layers=2, heads=2):
+        settings = (layers, heads, True, False, "relu", 1e-5, 1e-5, 0.0, None)
         with pytest.raises(bad, match=says):
-            raw.transformer_fwd(
-                input, changed, added, classes, layers, heads, True, False, "relu", 1e-5, 1e-5, False
-            )  # fmt: skip
+            raw.transformer_fwd(input, changed, added, classes, *settings, False)
 
     refused("there are 34 parameters; 18 or 35 are needed", ids, parameters[1:], positions)
     refused(r"parameter 5 has shape \[12, 7\]", ids, **_at(parameters, 5), added=positions)
@@ -456,7 +420,7 @@ def test_a_raw_call_with_bad_shapes_is_refused():
     refused("num_layers is 0; it must be at least 1", x, block, layers=0)
     refused("neither positions nor target", x, block, positions, layers=1)
     for input, changed, added, layers in ((ids, parameters, positions, 2), (x, block, None, 1)):
-        settings = (layers, 2, True, False, "relu", 1e-5, 1e-5)
+        settings = (layers, 2, True, False, "relu", 1e-5, 1e-5, 0.0, None)
         out, saved = raw.transformer_fwd(input, changed, added, None, *settings, True)
         with pytest.raises(bad, match="saved has shape"):
             raw.transformer_bwd(out, input, changed, added, None, saved[1:], *settings, True)

@@ -3,6 +3,7 @@ calls of its parts would cost more than the parts."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ from torch import Tensor
 from tinyllm import reference
 from tinyllm.ops import _products
 from tinyllm.ops._context import autocast_dtype, differs_from_kernels, grads_by_reference, needs_grad
+from tinyllm.ops._random import draw_rng, dropout_factors
 from tinyllm.ops.attention import MOST_HEAD_DIM, scaled_dot_product_attention
 from tinyllm.ops.cross_entropy import cross_entropy
 from tinyllm.ops.dispatch import Kernels, Limit, Operator, choose, forced_backend, register_fake
@@ -59,6 +61,7 @@ class Settings(NamedTuple):
     activation: str
     eps1: float
     eps2: float
+    dropout_p: float
 
 
 def transformer_block(
@@ -71,6 +74,7 @@ def transformer_block(
     activation: str = "relu",
     eps1: float = 1e-5,
     eps2: float = 1e-5,
+    dropout_p: float = 0.0,
 ) -> Tensor:
     """Compute attention and a two-layer network, each on a branch with its norm: see `tinyllm.nn.TransformerBlock`,
     which calls the parts one by one where no kernel serves this, as this does then.
@@ -85,15 +89,17 @@ def transformer_block(
         norm_first: whether to normalise before each branch instead of after each sum.
         activation: "relu" or "gelu".
         eps1, eps2: added to the variance by the two norms.
+        dropout_p: probability of dropping an attention weight or an element of a branch, in [0, 1]; applied whenever it
+            is above 0.
 
     Returns:
         (B, T, D), like input.
 
     Raises:
         ValueError: parameters whose number, shape, dtype or device does not fit, num_heads that does not divide D,
-            another activation.
+            another activation, dropout_p outside [0, 1].
     """
-    settings = Settings(1, num_heads, causal, norm_first, activation, eps1, eps2)
+    settings = Settings(1, num_heads, causal, norm_first, activation, eps1, eps2, dropout_p)
     return _call("transformer_block", input, parameters, None, None, settings)
 
 
@@ -109,6 +115,7 @@ def transformer(
     norm_first: bool = False,
     activation: str = "relu",
     eps: float = 1e-5,
+    dropout_p: float = 0.0,
 ) -> Tensor:
     """Compute token embeddings + positions, transformer blocks, the final norm of pre-norm models, and the projection
     to logits; with a target, their mean cross-entropy. See `tinyllm.SimpleLLM`, which calls the parts one by one where
@@ -124,6 +131,7 @@ def transformer(
         target: the class of each logit row, int64 (B, T); -100 where there is none.
         num_heads, causal, norm_first, activation: as for `transformer_block`, all blocks alike.
         eps: added to the variance by every norm.
+        dropout_p: as for `transformer_block`; the embedded input is dropped, too.
 
     Returns:
         Logits (B, T, classes); with a target, a scalar.
@@ -132,9 +140,9 @@ def transformer(
         IndexError: an id, or a target, is out of range.
         TypeError: ids that are neither int32 nor int64, a target that is not int64.
         ValueError: parameters whose number, shape, dtype or device does not fit, num_heads that does not divide D,
-            another activation.
+            another activation, dropout_p outside [0, 1].
     """
-    settings = Settings(num_layers, num_heads, causal, norm_first, activation, eps, eps)
+    settings = Settings(num_layers, num_heads, causal, norm_first, activation, eps, eps, dropout_p)
     return _call("transformer", input, parameters, positions, target, settings)
 
 
@@ -149,6 +157,8 @@ def _call(
     reason = misfit(operator, input, parameters, positions, settings)
     if reason is None and settings.activation not in ("relu", "gelu"):
         reason = f"activation is {settings.activation!r}; relu or gelu is needed"
+    if reason is None and not 0.0 <= settings.dropout_p <= 1.0:
+        reason = f"dropout_p is {settings.dropout_p}; a probability in [0, 1] is needed"
     if reason is None and target is not None and target.shape != input.shape:
         reason = f"target has shape {list(target.shape)}; it must have input's, {list(input.shape)}"
     if reason is not None:
@@ -172,14 +182,30 @@ def _by_reference(
     positions: Tensor | None,
     target: Tensor | None,
     settings: Settings,
+    factors: Sequence[Tensor] | None = None,
 ) -> Tensor:
-    options = settings._asdict()
+    options = settings._asdict() | {"factors": factors}
     if input.is_floating_point():
         del options["num_layers"]
         return reference.transformer_block(input, parameters, **options)
     del options["eps2"]
     eps = options.pop("eps1")
     return reference.transformer(input, parameters, positions=positions, target=target, eps=eps, **options)
+
+
+def all_factors(input: Tensor, width: int, settings: Settings, rng: Tensor) -> list[Tensor]:
+    """Return what the kernel's dropout with this state multiplies by, in the order in which `reference` takes it."""
+    batch, tokens = input.shape[:2]
+    vectors, weights = (batch, tokens, width), (batch, settings.num_heads, tokens, tokens)
+    found = []
+    for index in range(1 + 3 * settings.num_layers):
+        shape = (
+            weights if index % 3 == 1 else vectors
+        )  # the embedding's, then of each block the softmax and two branches
+        own = torch.stack([rng[0], rng[1] + index])
+        factors = dropout_factors("cpp", own, math.prod(shape[:-1]), shape[-1], settings.dropout_p)
+        found.append(factors.view(shape))
+    return found[1:] if input.is_floating_point() else found
 
 
 # ---- The parts one by one, each on the backend that serves it
@@ -198,15 +224,23 @@ def _block_by_parts(input: Tensor, parameters: Sequence[Tensor], settings: Setti
             linear(x, weights[name], biases[name]).unflatten(-1, (heads, -1)).transpose(-2, -3)
             for name in ("query", "key", "value")
         )
-        attended = scaled_dot_product_attention(query, key, value, is_causal=settings.causal)
+        dropout_p = settings.dropout_p
+        attended = scaled_dot_product_attention(query, key, value, dropout_p=dropout_p, is_causal=settings.causal)
         attended = attended.transpose(-2, -3).flatten(-2)
         if heads == 1:
-            return input + attended
+            return input + drop(attended)
+        if dropout_p > 0.0:
+            return input + drop(linear(attended, weights["out_proj"], biases["out_proj"]))
         return linear(attended, weights["out_proj"], biases["out_proj"], residual=input)
 
     def add_network(x: Tensor, residual: Tensor) -> Tensor:
         layers = (weights["linear1"], biases["linear1"], weights["linear2"], biases["linear2"])
+        if settings.dropout_p > 0.0:
+            return residual + drop(feed_forward(x, *layers, activation=settings.activation))
         return feed_forward(x, *layers, activation=settings.activation, residual=residual)
+
+    def drop(x: Tensor) -> Tensor:
+        return torch.dropout(x, settings.dropout_p, settings.dropout_p > 0.0)
 
     if settings.norm_first:
         middle = add_attention(norm("norm1", input, settings.eps1))
@@ -221,7 +255,7 @@ def _model_by_parts(
     table, *others = parameters
     copies = len(others) // (settings.num_layers * len(_names(settings)) + 1 + settings.norm_first)  # 2 with biases
     each = copies * len(_names(settings))
-    x = embedding(ids, table, positions=positions)
+    x = embedding(ids, table, positions=positions, dropout_p=settings.dropout_p)
     for first in range(0, settings.num_layers * each, each):
         x = _block_by_parts(x, others[first : first + each], settings)
     if settings.norm_first:
@@ -249,10 +283,11 @@ def run(
     """Call the kernel, with arguments that fit together and that it serves: `input` are ids, or a block's input."""
     if target is not None:
         target = target.flatten()
+    rng = draw_rng(input.device) if settings.dropout_p > 0.0 else None
     try:
         if needs_grad(input, positions, *parameters):
-            return _Transformer.apply(input, positions, target, settings, *parameters)
-        return torch.ops.tinyllm.transformer_fwd(input, parameters, positions, target, *settings, False)[0]
+            return _Transformer.apply(input, positions, target, settings, rng, *parameters)
+        return torch.ops.tinyllm.transformer_fwd(input, parameters, positions, target, *settings, rng, False)[0]
     except (IndexError, RuntimeError, ValueError):
         if not torch.compiler.is_compiling() and not input.is_floating_point():
             raise_for_ids(input, parameters[0].size(0))
@@ -343,37 +378,39 @@ class _Transformer(torch.autograd.Function):
         positions: Tensor | None,
         target: Tensor | None,
         settings: Settings,
+        rng: Tensor | None,
         *parameters: Tensor,
     ) -> Tensor:
-        out, saved = torch.ops.tinyllm.transformer_fwd(input, parameters, positions, target, *settings, True)
-        ctx.save_for_backward(input, positions, target, saved, *parameters)
+        out, saved = torch.ops.tinyllm.transformer_fwd(input, parameters, positions, target, *settings, rng, True)
+        ctx.save_for_backward(input, positions, target, rng, saved, *parameters)
         ctx.settings = settings
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         (grad,) = grads
-        input, positions, target, saved, *parameters = ctx.saved_tensors
+        input, positions, target, rng, saved, *parameters = ctx.saved_tensors
         block = input.is_floating_point()
         wanted = ctx.needs_input_grad
         want_added = wanted[0 if block else 1]
         if differs_from_kernels(grad):
+            factors = None if rng is None else all_factors(input, parameters[0].size(1), ctx.settings, rng)
 
             def function(added: Tensor, *parameters: Tensor) -> Tensor:
                 x, positions = (added, None) if block else (input, added)
-                return _by_reference(x, parameters, positions, target, ctx.settings)
+                return _by_reference(x, parameters, positions, target, ctx.settings, factors)
 
             grad_added, *found = grads_by_reference(
-                function, (input if block else positions, *parameters), (want_added, *wanted[4:]), (grad,)
+                function, (input if block else positions, *parameters), (want_added, *wanted[5:]), (grad,)
             )
         else:
             found, grad_added = torch.ops.tinyllm.transformer_bwd(
-                grad, input, parameters, positions, target, saved, *ctx.settings, want_added
+                grad, input, parameters, positions, target, saved, *ctx.settings, rng, want_added
             )
-            if not all(wanted[4:]):
-                found = [grad if want else None for grad, want in zip(found, wanted[4:], strict=True)]
+            if not all(wanted[5:]):
+                found = [grad if want else None for grad, want in zip(found, wanted[5:], strict=True)]
         grad_added = grad_added if want_added else None
-        return *((grad_added, None) if block else (None, grad_added)), None, None, *found
+        return *((grad_added, None) if block else (None, grad_added)), None, None, None, *found
 
 
 @register_fake("transformer_fwd")

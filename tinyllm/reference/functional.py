@@ -200,8 +200,14 @@ def transformer_block(
     activation: str = "relu",
     eps1: float = 1e-5,
     eps2: float = 1e-5,
+    dropout_p: float = 0.0,
+    factors: Sequence[Tensor] | None = None,
 ) -> Tensor:
-    """Compute a transformer block from the parameters that `tinyllm.ops.transformer_block` lists."""
+    """Compute a transformer block from the parameters that `tinyllm.ops.transformer_block` lists.
+
+    factors: what the softmax, attention's branch and the network's are multiplied by, such as dropout masks that are
+        known already, in place of dropout.
+    """
     names = [name for name in BLOCK_PARAMETERS if num_heads > 1 or name != "out_proj"]
     weights = dict(zip(names, parameters, strict=False))
     biases = dict.fromkeys(names) | dict(zip(names, parameters[len(names) :], strict=False))
@@ -216,11 +222,18 @@ def transformer_block(
         query, key, value = (
             layer(name, x).unflatten(-1, (num_heads, -1)).transpose(-2, -3) for name in ("query", "key", "value")
         )
-        attended = scaled_dot_product_attention(query, key, value, is_causal=causal).transpose(-2, -3).flatten(-2)
-        return layer("out_proj", attended) if num_heads > 1 else attended
+        known = None if factors is None else factors[0]
+        attended = scaled_dot_product_attention(
+            query, key, value, None, dropout_p, is_causal=causal, weight_factors=known
+        )
+        attended = attended.transpose(-2, -3).flatten(-2)
+        return drop(layer("out_proj", attended) if num_heads > 1 else attended, 1)
 
     def network(x: Tensor) -> Tensor:
-        return layer("linear2", ACTIVATIONS[activation](layer("linear1", x)))
+        return drop(layer("linear2", ACTIVATIONS[activation](layer("linear1", x))), 2)
+
+    def drop(x: Tensor, index: int) -> Tensor:
+        return torch.dropout(x, dropout_p, dropout_p > 0.0) if factors is None else x * factors[index]
 
     if norm_first:
         middle = input + attention(norm("norm1", input, eps1))
@@ -241,15 +254,30 @@ def transformer(
     norm_first: bool = False,
     activation: str = "relu",
     eps: float = 1e-5,
+    dropout_p: float = 0.0,
+    factors: Sequence[Tensor] | None = None,
 ) -> Tensor:
-    """Compute the logits, or their mean loss, of a model whose parameters `tinyllm.ops.transformer` lists."""
+    """Compute the logits, or their mean loss, of a model whose parameters `tinyllm.ops.transformer` lists.
+
+    factors: those of the embedding, then of each block, see `transformer_block`.
+    """
     names = len(BLOCK_PARAMETERS) - (num_heads <= 1)
     copies = (len(parameters) - 1) // (num_layers * names + 1 + norm_first)  # 2 with biases
     table, *others = parameters
     block = {"num_heads": num_heads, "causal": causal, "norm_first": norm_first, "activation": activation}
-    x = embedding(input, table, positions=positions)
-    for _ in range(num_layers):
-        x = transformer_block(x, others[: copies * names], **block, eps1=eps, eps2=eps)  # type: ignore[arg-type]
+    first = None if factors is None else factors[0]
+    x = embedding(input, table, positions=positions, dropout_p=dropout_p, factors=first)
+    for index in range(num_layers):
+        known = None if factors is None else factors[1 + 3 * index : 4 + 3 * index]
+        x = transformer_block(
+            x,
+            others[: copies * names],
+            **block,  # type: ignore[arg-type]
+            eps1=eps,
+            eps2=eps,
+            dropout_p=dropout_p,
+            factors=known,
+        )
         others = others[copies * names :]
     if norm_first:
         x = layer_norm(x, x.shape[-1:], others[0], others[1] if copies == 2 else None, eps)
