@@ -10,7 +10,7 @@ namespace tinyllm::TINYLLM_ISA {
 
 using cpu::Activation;
 
-#if defined(TINYLLM_AVX512) || defined(TINYLLM_AVX2)
+#if !defined(TINYLLM_SCALAR)
 
 // erf(x) = x P(x^2) / Q(x^2), to about two units in the last place: the rational minimax approximation of Eigen's
 // generic_fast_erf_float. For |x| >= 4 it is 1 in single precision.

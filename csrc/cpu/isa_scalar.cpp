@@ -4,6 +4,7 @@
 #include <limits>
 
 #define TINYLLM_ISA scalar
+#define TINYLLM_SCALAR
 #include "isa_table.h"
 
 namespace tinyllm::cpu {

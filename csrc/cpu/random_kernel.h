@@ -10,6 +10,7 @@
 #include <cmath>
 
 #include "kernel_args.h"
+#include "simd.h"
 
 namespace tinyllm::TINYLLM_ISA {
 
@@ -17,52 +18,6 @@ constexpr int64_t kRandomBlock = 64;
 
 // The distance between the first elements of rows of n elements, so that each row begins with a block.
 inline int64_t random_row(int64_t n) { return (n + kRandomBlock - 1) / kRandomBlock * kRandomBlock; }
-
-// 64-bit lanes whose lower halves hold 32-bit words; their upper halves are ignored.
-#if defined(TINYLLM_AVX512)
-struct Words {
-  static constexpr int size = 8;
-  __m512i v;
-  static Words set1(uint32_t x) { return {_mm512_set1_epi64(x)}; }
-  static Words count(uint32_t x) {
-    return {_mm512_add_epi64(_mm512_set1_epi64(x), _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7))};
-  }
-  Words operator*(Words b) const { return {_mm512_mul_epu32(v, b.v)}; }
-  Words operator^(Words b) const { return {_mm512_xor_si512(v, b.v)}; }
-  Words upper() const { return {_mm512_srli_epi64(v, 32)}; }
-  // Stores the lower halves of a and b alternately.
-  static void store_pairs(Words a, Words b, uint32_t* to) {
-    _mm512_storeu_si512(to, _mm512_mask_mov_epi32(_mm512_slli_epi64(b.v, 32), 0x5555, a.v));
-  }
-};
-#elif defined(TINYLLM_AVX2)
-struct Words {
-  static constexpr int size = 4;
-  __m256i v;
-  static Words set1(uint32_t x) { return {_mm256_set1_epi64x(x)}; }
-  static Words count(uint32_t x) { return {_mm256_add_epi64(_mm256_set1_epi64x(x), _mm256_setr_epi64x(0, 1, 2, 3))}; }
-  Words operator*(Words b) const { return {_mm256_mul_epu32(v, b.v)}; }
-  Words operator^(Words b) const { return {_mm256_xor_si256(v, b.v)}; }
-  Words upper() const { return {_mm256_srli_epi64(v, 32)}; }
-  static void store_pairs(Words a, Words b, uint32_t* to) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_blend_epi32(_mm256_slli_epi64(b.v, 32), a.v, 0x55));
-  }
-};
-#else
-struct Words {
-  static constexpr int size = 1;
-  uint64_t v;
-  static Words set1(uint32_t x) { return {x}; }
-  static Words count(uint32_t x) { return {x}; }
-  Words operator*(Words b) const { return {(v & 0xffffffffu) * (b.v & 0xffffffffu)}; }
-  Words operator^(Words b) const { return {v ^ b.v}; }
-  Words upper() const { return {v >> 32}; }
-  static void store_pairs(Words a, Words b, uint32_t* to) {
-    to[0] = static_cast<uint32_t>(a.v);
-    to[1] = static_cast<uint32_t>(b.v);
-  }
-};
-#endif
 
 inline uint32_t low_word(uint64_t x) { return static_cast<uint32_t>(x); }
 inline uint32_t high_word(uint64_t x) { return static_cast<uint32_t>(x >> 32); }

@@ -6,7 +6,7 @@
 
 namespace tinyllm::TINYLLM_ISA {
 
-#if defined(TINYLLM_AVX512) || defined(TINYLLM_AVX2)
+#if !defined(TINYLLM_SCALAR)
 
 // e^x for the x <= 0 of a softmax, to about one unit in the last place: x = n ln2 + r with |r| <= ln2 / 2 (Cephes'
 // reduction), then e^r by a polynomial. Results below the normal numbers are 0; NaN stays NaN.
