@@ -1,4 +1,4 @@
-"""Compilation of csrc for tests on this machine's processor, with or without the sanitizers."""
+"""Compilation of csrc for tests on a processor, with or without the sanitizers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,13 @@ _SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"
 
 
 def build_library(
-    name: str, sources: Iterable[Path], headers: Iterable[Path], flags: Sequence[str], sanitize: bool = False
+    name: str,
+    sources: Iterable[Path],
+    headers: Iterable[Path],
+    flags: Sequence[str],
+    sanitize: bool = False,
+    compiler: str | None = None,
+    libraries: Sequence[str | Path] | None = None,
 ) -> Path:
     """Compile C++ against torch's stable ABI into one library below build/, each file only if it has changed.
 
@@ -23,6 +29,8 @@ def build_library(
         headers: files that, when they change, make all of `sources` be compiled again.
         flags: for the compiler, besides those that all such libraries need.
         sanitize: with the address and undefined-behaviour sanitizers.
+        compiler: the one of this machine's processor by default.
+        libraries: folders of torch's libraries, by default those of the installed torch.
 
     Returns:
         The library's path.
@@ -33,7 +41,7 @@ def build_library(
     import torch
     from torch.utils import cpp_extension
 
-    compiler = os.environ.get("CXX", "c++")
+    compiler = compiler or os.environ.get("CXX", "c++")
     # -O1: half of -O2's time to compile.
     flags = ["-std=c++20", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Werror", *flags]
     flags += _SANITIZERS if sanitize else []
@@ -63,8 +71,9 @@ def build_library(
     library = folder / f"lib{name}.so"
     if not library.exists() or any(made.stat().st_mtime >= library.stat().st_mtime for made in objects):
         beside = library.with_suffix(f".{os.getpid()}")
-        paths = [f"-L{path}" for path in cpp_extension.library_paths()]
-        _run(compiler, *flags, "-shared", *objects, *paths, "-ltorch_cpu", "-o", beside)
+        paths = [f"-L{path}" for path in libraries or cpp_extension.library_paths()]
+        # What torch's libraries need of others is there when they are loaded.
+        _run(compiler, *flags, "-shared", *objects, *paths, "-ltorch_cpu", "-Wl,--allow-shlib-undefined", "-o", beside)
         beside.rename(library)
     return library
 
