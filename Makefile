@@ -9,15 +9,16 @@
 #   make abi-check      all sources against the headers of torch 2.10, 2.11 and the newest torch
 #   make gpu-compile    the GPU kernels' registers, spills and shared memory, read without a GPU
 #   make cpu-sanitize   the CPU kernels of every instruction set that this machine has, watched by the sanitizers
+#   make aarch64-check  the CPU kernels of aarch64, cross compiled and run in qemu
 #   make wheel-check    builds the archives, installs the wheel elsewhere and uses it
 #   make cuda-sanitize  the CUDA C++ kernels on emulated threads, watched by the sanitizers
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
-EMULATION := $(wildcard tests/emulation/*.h tests/emulation/*.cpp)
+TESTED := $(wildcard tests/emulation/*.h tests/emulation/*.cpp tests/building/*.cpp)
 
-.PHONY: demo dev test bench train-bench lint abi-check gpu-compile cpu-sanitize cuda-sanitize wheel-check docs format clean
+.PHONY: demo dev test bench train-bench lint abi-check gpu-compile cpu-sanitize cuda-sanitize aarch64-check wheel-check docs format clean
 
 # What building and checking need; torch is pinned, so that no other one is downloaded.
 .venv/tools: pyproject.toml constraints.txt
@@ -61,7 +62,7 @@ lint: .venv/installed .venv/dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/clang-format --dry-run --Werror $(SOURCES) $(EMULATION)
+	$(BIN)/clang-format --dry-run --Werror $(SOURCES) $(TESTED)
 
 abi-check: .venv/installed .venv/dev
 	$(BIN)/python -m tests.building.abi_check
@@ -72,6 +73,10 @@ gpu-compile: .venv/installed .venv/dev
 
 cpu-sanitize: .venv/installed .venv/dev
 	$(BIN)/python -m tests.building.cpu_sanitize
+
+# As root it installs the cross compiler and qemu where they are missing, by apt-get.
+aarch64-check: .venv/installed .venv/dev
+	$(BIN)/python -m tests.building.aarch64_check
 
 # In the other order of threads than `make test`: what asynchronous copies do then happens at once. Python itself is not
 # built with the sanitizers, so their libraries come first by force, and its own leaks are left alone.
@@ -91,7 +96,7 @@ docs: .venv/installed .venv/dev
 
 format: .venv/installed .venv/dev
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(SOURCES) $(EMULATION)
+	$(BIN)/clang-format -i $(SOURCES) $(TESTED)
 	$(BIN)/ruff check --fix .
 
 clean:

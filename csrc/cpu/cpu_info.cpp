@@ -3,6 +3,8 @@
 #include <unistd.h>
 #if defined(__x86_64__)
 #include <cpuid.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
 #endif
 
 #include <algorithm>
@@ -21,6 +23,11 @@ std::string cpu_family() {
   if (__get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kAmxBf16) != 0) return family + "-amx";
   if (__get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & kAvx512Bf16) != 0) return family + "-bf16";
   return family;
+#elif defined(__aarch64__) && defined(__APPLE__)
+  return "apple";
+#elif defined(__aarch64__) && defined(__linux__)
+  constexpr unsigned long kBf16 = 1ul << 14;  // HWCAP2_BF16, which older headers lack
+  return (getauxval(AT_HWCAP2) & kBf16) != 0 ? "arm-bf16" : "arm";
 #else
   return "other";
 #endif

@@ -24,6 +24,8 @@ const std::vector<Candidate>& candidates() {
        [] {
          return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
        }},
+#elif defined(__aarch64__)
+      {&neon_kernels, [] { return true; }},
 #endif
       {&scalar_kernels, [] { return true; }},
   };

@@ -16,6 +16,13 @@ namespace tinyllm::TINYLLM_ISA {
 constexpr int kMR = 8, kNV = 2;  // C takes 16 of 32 registers
 #elif defined(TINYLLM_AVX2)
 constexpr int kMR = 6, kNV = 2;  // C takes 12 of 16 registers
+#elif defined(TINYLLM_NEON)
+// C takes 20 of 32 registers, a step of B four and of A five. The large cores (Apple's M, Neoverse V1 and later) begin
+// four multiply-adds a cycle, each of which takes four cycles: 16 sums would just hide that, with nothing left for a
+// late operand. The 20 of a step keep their pipes busy for five cycles, and the two pipes of smaller cores (Neoverse
+// N1) for ten; its seven loads and five other instructions fit beside them in cores that begin eight or four
+// instructions a cycle. Tiles of 8 x 2 have nine loads for 16, and those of 6 x 4 leave too few registers for A.
+constexpr int kMR = 5, kNV = 4;
 #else
 constexpr int kMR = 4, kNV = 4;
 #endif

@@ -1,8 +1,9 @@
 // A vector of floats or doubles for each instruction set, and what is written in terms of it.
 //
-// isa_<name>.cpp defines TINYLLM_ISA (a namespace) and one of TINYLLM_AVX512, TINYLLM_AVX2 and TINYLLM_SCALAR, switches
-// the compiler's target, and includes the kernels. Everything is in the namespace tinyllm::TINYLLM_ISA, so that the
-// linker never merges a function compiled for one processor with the same function compiled for another.
+// isa_<name>.cpp defines TINYLLM_ISA (a namespace) and one of TINYLLM_AVX512, TINYLLM_AVX2, TINYLLM_NEON and
+// TINYLLM_SCALAR, switches the compiler's target where that is needed, and includes the kernels. Everything is in the
+// namespace tinyllm::TINYLLM_ISA, so that the linker never merges a function compiled for one processor with the same
+// function compiled for another.
 //
 // vec_<name>.h defines, for its instruction set:
 //
@@ -43,6 +44,8 @@ struct Vec;
 #include "vec_avx512.h"
 #elif defined(TINYLLM_AVX2)
 #include "vec_avx2.h"
+#elif defined(TINYLLM_NEON)
+#include "vec_neon.h"
 #elif defined(TINYLLM_SCALAR)
 #include "vec_scalar.h"
 #endif

@@ -80,7 +80,7 @@ print(tinyllm.info()["cpu"]["chosen_isa"])
 """
 
 
-@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512", "neon"])
 def test_every_instruction_set(isa):
     if isa not in cpp.library.usable_isas():
         pytest.skip(f"this processor does not run {isa}")

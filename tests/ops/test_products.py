@@ -60,6 +60,9 @@ def served_by(rows, dtype):
         ("avx512", "intel-amx", torch.bfloat16, ["cpp", "reference", "reference"]),
         ("avx2", "amd", torch.bfloat16, ["cpp", "cpp", "cpp"]),
         ("avx512", "other", torch.float16, ["cpp", "cpp", "cpp"]),
+        ("neon", "arm", torch.bfloat16, ["cpp", "cpp", "cpp"]),
+        ("neon", "arm-bf16", torch.bfloat16, ["cpp", "reference", "reference"]),
+        ("neon", "apple", torch.float32, ["cpp", "reference", "reference"]),
     ],
 )
 def test_the_table_chooses_by_machine_dtype_and_rows(isa, family, dtype, expected, on):
@@ -304,7 +307,7 @@ def test_a_row_does_not_depend_on_the_others(dtype, monkeypatch):
 
 def test_the_machine_has_a_name():
     assert _products.machine() == f"{cpp.library.cpu_isa()} {cpp.library.cpu_family()}"
-    assert cpp.library.cpu_family().split("-")[0] in ("amd", "intel", "other")
+    assert cpp.library.cpu_family().split("-")[0] in ("amd", "intel", "arm", "apple", "other")
 
 
 @pytest.mark.parametrize("who", _products.WHO)

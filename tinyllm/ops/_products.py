@@ -46,6 +46,10 @@ _TABLE: Mapping[tuple[str, str], Mapping[str, tuple[str, str, str]]] = {
     ("avx512", "intel-bf16"): {"float32": ("cpp", "torch", "cpp")},
     # Not measured: by arithmetic, a tile instruction multiplies 16 times as many bfloat16 as our float32 kernels.
     ("avx512", "intel-amx"): {"float32": ("cpp", "torch", "cpp"), "bfloat16": ("cpp", "torch", "torch")},
+    # Not measured: by arithmetic, oneDNN's BFMMLA multiplies eight times as many bfloat16 as our float32 kernels' FMLA.
+    ("neon", "arm-bf16"): {"bfloat16": ("cpp", "torch", "torch")},
+    # Not measured: Accelerate multiplies these on a matrix unit of its own, which has several times the rate of NEON.
+    ("neon", "apple"): {"float32": ("cpp", "torch", "torch"), "float64": ("cpp", "torch", "torch")},
 }
 
 _training: Choices | None = None
