@@ -25,7 +25,7 @@ from tinyllm.cli import train as command
 from tinyllm.cli._app import app, one_line_errors
 from tinyllm.config import files
 from tinyllm.config.presets import PRESETS, SIZES
-from tinyllm.config.training import PRECISIONS, RESUMABLE, SCHEDULES, STRATEGIES, TrainConfig, describe
+from tinyllm.config.training import OPTIMIZERS, PRECISIONS, RESUMABLE, SCHEDULES, STRATEGIES, TrainConfig, describe
 from tinyllm.training.trainer import resume, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -93,7 +93,7 @@ def test_every_setting_that_resume_may_change_is_an_option() -> None:
 
 
 CHOICES = {"preset": tuple(PRESETS), "schedule": SCHEDULES, "strategy": STRATEGIES, "precision": PRECISIONS}
-CHOICES["tokenizer"] = ("word", "char", "bpe")
+CHOICES |= {"tokenizer": ("word", "char", "bpe"), "optimizer": tuple(OPTIMIZERS)}
 
 
 def offered(function: Any, name: str) -> Any:
@@ -281,7 +281,7 @@ def test_a_resumed_training_takes_changes_from_a_file(run: Path, here: Here, tmp
 def test_what_a_preset_decides_is_described() -> None:
     assert describe(TrainConfig.from_preset("tiny", seed=3)).splitlines() == [
         "Preset: tiny, with 4 layers, 4 heads, embedding dimension 128, hidden dimension 512",
-        "Plan: 1,000 steps of 12 x 64 tokens; lr 0.003 after 50 warmup steps, cosine to 0.0003",
+        "Plan: 1,000 steps of 12 x 64 tokens; AdamW, lr 0.003 after 50 warmup steps, cosine to 0.0003",
         "Settings: weight decay 0.1, dropout 0, 32-true, validation and checkpoint every 100 steps; seed 3",
     ]
     changed = small(steps=1, schedule="wsd", dropout=0.5, packing=True, compile=True, ema=0.9, micro_batches=4)
@@ -434,9 +434,9 @@ def test_d_every_option_of_train_names_its_default() -> None:
         assert param.name in silent or "Default: " in param.help, param.name
         if param.name in silent:
             continue
-        if param.name in {"vocab_size", "seq_len", "dropout", "steps", "batch_size", "lr"}:
+        if param.name in {"vocab_size", "seq_len", "dropout", "steps", "batch_size", "lr", "optimizer"}:
             value = getattr(PRESETS["tiny"], param.name)
-            assert f"(tiny: {value:g})" in param.help
+            assert f"(tiny: {value if isinstance(value, str) else f'{value:g}'})" in param.help
             continue
         default = {item.name: item.default for item in fields(TrainConfig)}.get(param.name)
         if isinstance(default, bool):

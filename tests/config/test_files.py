@@ -28,6 +28,7 @@ CHANGED: dict[str, Any] = {
     "steps": 7,
     "batch_size": 24,
     "seq_len": 9,
+    "optimizer": "muon",
     "lr": 1e-5,
     "warmup_steps": 0,
     "min_lr_ratio": 0.0,

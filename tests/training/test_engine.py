@@ -28,7 +28,8 @@ from tinyllm.training.trainer import resume
 pytestmark = pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="needs two cores")
 
 SETTINGS = ["--tokenizer", "bpe", "--vocab-size", 300, "--steps", 8, "--seq-len", 16, "--batch-size", 8, "--ema", 0.9]
-SETTINGS += ["--eval-interval", 4, "--sample-tokens", 3, "--lr", 2e-3]
+SETTINGS += ["--eval-interval", 4, "--sample-tokens", 3, "--lr", 2e-3, "--optimizer", "adamw"]
+MUON = [*SETTINGS[:-1], "muon"]
 TWO = ["--devices", 2]
 
 
@@ -91,6 +92,25 @@ def test_a_training_goes_on_with_other_devices(
     assert load_run(out).model.num_parameters() > 0
 
 
+@pytest.fixture(scope="module")
+def muon(folder: Path) -> Path:
+    tinyllm("train", "text.txt", *MUON, "--out", "muon", cwd=folder)
+    return folder / "muon"
+
+
+@pytest.mark.parametrize("options", [["--strategy", "ddp"], ["--strategy", "fsdp", "--micro-batches", 2]])
+def test_muon_on_two_processes_is_one(options: list[object], folder: Path, muon: Path, tmp_path: Path) -> None:
+    tinyllm("train", "text.txt", *MUON, *TWO, *options, "--out", tmp_path / "two", cwd=folder)
+    assert_same_losses(tmp_path / "two", muon)
+    names = [load_file(checkpoint_path(run, 8) / "optimizer.safetensors") for run in (tmp_path / "two", muon)]
+    assert {name: value.shape for name, value in names[0].items()} == {
+        name: value.shape for name, value in names[1].items()
+    }
+    shutil.rmtree(checkpoint_path(tmp_path / "two", 8))
+    resume(tmp_path / "two", progress=False, devices=1, strategy="auto", micro_batches=1)
+    assert_same_losses(tmp_path / "two", muon)
+
+
 def test_ddp_on_two_nodes_is_one_process(folder: Path) -> None:
     """Each machine runs the same command, and is told its number and where the first one is."""
     with socket.socket() as free:
@@ -150,6 +170,11 @@ def test_an_error_in_the_first_process_is_said_once(folder: Path) -> None:
         ({"devices": 999, "batch_size": 999}, {}, r"devices is 999, but this machine has \d+ cores"),
         ({"devices": 2, "batch_size": 3}, {}, "batch_size is 3; it must be divisible by .* 1 x 2 x 1"),
         ({"strategy": "pipeline"}, {}, "strategy is 'pipeline'; allowed are 'auto', 'ddp', 'fsdp', 'deepspeed'"),
+        (
+            {"strategy": "deepspeed", "optimizer": "muon"},
+            {},
+            "optimizer is 'muon', .* take 'adamw', or .* 'ddp' and 'fsdp'",
+        ),
         ({"precision": "8"}, {}, "precision is '8'; allowed are '32-true', 'bf16-mixed', 'bf16-true'"),
         ({"devices": 1}, {"WORLD_SIZE": "2"}, "devices x num_nodes is 1 x 1, but the launcher started 2 processes"),
         ({"device": "cuda:99"}, {}, "device is 'cuda:99', but torch sees"),

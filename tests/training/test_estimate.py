@@ -12,8 +12,9 @@ from tests.helpers.needs import needs_extension
 from tinyllm import SimpleLLM, ops
 from tinyllm.config.model import SimpleLLMConfig
 from tinyllm.config.presets import PRESETS
-from tinyllm.config.training import TrainConfig
-from tinyllm.training.estimate import estimate
+from tinyllm.config.training import OPTIMIZERS, TrainConfig
+from tinyllm.training.estimate import checkpoint_bytes, estimate
+from tinyllm.training.optim import make_optimizer
 
 B, T, V = 2, 32, 211
 GPT = {"causal": True, "activation": "gelu", "norm_first": True, "tie_embeddings": True, "position": "learned"}
@@ -93,18 +94,29 @@ def test_activations_with_checkpointing(options):
     assert counted[1] - counted[0] == pytest.approx(grown[1] - grown[0], rel=0.01)
 
 
+@pytest.mark.parametrize("optimizer_name", OPTIMIZERS)
 @pytest.mark.parametrize(("precision", "dtype"), [("32-true", torch.float32), ("bf16-true", torch.bfloat16)])
-def test_states(precision, dtype):
+def test_states(precision, dtype, optimizer_name):
     config = small(**GPT)
     model = SimpleLLM.from_config(config).to(dtype)
-    optimizer = torch.optim.AdamW(model.parameters())
+    optimizer = make_optimizer(model, TrainConfig(optimizer=optimizer_name))
     model(torch.zeros(B, T, dtype=torch.int64)).sum().backward()
     optimizer.step()
     states = [t for state in optimizer.state.values() for t in state.values() if t.dim() > 0]
-    memory = estimate(config, precision=precision).memory["ddp"]
+    memory = estimate(config, precision=precision, optimizer=optimizer_name).memory["ddp"]
     assert memory.weights == sum(p.nbytes for p in model.parameters())
     assert memory.gradients == sum(p.grad.nbytes for p in model.parameters())
     assert memory.optimizer == sum(t.nbytes for t in states)
+
+
+def test_a_checkpoint_of_muon_is_smaller():
+    sizes = []
+    for name in OPTIMIZERS:
+        config = TrainConfig.from_preset("tiny", optimizer=name)
+        model = SimpleLLM.from_config(config.model_config(V))
+        sizes.append(checkpoint_bytes(config, model.num_parameters())[0])
+    hidden = [p for block in model.transformer_blocks for p in block.parameters() if p.dim() == 2]
+    assert sizes[0] - sizes[1] == sum(p.nbytes for p in hidden)
 
 
 def test_what_is_shared_shrinks_with_the_devices():
@@ -112,7 +124,7 @@ def test_what_is_shared_shrinks_with_the_devices():
     one, many = estimate(config), estimate(config, devices=8)
     assert one.memory["ddp"] == many.memory["ddp"]
     for strategy in ("fsdp", "deepspeed"):
-        assert many.memory[strategy].optimizer == math.ceil(one.memory[strategy].optimizer / 8 / 8) * 8
+        assert many.memory[strategy].optimizer == math.ceil(one.memory[strategy].optimizer / 4 / 8) * 4
         assert many.memory[strategy].gradients < one.memory[strategy].gradients
     assert many.memory["deepspeed"].weights == one.memory["deepspeed"].weights
     assert many.memory["fsdp"].weights < one.memory["fsdp"].weights
@@ -132,6 +144,7 @@ def test_the_largest_preset():
         ({"devices": 0}, "devices is 0; it must be at least 1"),
         ({"batch_size": -1}, "batch_size is -1; it must be at least 1"),
         ({"seq_len": 33}, "seq_len is 33; the model takes at most max_seq_len, 32"),
+        ({"optimizer": "sgd"}, "optimizer is 'sgd'; allowed are 'adamw', 'muon'"),
         ({"precision": "fp8"}, "precision is 'fp8'; allowed are '32-true', 'bf16-mixed', 'bf16-true'"),
     ],
 )

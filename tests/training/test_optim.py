@@ -10,7 +10,7 @@ import torch
 from tests.helpers.runs import small
 from tinyllm.config.training import SCHEDULES, TrainConfig
 from tinyllm.model import SimpleLLM
-from tinyllm.training.optim import AveragedWeights, adamw, learning_rate
+from tinyllm.training.optim import AveragedWeights, adamw, learning_rate, make_optimizer
 
 
 def test_cosine_warms_up_and_decays() -> None:
@@ -53,6 +53,22 @@ def test_decay_is_for_matrices_only() -> None:
     assert {p.dim() for p in free["params"]} == {1}
     assert len(decayed["params"]) + len(free["params"]) == len(list(model.parameters()))
     assert optimizer.defaults["fused"]
+
+
+def test_muon_is_for_the_blocks_matrices_only() -> None:
+    config = TrainConfig.from_preset("tiny", weight_decay=0.3, lr=2e-3, optimizer="muon")
+    model = SimpleLLM.from_config(config.model_config(50))
+    muon, decayed, free = make_optimizer(model, config).param_groups
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    assert {name.split(".", 2)[2] for name in (names[id(p)] for p in muon["params"])} == {
+        *(f"attention.{part}.weight" for part in ("query", "key", "value", "out_proj")),
+        *(f"feed_forward.{part}.weight" for part in (0, 2)),
+    }
+    assert len(muon["params"]) == 6 * config.num_layers
+    assert {names[id(p)] for p in decayed["params"]} == {"embedding.embedding.weight", "positional_encoding.weight"}
+    assert sum(len(group["params"]) for group in (muon, decayed, free)) == len(list(model.parameters()))
+    assert (muon["weight_decay"], decayed["weight_decay"], free["weight_decay"]) == (0.3, 0.3, 0.0)
+    assert {group["lr"] for group in (muon, decayed, free)} == {2e-3}
 
 
 def test_averages_are_the_recurrence() -> None:

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from tests.helpers.runs import RUN, TEXT, history, small, tokens
+from tinyllm.config import files
 from tinyllm.config.saved import read_config
 from tinyllm.config.training import RESUMABLE, TrainConfig
 from tinyllm.data.batches import TokenDataset
@@ -26,7 +27,7 @@ from tinyllm.training.trainer import resume, train
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 # Everything that has a state: dropout, averages, a schedule, a mean over steps that a checkpoint cuts in two.
-STATEFUL: dict[str, Any] = {"preset": "tiny", "lr": 2e-3, "dropout": 0.1, "ema": 0.9, "steps": 24}
+STATEFUL: dict[str, Any] = {"preset": "tiny", "optimizer": "adamw", "lr": 2e-3, "dropout": 0.1, "ema": 0.9, "steps": 24}
 STATEFUL |= {"eval_interval": 8, "checkpoint_interval": 3, "log_interval": 5, "keep_checkpoints": 99}
 
 
@@ -79,12 +80,33 @@ def test_a_resumed_training_is_bit_for_bit_the_same(step: int, whole: Path, tmp_
     assert not list((out / "checkpoints").glob(".*"))
 
 
-def test_micro_batches_and_bfloat16_resume_too(text: Path, tmp_path: Path) -> None:
-    options = {**STATEFUL, "micro_batches": 2, "precision": "bf16-true", "preset": "tutorial"}
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"micro_batches": 2, "precision": "bf16-true", "preset": "tutorial"},
+        {"optimizer": "muon", "micro_batches": 2},
+        {"optimizer": "muon", "precision": "bf16-true"},
+    ],
+)
+def test_other_ways_of_training_resume_too(changes: dict[str, Any], text: Path, tmp_path: Path) -> None:
+    options = {**STATEFUL, **changes}
     train(small(**options), tmp_path / "whole", [text], progress=False)
     out = stopped(tmp_path / "whole", tmp_path / "run", 9)
     resume(out, progress=False)
     assert_same(out, tmp_path / "whole")
+
+
+def test_a_run_that_names_no_optimizer_is_adamws(whole: Path, tmp_path: Path) -> None:
+    """Older versions had no other."""
+    out = stopped(whole, tmp_path / "run", 9)
+    saved = json.loads((out / "config.json").read_text())
+    assert saved["training"].pop("optimizer") == "adamw"
+    (out / "config.json").write_text(json.dumps(saved))
+    assert files.load(out / "config.json")["optimizer"] == "adamw"
+    resume(out, progress=False)
+    assert_same(out, whole)
+    with pytest.raises(ValueError, match=r"optimizer is 'muon', but the training in .* has 'adamw'"):
+        resume(out, progress=False, optimizer="muon")
 
 
 def test_without_a_checkpoint_it_starts_anew(whole: Path, tmp_path: Path) -> None:

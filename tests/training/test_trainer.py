@@ -61,7 +61,7 @@ def test_the_default_text_is_the_standard_library(tmp_path: Path, monkeypatch) -
     said: list[str] = []
     train(small(steps=2), tmp_path / "out", progress=False, say=said.append)
     assert any("standard library, 2 files" in line for line in said)
-    assert said[1] == "Plan: 2 steps of 12 x 8 tokens; lr 0.01, cosine to 0.001"  # what the preset decides, too
+    assert said[1] == "Plan: 2 steps of 12 x 8 tokens; AdamW, lr 0.01, cosine to 0.001"  # what the preset decides, too
 
 
 def test_the_callers_random_state_stays(text: Path, tmp_path: Path) -> None:

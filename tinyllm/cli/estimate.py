@@ -13,7 +13,9 @@ from tinyllm.config.training import TrainConfig
 
 
 @app.command()
-@with_settings(("preset", *SIZES, "seq_len", "precision", "checkpointing"), preset="gpt2", precision="bf16-mixed")
+@with_settings(
+    ("preset", *SIZES, "seq_len", "precision", "checkpointing", "optimizer"), preset="gpt2", precision="bf16-mixed"
+)
 def estimate(
     devices: Annotated[int, typer.Option(help="How many devices share the work.")] = 1,
     batch_size: Annotated[int, typer.Option(help="Sequences on each device at a time.")] = 1,
@@ -49,8 +51,16 @@ def estimate(
             batch_size=batch_size,
             precision=config.precision,
             checkpointing=config.checkpointing,
+            optimizer=config.optimizer,
         )
         machines = estimates.Settings(
-            devices, batch_size, config.seq_len, config.precision, device_memory, peak_tflops, mfu
+            devices,
+            batch_size,
+            config.seq_len,
+            config.precision,
+            device_memory,
+            peak_tflops,
+            mfu,
+            config.optimizer,
         )
         typer.echo(estimates.report(config.preset, model, found, machines))

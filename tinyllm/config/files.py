@@ -52,7 +52,7 @@ def load(path: str | PathLike[str]) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path} is {_shown(content)}; it must be a table of settings, such as steps and lr")
     if isinstance(content.get("training"), dict) and isinstance(content.get("model"), dict):
-        content = content["training"]  # a run's config.json
+        content = {"optimizer": "adamw", **content["training"]}  # a run's config.json, an old one of which names none
     settings: dict[str, Any] = {}
     for key, value in content.items():
         name = _name(key, path)

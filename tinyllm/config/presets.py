@@ -18,6 +18,8 @@ class Preset:
     steps: int
     lr: float
     vocab_size: int
+    optimizer: str = "adamw"
+    adamw_lr: float | None = None  # for those who take AdamW where the preset does not; None: lr
     dropout: float = 0.0
     modern: bool = True  # pre-norm, gelu, tied embeddings, learned positions; False: as in the article
 

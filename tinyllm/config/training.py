@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from tinyllm.config.model import SimpleLLMConfig
 
 
+OPTIMIZERS = {"adamw": "AdamW", "muon": "Muon"}  # with the names that they have in texts
 SCHEDULES = ("cosine", "linear", "constant", "wsd")
 STRATEGIES = ("auto", "ddp", "fsdp", "deepspeed")
 PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
@@ -86,6 +87,14 @@ class TrainConfig:
     seq_len: int = setting(
         64, MODEL, "Tokens in a sequence, which is as far back as the model can look.", at_least(1), by_preset=True
     )
+    optimizer: str = setting(
+        "adamw",
+        LEARNING,
+        "What makes steps of gradients: adamw, or muon for the blocks' matrices and adamw for all else. A step of muon "
+        "takes longer and learns more; deepspeed cannot have it.",
+        tuple(OPTIMIZERS),
+        by_preset=True,
+    )
     lr: float = setting(3e-3, LEARNING, "Learning rate at its peak.", positive, by_preset=True)
     warmup_steps: int | None = setting(
         None, LEARNING, "Steps in which the learning rate rises. Default: 5 % of all, at most 500.", at_least(0)
@@ -102,7 +111,7 @@ class TrainConfig:
     )
     decay_fraction: float = setting(0.2, "", 'Share of the steps in which the schedule "wsd" falls.', between(0, 1))
     weight_decay: float = setting(
-        0.1, LEARNING, "AdamW's weight decay, of matrices only; norms and biases have none.", at_least(0)
+        0.1, LEARNING, "Weight decay, of matrices only; norms and biases have none.", at_least(0)
     )
     beta1: float = setting(0.9, "", "AdamW's decay rate of the gradient's average.", below_one)
     beta2: float = setting(0.95, "", "AdamW's decay rate of the squared gradient's average.", below_one)
@@ -206,6 +215,11 @@ class TrainConfig:
         for name, declared in SETTINGS.items():
             declared.validate(getattr(self, name))
         self._take_sizes()
+        if self.optimizer == "muon" and self.strategy == "deepspeed":
+            raise ValueError(
+                "optimizer is 'muon', which needs whole matrices, and strategy 'deepspeed' cuts them anywhere; take "
+                "'adamw', or one of the strategies 'ddp' and 'fsdp'"
+            )
         processes = self.devices * self.num_nodes
         if self.batch_size % (self.micro_batches * processes):
             raise ValueError(
@@ -253,7 +267,12 @@ class TrainConfig:
         chosen = PRESETS[preset]
         names = {field.name for field in fields(cls)} - set(SIZES)  # which the constructor takes from the preset
         values = {name: value for name, value in asdict(chosen).items() if name in names}
-        values.update({name: value for name, value in changes.items() if value is not None})
+        given = {name: value for name, value in changes.items() if value is not None}
+        if given.get("strategy") == "deepspeed":
+            values["optimizer"] = "adamw"
+        values.update(given)
+        if values["optimizer"] == "adamw" and "lr" not in given:
+            values["lr"] = chosen.adamw_lr or chosen.lr
         if values.get("tokenizer", "bpe") != "bpe" and changes.get("vocab_size") is None:
             # The preset counts BPE tokens. Characters are few; words are many more than tokens.
             values["vocab_size"] = None if values["tokenizer"] == "char" else 4 * chosen.vocab_size
@@ -322,7 +341,7 @@ def saved_config(saved: dict[str, Any], run: str | PathLike[str]) -> TrainConfig
 def describe(config: TrainConfig) -> str:
     """Return what a training will do in three lines: the model, the steps with their learning rate, and the rest."""
     c = config
-    peak = f"lr {c.lr:g}"
+    peak = f"{OPTIMIZERS[c.optimizer]}, lr {c.lr:g}"
     if c.warmup:
         peak += f" after {count(c.warmup, 'warmup step')}"
     low = f"{c.lr * c.min_lr_ratio:g}"

@@ -3,7 +3,7 @@
     checkpoints/step-00000200/
         model.safetensors      the weights
         averages.safetensors   their moving averages, if there are any
-        optimizer.safetensors  AdamW's state, by the names of the weights
+        optimizer.safetensors  AdamW's or Muon's state, by the names of the weights
         state.json             the step, what the validations found, what belongs to which run
 
 A checkpoint is written beside its name and renamed when all of it is on the disk, so one that has its name is whole.
@@ -72,7 +72,7 @@ def save_checkpoint(
     All processes call it; rank 0 writes.
 
     Args:
-        engine: with AdamW.
+        engine: with its optimizer.
         out: the run folder.
         model: sharded or not: its own parameters' names are the files'.
         averages: of the weights.
@@ -199,13 +199,14 @@ def _optimizer_state(model: nn.Module, optimizer: Any) -> Iterator[tuple[str, Te
 
 
 def _make_optimizer_state(optimizer: Any) -> None:
-    """Make AdamW's state before its first step does."""
+    """Make the state of AdamW, and of Muon's group, before its first step does."""
     for group in optimizer.param_groups:
+        averages = ("momentum_buffer",) if "momentum" in group else ("exp_avg", "exp_avg_sq")
         for parameter in group["params"]:
             state = optimizer.state[parameter]
-            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-            state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-            state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+            if "momentum" not in group:
+                state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+            state |= {name: torch.zeros_like(parameter, memory_format=torch.preserve_format) for name in averages}
 
 
 def _gather(engine: Engine, tensors: Any) -> dict[str, Tensor]:

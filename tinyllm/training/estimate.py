@@ -17,11 +17,12 @@ import torch
 from tinyllm._internal.memory import memory
 from tinyllm._internal.words import binary_size, duration, option, short_number, size
 from tinyllm.config.model import SimpleLLMConfig
-from tinyllm.config.training import PRECISIONS, SETTINGS, TrainConfig
+from tinyllm.config.training import OPTIMIZERS, PRECISIONS, SETTINGS, TrainConfig
 from tinyllm.model import SimpleLLM
 
-# Bytes for each parameter: the weight, its gradient, AdamW's two moments, and the copy that autocast computes with.
-_BYTES = dict(zip(PRECISIONS, ((4, 4, 8, 0), (4, 4, 8, 2), (2, 2, 4, 0)), strict=True))
+# Bytes for each parameter: the weight, its gradient, an average of the optimizer's, and the copy that autocast computes
+# with. AdamW has two averages for each parameter, Muon one for each number in a hidden matrix.
+_BYTES = dict(zip(PRECISIONS, ((4, 4, 4, 0), (4, 4, 4, 2), (2, 2, 2, 0)), strict=True))
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,8 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Settings:
-    """Machines that `report` assumes: devices, B and T on each, GiB of each, its peak, the fraction of it reached."""
+    """Machines that `report` assumes, devices, B and T on each, GiB of each, its peak, the fraction of it reached, and
+    the optimizer."""
 
     devices: int
     batch_size: int
@@ -71,6 +73,7 @@ class Settings:
     device_memory: float
     peak_tflops: float
     mfu: float
+    optimizer: str = "adamw"
 
 
 def estimate(
@@ -81,8 +84,9 @@ def estimate(
     seq_len: int | None = None,
     precision: str = "bf16-mixed",
     checkpointing: bool = False,
+    optimizer: str = "adamw",
 ) -> Estimate:
-    """Estimate parameters, computation and memory of training a model with AdamW.
+    """Estimate parameters, computation and memory of training a model.
 
     The strategies: "ddp" has everything on every device; "fsdp" a share of everything, and two blocks' weights
     gathered while one works and the next one comes; "deepspeed" (its stage 2) all weights, and a share of gradients and
@@ -95,9 +99,10 @@ def estimate(
         seq_len: T; None: the model's max_seq_len.
         precision: see `TrainConfig`.
         checkpointing: keep only each block's input and compute the rest of it again in backward.
+        optimizer: see `TrainConfig`.
 
     Raises:
-        ValueError: a number below 1, seq_len above max_seq_len, an unknown precision.
+        ValueError: a number below 1, seq_len above max_seq_len, an unknown precision or optimizer.
     """
     seq_len = config.max_seq_len if seq_len is None else seq_len
     for name, value in (("devices", devices), ("batch_size", batch_size), ("seq_len", seq_len)):
@@ -106,28 +111,41 @@ def estimate(
     if seq_len > config.max_seq_len:
         raise ValueError(f"seq_len is {seq_len}; the model takes at most max_seq_len, {config.max_seq_len}")
     SETTINGS["precision"].validate(precision)
+    SETTINGS["optimizer"].validate(optimizer)
     with torch.device("meta"):
         model = SimpleLLM.from_config(config)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     block = sum(parameter.numel() for parameter in model.transformer_blocks[0].parameters()) if config.num_layers else 0
     activations = batch_size * seq_len * _activation_bytes(config, seq_len, precision, checkpointing)
 
-    weight, gradient, optimizer, copy = _BYTES[precision]
+    weight, gradient, average, copy = _BYTES[precision]
     share = -(-parameters // devices)
+    averages = _averages(config, parameters, optimizer)
+    one, shared = average * averages, average * -(-averages // devices)
     gathered = 2 * block * (weight if copy == 0 else copy) if devices > 1 else 0
     memory = {
-        "ddp": Memory((weight + copy) * parameters, gradient * parameters, optimizer * parameters, activations),
-        "fsdp": Memory(weight * share + gathered, gradient * share, optimizer * share, activations),
-        "deepspeed": Memory((weight + copy) * parameters, gradient * share, optimizer * share, activations),
+        "ddp": Memory((weight + copy) * parameters, gradient * parameters, one, activations),
+        "fsdp": Memory(weight * share + gathered, gradient * share, shared, activations),
+        "deepspeed": Memory((weight + copy) * parameters, gradient * share, shared, activations),
     }
     return Estimate(parameters, _flops_per_token(config, seq_len), memory)
+
+
+def _hidden_weights(config: SimpleLLMConfig) -> int:
+    """Return how many numbers are in the blocks' matrices."""
+    projections = 4 if config.num_heads > 1 else 3  # one head has no output projection
+    return config.num_layers * (projections * config.embedding_dim**2 + 2 * config.embedding_dim * config.hidden_dim)
+
+
+def _averages(config: SimpleLLMConfig, parameters: int, optimizer: str) -> int:
+    """Return how many numbers an optimizer keeps."""
+    return 2 * parameters - (_hidden_weights(config) if optimizer == "muon" else 0)
 
 
 def _flops_per_token(config: SimpleLLMConfig, seq_len: int) -> int:
     """Count the FLOPs of matmuls alone; the rest is below a percent of them."""
     size = config.embedding_dim
-    projections = 4 if config.num_heads > 1 else 3  # one head has no output projection
-    weights = config.num_layers * (projections * size**2 + 2 * size * config.hidden_dim) + size * config.vocab_size
+    weights = _hidden_weights(config) + size * config.vocab_size
     seen = (seq_len + 1) / 2 if config.causal else seq_len  # keys, for each query on average
     attention = config.num_layers * 2 * size * seen
     # A product of forward costs two of its size in backward.
@@ -164,7 +182,8 @@ def report(name: str, config: SimpleLLMConfig, found: Estimate, settings: Settin
         f"computation  {short_number(found.flops_per_token)} FLOP a token, forward and backward",
         "",
         f"On {'one device' if alone else f'each of {settings.devices} devices'} of {settings.device_memory:g} GiB, "
-        f"with {settings.batch_size} x {settings.seq_len} tokens at a time, {settings.precision}, AdamW:",
+        f"with {settings.batch_size} x {settings.seq_len} tokens at a time, {settings.precision}, "
+        f"{OPTIMIZERS[settings.optimizer]}:",
         f"{'':<11}{'weights':>11}{'gradients':>12}{'optimizer':>12}{'activations':>13}{'in all':>11}  fits",
     ]
     for strategy, used in {"": found.memory["ddp"]}.items() if alone else found.memory.items():
@@ -248,8 +267,9 @@ def checkpoint_bytes(config: TrainConfig, parameters: int) -> tuple[int, int]:
     """Return the size of a checkpoint and that of the weights alone, which is what a trained model is."""
     width = _BYTES[config.precision][0]
     averages = _AVERAGE_BYTES if config.ema is not None else 0
-    # The averages are the model's weights then. AdamW keeps two numbers for each weight.
-    return parameters * (3 * width + averages), parameters * (averages or width)
+    kept = _averages(config.model_config(1), parameters, config.optimizer)
+    # The averages are the model's weights then.
+    return parameters * (width + averages) + kept * width, parameters * (averages or width)
 
 
 def check_disk(config: TrainConfig, parameters: int, out: Path, say: Say) -> None:
@@ -282,6 +302,7 @@ def _needed(config: TrainConfig, vocab_size: int, device: torch.device) -> Memor
         batch_size=config.batch_size // (config.micro_batches * processes),
         precision=config.precision,
         checkpointing=config.checkpointing,
+        optimizer=config.optimizer,
     )
     one = found.memory["ddp" if config.strategy == "auto" else config.strategy]
     averages = 0 if config.ema is None else _AVERAGE_BYTES * found.parameters

@@ -1,7 +1,8 @@
 """The training loop: from a model and batches to trained weights, checkpoints and a record of how it went.
 
-It is the field's usual recipe, and the one of GPT-2 and its successors: AdamW with decay on matrices only, a warmup and
-a decay of the learning rate, gradients clipped by their global norm, next-token cross-entropy.
+It is the field's usual recipe, and the one of GPT-2 and its successors: AdamW with decay on matrices only, or Muon for
+those of the blocks, a warmup and a decay of the learning rate, gradients clipped by their global norm, next-token
+cross-entropy.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from tinyllm.runs.succession import settle
 from tinyllm.tokenizer import Tokenizer
 from tinyllm.training.checkpoint import Progress, load_checkpoint, load_weights, prune, save_checkpoint, save_weights
 from tinyllm.training.engine import Engine, TrainingModule
-from tinyllm.training.optim import AveragedWeights, adamw, learning_rate
+from tinyllm.training.optim import AveragedWeights, learning_rate, make_optimizer
 from tinyllm.training.recorder import Recorder
 
 
@@ -83,7 +84,7 @@ def fit(
     there = checkpoints(out)
     engine.setup(
         module,
-        lambda m: adamw(m, config),
+        lambda m: make_optimizer(m, config),
         fill=None if weights is None or there else lambda: load_weights(weights, model),
         seed=config.seed,
         compiled=config.compile,

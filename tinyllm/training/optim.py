@@ -3,18 +3,36 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from tinyllm.config.training import TrainConfig
+from tinyllm.training.muon import Muon
 
 
-def adamw(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """Fused AdamW (Loshchilov and Hutter 2019) in two groups: weight decay for matrices, none for biases and norms."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """Return what `config.optimizer` names: AdamW, or Muon for the blocks' matrices and AdamW for all else."""
+    if config.optimizer == "adamw":
+        return adamw(model, config)
+    matrices = [
+        parameter
+        for name, parameter in model.named_parameters()
+        if "transformer_blocks." in name and parameter.dim() == 2 and parameter.requires_grad
+    ]
+    rest = adamw(model, config, without=matrices)
+    return Muon(matrices, rest, lr=config.lr, weight_decay=config.weight_decay) if matrices else rest
+
+
+def adamw(model: nn.Module, config: TrainConfig, without: Collection[Tensor] = ()) -> torch.optim.AdamW:
+    """Fused AdamW (Loshchilov and Hutter 2019) in two groups: weight decay for matrices, none for biases and norms.
+
+    Parameters that are in `without` are another optimizer's.
+    """
+    others = {id(parameter) for parameter in without}
+    parameters = [p for p in model.parameters() if p.requires_grad and id(p) not in others]
     groups = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
