@@ -40,6 +40,7 @@ SECTIONS = {
     "model": "The whole model",
     "launch": "The cost of a launch",
     "char": "A character model: `tinyllm train` and a GPT in plain PyTorch",
+    "goal": "A character model until it has a loss: `tinyllm train`, and plain PyTorch by nanoGPT's recipe",
     "gpt2": "GPT-2's size: SimpleLLM and Hugging Face's model",
     "engine": "What `tinyllm train` costs beside a loop with nothing around the model",
 }
@@ -200,7 +201,7 @@ def side_by_side(found: Mapping[str, Results], names: Iterable[str] | None = Non
         factors = [factor(row) for row in rows.values()]
         cells = [f"{format_time(rows[f]['median_s'])}, {factor(rows[f]):.2f}x" if f in rows else "" for f in found]
         table.append([name, *cells, *([f"{min(factors):.2f}x", f"{max(factors):.2f}x"] if several else [])])
-    return _markdown(table)
+    return markdown(table)
 
 
 def section_table(rows: Sequence[RowFacts]) -> list[str]:
@@ -223,10 +224,10 @@ def section_table(rows: Sequence[RowFacts]) -> list[str]:
             bold = "**" if ratio and ratios[who] == min(ratios.values()) else ""
             cells.append(_time_cell(found.get(who, {})) + ratio.replace(" ", f" {bold}") + bold)
         table.append(cells)
-    return _markdown(table)
+    return markdown(table)
 
 
-def _markdown(table: Sequence[Sequence[str]]) -> list[str]:
+def markdown(table: Sequence[Sequence[str]]) -> list[str]:
     """Return a table's lines; the first one is the header."""
     lines = ["| " + " | ".join(cells) + " |" for cells in table]
     return [lines[0], "|---|" + "---:|" * (len(table[0]) - 1), *lines[1:]]
@@ -310,6 +311,9 @@ def _training_notes(section: str, rows: Sequence[RowFacts], details: Results) ->
             f"The median difference is {cost} a step, {share:.1%} of the loop's, with the same",
             f"losses to the bit. Waiting for data takes {wait}, {details['wait_fraction']:.2%}.",
         ]
+    if section == "goal":
+        ends = [f"{name} {details['val_loss'][name]:.3f} after {n:,} steps" for name, n in details["steps"].items()]
+        return [*left_out, f"Validation loss at the end: {', '.join(ends)}."]
     speeds = [f"{row['provider']} {row['tokens'] / row['median_s']:,.0f}" for row in rows if is_measured(row)]
     lines = [*left_out, f"Tokens a second: {', '.join(speeds)}."]
     if section == "gpt2":
@@ -417,7 +421,7 @@ def _headline_table(found: Mapping[str, Results]) -> str:
             if row["section"] == "engine":  # our own model beside itself
                 continue
             slowest[name] = min(slowest.get(name, factor(row)), factor(row))
-            if row.get("headline") or row["section"] in ("char", "gpt2"):
+            if row.get("headline") or row["section"] in ("char", "goal", "gpt2"):
                 shown.append(name)
     slower = sorted((name for name in slowest if slowest[name] < 1), key=slowest.__getitem__)
     lines = side_by_side(found, [*shown, *slower[:MOST_SLOWER]])

@@ -1,7 +1,9 @@
 """Compare how fast training is, everything counted: data, forward, backward, clipping, optimizer and bookkeeping.
 
-    python -m benchmarks.training              all three; some ten minutes
+    python -m benchmarks.training              all of these; a quarter of an hour
     python -m benchmarks.training --only char  what `tinyllm train --tokenizer char` does, beside plain PyTorch
+    python -m benchmarks.training --only goal  the time to a loss, of `tinyllm train` by its own recipe and of plain
+                                               PyTorch by nanoGPT's; three minutes
     python -m benchmarks.training --only gpt2  GPT-2's size, beside Hugging Face's model
     python -m benchmarks.training --only engine    `tinyllm train` beside a bare loop of the same model
     python -m benchmarks.training --quick      a first impression
@@ -16,9 +18,7 @@ their times do.
 
 from __future__ import annotations
 
-import io
 import os
-import random
 import sys
 import tempfile
 import time
@@ -27,7 +27,7 @@ from contextlib import redirect_stderr
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from statistics import fmean, median
+from statistics import median
 from typing import Any
 
 # Before torch reads it: torch.compile's worker processes would still be starting when the first steps are timed.
@@ -51,135 +51,21 @@ from tinyllm.runs.metrics import read_metrics
 from tinyllm.tokenizer import CharTokenizer
 from tinyllm.training import loop
 from tinyllm.training.engine import launch
-from tinyllm.training.optim import adamw, learning_rate
+from tinyllm.training.optim import adamw
 
 from . import machine, report
-from .measure import MIN_ROUNDS, relative_error, statistics_of
+from .measure import relative_error, statistics_of
 from .peers import HuggingFace, PlainLLM, gpt2_names
 from .row import FLOPS, OURS, STEP
+from .turns import LOG_INTERVAL, HandWritten, LossOf, NextBatch, Rounds, Run, Terminal, Turns, in_turns
 from .work import model_flops
 
 PLAIN, COMPILED, BARE = "plain PyTorch", "torch.compile", "bare loop"
 HF, HF_COMPILED = "Hugging Face", "torch.compile of it"
-SECTIONS = ("char", "gpt2", "engine")
-LOG_INTERVAL = 10  # the default of `tinyllm train`
+SECTIONS = ("char", "goal", "gpt2", "engine")
 CHARACTERS = 65
 GPT2 = SimpleLLMConfig(50257, 768, 3072, 12, 12, True, 256, 0.0, "gelu", True, True, True, "learned")
 GPT2_BATCH = 4
-
-LossOf = Callable[[Tensor, Tensor], Tensor]
-NextBatch = Callable[[], tuple[Tensor, Tensor]]
-Run = Callable[[int], None]  # does so many steps
-
-
-# ---- Loops that take turns
-
-
-@dataclass
-class HandWritten:
-    """A loop as one writes it: `run(n)` does the next n steps. Fused AdamW, the schedule and clipping of `config`."""
-
-    loss_of: LossOf
-    optimizer: torch.optim.Optimizer
-    config: TrainConfig
-    next_batch: NextBatch
-    step: int = 0
-
-    def __post_init__(self) -> None:
-        self._parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-
-    def run(self, steps: int) -> None:
-        for _ in range(steps):
-            self.step += 1
-            lr = learning_rate(self.step, self.config)
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
-            loss = self.loss_of(*self.next_batch())
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(self._parameters, self.config.grad_clip)
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
-            if self.step % LOG_INTERVAL == 0:
-                loss.item()  # as for a log
-
-
-@dataclass
-class Rounds:
-    """Rounds in which everyone had a turn: name -> seconds a step, and how many cores other programs used meanwhile,
-    None where the system does not tell."""
-
-    times: list[dict[str, float]] = field(default_factory=list)
-    loads: list[float | None] = field(default_factory=list)
-
-    def undisturbed(self) -> Rounds:
-        """Return those that others left alone, whatever their times; all of them if these are too few."""
-        quiet = [i for i, load in enumerate(self.loads) if (load or 0.0) < machine.DISTURBED]
-        if len(quiet) < MIN_ROUNDS:
-            return self
-        return Rounds([self.times[i] for i in quiet], [self.loads[i] for i in quiet])
-
-    def load(self) -> float | None:
-        """Return the mean of the loads that are known."""
-        known = [load for load in self.loads if load is not None]
-        return fmean(known) if known else None
-
-    def of(self, name: str) -> list[float]:
-        """Return one side's times."""
-        return [times[name] for times in self.times]
-
-
-class Turns:
-    """Rounds in which sides take turns of some steps, in an order drawn anew for each round. As a callback of `fit` it
-    lets the others do as many steps as `fit` has done."""
-
-    def __init__(self, sides: Mapping[str, Run], steps: int) -> None:
-        self.rounds = Rounds()
-        self._sides, self._steps = sides, steps
-        self._order, self._shuffle = list(sides), random.Random(0).shuffle
-        self._begun = 0.0
-
-    def begin(self) -> None:
-        """Let all sides have their turn, in a round that is not over yet."""
-        self._others, self._times = machine.OtherLoad(), {}
-        self._shuffle(self._order)
-        for name in self._order:
-            start = time.perf_counter()
-            self._sides[name](self._steps)
-            self._times[name] = (time.perf_counter() - start) / self._steps
-
-    def end(self) -> None:
-        """Note the round."""
-        self.rounds.times.append(self._times)
-        self.rounds.loads.append(self._others.cores())
-
-    def on_step(self, step: int) -> None:
-        """Take part in a training that begins a step. Not noted are the first round, in which all warm up, and the last
-        one, at whose end `fit` validates and saves."""
-        done = step - 1
-        if done % self._steps == 0:
-            if done > self._steps:
-                self._times[OURS] = (time.perf_counter() - self._begun) / self._steps
-                self.end()
-            self.begin()
-            self._begun = time.perf_counter()
-
-
-def in_turns(sides: Mapping[str, Run], rounds: int, steps: int = 1) -> Rounds:
-    """Return rounds of `steps` steps each; one before the first warms all up."""
-    turns = Turns(sides, steps)
-    turns.begin()
-    for _ in range(rounds):
-        turns.begin()
-        turns.end()
-    return turns.rounds
-
-
-class Terminal(io.StringIO):
-    """Terminal on which the progress bar is drawn as often as for a person."""
-
-    def isatty(self) -> bool:
-        return True
-
 
 # ---- What is trained
 
@@ -202,9 +88,9 @@ def prepare_text(corpus: Corpus, folder: Path, seq_len: int, characters: int = C
 
 
 def char_config(steps: int, seed: int = 0, **changes: Any) -> TrainConfig:
-    """Return what `tinyllm train --preset tiny --tokenizer char` trains, with no validation before the end."""
-    fixed: dict[str, Any] = {"tokenizer": "char", "vocab_size": CHARACTERS, "device": "cpu"}
-    return TrainConfig.from_preset("tiny", steps=steps, seed=seed, eval_interval=steps, **fixed, **changes)
+    """Return what `tinyllm train --preset tiny --tokenizer char --optimizer adamw` does, validated at the end only."""
+    fixed: dict[str, Any] = {"tokenizer": "char", "vocab_size": CHARACTERS, "device": "cpu", "optimizer": "adamw"}
+    return TrainConfig.from_preset("tiny", steps=steps, seed=seed, eval_interval=steps, **{**fixed, **changes})
 
 
 def new_model(config: TrainConfig, vocab_size: int) -> SimpleLLM:
@@ -302,7 +188,7 @@ def count(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-# ---- The three comparisons
+# ---- The comparisons
 
 
 @dataclass
@@ -317,22 +203,25 @@ class Measured:
     errors: dict[str, float]
     details: dict[str, Any]
     failed: dict[str, str] = field(default_factory=dict)
+    steps: int = 1  # how many a row's time is of
 
     def rows(self, section: str) -> list[dict[str, Any]]:
         """Return them in the form that `report.make_results` takes."""
         rounds, model, (batch, seq_len) = self.rounds.undisturbed(), self.model, self.batch
+        what = "a step" if self.steps == 1 else "all steps"
         sizes = f"{model.embedding_dim}/{model.hidden_dim}/{model.num_layers}"
         facts = {
-            "benchmark": f"{self.title}, a step {sizes} B{batch} T{seq_len} V{model.vocab_size}",
+            "benchmark": f"{self.title}, {what} {sizes} B{batch} T{seq_len} V{model.vocab_size}",
             "section": section,
             "direction": STEP,
             "dtype": "float32",
             "unit": FLOPS,
-            "tokens": batch * seq_len,
+            "tokens": self.steps * batch * seq_len,
             "threads": torch.get_num_threads(),
             "other_load_cores": rounds.load(),
             "rounds_left_out": len(self.rounds.times) - len(rounds.times),
-            "work": model_flops(
+            "work": self.steps
+            * model_flops(
                 STEP,
                 batch=batch,
                 seq_len=seq_len,
@@ -345,7 +234,7 @@ class Measured:
             ),
         }
         found = [
-            {**facts, "provider": name, "error": error, **statistics_of(rounds.of(name))}
+            {**facts, "provider": name, "error": error, **statistics_of([self.steps * t for t in rounds.of(name)])}
             for name, error in self.errors.items()
         ]
         return found + [{**facts, "provider": name, "failed": why} for name, why in self.failed.items()]
@@ -378,6 +267,30 @@ def measure_char(text: Text, steps: int, seeds: int, compiled: bool = True, **ch
     details = {"steps": steps, "seeds": seeds, "val_loss": val_losses, "parameters": parameters}
     shape = config.batch_size, config.seq_len
     return Measured("character model", ours.config, shape, rounds, errors, details, failed)
+
+
+def measure_goal(text: Text, steps: int = 2000, our_steps: int = 300, **changes: Any) -> Measured:
+    """Compare whole trainings: a GPT in plain PyTorch by nanoGPT's recipe for a small model, in `steps`, and `tinyllm
+    train` by its own, in so few that it ends with the same loss. In a turn each does the same share of its steps."""
+    recipe: dict[str, Any] = {"lr": 1e-3, "warmup_steps": min(100, steps // 20), "beta2": 0.99}
+    theirs, ours = char_config(steps, **recipe, **changes), char_config(our_steps, optimizer=None, **changes)
+    peer = PlainLLM(new_model(theirs, text.tokenizer.vocab_size))
+    batches = random_batches(text.train.paths[0], text.tokenizer.vocab_size, theirs)
+    by_hand = HandWritten(peer.loss, adamw(peer, theirs), theirs, batches)
+    done = 0
+
+    def run(n: int) -> None:
+        nonlocal done
+        done += n
+        by_hand.run(round(done * steps / our_steps) - by_hand.step)
+
+    rounds, fit, _ = fitted(text, ours, {PLAIN: run})
+    ends = {OURS: fit.val_loss, PLAIN: mean_loss(peer.loss, validation(text, ours))}
+    details = {"steps": {OURS: fit.steps, PLAIN: by_hand.step}, "val_loss": ends}
+    model = ours.model_config(text.tokenizer.vocab_size)
+    shape = ours.batch_size, ours.seq_len
+    errors = {OURS: 0.0, PLAIN: 0.0}
+    return Measured("character model to a loss", model, shape, rounds, errors, details, steps=our_steps)
 
 
 def measure_engine(text: Text, steps: int, **changes: Any) -> Measured:
@@ -464,6 +377,8 @@ def bench(only: str | None = None, quick: bool = False, out: Path | None = None)
                 text = text or prepare_text(standard_library(), Path(folder), char_config(1).seq_len)
                 if name == "char":
                     sections[name] = measure_char(text, *((60, 1) if quick else (300, 3)))
+                elif name == "goal":
+                    sections[name] = measure_goal(text, *((200, 30) if quick else ()))
                 else:
                     sections[name] = measure_engine(text, 60 if quick else 600)
             for row in sections[name].rows(name):
@@ -479,7 +394,7 @@ def bench(only: str | None = None, quick: bool = False, out: Path | None = None)
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; return the exit status."""
     parser = report.parser_of("training", __doc__)
-    parser.add_argument("--only", choices=SECTIONS, help="one of the three")
+    parser.add_argument("--only", choices=SECTIONS, help="one of them")
     options = parser.parse_args(arguments)
     return bench(options.only, options.quick, options.out)
 

@@ -16,7 +16,8 @@ import torch
 
 from benchmarks import machine, peers, report, training
 from benchmarks.row import OURS
-from benchmarks.training import BARE, COMPILED, HF, LOG_INTERVAL, PLAIN
+from benchmarks.training import BARE, COMPILED, HF, PLAIN
+from benchmarks.turns import LOG_INTERVAL, Rounds, Turns, in_turns
 from tests.helpers.needs import needs_extension
 from tinyllm.config.model import SimpleLLMConfig
 from tinyllm.data.corpus import find_files
@@ -115,7 +116,7 @@ def test_all_take_turns() -> None:
     done: list[tuple[str, int, int]] = []
     at = 0
     others = {name: lambda n, name=name: done.append((name, n, at)) for name in "ab"}
-    turns = training.Turns(others, LOG_INTERVAL)
+    turns = Turns(others, LOG_INTERVAL)
     for at in range(1, STEPS + 1):
         turns.on_step(at)
     assert sorted(done) == [(name, LOG_INTERVAL, 1 + LOG_INTERVAL * turn) for name in "ab" for turn in range(3)]
@@ -123,20 +124,20 @@ def test_all_take_turns() -> None:
     assert len(turns.rounds.loads) == 1
 
     done.clear()
-    rounds = training.in_turns(others, 3, 2)
+    rounds = in_turns(others, 3, 2)
     assert sorted(done) == [(name, 2, STEPS) for name in "ab" for _ in range(4)]
     assert [len(rounds.of(name)) for name in "ab"] == [3, 3]
 
 
 def test_disturbed_rounds_are_left_out() -> None:
     times = [{OURS: float(i)} for i in range(8)]
-    some = training.Rounds(times, [0.0, 0.5, 0.01, 0.0, None, 0.5, 0.0, 0.09])
+    some = Rounds(times, [0.0, 0.5, 0.01, 0.0, None, 0.5, 0.0, 0.09])
     assert some.undisturbed().of(OURS) == [0, 2, 3, 4, 6, 7]
     assert some.undisturbed().load() == pytest.approx(0.02)
-    many = training.Rounds(times, [0.5] * 4 + [0.0] * 4)
+    many = Rounds(times, [0.5] * 4 + [0.0] * 4)
     assert many.undisturbed() is many  # too few are left
     assert many.load() == 0.25
-    assert training.Rounds(times, [None] * 8).load() is None
+    assert Rounds(times, [None] * 8).load() is None
 
 
 @needs_extension
@@ -148,6 +149,18 @@ def test_character_model(text: training.Text) -> None:
     for losses in facts["val_loss"].values():  # of 10 characters; both seeds learned
         assert len(set(losses)) == 2
         assert max(losses) < math.log(10)
+
+
+@needs_extension
+def test_the_way_to_a_loss(text: training.Text) -> None:
+    """Each does all of its own steps, by its own recipe."""
+    measured = training.measure_goal(text, 7 * LOG_INTERVAL, STEPS, **TINY)
+    assert [times.keys() for times in measured.rounds.times] == [{OURS, PLAIN}]
+    assert measured.details["steps"] == {OURS: STEPS, PLAIN: 7 * LOG_INTERVAL}
+    assert max(measured.details["val_loss"].values()) < math.log(10)
+    (times,) = measured.rounds.times
+    rows = {row["provider"]: row for row in measured.rows("goal")}
+    assert rows[PLAIN]["median_s"] == pytest.approx(STEPS * times[PLAIN])
 
 
 @needs_extension
@@ -171,6 +184,7 @@ def test_gpt2_without_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
 def results(text: training.Text) -> dict[str, Any]:
     sections = {
         "char": training.measure_char(text, STEPS, 1, compiled=False, **TINY),
+        "goal": training.measure_goal(text, 2 * STEPS, STEPS, **TINY),
         "gpt2": training.measure_gpt2(SMALL, 2, rounds=1, compiled=False),
         "engine": training.measure_engine(text, STEPS, **TINY),
     }
