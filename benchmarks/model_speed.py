@@ -96,8 +96,8 @@ def comparison(run: Path, rounds: int | None = None) -> str:
         "",
         f"Medians of {len(step_times[OURS])} and {len(writing_times[OURS])} rounds, in which the two take turns.",
         "Both have the same weights, the same text and, but for rounding, the same logits. Plain PyTorch uses its own",
-        "layer_norm, scaled_dot_product_attention, linear and cross_entropy. The optimizer, which the two share, is in",
-        "the times.",
+        "layer_norm, scaled_dot_product_attention, linear and cross_entropy. AdamW, which the two share, is in the",
+        "times.",
     ]
     return "\n".join(lines)
 

@@ -341,7 +341,7 @@ def test_d_small_models_are_estimated_in_small_units(here: Here, tmp_path: Path)
     status, out, _ = here("estimate", "--preset", "tiny", cwd=tmp_path)
     assert status == 0
     assert "0.0 " not in out
-    assert re.search(r"7\.6 MiB +5\.1 MiB +10\.1 MiB +1\.2 MiB +24\.0 MiB  yes", out)
+    assert re.search(r"7\.6 MiB +5\.1 MiB +7\.1 MiB +1\.2 MiB +21\.0 MiB  yes", out)
     assert "49.1M tokens/s in all; 20 tokens a parameter take 0.5 seconds" in out
 
 

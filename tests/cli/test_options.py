@@ -281,7 +281,7 @@ def test_a_resumed_training_takes_changes_from_a_file(run: Path, here: Here, tmp
 def test_what_a_preset_decides_is_described() -> None:
     assert describe(TrainConfig.from_preset("tiny", seed=3)).splitlines() == [
         "Preset: tiny, with 4 layers, 4 heads, embedding dimension 128, hidden dimension 512",
-        "Plan: 1,000 steps of 12 x 64 tokens; AdamW, lr 0.003 after 50 warmup steps, cosine to 0.0003",
+        "Plan: 500 steps of 24 x 64 tokens; Muon, lr 0.02 after 25 warmup steps, cosine to 0.002",
         "Settings: weight decay 0.1, dropout 0, 32-true, validation and checkpoint every 100 steps; seed 3",
     ]
     changed = small(steps=1, schedule="wsd", dropout=0.5, packing=True, compile=True, ema=0.9, micro_batches=4)

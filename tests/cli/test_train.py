@@ -269,7 +269,15 @@ def small_disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]
 
 
 # The model below has 0.21 MB of weights, and a checkpoint of it 0.64 MB.
-WIDE = {"steps": 8, "eval_interval": 2, "embedding_dim": 64, "hidden_dim": 256, "num_layers": 1, "num_heads": 4}
+WIDE = {
+    "optimizer": "adamw",
+    "steps": 8,
+    "eval_interval": 2,
+    "embedding_dim": 64,
+    "hidden_dim": 256,
+    "num_layers": 1,
+    "num_heads": 4,
+}
 
 
 @pytest.mark.parametrize(

@@ -129,9 +129,18 @@ def test_presets_are_the_sizes_promised(name: str) -> None:
         assert SimpleLLM.from_config(config).config == config
 
 
-def test_tiny_is_the_benchmarks_shape() -> None:
-    config = TrainConfig.from_preset("tiny")
-    assert (config.seq_len, config.batch_size) == (64, 12)
+def test_a_preset_has_a_recipe_for_each_optimizer() -> None:
+    names = ("optimizer", "batch_size", "seq_len", "steps", "lr", "beta2")
+
+    def recipe(**changes: Any) -> tuple[Any, ...]:
+        config = TrainConfig.from_preset("tiny", **changes)
+        return tuple(getattr(config, name) for name in names)
+
+    assert recipe() == recipe(optimizer="muon") == ("muon", 24, 64, 500, 2e-2, 0.99)
+    assert recipe(optimizer="adamw") == ("adamw", 12, 64, 1000, 3e-3, 0.95)  # the shape of the benchmarks, too
+    assert recipe(optimizer="adamw", lr=1.0, batch_size=3)[1::3] == (3, 1.0)
+    assert recipe(strategy="deepspeed") == recipe(optimizer="adamw")  # it cannot have Muon
+    assert TrainConfig().optimizer == "adamw"
 
 
 def test_from_preset_takes_changes_that_are_not_none() -> None:

@@ -113,8 +113,8 @@ class TrainConfig:
     weight_decay: float = setting(
         0.1, LEARNING, "Weight decay, of matrices only; norms and biases have none.", at_least(0)
     )
-    beta1: float = setting(0.9, "", "AdamW's decay rate of the gradient's average.", below_one)
-    beta2: float = setting(0.95, "", "AdamW's decay rate of the squared gradient's average.", below_one)
+    beta1: float = setting(0.9, "", "The decay rate of the gradient's average.", below_one)
+    beta2: float = setting(0.95, "", "AdamW's decay rate of the squared gradient's average.", below_one, by_preset=True)
     grad_clip: float = setting(
         1.0, LEARNING, "The largest norm of the gradient; longer ones are scaled down.", positive
     )
@@ -270,9 +270,9 @@ class TrainConfig:
         given = {name: value for name, value in changes.items() if value is not None}
         if given.get("strategy") == "deepspeed":
             values["optimizer"] = "adamw"
+        if given.get("optimizer", values["optimizer"]) == "adamw":
+            values.update(chosen.with_adamw)
         values.update(given)
-        if values["optimizer"] == "adamw" and "lr" not in given:
-            values["lr"] = chosen.adamw_lr or chosen.lr
         if values.get("tokenizer", "bpe") != "bpe" and changes.get("vocab_size") is None:
             # The preset counts BPE tokens. Characters are few; words are many more than tokens.
             values["vocab_size"] = None if values["tokenizer"] == "char" else 4 * chosen.vocab_size

@@ -23,7 +23,9 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
         if "transformer_blocks." in name and parameter.dim() == 2 and parameter.requires_grad
     ]
     rest = adamw(model, config, without=matrices)
-    return Muon(matrices, rest, lr=config.lr, weight_decay=config.weight_decay) if matrices else rest
+    if not matrices:
+        return rest
+    return Muon(matrices, rest, lr=config.lr, weight_decay=config.weight_decay, momentum=config.beta1)
 
 
 def adamw(model: nn.Module, config: TrainConfig, without: Collection[Tensor] = ()) -> torch.optim.AdamW:
