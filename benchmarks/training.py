@@ -269,7 +269,7 @@ def measure_char(text: Text, steps: int, seeds: int, compiled: bool = True, **ch
     return Measured("character model", ours.config, shape, rounds, errors, details, failed)
 
 
-def measure_goal(text: Text, steps: int = 2000, our_steps: int = 300, **changes: Any) -> Measured:
+def measure_goal(text: Text, steps: int = 2000, our_steps: int = 290, **changes: Any) -> Measured:
     """Compare whole trainings: a GPT in plain PyTorch by nanoGPT's recipe for a small model, in `steps`, and `tinyllm
     train` by its own, in so few that it ends with the same loss. In a turn each does the same share of its steps."""
     recipe: dict[str, Any] = {"lr": 1e-3, "warmup_steps": min(100, steps // 20), "beta2": 0.99}

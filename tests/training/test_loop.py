@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 
 from tests.helpers.runs import RUN, TEXT, history, losses, small, tokens
 from tinyllm._internal.interrupt import noting_signals
+from tinyllm.config.training import OPTIMIZERS
 from tinyllm.data.batches import TokenDataset, val_loader
 from tinyllm.evaluation import evaluate_texts
 from tinyllm.model import SimpleLLM
@@ -95,16 +96,20 @@ def test_a_step_is_adamws(text: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("changes", [{"micro_batches": 3}, {"checkpointing": True}, {"workers": 1}])
-def test_how_a_step_is_computed_does_not_change_it(changes: dict[str, Any], text: Path, tmp_path: Path) -> None:
-    options = {"steps": 6, "log_interval": 1, "preset": "tiny", "lr": 2e-3, "dropout": 0.0}
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_how_a_step_is_computed_does_not_change_it(
+    optimizer: str, changes: dict[str, Any], text: Path, tmp_path: Path
+) -> None:
+    options = {"steps": 6, "log_interval": 1, "preset": "tiny", "lr": 2e-3, "dropout": 0.0, "optimizer": optimizer}
     train(small(**options), tmp_path / "a", [text], progress=False)
     train(small(**options, **changes), tmp_path / "b", [text], progress=False)
     assert losses(tmp_path / "b") == pytest.approx(losses(tmp_path / "a"), rel=1e-5)
     assert losses(tmp_path / "b", "val") == pytest.approx(losses(tmp_path / "a", "val"), rel=1e-5)
 
 
-def test_compile(text: Path, tmp_path: Path) -> None:
-    options = {"steps": 2, "log_interval": 1, "seq_len": 8, "sample_tokens": 0}
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_compile(optimizer: str, text: Path, tmp_path: Path) -> None:
+    options = {"steps": 2, "log_interval": 1, "seq_len": 8, "sample_tokens": 0, "optimizer": optimizer}
     train(small(**options), tmp_path / "a", [text], progress=False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the compiler, about itself
