@@ -41,7 +41,7 @@ dev: .venv/installed .venv/dev
 
 demo: .venv/installed
 	$(BIN)/tinyllm info
-	$(BIN)/tinyllm train --preset tiny --steps $(or $(STEPS),370) --out runs/demo --overwrite
+	$(BIN)/tinyllm train --preset tiny --steps $(or $(STEPS),380) --out runs/demo --overwrite
 	$(BIN)/tinyllm generate --run runs/demo --prompt "def" --max-new-tokens 120 --seed 1
 	$(BIN)/python -m benchmarks.model_speed --run runs/demo
 
