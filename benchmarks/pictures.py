@@ -41,7 +41,7 @@ def draw(kind: str, found: Mapping[str, Results], folder: Path) -> list[Path]:
     return paths
 
 
-def _figure(width: float, height: float) -> Any:
+def figure_of(width: float, height: float) -> Any:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -55,7 +55,7 @@ def digest(shown: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(shown, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _save(figure: Any, path: Path, shown: Mapping[str, Any]) -> None:
+def save_figure(figure: Any, path: Path, shown: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", metadata={"Software": None, "Source": digest(shown)})
@@ -71,7 +71,7 @@ def draw_speedups(found: Mapping[str, Results], path: Path) -> None:
     for before, name in zip([None, *names], names, strict=False):
         place += 1.0 if before is None or rows[before] == rows[name] else 1.6
         places[name] = place
-    figure = _figure(10, 1.6 + 0.2 * place)
+    figure = figure_of(10, 1.6 + 0.2 * place)
     axes = figure.add_subplot()
     for i, (family, each) in enumerate(by_family.items()):
         speedups = [factor(row) for row in each.values()]
@@ -88,7 +88,7 @@ def draw_speedups(found: Mapping[str, Results], path: Path) -> None:
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(axis="y", length=0)
     figure.legend(loc="outside lower center", frameon=False, fontsize=8)
-    _save(figure, path, found)
+    save_figure(figure, path, found)
 
 
 def _over_length(results: Results) -> dict[tuple[str, int], list[Mapping[str, Any]]]:
@@ -105,7 +105,7 @@ def _over_length(results: Results) -> dict[tuple[str, int], list[Mapping[str, An
 def draw_lengths(results: Results, path: Path) -> None:
     """Draw the rate of causal attention over T, a panel for each direction and head_dim."""
     panels = _over_length(results)
-    figure = _figure(4.5 * len(panels) + 1, 4.2)
+    figure = figure_of(4.5 * len(panels) + 1, 4.2)
     for axes, ((direction, size), rows) in zip(
         figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
     ):
@@ -125,4 +125,4 @@ def draw_lengths(results: Results, path: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, fontsize=9)
     figure.suptitle(f"{machine_line(results)}; {results['date'][:10]}", fontsize=8, color="#555555")
-    _save(figure, path, results)
+    save_figure(figure, path, results)
