@@ -68,7 +68,8 @@ def _calls(operator: str, dtype: torch.dtype, device: str, backend: str) -> Iter
                     case.ours(*case.inputs)
                 found = case.ours(*case.inputs)
                 outputs = [found] if isinstance(found, torch.Tensor) else list(found)
-                torch.autograd.grad(outputs, leaves, [draw.floats(*x.shape).to(x.dtype) for x in outputs])
+                if outputs[0].requires_grad:  # unlike an optimizer's step
+                    torch.autograd.grad(outputs, leaves, [draw.floats(*x.shape).to(x.dtype) for x in outputs])
             if device == "cuda":
                 torch.cuda.synchronize()
         except dispatch.CannotServeError:

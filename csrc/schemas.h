@@ -82,6 +82,12 @@ void define_operators(Library& m) {
       "transformer_bwd(Tensor grad, Tensor input, Tensor[] parameters, Tensor? positions, Tensor? target, Tensor saved,"
       " int num_layers, int num_heads, bool causal, bool norm_first, str activation, float eps1, float eps2,"
       " float dropout_p, Tensor? rng, bool positions_grad) -> (Tensor[] grads, Tensor grad_added)");
+  // The Euclidean norm of all tensors together, in the compute dtype.
+  m.def("adamw_norm(Tensor[] tensors) -> Tensor");
+  // A step in place. Gradients are multiplied by clip_coef as they are read, and stay as they are.
+  m.def(
+      "adamw_step(Tensor(a!)[] parameters, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs,"
+      " Tensor(d!)[] steps, float lr, float beta1, float beta2, float eps, float weight_decay, float clip_coef) -> ()");
 }
 
 }  // namespace tinyllm

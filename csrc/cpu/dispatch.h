@@ -75,6 +75,11 @@ struct Kernels {
   // Write the gradient in front of an activation, from its gate and the gradient behind it, for elements [begin, end).
   Kernel<Activation, const void*, const void*, void*, int64_t, int64_t> gate;
 
+  // Return the sum of the squares of the elements [begin, end).
+  PerDType<double (*)(const void*, int64_t, int64_t)> sum_of_squares;
+  // Process the elements [begin, end).
+  Kernel<const AdamW&, int64_t, int64_t> adamw_step;
+
   PerDType<int64_t> vector;  // elements of the compute type in a vector
   PerDType<int64_t> nr;      // columns of the micro-kernel's tile, and of a packed panel of B
   int64_t mr;                // rows of the micro-kernel's tile

@@ -1,4 +1,5 @@
 // Included last by each isa_<name>.cpp: the table of all kernels, compiled for that instruction set.
+#include "adamw_kernel.h"
 #include "attention_bwd_kernel.h"
 #include "attention_decode_kernel.h"
 #include "attention_fwd_kernel.h"
@@ -49,6 +50,8 @@ constexpr cpu::Kernels table(const char* name) {
       .gemv = TINYLLM_ALL_DTYPES(gemv),
       .column_sums = TINYLLM_ALL_DTYPES(column_sums),
       .gate = TINYLLM_ALL_DTYPES(gate_all),
+      .sum_of_squares = TINYLLM_ALL_DTYPES(sum_of_squares),
+      .adamw_step = TINYLLM_ALL_DTYPES(adamw_step),
       .vector = {{Vec<float>::size, Vec<double>::size, Vec<float>::size, Vec<float>::size}},
       .nr = {{kNR<float>, kNR<double>, kNR<float>, kNR<float>}},
       .mr = kMR,

@@ -189,4 +189,16 @@ struct SumRows {
   Dropout dropout = {};  // applies to the rows that are summed, as in Embedding
 };
 
+// One contiguous tensor of an AdamW step.
+struct AdamW {
+  void* parameter;
+  const void* grad;
+  void *exp_avg, *exp_avg_sq;
+  double clip_coef;  // multiplies the gradient
+  double beta1, beta2, eps;
+  double keep;               // 1 - lr * weight_decay
+  double step_size;          // lr / (1 - beta1^step)
+  double denominator_scale;  // 1 / sqrt(1 - beta2^step)
+};
+
 }  // namespace tinyllm::cpu

@@ -42,6 +42,7 @@ struct Vec<float> {
   Vec operator-(Vec b) const { return {_mm256_sub_ps(v, b.v)}; }
   Vec operator*(Vec b) const { return {_mm256_mul_ps(v, b.v)}; }
   Vec operator/(Vec b) const { return {_mm256_div_ps(v, b.v)}; }
+  Vec sqrt() const { return {_mm256_sqrt_ps(v)}; }
   Vec where_positive(Vec gate) const {
     return {_mm256_and_ps(_mm256_cmp_ps(gate.v, _mm256_setzero_ps(), _CMP_NLE_UQ), v)};
   }
@@ -96,6 +97,7 @@ struct Vec<double> {
   Vec operator-(Vec b) const { return {_mm256_sub_pd(v, b.v)}; }
   Vec operator*(Vec b) const { return {_mm256_mul_pd(v, b.v)}; }
   Vec operator/(Vec b) const { return {_mm256_div_pd(v, b.v)}; }
+  Vec sqrt() const { return {_mm256_sqrt_pd(v)}; }
   Vec where_positive(Vec gate) const {
     return {_mm256_and_pd(_mm256_cmp_pd(gate.v, _mm256_setzero_pd(), _CMP_NLE_UQ), v)};
   }

@@ -43,6 +43,7 @@ struct Vec<float> {
   Vec operator-(Vec b) const { return {_mm512_sub_ps(v, b.v)}; }
   Vec operator*(Vec b) const { return {_mm512_mul_ps(v, b.v)}; }
   Vec operator/(Vec b) const { return {_mm512_div_ps(v, b.v)}; }
+  Vec sqrt() const { return {_mm512_sqrt_ps(v)}; }
   Vec where_positive(Vec gate) const {
     return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(gate.v, _mm512_setzero_ps(), _CMP_NLE_UQ), v)};
   }
@@ -86,6 +87,7 @@ struct Vec<double> {
   Vec operator-(Vec b) const { return {_mm512_sub_pd(v, b.v)}; }
   Vec operator*(Vec b) const { return {_mm512_mul_pd(v, b.v)}; }
   Vec operator/(Vec b) const { return {_mm512_div_pd(v, b.v)}; }
+  Vec sqrt() const { return {_mm512_sqrt_pd(v)}; }
   Vec where_positive(Vec gate) const {
     return {_mm512_maskz_mov_pd(_mm512_cmp_pd_mask(gate.v, _mm512_setzero_pd(), _CMP_NLE_UQ), v)};
   }

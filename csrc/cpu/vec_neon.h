@@ -35,6 +35,7 @@ struct Vec<float> {
   Vec operator-(Vec b) const { return {vsubq_f32(v, b.v)}; }
   Vec operator*(Vec b) const { return {vmulq_f32(v, b.v)}; }
   Vec operator/(Vec b) const { return {vdivq_f32(v, b.v)}; }
+  Vec sqrt() const { return {vsqrtq_f32(v)}; }
   Vec where_positive(Vec gate) const {
     return {vreinterpretq_f32_u32(vbicq_u32(vreinterpretq_u32_f32(v), vclezq_f32(gate.v)))};
   }
@@ -93,6 +94,7 @@ struct Vec<double> {
   Vec operator-(Vec b) const { return {vsubq_f64(v, b.v)}; }
   Vec operator*(Vec b) const { return {vmulq_f64(v, b.v)}; }
   Vec operator/(Vec b) const { return {vdivq_f64(v, b.v)}; }
+  Vec sqrt() const { return {vsqrtq_f64(v)}; }
   Vec where_positive(Vec gate) const {
     return {vreinterpretq_f64_u64(vbicq_u64(vreinterpretq_u64_f64(v), vclezq_f64(gate.v)))};
   }

@@ -28,6 +28,7 @@ struct Vec {
   Vec operator-(Vec b) const { return {v - b.v}; }
   Vec operator*(Vec b) const { return {v * b.v}; }
   Vec operator/(Vec b) const { return {v / b.v}; }
+  Vec sqrt() const { return {std::sqrt(v)}; }
   Vec where_positive(Vec gate) const { return {gate.v <= S(0) ? S(0) : v}; }
   static Vec fma(Vec a, Vec b, Vec c) { return {a.v * b.v + c.v}; }
   static Vec max(Vec a, Vec b) { return {a.v > b.v ? a.v : b.v}; }

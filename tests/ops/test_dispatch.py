@@ -300,6 +300,7 @@ def on_a_gpu(name, dtype=torch.float32, **options):
         "transformer": lambda: ops.transformer(ones(2, 3, dtype=torch.long), [ones(64, 64)] * 2, num_layers=0),
         "cross_entropy": lambda: ops.cross_entropy(ones(3, 64), ones(3, dtype=torch.long)),
         "linear_cross_entropy": lambda: ops.linear_cross_entropy(ones(3, 64), ones(9, 64), ones(3, dtype=torch.long)),
+        "adamw": lambda: ops.adamw_norm([ones(3, 64)]),
     }
     with FakeTensorMode(), mock.patch.object(dispatch, "_choose", chosen), pytest.raises(ChosenError):
         calls[name]()

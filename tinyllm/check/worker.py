@@ -106,10 +106,12 @@ def _results(
     leaves = [x.requires_grad_() for x in inputs if x is not None]
     found = function(*inputs)
     outputs = [found] if isinstance(found, Tensor) else list(found)
+    results = {f"output {i}": output.detach() for i, output in enumerate(outputs)}
+    if not outputs[0].requires_grad:  # an optimizer's step
+        return results, []
     if grads is None:
         grads = [draw.floats(*output.shape) for output in outputs]
     gradients = torch.autograd.grad(outputs, leaves, [g.to(o.dtype) for g, o in zip(grads, outputs, strict=True)])
-    results = {f"output {i}": output.detach() for i, output in enumerate(outputs)}
     # As one vector: some are zero by their nature, such as that of a key's bias, and what is computed for them is the
     # rounding of others.
     results["gradients"] = torch.cat([gradient.flatten() for gradient in gradients])

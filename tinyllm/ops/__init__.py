@@ -6,6 +6,7 @@ all backends, and a second derivative goes through the reference.
 """
 
 from tinyllm.ops._context import active_transform
+from tinyllm.ops.adamw import adamw_norm, adamw_step
 from tinyllm.ops.attention import scaled_dot_product_attention
 from tinyllm.ops.cross_entropy import cross_entropy
 from tinyllm.ops.dispatch import backend, last_backend
@@ -17,6 +18,8 @@ from tinyllm.ops.transformer import transformer, transformer_block
 
 __all__ = [
     "active_transform",
+    "adamw_norm",
+    "adamw_step",
     "add_layer_norm",
     "backend",
     "cross_entropy",

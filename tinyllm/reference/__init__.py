@@ -7,6 +7,8 @@ the function of its own name, and `tinyllm.SimpleLLM` against the model of this 
 from tinyllm.reference.functional import (
     ACTIVATIONS,
     BLOCK_PARAMETERS,
+    adamw_norm,
+    adamw_step,
     add_layer_norm,
     cross_entropy,
     embedding,
@@ -37,6 +39,8 @@ __all__ = [
     "SelfAttention",
     "SimpleLLM",
     "TransformerBlock",
+    "adamw_norm",
+    "adamw_step",
     "add_layer_norm",
     "cross_entropy",
     "embedding",

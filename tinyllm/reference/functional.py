@@ -1,6 +1,6 @@
 """The meaning of each operator, in plain PyTorch: the specification that kernels are tested against, which is also
-called where no kernel serves. Signatures are those of `tinyllm.ops`; every function can be differentiated any number of
-times."""
+called where no kernel serves. Signatures are those of `tinyllm.ops`; every function but `adamw_step`, which works in
+place, can be differentiated any number of times."""
 
 from __future__ import annotations
 
@@ -336,3 +336,39 @@ def linear_cross_entropy(
         label_smoothing=label_smoothing,
     )
     return loss.to(input.dtype)
+
+
+def adamw_norm(tensors: Sequence[Tensor]) -> Tensor:
+    """Compute the Euclidean norm of all tensors together, in float32 at least."""
+    return torch.linalg.vector_norm(
+        torch.stack([torch.linalg.vector_norm(x, dtype=torch.promote_types(x.dtype, torch.float32)) for x in tensors])
+    )
+
+
+@torch.no_grad()
+def adamw_step(
+    parameters: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    clip_coef: float = 1.0,
+) -> None:
+    """Update parameters and moments in place, computing in float32 at least."""
+    beta1, beta2 = betas
+    for *tensors, step in zip(parameters, grads, exp_avgs, exp_avg_sqs, steps, strict=True):
+        step += 1
+        parameter, grad, exp_avg, exp_avg_sq = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in tensors)
+        grad = clip_coef * grad
+        exp_avg = beta1 * exp_avg + (1 - beta1) * grad
+        exp_avg_sq = beta2 * exp_avg_sq + (1 - beta2) * grad * grad
+        denominator = exp_avg_sq.sqrt() / math.sqrt(1 - beta2 ** float(step)) + eps
+        step_size = lr / (1 - beta1 ** float(step))
+        tensors[0].copy_((1 - lr * weight_decay) * parameter - step_size * exp_avg / denominator)
+        tensors[2].copy_(exp_avg)
+        tensors[3].copy_(exp_avg_sq)
