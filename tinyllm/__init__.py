@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from tinyllm import nn, ops
+    from tinyllm import nn, ops, optim
     from tinyllm._info import info
     from tinyllm._internal.allocator import tune_allocator
     from tinyllm.config.model import SimpleLLMConfig
@@ -34,6 +34,7 @@ __all__ = [
     "load_run",
     "nn",
     "ops",
+    "optim",
     "resume",
     "stream_text",
     "train",
@@ -52,6 +53,7 @@ _HOMES = {
     "load_run": "runs.load",
     "nn": None,
     "ops": None,
+    "optim": None,
     "resume": "training.trainer",
     "stream_text": "generation",
     "train": "training.trainer",

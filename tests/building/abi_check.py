@@ -40,6 +40,7 @@ PRIVATE = {
     "torch/_C/_functorch.pyi": ("def is_legacy_batchedtensor(",),
     "torch/autograd/forward_ad.py": ("_current_level = ",),
     "torch/_dynamo/decorators.py": ("._dynamo_marked_constant = True",),
+    "torch/optim/optimizer.py": ("@functools.wraps(func)", "self.__class__.step.hooked = True"),
 }
 # All versions of macOS up to this one.
 WHEEL = ("--only-binary=:all:", "--platform=macosx_99_0_arm64", "--python-version=3.12", "--implementation=cp")
