@@ -1,4 +1,4 @@
-"""Peers of whole models: SimpleLLM as one writes it in plain PyTorch, and Hugging Face's GPT-2.
+"""Peers of whole models: SimpleLLM as one writes it in plain PyTorch, and Hugging Face's GPT-2, with their optimizer.
 
 Both get SimpleLLM's weights, by the names that GPT-2's modules have had since its release.
 """
@@ -6,7 +6,7 @@ Both get SimpleLLM's weights, by the names that GPT-2's modules have had since i
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,10 @@ from torch.nn import functional as F
 
 from tinyllm import reference
 from tinyllm.config.model import SimpleLLMConfig
+from tinyllm.config.training import TrainConfig
 from tinyllm.model import SimpleLLM
+from tinyllm.optim import AdamW
+from tinyllm.training.optim import adamw
 
 _NAMES = {
     r"^embedding\.embedding\.": "wte.",
@@ -178,3 +181,17 @@ def copy_weights(model: nn.Module, named: Mapping[str, Tensor]) -> None:
         if parameter.shape != named[name].shape:
             raise ValueError(f"{name} is {list(parameter.shape)}, the tensor {list(named[name].shape)}")
         parameter.copy_(named[name])
+
+
+def torchs_adamw(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+    """Return PyTorch's own fused AdamW, with the groups of `tinyllm train`."""
+    return torch.optim.AdamW(adamw(model, config).param_groups, fused=True)
+
+
+def clip_and_step(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor], max_norm: float) -> None:
+    """Clip the gradient's norm and take a step: in one for our optimizer, as one writes it for PyTorch's."""
+    if isinstance(optimizer, AdamW):
+        optimizer.clip_and_step(max_norm)
+    else:
+        torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+        optimizer.step()

@@ -55,7 +55,7 @@ from tinyllm.training.optim import adamw
 
 from . import machine, report
 from .measure import relative_error, statistics_of
-from .peers import HuggingFace, PlainLLM, gpt2_names
+from .peers import HuggingFace, PlainLLM, gpt2_names, torchs_adamw
 from .row import FLOPS, OURS, STEP
 from .turns import LOG_INTERVAL, HandWritten, LossOf, NextBatch, Rounds, Run, Terminal, Turns, in_turns
 from .work import model_flops
@@ -255,7 +255,7 @@ def measure_char(text: Text, steps: int, seeds: int, compiled: bool = True, **ch
         for name, (loss_of, peer) in peers.items():
             peer.load_state_dict(first)
             batches = random_batches(text.train.paths[0], text.tokenizer.vocab_size, config)
-            by_hand[name] = HandWritten(loss_of, adamw(peer, config), config, batches)
+            by_hand[name] = HandWritten(loss_of, torchs_adamw(peer, config), config, batches)
         found, done, _ = fitted(text, config, {name: side.run for name, side in by_hand.items()})
         rounds.times += found.times
         rounds.loads += found.loads
@@ -276,7 +276,7 @@ def measure_goal(text: Text, steps: int = 2000, our_steps: int = 290, **changes:
     theirs, ours = char_config(steps, **recipe, **changes), char_config(our_steps, optimizer=None, **changes)
     peer = PlainLLM(new_model(theirs, text.tokenizer.vocab_size))
     batches = random_batches(text.train.paths[0], text.tokenizer.vocab_size, theirs)
-    by_hand = HandWritten(peer.loss, adamw(peer, theirs), theirs, batches)
+    by_hand = HandWritten(peer.loss, torchs_adamw(peer, theirs), theirs, batches)
     done = 0
 
     def run(n: int) -> None:
@@ -329,8 +329,9 @@ def measure_gpt2(
     peers, errors, failed = peers_of(ours, HuggingFace, (HF, HF_COMPILED)[: 1 + compiled], (inputs, targets))
     sides: dict[str, tuple[LossOf, Any]] = {OURS: (ours.loss, ours), **peers}
     by_hand = {
-        name: HandWritten(loss_of, adamw(model, settings), settings, lambda: (inputs, targets))
+        name: HandWritten(loss_of, optimizer(model, settings), settings, lambda: (inputs, targets))
         for name, (loss_of, model) in sides.items()
+        for optimizer in [adamw if name == OURS else torchs_adamw]
     }
     found = in_turns({name: side.run for name, side in by_hand.items()}, rounds)
     details = {

@@ -17,6 +17,7 @@ from tinyllm.training.optim import learning_rate
 
 from . import machine
 from .measure import MIN_ROUNDS
+from .peers import clip_and_step
 from .row import OURS
 
 LOG_INTERVAL = 10  # the default of `tinyllm train`
@@ -28,7 +29,7 @@ Run = Callable[[int], None]  # does so many steps
 
 @dataclass
 class HandWritten:
-    """A loop as one writes it: `run(n)` does the next n steps. Fused AdamW, the schedule and clipping of `config`."""
+    """A loop as one writes it: `run(n)` does the next n steps. The schedule and the clipping are those of `config`."""
 
     loss_of: LossOf
     optimizer: torch.optim.Optimizer
@@ -47,8 +48,7 @@ class HandWritten:
                 group["lr"] = lr
             loss = self.loss_of(*self.next_batch())
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(self._parameters, self.config.grad_clip)
-            self.optimizer.step()
+            clip_and_step(self.optimizer, self._parameters, self.config.grad_clip)
             self.optimizer.zero_grad(set_to_none=True)
             if self.step % LOG_INTERVAL == 0:
                 loss.item()  # as for a log

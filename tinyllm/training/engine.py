@@ -35,6 +35,7 @@ from tinyllm._internal.interrupt import holding_ctrl_c
 from tinyllm._internal.words import count
 from tinyllm.config.training import TrainConfig
 from tinyllm.model import SimpleLLM, choose_device, init_gpt2_weights
+from tinyllm.optim import AdamW
 
 _T = TypeVar("_T")
 
@@ -169,11 +170,15 @@ class Engine:
         Raises:
             FloatingPointError: DeepSpeed has taken a step with a gradient that is not finite, as it does in float32.
         """
-        total = self._fabric.clip_gradients(self.module, self.optimizer, max_norm=max_norm, error_if_nonfinite=False)
-        assert total is not None
-        norm = float(total.full_tensor() if isinstance(total, DTensor) else total)
-        if math.isfinite(norm):
-            self.optimizer.step()
+        optimizer = self.optimizer.optimizer
+        if isinstance(optimizer, AdamW):
+            norm = float(optimizer.clip_and_step(max_norm))
+        else:
+            total = self._fabric.clip_gradients(self.module, optimizer, max_norm=max_norm, error_if_nonfinite=False)
+            assert total is not None
+            norm = float(total.full_tensor() if isinstance(total, DTensor) else total)
+            if math.isfinite(norm):
+                self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 

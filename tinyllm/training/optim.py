@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tinyllm.config.training import TrainConfig
+from tinyllm.optim import AdamW
 from tinyllm.training.muon import Muon
 
 
@@ -28,8 +29,8 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
     return Muon(matrices, rest, lr=config.lr, weight_decay=config.weight_decay, momentum=config.beta1)
 
 
-def adamw(model: nn.Module, config: TrainConfig, without: Collection[Tensor] = ()) -> torch.optim.AdamW:
-    """Fused AdamW (Loshchilov and Hutter 2019) in two groups: weight decay for matrices, none for biases and norms.
+def adamw(model: nn.Module, config: TrainConfig, without: Collection[Tensor] = ()) -> AdamW:
+    """AdamW (Loshchilov and Hutter 2019) in two groups: weight decay for matrices, none for biases and norms.
 
     Parameters that are in `without` are another optimizer's.
     """
@@ -39,7 +40,7 @@ def adamw(model: nn.Module, config: TrainConfig, without: Collection[Tensor] = (
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), fused=True)
+    return AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2))
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
