@@ -37,6 +37,7 @@ SECTIONS = {
     "decode": "Attention of one query",
     "linear": "Linear layers",
     "losses": "Losses",
+    "optimizer": "The optimizer",
     "model": "The whole model",
     "launch": "The cost of a launch",
     "char": "A character model: `tinyllm train` and a GPT in plain PyTorch",

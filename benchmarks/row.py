@@ -18,6 +18,7 @@ BACKENDS = {CUDA: "cuda", TRITON: "triton"}
 OURS_ALL = (OURS, CUDA, TRITON)
 
 FORWARD, BACKWARD, STEP = "forward", "backward", "forward+backward"
+UPDATE = "update"  # of an optimizer
 FLOPS, BYTES = "GFLOP/s", "GB/s"
 
 Outputs = Sequence[Tensor]
@@ -57,7 +58,7 @@ class Row:
     Attributes:
         section: the table it belongs to, a key of `report.SECTIONS`.
         operation: what is computed, such as "causal attention".
-        direction: FORWARD, BACKWARD or STEP (both).
+        direction: FORWARD, BACKWARD or STEP (both), or UPDATE.
         shape: as a reader should see it.
         work: useful FLOPs, or the fewest bytes that must move, of one call.
         unit: FLOPS or BYTES, which says what `work` counts.

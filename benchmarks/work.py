@@ -51,6 +51,12 @@ def embedding_bytes(direction: str, tokens: int, seq_len: int, vocab_size: int, 
     return rows * columns * itemsize
 
 
+def adamw_bytes(elements: int, itemsize: int = 4) -> int:
+    """Return the least traffic of clipping and a step of AdamW: parameters and both moments are read and written,
+    gradients read twice, since their norm must be known before the first one is used."""
+    return 8 * elements * itemsize
+
+
 def linear_flops(direction: str, rows: int, inputs: int, outputs: int) -> int:
     """Return the FLOPs of a linear layer's products: the output; in a step the gradients of both operands, too."""
     return {FORWARD: 1, STEP: 3}[direction] * 2 * rows * inputs * outputs
