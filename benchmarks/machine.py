@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 import tinyllm
+from tinyllm._internal.cpus import usable_cpus
 
 from .measure import DeviceClock
 
@@ -41,7 +42,7 @@ def describe() -> dict[str, Any]:
         "machine": {
             "family": family(_cpuinfo()),
             "processor": _cpuinfo().get("model name") or platform.processor() or platform.machine(),
-            "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+            "cores": usable_cpus(),
             "threads": torch.get_num_threads(),
             "isa": cpu["chosen_isa"],
             "memory_gib": _memory_gib(),

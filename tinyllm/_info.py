@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from tinyllm._internal.allocator import allocator_state
+from tinyllm._internal.cpus import cpu_quota, usable_cpus
 from tinyllm.ops import _products
 from tinyllm.ops.backends import cpp, cuda, hardware, triton
 from tinyllm.ops.dispatch import OPERATORS, Operator
@@ -41,6 +42,8 @@ def info() -> dict[str, Any]:
             "chosen_isa": library.cpu_isa() if library else None,
             "TINYLLM_CPU_ISA": os.environ.get("TINYLLM_CPU_ISA"),
             "threads": torch.get_num_threads(),
+            "usable_cpus": usable_cpus(),
+            "quota": cpu_quota(),
             "products": {**_products.noted(), "source": _products.source()},
             "allocator": allocator_state(),
         },
@@ -103,6 +106,11 @@ def format_info() -> str:
         if extension["repair"]:
             lines.append(f"                     to install it: {extension['repair']}")
     lines.append(f"CPU threads          {cpu['threads']} (torch.set_num_threads or OMP_NUM_THREADS)")
+    quota = "" if cpu["quota"] is None else f"; the cgroup's quota is {cpu['quota']:g}"
+    if cpu["threads"] > cpu["usable_cpus"]:
+        lines.append(f"                     more than the CPUs this process may use: {cpu['usable_cpus']}{quota}")
+    elif quota:
+        lines.append(f"                     CPUs this process may use: {cpu['usable_cpus']}{quota}")
     lines.append(f"allocator            {cpu['allocator']}")
     lines += [f"GPU                  {device}" for device in gpu["devices"]]
     cuda = gpu["cuda_library"]

@@ -12,11 +12,12 @@ import pytest
 
 from tests.docs.test_pages import commands
 from tests.helpers.runs import ROOT, environment
+from tinyllm._internal.cpus import usable_cpus
 
 FIRST = commands((ROOT / "docs" / "training.md").read_text(encoding="utf-8").split("```console")[1].split("```")[0])
 
 
-@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="needs two cores")
+@pytest.mark.skipif(usable_cpus() < 2, reason="needs two cores")
 def test_the_first_block_runs_on_two_processes(tmp_path: Path) -> None:
     script = tmp_path / "tinyllm"  # the command, also where the package is not installed
     script.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m tinyllm "$@"\n')

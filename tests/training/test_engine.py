@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import socket
@@ -18,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.helpers.runs import TEXT, command, environment, losses, small, tinyllm
+from tinyllm._internal.cpus import usable_cpus
 from tinyllm.config.training import TrainConfig
 from tinyllm.runs.folder import checkpoint_path, checkpoints
 from tinyllm.runs.load import load_run
@@ -25,7 +25,7 @@ from tinyllm.training import engine
 from tinyllm.training.engine import deepspeed_config, launch
 from tinyllm.training.trainer import resume
 
-pytestmark = pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="needs two cores")
+pytestmark = pytest.mark.skipif(usable_cpus() < 2, reason="needs two cores")
 
 SETTINGS = ["--tokenizer", "bpe", "--vocab-size", 300, "--steps", 8, "--seq-len", 16, "--batch-size", 8, "--ema", 0.9]
 SETTINGS += ["--eval-interval", 4, "--sample-tokens", 3, "--lr", 2e-3, "--optimizer", "adamw"]

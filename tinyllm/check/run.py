@@ -18,6 +18,7 @@ from typing import IO, Any
 import torch
 
 from tinyllm import ops
+from tinyllm._internal.cpus import usable_cpus
 from tinyllm.ops import dispatch
 from tinyllm.ops.backends import cpp
 
@@ -103,7 +104,7 @@ def run(checks: list[Check], full: bool = False, limit_s: float = LIMIT_S) -> It
     """
     calls, running = FULL_CALLS if full else QUICK_CALLS, set[subprocess.Popen[bytes]]()
     # On a GPU one process after the other: where one hangs, the others would wait with it.
-    for device, at_once in (("cpu", max(1, min(8, os.cpu_count() or 1))), ("cuda", 1)):
+    for device, at_once in (("cpu", max(1, min(8, usable_cpus()))), ("cuda", 1)):
         with ThreadPoolExecutor(at_once) as pool:
             chosen = [check for check in checks if check.device == device]
             try:

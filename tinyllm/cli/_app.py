@@ -37,14 +37,22 @@ app = App(
 )
 
 
-def prepare_process() -> None:
-    """Set up the process as a program may, and a library may not."""
+def prepare_process(computes: bool = True) -> None:
+    """Set up the process as a program may, and a library may not.
+
+    Args:
+        computes: whether the command will import torch in any case.
+    """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a model may write what the terminal cannot show
             stream.reconfigure(errors="replace")
     from tinyllm._internal.allocator import tune_allocator
 
     tune_allocator()  # where it does not apply, `tinyllm info` says why
+    if computes:
+        from tinyllm._internal.cpus import limit_threads
+
+        limit_threads()
 
 
 def is_worker() -> bool:

@@ -90,7 +90,7 @@ def prepare(
         given = [*(data or []), *(paths or [])]
         if not given:
             raise ValueError("--data is missing: name the text to prepare")
-        prepare_process()
+        prepare_process(computes=False)
         from tinyllm.data import prepare as preparing
 
         try:

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from tinyllm._internal.cpus import share_threads, usable_cpus
 from tinyllm._internal.interrupt import holding_ctrl_c
 from tinyllm._internal.words import count
 from tinyllm.config.training import TrainConfig
@@ -358,6 +359,8 @@ def launch(config: TrainConfig, say: Callable[[str], None] = lambda line: None) 
         _Launched.listen()
         _leave_ctrl_c_to_the_first(fabric)
         engine = (DeepSpeedEngine if config.strategy == "deepspeed" else Engine)(fabric)
+        if device.type == "cpu":
+            share_threads(config.devices)  # Lightning would, but does not look at quotas
         with engine.ending_others():
             fabric.launch()
     return engine
@@ -407,7 +410,7 @@ def _check_devices(config: TrainConfig, device: torch.device) -> None:
     if device.type == "cuda":
         here, name = torch.cuda.device_count(), "CUDA devices"
     else:
-        here, name = os.cpu_count() or 1, "cores"
+        here, name = usable_cpus(), "cores for this process"
     if config.devices > here:
         raise ValueError(f"devices is {config.devices}, but this machine has {here} {name}")
     world = os.environ.get("WORLD_SIZE")

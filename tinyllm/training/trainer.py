@@ -14,6 +14,7 @@ import torch
 
 from tinyllm._internal.files import REPLACED
 from tinyllm._internal.locks import owned
+from tinyllm._internal.words import count
 from tinyllm.config.presets import PRESETS, Preset
 from tinyllm.config.saved import CONFIG_FILE, read_config, save_config
 from tinyllm.config.training import RESUMABLE, TrainConfig, describe, saved_config
@@ -228,6 +229,8 @@ def _run(engine: Engine, config: TrainConfig, out: Path, progress: bool, say: Sa
         model = _model(config, tokenizer.vocab_size)
         if engine.rank == 0:
             where = f"{device}" if engine.world_size == 1 else f"{engine.world_size} processes, {device.type}"
+            if device.type == "cpu":
+                where += f", {count(torch.get_num_threads(), 'thread')}{' each' * (engine.world_size > 1)}"
             say(f"Model: {model.num_parameters():,} weights, on {where}")
         title = f"{config.preset} on {saved['data']['name']}"
         with _products.kept(saved.get("products")):

@@ -14,6 +14,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from tinyllm._internal.cpus import usable_cpus
 from tinyllm._internal.files import is_full_disk, replacing
 from tinyllm._internal.locks import owned
 from tinyllm._internal.words import count
@@ -22,7 +23,7 @@ from tinyllm.data.prepare.inputs import Input, Skipped
 from tinyllm.data.prepare.manifest import write_manifest
 from tinyllm.data.prepare.plan import MEGABYTE, Plan, giving_up, recover
 from tinyllm.data.prepare.streams import stream_lines
-from tinyllm.data.prepare.workers import Workers, do_unit, make_tokenizer, usable_cores
+from tinyllm.data.prepare.workers import Workers, do_unit, make_tokenizer
 from tinyllm.data.shards import MANIFEST_FILE, TOKENIZER_FILE, Shards, file_sha256, open_shards
 from tinyllm.tokenizer import check_vocab_size
 from tinyllm.tokenizer.formats import load_vocabulary
@@ -125,7 +126,7 @@ def prepare(
             _make_tokenizer(plan, tokenizer, skip_bad, say)
             plan.tokenizer_sha256 = file_sha256(out / TOKENIZER_FILE)
             start = time.perf_counter()
-            num_bytes, resumed = _tokenize(plan, workers or usable_cores(), skip_bad, say)
+            num_bytes, resumed = _tokenize(plan, workers or usable_cpus(), skip_bad, say)
             seconds = time.perf_counter() - start
             left_out, names = plan.skipped
             write_manifest(out, settings, plan.sidecars(), (left_out + len(plan.damaged), names + plan.damaged))

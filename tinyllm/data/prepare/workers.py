@@ -36,13 +36,6 @@ from tinyllm.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 _LOOK_INTERVAL = 0.2  # seconds between two looks at how far the workers are
 
 
-def usable_cores() -> int:
-    """Return how many cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 class Workers:
     """Up to `size` processes, started when there is work for them.
 
