@@ -66,7 +66,8 @@ def test_the_tile_of_neon_stays_in_registers(dtype, tmp_path):
         "#include <arm_neon.h>\n"
         '#include "csrc/cpu/gemm.h"\n'
         f"template void tinyllm::neon::micro_kernel<{dtype}, tinyllm::neon::kMR, tinyllm::neon::kNV>(int64_t, const "
-        f"{dtype}*, int64_t, int64_t, const {dtype}*, int64_t, {dtype}*, int64_t, bool);\n"
+        f"{dtype}*, int64_t, int64_t, const {dtype}*, int64_t, {dtype}*, int64_t, "
+        f"const tinyllm::neon::TileEnd<{dtype}>&);\n"
     )
     assembly = compiled(compiler, "neon", source, tmp_path / "tile.s", "-O3", "-S").read_text()
     # Stretches without a label inside, from a label to the branch back to it.
