@@ -177,7 +177,7 @@ def test_blocks_and_models_obey_the_table(on):
     parameters = [*weights, torch.ones(256), torch.ones(256)]
     with torch.no_grad():
         for tokens, served in ((64, True), (20, False)):  # many rows, and some
-            settings = Settings(1, 4, False, False, "relu", 1e-5, 1e-5)
+            settings = Settings(1, 4, False, False, "relu", 1e-5, 1e-5, 0.0)
             assert serves("transformer_block", torch.randn(1, tokens, 256), parameters, settings) is served
 
 
