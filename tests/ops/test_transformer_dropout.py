@@ -18,7 +18,7 @@ def _on_the_kernel():
         yield
 
 
-def both(kind, shape, ids, target, arguments, seed=4, p=0.5, **options):
+def both(kind, shape, ids, target, arguments, seed=4, p=0.3, **options):
     """Return the operator, drawing one state at each call, the reference with that state's factors, and the factors."""
     ours = bind(kind, ops, shape, ids, target, dropout_p=p, **options)
 
@@ -30,7 +30,7 @@ def both(kind, shape, ids, target, arguments, seed=4, p=0.5, **options):
     layers = 1 if kind == "block" else shape[7]
     settings = Settings(layers, shape[6], False, False, "relu", 0.0, 0.0, p)
     input = arguments[0] if kind == "block" else ids
-    factors = all_factors(input, shape[4], settings, draw_rng(torch.device("cpu")))
+    factors = all_factors(input, arguments[1], settings, draw_rng(torch.device("cpu")))
     return seeded, bind(kind, reference, shape, ids, target, factors=factors, **options), factors
 
 
@@ -67,8 +67,8 @@ def test_every_mask_is_drawn_anew(kind):
     assert len(factors) == (3 if kind == "block" else 7)
     every = [*factors, *others]
     for i, mask in enumerate(every):
-        assert set(mask.unique().tolist()) == {0.0, 2.0}
-        assert abs((mask == 0).double().mean() - 0.5) < 0.02
+        assert set(mask.unique().tolist()) == {0.0, 1 / 0.7}
+        assert abs((mask == 0).double().mean() - 0.3) < 0.02
         for other in every[:i]:
             if other.shape == mask.shape:
                 assert abs(torch.corrcoef(torch.stack([mask.flatten(), other.flatten()]))[0, 1]) < 0.05
@@ -84,6 +84,22 @@ def test_gradcheck(norm_first, kind):
     ours = both(kind, shape, ids, target, arguments, **options)[0]
     assert torch.autograd.gradcheck(ours, leaves, fast_mode=True)
     assert torch.autograd.gradgradcheck(ours, leaves, fast_mode=True)  # through the reference
+
+
+@kinds
+@norms
+@pytest.mark.parametrize("heads", [1, 2])
+def test_gradients_through_the_reference_are_the_kernels(heads, norm_first, kind):
+    shape = (2, 9, 11, 13, 12, 20, heads, 2)
+    ids, target, arguments = make(kind, shape, norm_first=norm_first)
+    leaves = [x.requires_grad_() for x in arguments]
+    model = bind(kind, ops, shape, ids, target, dropout_p=0.3, causal=True, norm_first=norm_first, activation="gelu")
+    out = model(*leaves)
+    weighting = out.detach().cos()
+    kernels = torch.autograd.grad(out, leaves, weighting, retain_graph=True)
+    for _ in range(2):  # whatever the generator's state is by now
+        references = torch.autograd.grad(out, leaves, weighting, retain_graph=True, create_graph=True)
+        torch.testing.assert_close(references, kernels, rtol=1e-9, atol=1e-9)
 
 
 def test_all_dropped():

@@ -193,18 +193,21 @@ def _by_reference(
     return reference.transformer(input, parameters, positions=positions, target=target, eps=eps, **options)
 
 
-def all_factors(input: Tensor, width: int, settings: Settings, rng: Tensor) -> list[Tensor]:
-    """Return what the kernel's dropout with this state multiplies by, in the order in which `reference` takes it."""
-    batch, tokens = input.shape[:2]
+def all_factors(input: Tensor, like: Tensor, settings: Settings, rng: Tensor) -> list[Tensor]:
+    """Return what the kernel's dropout with this state multiplies by, in the order in which `reference` takes it.
+
+    like: a parameter (..., D), whose dtype is that of the model.
+    """
+    (batch, tokens), width, kept = input.shape[:2], like.size(-1), 1.0 - settings.dropout_p
     vectors, weights = (batch, tokens, width), (batch, settings.num_heads, tokens, tokens)
     found = []
     for index in range(1 + 3 * settings.num_layers):
-        shape = (
-            weights if index % 3 == 1 else vectors
-        )  # the embedding's, then of each block the softmax and two branches
+        # The embedding's, then of each block the softmax's and both branches'.
+        shape = weights if index % 3 == 1 else vectors
         own = torch.stack([rng[0], rng[1] + index])
         factors = dropout_factors("cpp", own, math.prod(shape[:-1]), shape[-1], settings.dropout_p)
-        found.append(factors.view(shape))
+        # In the model's own dtype, in which the kernel divides by what is kept.
+        found.append((factors != 0).to(like.dtype).div(kept if kept > 0 else 1.0).view(shape))
     return found[1:] if input.is_floating_point() else found
 
 
@@ -394,7 +397,7 @@ class _Transformer(torch.autograd.Function):
         wanted = ctx.needs_input_grad
         want_added = wanted[0 if block else 1]
         if differs_from_kernels(grad):
-            factors = None if rng is None else all_factors(input, parameters[0].size(1), ctx.settings, rng)
+            factors = None if rng is None else all_factors(input, parameters[0], ctx.settings, rng)
 
             def function(added: Tensor, *parameters: Tensor) -> Tensor:
                 x, positions = (added, None) if block else (input, added)

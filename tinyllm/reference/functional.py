@@ -208,6 +208,8 @@ def transformer_block(
     factors: what the softmax, attention's branch and the network's are multiplied by, such as dropout masks that are
         known already, in place of dropout.
     """
+    if factors is not None:
+        dropout_p = 0.0
     names = [name for name in BLOCK_PARAMETERS if num_heads > 1 or name != "out_proj"]
     weights = dict(zip(names, parameters, strict=False))
     biases = dict.fromkeys(names) | dict(zip(names, parameters[len(names) :], strict=False))
@@ -233,7 +235,7 @@ def transformer_block(
         return drop(layer("linear2", ACTIVATIONS[activation](layer("linear1", x))), 2)
 
     def drop(x: Tensor, index: int) -> Tensor:
-        return torch.dropout(x, dropout_p, dropout_p > 0.0) if factors is None else x * factors[index]
+        return x * factors[index] if factors is not None else torch.dropout(x, dropout_p, dropout_p > 0.0)
 
     if norm_first:
         middle = input + attention(norm("norm1", input, eps1))
@@ -259,8 +261,10 @@ def transformer(
 ) -> Tensor:
     """Compute the logits, or their mean loss, of a model whose parameters `tinyllm.ops.transformer` lists.
 
-    factors: those of the embedding, then of each block, see `transformer_block`.
+    factors: those of the embedding, then of each block, in place of dropout; see `transformer_block`.
     """
+    if factors is not None:
+        dropout_p = 0.0
     names = len(BLOCK_PARAMETERS) - (num_heads <= 1)
     copies = (len(parameters) - 1) // (num_layers * names + 1 + norm_first)  # 2 with biases
     table, *others = parameters
