@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -109,6 +110,19 @@ def test_it_trains_all_parameters_as_one_optimizer() -> None:
         step(*each, 1e-3)
     for (name, parameter), (_, expected) in zip(twin.named_parameters(), model.named_parameters(), strict=True):
         assert torch.equal(parameter, expected), name
+
+
+def test_copies_and_pickles_take_the_same_steps() -> None:
+    matrix, vector = nn.Parameter(torch.eye(3)), nn.Parameter(torch.ones(3))
+    first = Muon([matrix], torch.optim.AdamW([vector]), lr=0.1)
+    for copied in (copy.deepcopy(first), pickle.loads(pickle.dumps(first))):
+        parameters = [p for group in copied.param_groups for p in group["params"]]
+        for parameter in parameters:
+            parameter.grad = torch.ones_like(parameter)
+        copied.step()
+        assert [torch.equal(p, before) for p, before in zip(parameters, (matrix, vector), strict=True)] == [False] * 2
+        assert len(copied.state) == 2
+    assert not first.state
 
 
 def test_other_parameters_are_refused() -> None:

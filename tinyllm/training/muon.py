@@ -6,9 +6,9 @@ it in all directions alike. A few steps of a polynomial iteration (Newton-Schulz
 They are what Muon costs, and three things keep it low. All matrices of a shape are multiplied at once, since those of
 a small model are too small to fill a processor one by one. Three steps do what Jordan's five do: each has the
 polynomial that is best for the values the step before has left (as in Amsel et al. 2025, "The Polar Express"), and
-the first one divides by a close bound of the largest singular value, which falls out of its own products, where the
-Frobenius norm would leave most values far below 1. And of a matrix much wider than high only its Gram matrix, which is
-small and square, goes through the steps.
+the first one divides by a bound of the largest singular value, at most n^(1/8) times as large for n rows, which falls
+out of its own products, where the Frobenius norm would leave most values far below 1. And of a matrix much wider than
+high only its Gram matrix, which is small and square, goes through the steps.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 # a, b and c of a X + b (X X^T) X + c (X X^T)^2 X. The first has the least error from 1 that an odd polynomial of degree
 # 5 can have on [0.01, 1], and each other one on the range of values that the one before it leaves.
 _STEPS = ((8.09337, -23.62043, 17.44615), (3.63659, -2.72193, 0.53655), (2.66130, -1.97715, 0.45262))
-ERROR = 0.27  # how far from 1 they leave a singular value that was at least a hundredth of the largest
+ERROR = 0.27  # how far from 1 they leave a singular value that is at least a hundredth of the bound
 _BATCH = 1 << 22  # numbers in the matrices that are multiplied at once, which bounds the memory that they take
 
 
@@ -67,6 +67,13 @@ class Muon(torch.optim.Optimizer):
         self._rest.param_groups = self.param_groups[1:]
         self._rest.state = self.state
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_rest": self._rest}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._join()
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` returned."""
         super().load_state_dict(state_dict)
@@ -79,6 +86,7 @@ class Muon(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._join()  # a group may have been added
         group = self.param_groups[0]
         by_shape: dict[tuple[int, ...], list[Tensor]] = {}
         for matrix in group["params"]:
