@@ -134,6 +134,19 @@ def test_no_step_with_a_gradient_that_is_not_finite(bad: float, fused: bool) -> 
     assert_equal(list(after.values()), list(before.values()))
 
 
+@needs_extension
+def test_the_kernel_serves_after_the_state_of_torchs_default_is_loaded() -> None:
+    theirs, ours = (kind([nn.Parameter(torch.ones(4))]) for kind in (torch.optim.AdamW, AdamW))
+    set_gradients(theirs)
+    theirs.step()
+    assert theirs.param_groups[0]["fused"] is None
+    ours.load_state_dict(theirs.state_dict())
+    set_gradients(ours)
+    ours.step()
+    assert ours.param_groups[0]["fused"] is True
+    assert ops.last_backend() == "cpp"
+
+
 @pytest.mark.parametrize("kinds", [(AdamW, torch.optim.AdamW), (torch.optim.AdamW, AdamW)])
 def test_the_state_dict_is_torchs(kinds: tuple[type[torch.optim.AdamW], ...]) -> None:
     """A training begun with either goes on with the other, to rounding."""

@@ -48,6 +48,14 @@ class AdamW(torch.optim.AdamW):
             fused = not (options.get("foreach") or options.get("differentiable"))
         super().__init__(params, lr, betas, eps, weight_decay, amsgrad, fused=fused, **options)
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict` of this class, or of torch.optim.AdamW, returned; who computes the step stays."""
+        own = [group["fused"] for group in self.param_groups]
+        super().load_state_dict(state_dict)
+        for group, fused in zip(self.param_groups, own, strict=True):
+            if not group["foreach"] and not group["differentiable"]:
+                group["fused"] = fused
+
     def clip_and_step(self, max_norm: float) -> Tensor:
         """Clip the gradient's norm to `max_norm`, as `torch.nn.utils.clip_grad_norm_` does, and take a step with it.
 
