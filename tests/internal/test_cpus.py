@@ -17,7 +17,7 @@ V1 = {"proc/self/cgroup": "5:memory:/docker/a\n2:cpu,cpuacct:/docker/a\n1:name=s
 def quota_of(root: Path, files: dict[str, str]) -> float | None:
     for name, text in files.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_text(text, encoding="ascii")
+        (root / name).write_text(text, encoding="utf-8")
     return cpus.cpu_quota(root)
 
 
@@ -44,6 +44,8 @@ def v1(folder: str, quota: int, period: int = 100_000) -> dict[str, str]:
         # The name is the one outside the container.
         ({"proc/self/cgroup": "0::/../elsewhere\n", "sys/fs/cgroup/cpu.max": "300000 100000\n"}, 3.0),
         ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "what is this\n"}, None),
+        ({"proc/self/cgroup": "0::/a\x85b\u2028:c\n", "sys/fs/cgroup/cpu.max": "200000 100000\n"}, 2.0),
+        ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "1 0\n"}, None),
         (V1 | v1("cpu", -1), None),
         (V1 | v1("cpu,cpuacct/docker/a", 50_000), 0.5),
         (V1 | v1("cpu", 400_000) | v1("cpu/docker/a", 250_000, 50_000), 4.0),

@@ -38,11 +38,13 @@ def cpu_quota(root: Path = Path("/")) -> float | None:
 def _quotas(root: Path) -> Iterator[float]:
     """Yield the quota of each of the process's cgroups, and of those around it, that has one."""
     try:
-        lines = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+        text = (root / "proc/self/cgroup").read_text(encoding="utf-8", errors="surrogateescape")
     except OSError:  # not Linux
         return
     base = root / "sys/fs/cgroup"
-    for line in lines:
+    for line in text.rstrip("\n").split("\n"):  # a name may have any other character
+        if line.count(":") < 2:
+            continue
         _, controllers, path = line.split(":", 2)
         if not controllers:  # version 2, beside which version 1 may be mounted
             mounts = [base, base / "unified"]
@@ -66,10 +68,11 @@ def _quota_of(cgroup: Path) -> Iterator[float]:
             quota, period = (
                 (cgroup / f"cpu.cfs_{name}_us").read_text(encoding="ascii").strip() for name in ("quota", "period")
             )
-    except (OSError, ValueError):
+        found = None if quota in ("max", "-1") else int(quota) / int(period)
+    except (OSError, ValueError, ZeroDivisionError):
         return
-    if quota not in ("max", "-1"):
-        yield int(quota) / int(period)
+    if found is not None:
+        yield found
 
 
 def limit_threads() -> None:

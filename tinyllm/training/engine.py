@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from tinyllm._internal.cpus import share_threads, usable_cpus
+from tinyllm._internal.cpus import share_threads
 from tinyllm._internal.interrupt import holding_ctrl_c
 from tinyllm._internal.words import count
 from tinyllm.config.training import TrainConfig
@@ -410,7 +410,7 @@ def _check_devices(config: TrainConfig, device: torch.device) -> None:
     if device.type == "cuda":
         here, name = torch.cuda.device_count(), "CUDA devices"
     else:
-        here, name = usable_cpus(), "cores for this process"
+        here, name = os.cpu_count() or 1, "cores"  # all processes together, which a launcher may bind to some each
     if config.devices > here:
         raise ValueError(f"devices is {config.devices}, but this machine has {here} {name}")
     world = os.environ.get("WORLD_SIZE")
