@@ -89,8 +89,8 @@ def estimate(
     """Estimate parameters, computation and memory of training a model.
 
     The strategies: "ddp" has everything on every device; "fsdp" a share of everything, and two blocks' weights
-    gathered while one works and the next one comes; "deepspeed" (its stage 2) all weights, and a share of gradients and
-    optimizer.
+    gathered while one works and the next one comes; "deepspeed" (its stage 2), which does not take Muon, all weights,
+    and a share of gradients and optimizer.
 
     Args:
         config: the model.
@@ -128,6 +128,8 @@ def estimate(
         "fsdp": Memory(weight * share + gathered, gradient * share, shared, activations),
         "deepspeed": Memory((weight + copy) * parameters, gradient * share, shared, activations),
     }
+    if optimizer == "muon":
+        del memory["deepspeed"]  # which TrainConfig refuses
     return Estimate(parameters, _flops_per_token(config, seq_len), memory)
 
 
