@@ -93,10 +93,18 @@ def test_threads_are_limited_unless_the_environment_says_how_many(variable: dict
 
 def test_processes_share_the_cpus() -> None:
     shared = "print(torch.get_num_threads(), os.environ.get('OMP_NUM_THREADS'))"
-    assert run(f"{THREADS}cpus.share_threads(1); {shared}") == ["6 None"]
+    assert run(f"{THREADS}cpus.share_threads(1); {shared}") == ["3 3"]
     assert run(f"{THREADS}cpus.share_threads(2); {shared}") == ["1 1"]
     assert run(f"{THREADS}cpus.share_threads(9); {shared}") == ["1 1"]
     assert run(f"{THREADS}cpus.share_threads(2); {shared}", OMP_NUM_THREADS="5") == ["6 5"]
+
+
+@pytest.mark.parametrize("launcher", ["WORLD_SIZE", "SLURM_NTASKS"])
+def test_processes_that_a_launcher_has_bound_share_nothing(launcher: str) -> None:
+    code = f"{THREADS}os.cpu_count = lambda: 8\ncpus.share_threads(2); print(torch.get_num_threads())"
+    assert run(code, **{launcher: "2"}) == ["3"]
+    assert run(code.replace("8", "4"), **{launcher: "2"}) == ["1"]  # they may use the same ones
+    assert run(code) == ["1"]
 
 
 def test_info_has_a_note() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 # What a user or a launcher decided already.
 _VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+_LAUNCHERS = ("WORLD_SIZE", "SLURM_NTASKS")
 
 
 def usable_cpus() -> int:
@@ -85,10 +86,18 @@ def limit_threads() -> None:
 
 
 def share_threads(processes: int) -> None:
-    """Give each of several processes of this machine, which inherit the environment, its share of the usable CPUs."""
+    """Give each of a training's processes on this machine its share of the usable CPUs, unless OMP_NUM_THREADS is set.
+
+    The processes inherit the environment, and Lightning, which looks at no quota, leaves this variable alone. Processes
+    that a launcher has bound to CPUs of their own share them with no other.
+    """
     import torch
 
-    if processes > 1 and not any(name in os.environ for name in _VARIABLES):
-        threads = max(1, usable_cpus() // processes)
-        os.environ["OMP_NUM_THREADS"] = str(threads)
-        torch.set_num_threads(threads)
+    if "OMP_NUM_THREADS" in os.environ:
+        return
+    cpus = usable_cpus()
+    launched = any(name in os.environ for name in _LAUNCHERS)
+    bound = launched and cpus * processes <= (os.cpu_count() or 1)
+    threads = cpus if bound else max(1, cpus // processes)
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    torch.set_num_threads(threads)

@@ -25,7 +25,7 @@ def info(
     For each operator: the backend that serves it here, and why the others do not.
     """
     with one_line_errors():
-        prepare_process()
+        prepare_process(computes=tune)  # else it shows what a program of the user's own would have
         from tinyllm._info import print_info
 
         if tune:

@@ -359,8 +359,8 @@ def launch(config: TrainConfig, say: Callable[[str], None] = lambda line: None) 
         _Launched.listen()
         _leave_ctrl_c_to_the_first(fabric)
         engine = (DeepSpeedEngine if config.strategy == "deepspeed" else Engine)(fabric)
-        if device.type == "cpu":
-            share_threads(config.devices)  # Lightning would, but does not look at quotas
+        if device.type == "cpu" and config.devices * config.num_nodes > 1:
+            share_threads(config.devices)
         with engine.ending_others():
             fabric.launch()
     return engine
