@@ -104,6 +104,7 @@ def test_a_kernel_that_hangs_is_named_and_its_process_ended(layer_norm_does):
         ("os.kill(os.getpid(), signal.SIGSEGV)", "ended by SIGSEGV in float32, seed 0"),
         ("raise RuntimeError('no such kernel image')", "RuntimeError: no such kernel image"),
         ("os._exit(7)", "ended with status 7 in float32, seed 0"),
+        ("return real(*arguments).detach()", "an output has no gradient"),
     ],
 )
 def test_a_kernel_that_crashes_is_named(layer_norm_does, what, says):

@@ -32,6 +32,7 @@ class Case:
         ours, theirs: the call of `tinyllm.ops` and that of `tinyllm.reference`, as functions of `inputs`.
         inputs: floating tensors, of which gradients are taken, or None.
         depth: how many kernels work one after the other, each of which rounds.
+        differentiable: whether the outputs have gradients, as all but those of an optimizer's step do.
     """
 
     text: str
@@ -39,6 +40,7 @@ class Case:
     theirs: Function
     inputs: Sequence[Tensor | None]
     depth: int = 1
+    differentiable: bool = True
 
 
 class Draw:
@@ -404,7 +406,9 @@ def _adamw(draw: Draw) -> Case:
         module.adamw_step(parameters, grads, exp_avgs, exp_avg_sqs, steps, clip_coef=clip_coef, **options)
         return norm, *parameters, *exp_avgs, *exp_avg_sqs, *steps
 
-    return Case(f"{shapes}, step {step}, {options}", partial(call, ops), partial(call, reference), inputs)
+    return Case(
+        f"{shapes}, step {step}, {options}", partial(call, ops), partial(call, reference), inputs, differentiable=False
+    )
 
 
 CASES: dict[str, Callable[[Draw], Case]] = {

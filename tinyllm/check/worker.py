@@ -107,8 +107,10 @@ def _results(
     found = function(*inputs)
     outputs = [found] if isinstance(found, Tensor) else list(found)
     results = {f"output {i}": output.detach() for i, output in enumerate(outputs)}
-    if not outputs[0].requires_grad:  # an optimizer's step
+    if not case.differentiable:
         return results, []
+    if not all(output.requires_grad for output in outputs):
+        raise WrongResultError("an output has no gradient")
     if grads is None:
         grads = [draw.floats(*output.shape) for output in outputs]
     gradients = torch.autograd.grad(outputs, leaves, [g.to(o.dtype) for g, o in zip(grads, outputs, strict=True)])
