@@ -50,7 +50,7 @@ def test_all_but_the_iteration_is_torchs(at_once: int, monkeypatch: pytest.Monke
 
 
 def test_the_iteration_is_as_good_as_torchs() -> None:
-    """Of a matrix as gradients are, with few large singular values: as near to the nearest orthogonal one."""
+    """The result for a matrix with few large singular values, as gradients have, is nearer to an orthogonal one."""
     u, _, v = torch.linalg.svd(torch.randn(64, 96, generator=torch.Generator().manual_seed(0)), full_matrices=False)
     matrix = u @ torch.diag(torch.logspace(0, -2, 64)) @ v
     ours = (orthogonalize(matrix[None])[0] - u @ v).norm()

@@ -43,3 +43,9 @@ def short_number(value: float) -> str:
         if abs(value) >= 0.9995 * size:
             return f"{value / size:.3g}{letter}"
     return f"{value:.3g}"
+
+
+def shortened(text: str, most: int) -> str:
+    """Return `text`, without its middle if it is longer than `most`."""
+    half = (most - 1) // 2
+    return text if len(text) <= most else f"{text[:half]}…{text[-half:]}"

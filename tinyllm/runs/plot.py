@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tinyllm._internal.files import replacing
-from tinyllm._internal.words import short_number
+from tinyllm._internal.words import short_number, shortened
 from tinyllm.config.saved import read_config
 from tinyllm.runs.folder import METRICS_FILE
 from tinyllm.runs.listing import run_names, tokens_per_step
@@ -149,7 +149,7 @@ def plot_run(
     for axes in (loss, rate):
         axes.tick_params(labelbottom=False)
     figure.text(
-        0.075, 0.965, _short(title, 60), fontsize=13, fontweight="bold", color=_INK, parse_math=False, va="center"
+        0.075, 0.965, shortened(title, 60), fontsize=13, fontweight="bold", color=_INK, parse_math=False, va="center"
     )
 
     _draw_loss(loss, run)
@@ -213,9 +213,9 @@ def plot_comparison(
         if len(curve.y):
             last = f"{curve.y[-1]:.3f}".rjust(6, _FIGURE_SPACE)
             mark = "" if run.validates(split) or not validated else " (training)"
-            handles.append((float(curve.y[-1]), line, f"{last}  {_short(name, 30)}{mark}"))
+            handles.append((float(curve.y[-1]), line, f"{last}  {shortened(name, 30)}{mark}"))
         else:
-            handles.append((-math.inf, line, f"{_FIGURE_SPACE * 6}  {_short(name, 30)}: nothing yet"))
+            handles.append((-math.inf, line, f"{_FIGURE_SPACE * 6}  {shortened(name, 30)}: nothing yet"))
     axes.set_ylim(compared_limits(found, split))
     _format_x(axes, x, [curve.x for run in found for curve in (run.train, run.val)])
     axes.set_ylabel("nats per token", color=_INK)
@@ -494,9 +494,3 @@ def _power(value: float) -> str:
         return "0"
     digits, exponent = f"{value:.2e}".split("e")
     return f"{digits.rstrip('0').rstrip('.')}e{int(exponent)}"
-
-
-def _short(text: str, most: int) -> str:
-    """Return `text`, without its middle if it is too long."""
-    half = (most - 1) // 2
-    return text if len(text) <= most else f"{text[:half]}…{text[-half:]}"
