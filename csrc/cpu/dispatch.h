@@ -4,6 +4,7 @@
 #include <string>
 #include <vector>
 
+#include "blocking.h"
 #include "kernel_args.h"
 #include "types.h"
 
@@ -57,15 +58,14 @@ struct Kernels {
   Kernel<const CrossEntropy&, int64_t, int64_t> cross_entropy_bwd;
   // The steps for a block of rows. Each must have finished before the next begins; the calls of one step may run at
   // once. A range of classes begins at class range * kClassRange.
-  Kernel<const LinearCrossEntropy&, bool> linear_cross_entropy_pack;
   Kernel<const LinearCrossEntropy&, int64_t> linear_cross_entropy_logits;
-  Kernel<const LinearCrossEntropy&> linear_cross_entropy_loss;
+  Kernel<const LinearCrossEntropy&, int64_t, int64_t> linear_cross_entropy_loss;
   Kernel<const LinearCrossEntropy&, int64_t> linear_cross_entropy_gradient;
-  Kernel<const LinearCrossEntropy&, int64_t, int64_t> linear_cross_entropy_grad_input;
+  Kernel<const LinearCrossEntropy&, int64_t, int64_t, int64_t, int64_t> linear_cross_entropy_grad_input;
   Kernel<const LinearCrossEntropy&, int64_t> linear_cross_entropy_grad_weight;
 
-  // Pack columns [begin, end) of B; begin is a multiple of nr.
-  Kernel<const Matmul&, int64_t, int64_t> matmul_pack_b;
+  // Pack rows [row_begin, row_end) of columns [column_begin, column_end) of B; column_begin is a multiple of nr.
+  Kernel<const Matmul&, int64_t, int64_t, int64_t, int64_t> matmul_pack_b;
   // Compute rows [row_begin, row_end) of columns [column_begin, column_end); column_begin is a multiple of nr.
   Kernel<const Matmul&, int64_t, int64_t, int64_t, int64_t> matmul_block;
   // Compute columns [begin, end) of a matmul with few rows, without packing. A and B must be contiguous along the
@@ -81,8 +81,7 @@ struct Kernels {
   Kernel<const AdamW&, int64_t, int64_t> adamw_step;
 
   PerDType<int64_t> vector;  // elements of the compute type in a vector
-  PerDType<int64_t> nr;      // columns of the micro-kernel's tile, and of a packed panel of B
-  int64_t mr;                // rows of the micro-kernel's tile
+  PerDType<Blocking> blocking;
 };
 
 // The table in use: the best instruction set that was built and that the processor has, or the one that the environment

@@ -8,6 +8,7 @@
 #pragma once
 #include <algorithm>
 
+#include "blocking.h"
 #include "simd.h"
 
 namespace tinyllm::TINYLLM_ISA {
@@ -34,6 +35,17 @@ constexpr int64_t kKC = 256;
 // NR, the number of columns of a tile and of a packed panel of B: kNV vectors.
 template <class S>
 constexpr int64_t kNR = int64_t{kNV} * Vec<S>::size;
+
+template <class S>
+constexpr cpu::Blocking kBlocking = {
+    .mr = kMR,
+    .nr = kNR<S>,
+    .kc = kKC,
+    .nc = 1024 / int64_t{sizeof(S)},
+    .a_block_elements = (int64_t{1} << 20) / int64_t{sizeof(S)},
+    .packed_b_elements = (int64_t{8} << 20) / int64_t{sizeof(S)},
+    .in_place_row = 1024 / int64_t{sizeof(S)},
+};
 
 template <class S>
 inline int64_t round_up_to_vector(int64_t n) {

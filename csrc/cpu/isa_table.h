@@ -39,7 +39,6 @@ constexpr cpu::Kernels table(const char* name) {
       .attention_bwd = TINYLLM_ALL_DTYPES(attention_bwd),
       .cross_entropy_fwd = TINYLLM_ALL_DTYPES(cross_entropy_fwd),
       .cross_entropy_bwd = TINYLLM_ALL_DTYPES(cross_entropy_bwd),
-      .linear_cross_entropy_pack = TINYLLM_ALL_DTYPES(linear_cross_entropy_pack),
       .linear_cross_entropy_logits = TINYLLM_ALL_DTYPES(linear_cross_entropy_logits),
       .linear_cross_entropy_loss = TINYLLM_ALL_DTYPES(linear_cross_entropy_loss),
       .linear_cross_entropy_gradient = TINYLLM_ALL_DTYPES(linear_cross_entropy_gradient),
@@ -53,8 +52,7 @@ constexpr cpu::Kernels table(const char* name) {
       .sum_of_squares = TINYLLM_ALL_DTYPES(sum_of_squares),
       .adamw_step = TINYLLM_ALL_DTYPES(adamw_step),
       .vector = {{Vec<float>::size, Vec<double>::size, Vec<float>::size, Vec<float>::size}},
-      .nr = {{kNR<float>, kNR<double>, kNR<float>, kNR<float>}},
-      .mr = kMR,
+      .blocking = {{kBlocking<float>, kBlocking<double>, kBlocking<float>, kBlocking<float>}},
   };
 }
 

@@ -5,9 +5,11 @@
 #include <cstring>
 #include <optional>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "losses.h"
+#include "matmul.h"
 
 namespace tinyllm::cpu {
 namespace {
@@ -41,22 +43,53 @@ void parallel_ranges(int64_t classes, const F& f) {
   });
 }
 
+// A task of grad_input packs its columns of the whole weight, and uses them for its rows only. So the rows are split
+// only where few columns are left for each thread.
+Plan grad_input_plan(int64_t rows, int64_t columns, int64_t threads, const Blocking& b) {
+  constexpr int64_t kFewColumns = 64, kFewRows = 64;
+  const auto parts_of = [](int64_t size, int64_t parts, int64_t multiple) {
+    const int64_t part = round_up((size + parts - 1) / parts, multiple);
+    return std::pair(part, (size + part - 1) / part);
+  };
+  const int64_t column_parts = std::clamp<int64_t>(columns / kFewColumns, 1, threads);
+  const int64_t row_parts = std::clamp<int64_t>((threads + column_parts - 1) / column_parts, 1, rows / kFewRows + 1);
+  const auto [block_columns, column_blocks] = parts_of(columns, column_parts, b.nr);
+  const auto [block_rows, row_blocks] = parts_of(rows, row_parts, b.mr);
+  return {block_rows, row_blocks, block_columns, column_blocks};
+}
+
 // Runs all steps for one block of rows.
 void run_block(const Kernels& kernels, DType dtype, const LinearCrossEntropy& args) {
-  kernels.linear_cross_entropy_pack[dtype](args, true);
+  // The rows of the block are the B of the logits, transposed, and of grad_weight.
+  const void* rows = static_cast<const char*>(args.input) + args.first * args.features * element_size(dtype);
+  Matmul block{};
+  block.packed = args.packed;
+  block.columns = args.count;
+  block.depth = args.features;
+  block.b = {rows, 1, args.features};
+  pack_b(dtype, block);
   parallel_ranges(args.row.classes, [&](int64_t r) { kernels.linear_cross_entropy_logits[dtype](args, r); });
-  kernels.linear_cross_entropy_loss[dtype](args);
+  const int64_t vector = kernels.vector[dtype], vectors = (args.count + vector - 1) / vector;
+  torch::stable::parallel_for(0, vectors, 4, [&](int64_t begin, int64_t end) {
+    kernels.linear_cross_entropy_loss[dtype](args, begin * vector, std::min(args.count, end * vector));
+  });
   if (args.logits == nullptr) return;
   parallel_ranges(args.row.classes, [&](int64_t r) { kernels.linear_cross_entropy_gradient[dtype](args, r); });
   if (args.grad_input != nullptr) {
-    const int64_t threads = torch::stable::get_num_threads();
-    const int64_t part = round_up((args.features + threads - 1) / threads, kernels.nr[dtype]);
-    parallel_items((args.features + part - 1) / part, [&](int64_t i) {
-      kernels.linear_cross_entropy_grad_input[dtype](args, i * part, std::min(args.features, (i + 1) * part));
+    const Plan tasks =
+        grad_input_plan(args.count, args.features, torch::stable::get_num_threads(), kernels.blocking[dtype]);
+    parallel_items(tasks.tasks(), [&](int64_t t) {
+      const int64_t row = t / tasks.column_blocks * tasks.block_rows;
+      const int64_t column = t % tasks.column_blocks * tasks.block_columns;
+      kernels.linear_cross_entropy_grad_input[dtype](args, row, std::min(args.count, row + tasks.block_rows), column,
+                                                     std::min(args.features, column + tasks.block_columns));
     });
   }
   if (args.grad_weight != nullptr) {
-    kernels.linear_cross_entropy_pack[dtype](args, false);
+    block.columns = args.features;
+    block.depth = args.count;
+    block.b = {rows, args.features, 1};
+    pack_b(dtype, block);
     parallel_ranges(args.row.classes, [&](int64_t r) { kernels.linear_cross_entropy_grad_weight[dtype](args, r); });
   }
 }
@@ -114,7 +147,7 @@ Outputs run(const char* op, const OptionalTensor& grad, const Tensor& input, con
 
   // The logits of the first block need no memory of their own: they are stored where the gradient of the weight will
   // be, the logits of a class in the row of that class.
-  const int64_t vector = kernels().vector[dtype], nr = kernels().nr[dtype];
+  const int64_t vector = kernels().vector[dtype], nr = kernels().blocking[dtype].nr;
   const int64_t in_place = wanted.weight ? std::min(rows, features) / vector * vector : 0;
   const int64_t limit = block_rows(rows, wanted.any(), compute != input.scalar_type());
   const int64_t blocks = (rows - in_place + limit - 1) / limit;

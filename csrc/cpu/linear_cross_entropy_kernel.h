@@ -16,6 +16,8 @@
 //
 // Memory bandwidth is the second limit: the operands of the next tile are prefetched while this one is computed.
 #pragma once
+#include <numeric>
+
 #include "cross_entropy_kernel.h"
 #include "pack.h"
 #include "prefetch.h"
@@ -77,17 +79,6 @@ inline void for_each_target(const LinearCrossEntropy& a, int64_t begin, int64_t 
     const int64_t target = a.row.target[a.first + j];
     if (target >= begin && target < end && target != a.row.ignore_index) f(j, target);
   }
-}
-
-// Packs the rows of the block as the B of the logits (transposed) or of grad_weight.
-template <class T>
-void linear_cross_entropy_pack(const LinearCrossEntropy& a, bool transposed) {
-  const T* input = static_cast<const T*>(a.input) + a.first * a.features;
-  compute_t<T>* packed = static_cast<compute_t<T>*>(a.packed);
-  if (transposed)
-    pack_b(input, a.features, int64_t{1}, a.count, a.features, packed);
-  else
-    pack_b(input, int64_t{1}, a.features, a.features, a.count, packed);
 }
 
 // Computes the statistics of N vectors of rows from row j on, and replaces their logits by exponentials.
@@ -176,15 +167,24 @@ void linear_cross_entropy_logits(const LinearCrossEntropy& a, int64_t range) {
   for (; j < a.count; j += V::size) range_softmax<S, 1>(a, begin, end, logits, row, j, statistics);
 }
 
+// Processes rows [begin, end) of the block; begin is a multiple of the vector size.
 template <class T>
-void linear_cross_entropy_loss(const LinearCrossEntropy& a) {
+void linear_cross_entropy_loss(const LinearCrossEntropy& a, int64_t begin, int64_t end) {
   using S = compute_t<T>;
   using V = Vec<S>;
   const int64_t ranges = (a.row.classes + kClassRange - 1) / kClassRange;
   const S* weight = static_cast<const S*>(a.row.weight);
   const BlockTerms<S> terms(a);
   S* loss = static_cast<S*>(a.row.loss) + a.first;
-  for (int64_t j0 = 0; j0 < a.count; j0 += V::size) {
+  const bool smooth = a.row.label_smoothing != 0.0;
+  const cpu::Scratch scratch(smooth ? static_cast<size_t>(ranges) * sizeof(S) : 0);
+  S* const range_weights = reinterpret_cast<S*>(scratch.data());
+  for (int64_t r = 0; smooth && r < ranges; ++r) {
+    const int64_t first = r * kClassRange, last = range_end(a, r);
+    range_weights[r] =
+        weight == nullptr ? static_cast<S>(last - first) : std::accumulate(weight + first, weight + last, S(0));
+  }
+  for (int64_t j0 = begin; j0 < end; j0 += V::size) {
     V vmax = V::set1(std::numeric_limits<S>::lowest()), vsum = V::zero(), vdistances = V::zero();
     for (int64_t r = 0; r < ranges; ++r) vmax = max(V::load(RangeStatistics<S>(a, r).max + j0), vmax);
     for (int64_t r = 0; r < ranges; ++r) {
@@ -192,13 +192,8 @@ void linear_cross_entropy_loss(const LinearCrossEntropy& a) {
       const V below = V::load(statistics.max + j0) - vmax, factor = softmax_exp(below);
       vsum = fma(factor, V::load(statistics.sum + j0), vsum);
       factor.store(statistics.max + j0);
-      if (a.row.label_smoothing == 0.0) continue;
-      S range_weight = static_cast<S>(range_end(a, r) - r * kClassRange);
-      if (weight != nullptr) {
-        range_weight = 0;
-        for (int64_t c = r * kClassRange; c < range_end(a, r); ++c) range_weight += weight[c];
-      }
-      vdistances = vdistances + fma(below, V::set1(range_weight), V::load(statistics.distances + j0));
+      if (!smooth) continue;
+      vdistances = vdistances + fma(below, V::set1(range_weights[r]), V::load(statistics.distances + j0));
     }
     S max[V::size], sum[V::size], distances[V::size], factor[V::size] = {};
     vmax.store(max);
@@ -213,8 +208,7 @@ void linear_cross_entropy_loss(const LinearCrossEntropy& a) {
       const double log_sum = std::log(static_cast<double>(sum[j - j0]));
       const double at_target = static_cast<double>(terms.target_logit[j]) - static_cast<double>(max[j - j0]);
       double row_loss = t.hard * (log_sum - at_target);
-      if (a.row.label_smoothing != 0.0)
-        row_loss += t.uniform * (a.row.weight_sum * log_sum - static_cast<double>(distances[j - j0]));
+      if (smooth) row_loss += t.uniform * (a.row.weight_sum * log_sum - static_cast<double>(distances[j - j0]));
       loss[j] = static_cast<S>(row_loss);
       factor[j - j0] = static_cast<S>(t.upstream * t.total / static_cast<double>(sum[j - j0]));
       terms.target_offset[j] = static_cast<S>(t.upstream * t.hard);
@@ -255,9 +249,10 @@ void linear_cross_entropy_gradient(const LinearCrossEntropy& a, int64_t range) {
   }
 }
 
-// Computes columns [begin, end) of grad_input; begin is a multiple of kNR.
+// Computes rows [row_begin, row_end) of the block and columns [begin, end) of grad_input; begin is a multiple of kNR.
 template <class T>
-void linear_cross_entropy_grad_input(const LinearCrossEntropy& a, int64_t begin, int64_t end) {
+void linear_cross_entropy_grad_input(const LinearCrossEntropy& a, int64_t row_begin, int64_t row_end, int64_t begin,
+                                     int64_t end) {
   using S = compute_t<T>;
   using V = Vec<S>;
   const int64_t columns = end - begin, padded = (columns + kNR<S> - 1) / kNR<S> * kNR<S>;
@@ -266,7 +261,7 @@ void linear_cross_entropy_grad_input(const LinearCrossEntropy& a, int64_t begin,
   S* group = weights + kKC * padded;
   const T* weight = static_cast<const T*>(a.linear_weight) + begin;
   S* out = static_cast<S*>(a.grad_input) + a.first * a.features + begin;
-  const int64_t last_groups = std::max<int64_t>(0, a.count - 8 * kMR) / kMR * kMR;
+  const int64_t last_groups = row_end - 8 * kMR;
   for (int64_t k0 = 0; k0 < a.row.classes; k0 += kKC) {
     const int64_t depth = std::min(kKC, a.row.classes - k0);
     for (int64_t k = 0; k < depth; ++k) {
@@ -278,8 +273,8 @@ void linear_cross_entropy_grad_input(const LinearCrossEntropy& a, int64_t begin,
     // The next rows of the weight are prefetched with the last groups only; earlier, they would be evicted again.
     int64_t next = k0 + depth;
     const int64_t next_end = std::min(a.row.classes, next + kKC), share = kKC / 8 / (padded / kNR<S>)+1;
-    for (int64_t j = 0; j < a.count; j += kMR) {
-      const int64_t m = std::min<int64_t>(kMR, a.count - j);
+    for (int64_t j = row_begin; j < row_end; j += kMR) {
+      const int64_t m = std::min<int64_t>(kMR, row_end - j);
       const S* gradient = static_cast<const S*>(a.logits) + k0 * a.logits_row + j;
       for (int64_t k = 0; k < depth; ++k, gradient += a.logits_row) {
         __builtin_prefetch(gradient + 2 * kMR);

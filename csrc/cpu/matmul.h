@@ -11,6 +11,9 @@ namespace tinyllm::cpu {
 // they must be independent.
 void run_matmuls(DType dtype, std::vector<Matmul> matmuls);
 
+// Packs B of a matmul into `packed`; its A and out are not used.
+void pack_b(DType dtype, const Matmul& p);
+
 // Writes the sums over the rows of a (rows, columns) matrix to `out`.
 void sum_columns(DType dtype, const void* data, int64_t rows, int64_t columns, void* out);
 

@@ -24,10 +24,8 @@ namespace tinyllm::TINYLLM_ISA {
 
 using cpu::Matmul;
 
-// NC, the number of columns that are processed together: a KC x NC block of B and as much of A fit the second-level
-// cache.
 template <class S>
-constexpr int64_t kNC = 256 * 4 / int64_t{sizeof(S)};
+constexpr int64_t kNC = kBlocking<S>.nc;
 
 // Whether a KC x NR panel of B stays in the first-level cache beside MR rows of A. If so, the inner loop streams A past
 // a panel, otherwise B past a group of rows.
@@ -122,12 +120,12 @@ inline void prefetch_epilogue(const Matmul& p, int64_t row, int64_t rows, int64_
     }
 }
 
-// Packs columns [begin, end) of B into p.packed; begin is a multiple of kNR.
+// Packs rows [row_begin, row_end) of columns [begin, end) of B into p.packed; begin is a multiple of kNR.
 template <class T>
-void matmul_pack_b(const Matmul& p, int64_t begin, int64_t end) {
+void matmul_pack_b(const Matmul& p, int64_t row_begin, int64_t row_end, int64_t begin, int64_t end) {
   using S = compute_t<T>;
-  pack_b(static_cast<const T*>(p.b.data) + begin * p.b.column, p.b.column, p.b.row, end - begin, p.depth,
-         static_cast<S*>(p.packed) + begin * p.depth);
+  pack_b(static_cast<const T*>(p.b.data) + begin * p.b.column + row_begin * p.b.row, p.b.column, p.b.row, end - begin,
+         row_end - row_begin, static_cast<S*>(p.packed) + begin * p.depth + row_begin * kNR<S>, kNR<S> * p.depth);
 }
 
 // Whether the micro-kernel itself can finish a tile of n columns: whole vectors of the compute type, and no activation

@@ -51,10 +51,10 @@ inline void pack_strip(const T* from, int64_t column_stride, int64_t row_stride,
 
 // Packs B into panels of kNR columns, each stored consecutively row by row, so that the micro-kernel reads whole
 // vectors of a single stream. Element (k, n) comes from from[n * column_stride + k * row_stride]; columns beyond the
-// last one are zeros.
+// last one are zeros. Panels begin `panel` elements apart.
 template <class T>
 inline void pack_b(const T* from, int64_t column_stride, int64_t row_stride, int64_t columns, int64_t depth,
-                   compute_t<T>* to) {
+                   compute_t<T>* to, int64_t panel) {
   using S = compute_t<T>;
   using V = Vec<S>;
   constexpr int64_t width = kNR<S>;
@@ -65,20 +65,27 @@ inline void pack_b(const T* from, int64_t column_stride, int64_t row_stride, int
       for (int64_t first = 0; first < columns; first += width)
         for (int64_t k = k0; k < std::min(k0 + kRows, depth); ++k) {
           const T* row = from + k * row_stride + first;
-          S* panel = to + first * depth + k * width;
+          S* out = to + first / width * panel + k * width;
 #pragma GCC unroll 4
           for (int64_t c = 0; c < width; c += V::size) {
             const int64_t n = std::clamp<int64_t>(columns - first - c, 0, V::size);
-            (n == 0 ? V::zero() : load_n<V>(row + c, n)).store(panel + c);
+            (n == 0 ? V::zero() : load_n<V>(row + c, n)).store(out + c);
           }
         }
     return;
   }
-  for (int64_t first = 0; first < columns; first += width, to += width * depth)
+  for (int64_t first = 0; first < columns; first += width, to += panel)
     for (int64_t c = 0; c < width; c += V::size) {
       const int64_t n = std::clamp<int64_t>(columns - first - c, 0, V::size);
       pack_strip(from + (first + c) * column_stride, column_stride, row_stride, n, depth, to + c);
     }
+}
+
+// Packs all of B.
+template <class T>
+inline void pack_b(const T* from, int64_t column_stride, int64_t row_stride, int64_t columns, int64_t depth,
+                   compute_t<T>* to) {
+  pack_b(from, column_stride, row_stride, columns, depth, to, kNR<compute_t<T>> * depth);
 }
 
 // Packs rows of A in groups of kMR, interleaved, so that the micro-kernel reads them consecutively: element (m, k) goes

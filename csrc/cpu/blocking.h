@@ -1,0 +1,45 @@
+// How a matmul C[rows x columns] = A B is cut into blocks: for the caches of a core, and into tasks for threads.
+#pragma once
+#include <cstdint>
+
+namespace tinyllm::cpu {
+
+// The sizes of blocks for an instruction set and a compute type, in elements of that type.
+struct Blocking {
+  // The micro-kernel computes mr x nr elements of C at a time and sums kc of the depth in registers. These and nc are
+  // constants of the compiled kernels.
+  int64_t mr, nr, kc;
+  // The columns that are processed together: a kc x nc block of B and as much of A fit the second-level cache.
+  int64_t nc;
+
+  // A block of A has at most so many elements and rows, so that its packed copy, and for deep matmuls the sums of its
+  // rows, stay in the second-level cache.
+  int64_t a_block_elements, a_block_rows = 256;
+  // B is packed in parts of at most so many elements, which Scratch keeps, and of so many rows if sums can continue in
+  // C.
+  int64_t packed_b_elements, packed_depth = 2048;
+  // Rows of B up to this length are read in place: those of a panel are then spread over many cache sets.
+  int64_t in_place_row;
+  // For so few rows of A, packing B does not pay.
+  int64_t gemv_rows = 4;
+  // A matmul that another one continues is cut into blocks of rows only. With fewer rows for each thread, it is better
+  // to compute them one after the other.
+  int64_t chained_rows = 48;
+  // A matmul with fewer operations takes less time than waking a thread.
+  double serial_flops = 2e5;
+};
+
+// A matmul's tasks: row_blocks x column_blocks blocks of C. The last ones may be smaller.
+struct Plan {
+  int64_t block_rows, row_blocks;
+  int64_t block_columns, column_blocks;  // block_columns is a multiple of nr
+
+  int64_t tasks() const { return row_blocks * column_blocks; }
+};
+
+// Plans the tasks for a number of threads. Depends on its arguments only. Each element of C is the same sum in every
+// plan, so that results do not depend on the number of threads.
+Plan plan(int64_t rows, int64_t columns, int64_t depth, int64_t threads, const Blocking& blocking,
+          bool whole_rows = false);
+
+}  // namespace tinyllm::cpu
