@@ -23,9 +23,7 @@ struct BackwardBuffers {
   using S = compute_t<T>;
   // A block of keys.
   S *keys, *keys_t, *values_t, *grad_key, *grad_value;
-  // A block of queries, twice: scaled for the scores, which must repeat those of forward exactly, and unscaled for dK,
-  // which spares it a rounding.
-  S *scaled_queries, *queries, *grad_out;
+  S *queries, *grad_out;  // a block of queries
   // P and dS of a block of queries and a block of keys.
   S *probs, *grad_scores, *factors;
   int64_t row, value_row, score_row;
@@ -42,7 +40,6 @@ struct BackwardBuffers {
     values_t = arena.take<S>(padded_block * a.value_dim);
     grad_key = arena.take<S>(block * row);
     grad_value = arena.take<S>(block * value_row);
-    scaled_queries = arena.take<S>(kQueryBlock * row);
     queries = arena.take<S>(kQueryBlock * row);
     grad_out = arena.take<S>(kQueryBlock * value_row);
     probs = arena.take<S>(kQueryBlock * score_row);
@@ -128,8 +125,6 @@ inline void backward_block(const Attention& a, const BackwardBuffers<T>& buf, in
   const int64_t statistics = (b * a.heads + h) * a.queries;
   const S* lse = static_cast<const S*>(a.lse) + statistics;
   const S* rest = a.lse_rest == nullptr ? nullptr : static_cast<const S*>(a.lse_rest) + statistics;
-  pack_rows(row_of<T>(a.query, b, h, q0), a.query.row, a.query.column, rows, a.head_dim,
-            static_cast<S>(a.scale * kLog2e), buf.scaled_queries, buf.row);
   pack_rows(row_of<T>(a.query, b, h, q0), a.query.row, a.query.column, rows, a.head_dim, S(1), buf.queries, buf.row);
   pack_rows(row_of<T>(a.grad_out, b, h, q0), a.grad_out.row, a.grad_out.column, rows, a.value_dim, S(1), buf.grad_out,
             buf.value_row);
@@ -141,7 +136,7 @@ inline void backward_block(const Attention& a, const BackwardBuffers<T>& buf, in
     if (n == 0) continue;
     S* probs = buf.probs + g * buf.score_row;
     S* grad_scores = buf.grad_scores + g * buf.score_row;
-    gemm<S>(m, n, a.head_dim, {buf.scaled_queries + g * buf.row, buf.row, 1},
+    gemm<S>(m, n, a.head_dim, {buf.queries + g * buf.row, buf.row, 1},
             panels<S>(buf.keys_t + keys.begin * a.head_dim, a.head_dim), probs, buf.score_row, false);
     gemm<S>(m, n, a.value_dim, {buf.grad_out + g * buf.value_row, buf.value_row, 1},
             panels<S>(buf.values_t + keys.begin * a.value_dim, a.value_dim), grad_scores, buf.score_row, false);
@@ -228,7 +223,7 @@ void attention_bwd(const Attention& a, int64_t b, int64_t kv_head, int64_t range
     const int64_t block_keys = std::clamp<int64_t>(end - k0, 0, block);
     const T* key = row_of<T>(a.key, b, kv_head, k0);
     pack_rows(key, a.key.row, a.key.column, block_keys, a.head_dim, S(1), buf.keys, buf.row);
-    pack_b(key, a.key.row, a.key.column, block_keys, a.head_dim, buf.keys_t);
+    pack_keys<T>(a, b, kv_head, k0, block_keys, buf.keys_t);  // which repeats the scores of forward exactly
     pack_b(row_of<T>(a.value, b, kv_head, k0), a.value.row, a.value.column, block_keys, a.value_dim, buf.values_t);
     const int64_t panels_of_keys = (block_keys + kNR<S> - 1) / kNR<S> * kNR<S>;
     buf.finite = all_finite(buf.keys, block_keys * buf.row) && all_finite(buf.values_t, panels_of_keys * a.value_dim);

@@ -188,7 +188,7 @@ void attention_decode_combine(const Attention& a, int64_t b, int64_t kv_head) {
     }
     unpack_row(out, row_sum == S(0) ? S(0) : S(1) / row_sum, a.value_dim, const_cast<T*>(row_of<T>(a.out, b, h, row)),
                a.out.column);
-    store_log_sum(a, b, h, row, row_max, row_sum);
+    store_log_sums(a, b, h, row, 1, &row_max, &row_sum);
   }
 }
 

@@ -28,10 +28,17 @@ inline int64_t fwd_key_block(const Attention& a) {
   return std::clamp<int64_t>(65536 / std::max<int64_t>(1, a.head_dim + a.value_dim) / 64 * 64, 64, 512);
 }
 
+// Whether the micro-kernel can read elements of this type.
+template <class T>
+constexpr bool kInPlace = std::is_same_v<T, compute_t<T>>;
+
 template <class T>
 struct ForwardBuffers {
   using S = compute_t<T>;
-  S *keys, *values, *queries, *out, *scores, *max, *sum, *factors;
+  S *keys, *packed_values, *packed_queries, *out, *scores, *max, *sum, *factors;
+  // The values and a block of queries, packed or where they are.
+  const S* values = nullptr;
+  OperandA<S> queries;
   int64_t value_row, out_row, query_row, score_row;
   bool finite;  // whether all values are finite
 
@@ -43,8 +50,8 @@ struct ForwardBuffers {
     score_row = leading_dimension<S>(std::min(block, keys_used));
     const int64_t padded_keys = (keys_used + kNR<S> - 1) / kNR<S> * kNR<S>;
     keys = arena.take<S>(padded_keys * a.head_dim);
-    values = arena.take<S>(keys_used * value_row);
-    queries = arena.take<S>(kQueryBlock * query_row);
+    packed_values = arena.take<S>(keys_used * value_row);
+    packed_queries = arena.take<S>(kInPlace<T> ? 0 : kQueryBlock * query_row);
     out = arena.take<S>(kQueryBlock * out_row);
     scores = arena.take<S>(kMR * score_row);
     max = arena.take<S>(kQueryBlock + kGroupLanes<S>);
@@ -108,7 +115,7 @@ inline bool forward_group(const Attention& a, const ForwardBuffers<T>& buf, int6
   const KeyRange keys = visible_key_range<S>(a, b, h, q0 + g, m, k0, block_keys);
   const int64_t n = keys.end - keys.begin, first = k0 + keys.begin;
   if (n <= 0) return started;
-  gemm<S>(m, n, a.head_dim, {buf.queries + g * buf.query_row, buf.query_row, 1},
+  gemm<S>(m, n, a.head_dim, {buf.queries.data + g * buf.queries.row, buf.queries.row, buf.queries.step},
           panels<S>(buf.keys + first * a.head_dim, a.head_dim), buf.scores, buf.score_row, false);
   S correction[kGroupLanes<S>];
   softmax_group<T>(a, b, h, q0 + g, m, first, n, keys.masked, buf, g, correction);
@@ -137,15 +144,28 @@ void attention_fwd(const Attention& a, int64_t b, int64_t h, int64_t begin, int6
   ForwardBuffers<T> buf;
   const cpu::Scratch scratch(buf.layout(nullptr, a, keys_used, block));
   buf.layout(scratch.data(), a, keys_used, block);
-  pack_b(row_of<T>(a.key, b, kv_head, 0), a.key.row, a.key.column, keys_used, a.head_dim, buf.keys);
-  pack_rows(row_of<T>(a.value, b, kv_head, 0), a.value.row, a.value.column, keys_used, a.value_dim, S(1), buf.values,
-            buf.value_row);
+  pack_keys<T>(a, b, kv_head, 0, keys_used, buf.keys);
+  const T* value = row_of<T>(a.value, b, kv_head, 0);
+  if constexpr (kInPlace<T>) {
+    const bool aligned = reinterpret_cast<uintptr_t>(value) % 64 == 0;
+    if (aligned && a.value.column == 1 && a.value.row == buf.value_row && a.value_dim == buf.value_row)
+      buf.values = value;
+  }
+  if (buf.values == nullptr) {
+    pack_rows(value, a.value.row, a.value.column, keys_used, a.value_dim, S(1), buf.packed_values, buf.value_row);
+    buf.values = buf.packed_values;
+  }
   buf.finite = all_finite(buf.values, keys_used * buf.value_row);
 
   for (int64_t q0 = begin; q0 < end; q0 += kQueryBlock) {
     const int64_t rows = std::min(kQueryBlock, end - q0);
-    pack_rows(row_of<T>(a.query, b, h, q0), a.query.row, a.query.column, rows, a.head_dim,
-              static_cast<S>(a.scale * kLog2e), buf.queries, buf.query_row);
+    const T* query = row_of<T>(a.query, b, h, q0);
+    if constexpr (kInPlace<T>) {
+      buf.queries = {query, a.query.row, a.query.column};
+    } else {
+      pack_rows(query, a.query.row, a.query.column, rows, a.head_dim, S(1), buf.packed_queries, buf.query_row);
+      buf.queries = {buf.packed_queries, buf.query_row, 1};
+    }
     std::fill(buf.max, buf.max + rows, -inf);
     std::fill(buf.sum, buf.sum + rows, S(0));
     bool started[kGroups] = {};
@@ -155,8 +175,8 @@ void attention_fwd(const Attention& a, int64_t b, int64_t h, int64_t begin, int6
         const int64_t m = std::min<int64_t>(kMR, rows - g);
         prefetch_head_rows<T>(a.query, b, h, q0 + g + kQueryBlock, m, a.head_dim, end);
         prefetch_head_rows<T, 1>(a.out, b, h, q0 + g, m, a.value_dim, end);
-        started[g / kMR] = forward_group<T>(a, buf, b, h, q0, g, std::min<int64_t>(kMR, rows - g), k0,
-                                            std::min(block, keys_used - k0), started[g / kMR]);
+        bool& begun = started[g / kMR];
+        begun = forward_group<T>(a, buf, b, h, q0, g, m, k0, std::min(block, keys_used - k0), begun);
       }
     for (int64_t r = 0; r < rows; ++r) {
       const S sum = buf.sum[r];
@@ -164,8 +184,8 @@ void attention_fwd(const Attention& a, int64_t b, int64_t h, int64_t begin, int6
       if (!started[r / kMR]) std::fill(out, out + buf.out_row, S(0));
       unpack_row(out, sum == S(0) ? S(0) : S(1) / sum, a.value_dim, const_cast<T*>(row_of<T>(a.out, b, h, q0 + r)),
                  a.out.column);
-      store_log_sum(a, b, h, q0 + r, buf.max[r], sum);
     }
+    store_log_sums(a, b, h, q0, rows, buf.max, buf.sum);
   }
 }
 

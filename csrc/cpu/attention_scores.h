@@ -1,6 +1,7 @@
 // Shared by the attention kernels: addressing of rows, the keys that a query may see, masks, and dropout.
 //
-// Scores are multiplied by log2(e), by scaling the queries by scale * log2(e), so that the softmax needs 2^x only.
+// Scores are multiplied by log2(e), by scaling the packed keys by scale * log2(e), so that the softmax needs 2^x only
+// and queries can be read where they are.
 #pragma once
 #include <cmath>
 #include <cstring>
@@ -46,6 +47,14 @@ inline int64_t keys_of(const Attention& a, int64_t b) {
 // The number of keys of [first, first + count) that the causal mask lets query `row` see.
 inline int64_t visible(const Attention& a, int64_t row, int64_t first, int64_t count) {
   return a.causal ? std::clamp<int64_t>(row + 1 - first, 0, count) : count;
+}
+
+// Packs the keys [first, first + n), scaled, for scores = Q K^T.
+template <class T>
+inline void pack_keys(const Attention& a, int64_t b, int64_t kv_head, int64_t first, int64_t n, compute_t<T>* to) {
+  using S = compute_t<T>;
+  pack_b(row_of<T>(a.key, b, kv_head, first), a.key.row, a.key.column, n, a.head_dim, to,
+         static_cast<S>(a.scale * kLog2e));
 }
 
 // Keys [begin, end) of a block, and whether the mask must be applied to their scores.
@@ -176,13 +185,18 @@ __attribute__((noinline, cold)) void weigh_rows(int64_t m, int64_t n, int64_t co
   }
 }
 
-// Saves lse = max + log2(sum) of a row for backward, and its rounding error if that is wanted.
+// Saves lse = max + log2(sum) of n rows for backward, and its rounding error if that is wanted.
 template <class S>
-inline void store_log_sum(const Attention& a, int64_t b, int64_t h, int64_t row, S max, S sum) {
+inline void store_log_sums(const Attention& a, int64_t b, int64_t h, int64_t row, int64_t n, const S* max,
+                           const S* sum) {
   const int64_t index = (b * a.heads + h) * a.queries + row;
-  const S log_sum = log2(sum), lse = sum == S(0) ? -std::numeric_limits<S>::infinity() : max + log_sum;
-  static_cast<S*>(a.lse)[index] = lse;
-  if (a.lse_rest != nullptr) static_cast<S*>(a.lse_rest)[index] = sum == S(0) ? S(0) : max - lse + log_sum;
+  S* const lse = static_cast<S*>(a.lse) + index;
+  for (int64_t r = 0; r < n; ++r) lse[r] = max[r] + log2(sum[r]);  // without a branch, so that compilers vectorise it
+  for (int64_t r = 0; r < n; ++r)
+    if (sum[r] == S(0)) lse[r] = -std::numeric_limits<S>::infinity();
+  if (a.lse_rest == nullptr) return;
+  S* const rest = static_cast<S*>(a.lse_rest) + index;
+  for (int64_t r = 0; r < n; ++r) rest[r] = sum[r] == S(0) ? S(0) : max[r] - lse[r] + log2(sum[r]);
 }
 
 // The size of a buffer for the dropout factors of n scores of a row.

@@ -125,7 +125,7 @@ template <class T>
 void matmul_pack_b(const Matmul& p, int64_t row_begin, int64_t row_end, int64_t begin, int64_t end) {
   using S = compute_t<T>;
   pack_b(static_cast<const T*>(p.b.data) + begin * p.b.column + row_begin * p.b.row, p.b.column, p.b.row, end - begin,
-         row_end - row_begin, static_cast<S*>(p.packed) + begin * p.depth + row_begin * kNR<S>, kNR<S> * p.depth);
+         row_end - row_begin, static_cast<S*>(p.packed) + begin * p.depth + row_begin * kNR<S>, kNR<S> * p.depth, S(1));
 }
 
 // Whether the micro-kernel itself can finish a tile of n columns: whole vectors of the compute type, and no activation

@@ -24,10 +24,10 @@ inline void pack_rows(const T* from, int64_t row_stride, int64_t column_stride, 
   }
 }
 
-// Packs n <= Vec::size columns, one vector of the width of a panel, and zeros the rest of the vector.
+// Packs n <= Vec::size columns, one vector of the width of a panel, times `factor`, and zeros the rest of the vector.
 template <class T>
 inline void pack_strip(const T* from, int64_t column_stride, int64_t row_stride, int64_t n, int64_t depth,
-                       compute_t<T>* to) {
+                       compute_t<T> factor, compute_t<T>* to) {
   using S = compute_t<T>;
   using V = Vec<S>;
   constexpr int64_t width = kNR<S>;
@@ -38,23 +38,23 @@ inline void pack_strip(const T* from, int64_t column_stride, int64_t row_stride,
     for_each_vector<V>(depth, [&](int64_t k, int64_t rows) {
       V square[V::size];
       for (int64_t i = 0; i < V::size; ++i)
-        square[i] = i < n ? load_n<V>(from + i * column_stride + k, rows) : V::zero();
+        square[i] = i < n ? load_n<V>(from + i * column_stride + k, rows) * V::set1(factor) : V::zero();
       transpose(square);
       for (int64_t i = 0; i < rows; ++i) square[i].store(to + (k + i) * width);
     });
   } else {
     for (int64_t k = 0; k < depth; ++k)
       for (int64_t i = 0; i < V::size; ++i)
-        to[k * width + i] = i < n ? to_compute(from[i * column_stride + k * row_stride]) : S(0);
+        to[k * width + i] = i < n ? to_compute(from[i * column_stride + k * row_stride]) * factor : S(0);
   }
 }
 
 // Packs B into panels of kNR columns, each stored consecutively row by row, so that the micro-kernel reads whole
-// vectors of a single stream. Element (k, n) comes from from[n * column_stride + k * row_stride]; columns beyond the
+// vectors of a single stream. Element (k, n) is from[n * column_stride + k * row_stride] * factor; columns beyond the
 // last one are zeros. Panels begin `panel` elements apart.
 template <class T>
 inline void pack_b(const T* from, int64_t column_stride, int64_t row_stride, int64_t columns, int64_t depth,
-                   compute_t<T>* to, int64_t panel) {
+                   compute_t<T>* to, int64_t panel, compute_t<T> factor) {
   using S = compute_t<T>;
   using V = Vec<S>;
   constexpr int64_t width = kNR<S>;
@@ -69,7 +69,7 @@ inline void pack_b(const T* from, int64_t column_stride, int64_t row_stride, int
 #pragma GCC unroll 4
           for (int64_t c = 0; c < width; c += V::size) {
             const int64_t n = std::clamp<int64_t>(columns - first - c, 0, V::size);
-            (n == 0 ? V::zero() : load_n<V>(row + c, n)).store(out + c);
+            (n == 0 ? V::zero() : load_n<V>(row + c, n) * V::set1(factor)).store(out + c);
           }
         }
     return;
@@ -77,15 +77,15 @@ inline void pack_b(const T* from, int64_t column_stride, int64_t row_stride, int
   for (int64_t first = 0; first < columns; first += width, to += panel)
     for (int64_t c = 0; c < width; c += V::size) {
       const int64_t n = std::clamp<int64_t>(columns - first - c, 0, V::size);
-      pack_strip(from + (first + c) * column_stride, column_stride, row_stride, n, depth, to + c);
+      pack_strip(from + (first + c) * column_stride, column_stride, row_stride, n, depth, factor, to + c);
     }
 }
 
-// Packs all of B.
+// Packs all of B, times `factor`.
 template <class T>
 inline void pack_b(const T* from, int64_t column_stride, int64_t row_stride, int64_t columns, int64_t depth,
-                   compute_t<T>* to) {
-  pack_b(from, column_stride, row_stride, columns, depth, to, kNR<compute_t<T>> * depth);
+                   compute_t<T>* to, compute_t<T> factor = 1) {
+  pack_b(from, column_stride, row_stride, columns, depth, to, kNR<compute_t<T>> * depth, factor);
 }
 
 // Packs rows of A in groups of kMR, interleaved, so that the micro-kernel reads them consecutively: element (m, k) goes
