@@ -61,52 +61,54 @@ struct ForwardBuffers {
   }
 };
 
-// The online softmax of a group of m rows: replaces their scores against the keys [first, first + n) by 2^(score -
+// The online softmax of M rows, of which row r sees the first seen[r] of n keys: replaces their scores by 2^(score -
 // max), or 0 where a row does not see a key, and updates the running maxima and sums. The caller must multiply earlier
 // results of row r by correction[r].
 //
-// Each step runs over all rows before the next one begins, because the steps of one row depend on each other.
-template <class T>
-inline void softmax_group(const Attention& a, int64_t b, int64_t h, int64_t row, int64_t m, int64_t first, int64_t n,
-                          bool masked, const ForwardBuffers<T>& buf, int64_t g, compute_t<T>* correction) {
-  using S = compute_t<T>;
+// All rows take the same number of steps, which keeps branches predictable, and M maxima are independent of each other.
+template <int M, class S>
+inline void softmax_rows(const int64_t* seen, int64_t n, S* scores, int64_t score_row, S* max_of, S* sum_of,
+                         S* correction) {
   using V = Vec<S>;
   constexpr S inf = std::numeric_limits<S>::infinity();
+  const int64_t padded = round_up_to_vector<S>(n), inside = seen[0] / V::size * V::size;  // the first row sees least
+  V x[M];
+#pragma GCC unroll 8
+  for (int r = 0; r < M; ++r) x[r] = V::set1(max_of[r]);
+  for (int64_t j = 0; j < inside; j += V::size)
+#pragma GCC unroll 8
+    for (int r = 0; r < M; ++r) x[r] = max(x[r], V::load(scores + r * score_row + j));
+  for (int64_t j = inside; j < padded; j += V::size)
+#pragma GCC unroll 8
+    for (int r = 0; r < M; ++r) {
+      S* const at = scores + r * score_row + j;
+      const V score = V::first(V::load(at), std::clamp<int64_t>(seen[r] - j, 0, V::size), V::set1(-inf));
+      score.store(at);
+      x[r] = max(x[r], score);
+    }
   S shift[kGroupLanes<S>] = {};
-  S* const max_of = buf.max + g;
-  S* const sum_of = buf.sum + g;
-  for (int64_t r = 0; r < m; ++r) {
-    S* scores = buf.scores + r * buf.score_row;
-    const int64_t seen = visible(a, row + r, first, n);
-    if (masked) apply_mask<T>(a, b, h, row + r, first, seen, scores);
-    const int64_t whole = hide_rest(scores, seen);
-    V vmax = V::set1(max_of[r]);
-    for (int64_t j = 0; j < whole; j += V::size) vmax = max(vmax, V::load(scores + j));
-    const S row_max = vmax.max_element();
+#pragma GCC unroll 8
+  for (int r = 0; r < M; ++r) {
+    const S row_max = x[r].max_element();
     // A row that has seen no key yet: 2^(-inf - 0) is 0, while -inf - -inf would be NaN.
     shift[r] = row_max == -inf ? S(0) : row_max;
   }
-  for (int64_t i = 0; i < kGroupLanes<S>; i += V::size)
-    exp2(V::load(max_of + i) - V::load(shift + i)).store(correction + i);
-  for (int64_t r = 0; r < m; ++r) {
-    S* scores = buf.scores + r * buf.score_row;
-    const int64_t whole = round_up_to_vector<S>(visible(a, row + r, first, n)), padded = round_up_to_vector<S>(n);
-    const V vshift = V::set1(shift[r]);
-    V vsum = V::zero();
-    for (int64_t j = 0; j < whole; j += V::size) {
-      const V p = exp2(V::load(scores + j) - vshift);
-      p.store(scores + j);
-      vsum = vsum + p;
+  for (int i = 0; i < M; i += V::size) exp2(V::load(max_of + i) - V::load(shift + i)).store(correction + i);
+  for (int r = 0; r < M; ++r) {
+    V sum = V::zero();
+    for (int64_t j = 0; j < padded; j += V::size) {
+      S* const at = scores + r * score_row + j;
+      const V p = exp2(V::load(at) - V::set1(shift[r]));
+      p.store(at);
+      sum = sum + p;
     }
-    for (int64_t j = whole; j < padded; j += V::size) V::zero().store(scores + j);
-    if (a.dropout.p > 0) multiply(scores, row_factors(a, b, h, row + r, first, whole, buf.factors), whole);
-    sum_of[r] = sum_of[r] * correction[r] + vsum.sum();
+    sum_of[r] = sum_of[r] * correction[r] + sum.sum();
     if (sum_of[r] != S(0)) max_of[r] = shift[r];
   }
 }
 
 // Adds the contribution of the block of keys [k0, k0 + block_keys) to the m rows of a group in `out`. `started` tells
-// whether `out` holds anything yet; returns its new value.
+// whether earlier blocks have written there. Returns whether there is anything in `out` now.
 template <class T>
 inline bool forward_group(const Attention& a, const ForwardBuffers<T>& buf, int64_t b, int64_t h, int64_t q0, int64_t g,
                           int64_t m, int64_t k0, int64_t block_keys, bool started) {
@@ -117,13 +119,26 @@ inline bool forward_group(const Attention& a, const ForwardBuffers<T>& buf, int6
   if (n <= 0) return started;
   gemm<S>(m, n, a.head_dim, {buf.queries.data + g * buf.queries.row, buf.queries.row, buf.queries.step},
           panels<S>(buf.keys + first * a.head_dim, a.head_dim), buf.scores, buf.score_row, false);
-  S correction[kGroupLanes<S>];
-  softmax_group<T>(a, b, h, q0 + g, m, first, n, keys.masked, buf, g, correction);
+  int64_t seen[kMR];
+  for (int64_t r = 0; r < m; ++r) {
+    seen[r] = visible(a, q0 + g + r, first, n);
+    if (keys.masked) apply_mask<T>(a, b, h, q0 + g + r, first, seen[r], buf.scores + r * buf.score_row);
+  }
+  S correction[kMR + kGroupLanes<S>];
+  const int64_t step = m == kMR ? kMR : 1;
+  for (int64_t r = 0; r < m; r += step)
+    (m == kMR ? softmax_rows<kMR, S> : softmax_rows<1, S>)(seen + r, n, buf.scores + r * buf.score_row, buf.score_row,
+                                                           buf.max + g + r, buf.sum + g + r, correction + r);
   S* out = buf.out + g * buf.out_row;
-  for (int64_t r = 0; started && r < m; ++r)
-    if (correction[r] != S(1))
+  for (int64_t r = 0; r < m; ++r) {
+    if (a.dropout.p > 0) {
+      const int64_t whole = round_up_to_vector<S>(seen[r]);
+      multiply(buf.scores + r * buf.score_row, row_factors(a, b, h, q0 + g + r, first, whole, buf.factors), whole);
+    }
+    if (started && correction[r] != S(1))
       for (int64_t i = r * buf.out_row; i < (r + 1) * buf.out_row; i += V::size)
         (V::load(out + i) * V::set1(correction[r])).store(out + i);
+  }
   const S* values = buf.values + first * buf.value_row;
   if (buf.finite)
     gemm<S>(m, a.value_dim, n, {buf.scores, buf.score_row, 1}, row_major<S>(values, buf.value_row), out, buf.out_row,
