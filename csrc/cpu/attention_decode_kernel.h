@@ -79,18 +79,18 @@ inline void decode_values(const T* value, int64_t value_row, const compute_t<T>*
                           compute_t<T>* out) {
   using V = Vec<compute_t<T>>;
   V sums[N];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (int i = 0; i < N; ++i) sums[i] = V::zero();
   for (int64_t j = 0; j < n; ++j, value += value_row) {
     const V p = V::set1(probs[j]);
     if constexpr (N == 1) {
       sums[0] = fma(p, load_n<V>(value, columns), sums[0]);
     } else {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int i = 0; i < N; ++i) sums[i] = fma(p, V::load(value + i * V::size), sums[i]);
     }
   }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (int i = 0; i < N; ++i) (V::load(out + i * V::size) + sums[i]).store(out + i * V::size);
 }
 
@@ -149,6 +149,8 @@ void attention_decode(const Attention& a, int64_t b, int64_t kv_head, int64_t ra
       const S* probs = buf.scores + r * buf.score_row + j;
       S* out = decode_partial<S>(a, b, kv_head, range, r);
       int64_t d = 0;
+      for (; d + 8 * V::size <= a.value_dim; d += 8 * V::size)
+        decode_values<T, 8>(value + d, a.value.row, probs, std::min(keys, n - j), 0, out + d);
       for (; d + 4 * V::size <= a.value_dim; d += 4 * V::size)
         decode_values<T, 4>(value + d, a.value.row, probs, std::min(keys, n - j), 0, out + d);
       for (; d < a.value_dim; d += V::size)
