@@ -2,11 +2,12 @@
 // matrix of scores is never stored; a tile of scores stays in the first-level cache.
 //
 // For one head and a range of queries, the keys are packed once into panels and the values copied once into padded
-// rows, which also handles strides and 16-bit types. For each block of queries, each block of keys and each group of
-// kMR queries, the kernel then computes scores = Q K^T, the softmax, and out = out * correction + P V. A block of keys
-// is as long as the caches allow (512 at head_dim 64), so that short sequences need a single pass and the running
-// maximum of long ones (Milakov & Gimelshein 2018) changes rarely. Causal attention computes the columns of a group
-// only up to its last query, rounded up to one vector, so that hardly any work is spent above the diagonal.
+// rows, which also handles strides and 16-bit types; float values whose rows lie like that are not copied. For each
+// block of queries, each block of keys and each group of kMR queries, the kernel then computes scores = Q K^T, the
+// softmax, and out = out * correction + P V. A block of keys is as long as the caches allow (512 at head_dim 64), so
+// that short sequences need a single pass and the running maximum of long ones (Milakov & Gimelshein 2018) changes
+// rarely. Causal attention computes the columns of a group only up to its last query, rounded up to one vector, so that
+// hardly any work is spent above the diagonal.
 //
 // A query whose keys are all masked has lse = -inf and output 0. Hidden values cannot influence a query: if any value
 // is not finite, weigh_rows takes the place of the matmul, in which a weight of 0 would turn it into NaN.
