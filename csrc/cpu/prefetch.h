@@ -11,13 +11,13 @@ namespace tinyllm::TINYLLM_ISA {
 
 constexpr int64_t kCacheLine = 64;
 
-// Prefetches contiguous memory into the first-level cache.
+// Prefetches contiguous memory into the second-level cache.
 class RangePrefetcher {
  public:
   RangePrefetcher(const void* data, int64_t bytes, int64_t shares)
       : next_(static_cast<const char*>(data)), end_(next_ + bytes), share_((bytes / kCacheLine + shares) / shares) {}
   void prefetch_share() {
-    for (int64_t i = 0; i < share_ && next_ < end_; ++i, next_ += kCacheLine) __builtin_prefetch(next_);
+    for (int64_t i = 0; i < share_ && next_ < end_; ++i, next_ += kCacheLine) __builtin_prefetch(next_, 0, 2);
   }
 
  private:
