@@ -132,7 +132,7 @@ inline void write_row(T* out, int64_t size, bool stream, F&& f) {
 
 // Writes grad_input of row r.
 template <class T>
-inline void write_gradient(const CrossEntropy& a, int64_t r, compute_t<T> max, compute_t<T> sum) {
+TINYLLM_FLATTEN inline void write_gradient(const CrossEntropy& a, int64_t r, compute_t<T> max, compute_t<T> sum) {
   using S = compute_t<T>;
   using V = Vec<S>;
   const int64_t target = a.target[r], size = a.classes;

@@ -54,7 +54,7 @@ inline Pair<V> sum_row(int64_t size, F&& f) {
 }
 
 template <class T, bool kCentered, bool kAdd>
-void norm_fwd(const cpu::LayerNormFwd& a, int64_t begin, int64_t end) {
+TINYLLM_FLATTEN void norm_fwd(const cpu::LayerNormFwd& a, int64_t begin, int64_t end) {
   using S = compute_t<T>;
   using V = Vec<S>;
   const int64_t size = a.size;
@@ -117,7 +117,8 @@ void norm_fwd(const cpu::LayerNormFwd& a, int64_t begin, int64_t end) {
 // Processes R rows from r0 on; rows up to `end` follow. `grads` has the gradient of the weight and, if kCentered,
 // behind it that of the bias.
 template <class T, bool kCentered, int R>
-void norm_bwd_block(const cpu::LayerNormBwd& a, int64_t r0, int64_t end, compute_t<T>* grads, bool stream) {
+TINYLLM_FLATTEN void norm_bwd_block(const cpu::LayerNormBwd& a, int64_t r0, int64_t end, compute_t<T>* grads,
+                                    bool stream) {
   using S = compute_t<T>;
   using V = Vec<S>;
   const int64_t size = a.size;

@@ -48,7 +48,7 @@ void parallel_ranges(int64_t classes, const F& f) {
 Plan grad_input_plan(int64_t rows, int64_t columns, int64_t threads, const Blocking& b) {
   constexpr int64_t kFewColumns = 64, kFewRows = 64;
   const auto parts_of = [](int64_t size, int64_t parts, int64_t multiple) {
-    const int64_t part = round_up((size + parts - 1) / parts, multiple);
+    const int64_t part = round_up(std::max<int64_t>(1, (size + parts - 1) / parts), multiple);
     return std::pair(part, (size + part - 1) / part);
   };
   const int64_t column_parts = std::clamp<int64_t>(columns / kFewColumns, 1, threads);

@@ -112,6 +112,10 @@ inline V rounded(V x) {
   return V::load(buffer);
 }
 
+// Marks kernels whose loops call a lambda for each vector. Compilers tend to leave one that stands in two loops, for
+// whole vectors and for the rest of a row, as a function, whose calls cost several times its work.
+#define TINYLLM_FLATTEN __attribute__((flatten))
+
 // Calls f(i, n) for each vector of a row: i is the index of its first element, n the number of its elements inside the
 // row.
 template <class V, class F>
