@@ -172,8 +172,10 @@ void run_matmuls(DType dtype, std::vector<Matmul> matmuls) {
 }
 
 void pack_b(DType dtype, const Matmul& p) {
-  const Packing packing(p, blocking(dtype).nr);
-  torch::stable::parallel_for(0, packing.parts(), 1,
+  const int64_t nr = blocking(dtype).nr;
+  const Packing packing(p, nr);
+  const int64_t grain = divide_up(32768, nr * std::max<int64_t>(1, packing.rows));  // less does not pay a thread
+  torch::stable::parallel_for(0, packing.parts(), grain,
                               [&](int64_t begin, int64_t end) { pack_parts(p, dtype, packing, begin, end); });
 }
 
