@@ -20,6 +20,9 @@ struct Blocking {
   int64_t packed_b_elements, packed_depth = 2048;
   // Rows of B up to this length are read in place: those of a panel are then spread over many cache sets.
   int64_t in_place_row;
+  // But not if they are a multiple of colliding_step apart (unless that is 0), and more rows of A than these use them: a
+  // panel that should stay in the first-level cache would fall into half of its sets or fewer.
+  int64_t colliding_step, in_place_rows = 24;
   // For so few rows of A, packing B does not pay.
   int64_t gemv_rows = 4;
   // A matmul that another one continues is cut into blocks of rows only. With fewer rows for each thread, it is better
@@ -27,6 +30,8 @@ struct Blocking {
   int64_t chained_rows = 48;
   // A matmul with fewer operations takes less time than waking a thread.
   double serial_flops = 2e5;
+
+  bool collides(int64_t step) const { return colliding_step > 0 && step % colliding_step == 0; }
 };
 
 // A matmul's tasks: row_blocks x column_blocks blocks of C. The last ones may be smaller.

@@ -36,6 +36,11 @@ constexpr int64_t kKC = 256;
 template <class S>
 constexpr int64_t kNR = int64_t{kNV} * Vec<S>::size;
 
+// Whether a KC x NR panel of B stays in the first-level cache beside MR rows of A. If so, matmul_block streams A past a
+// panel, otherwise B past a group of rows.
+template <class S>
+constexpr bool kPanelInL1 = kKC * kNR<S> * sizeof(S) <= 16384;
+
 template <class S>
 constexpr cpu::Blocking kBlocking = {
     .mr = kMR,
@@ -45,6 +50,7 @@ constexpr cpu::Blocking kBlocking = {
     .a_block_elements = (int64_t{1} << 20) / int64_t{sizeof(S)},
     .packed_b_elements = (int64_t{8} << 20) / int64_t{sizeof(S)},
     .in_place_row = 1024 / int64_t{sizeof(S)},
+    .colliding_step = kPanelInL1<S> ? 128 / int64_t{sizeof(S)} : 0,
 };
 
 template <class S>

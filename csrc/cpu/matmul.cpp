@@ -21,7 +21,7 @@ Blocking blocking(DType dtype) { return kernels().blocking[dtype]; }
 bool usable_unpacked(const Matmul& p, DType dtype) {
   const Blocking b = blocking(dtype);
   return p.b.column == 1 && element_size(dtype) == compute_size(dtype) && p.columns % b.nr == 0 &&
-         p.b.row <= b.in_place_row;
+         p.b.row <= b.in_place_row && (p.rows <= b.in_place_rows || !b.collides(p.b.row));
 }
 
 int64_t packed_elements(const Matmul& p, DType dtype) {

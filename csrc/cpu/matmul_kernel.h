@@ -27,11 +27,6 @@ using cpu::Matmul;
 template <class S>
 constexpr int64_t kNC = kBlocking<S>.nc;
 
-// Whether a KC x NR panel of B stays in the first-level cache beside MR rows of A. If so, the inner loop streams A past
-// a panel, otherwise B past a group of rows.
-template <class S>
-constexpr bool kPanelInL1 = kKC * kNR<S> * sizeof(S) <= 16384;
-
 // A packed B of so many elements is prefetched: 4 MB of floats, measured on an AMD EPYC (Zen 3), where smaller ones
 // lose as much by it as larger ones gain.
 constexpr int64_t kFarElements = int64_t{1} << 20;
@@ -45,7 +40,7 @@ template <class T>
 inline bool a_usable_unpacked(const Matmul& p) {
   if (!std::is_same_v<T, compute_t<T>>) return false;
   if (p.a.column == 1) return p.rows == 1 || p.a.row * int64_t{sizeof(T)} % 4096 != 0;
-  return p.a.row == 1 && p.a.column * int64_t{sizeof(T)} <= 1024;
+  return p.a.row == 1 && p.a.column * int64_t{sizeof(T)} <= 1024 && !kBlocking<compute_t<T>>.collides(p.a.column);
 }
 
 // A block of rows of A as the micro-kernel reads it, in place or packed. Groups of kMR rows begin `group` elements
