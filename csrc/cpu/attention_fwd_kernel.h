@@ -1,13 +1,13 @@
 // Flash attention on a CPU (Dao et al. 2022, "FlashAttention"; Dao 2023, "FlashAttention-2"). The (queries, keys)
-// matrix of scores is never stored; a tile of scores stays in the first-level cache.
+// matrix of scores is never stored; a tile of scores stays in the first-level cache (the second, where heads are wide).
 //
 // For one head and a range of queries, the keys are packed once into panels and the values copied once into padded
 // rows, which also handles strides and 16-bit types; float values whose rows lie like that are not copied. For each
-// block of queries, each block of keys and each group of kMR queries, the kernel then computes scores = Q K^T, the
-// softmax, and out = out * correction + P V. A block of keys is as long as the caches allow (512 at head_dim 64), so
-// that short sequences need a single pass and the running maximum of long ones (Milakov & Gimelshein 2018) changes
-// rarely. Causal attention computes the columns of a group only up to its last query, rounded up to one vector, so that
-// hardly any work is spent above the diagonal.
+// block of queries, each block of keys and each group of queries (kMR, or all), the kernel then computes scores = Q
+// K^T, the softmax, and out = out * correction + P V. A block of keys is as long as the caches allow (512 at head_dim
+// 64), so that short sequences need a single pass and the running maximum of long ones (Milakov & Gimelshein 2018)
+// changes rarely. Causal attention computes the columns of a group only up to its last query, rounded up to one vector,
+// so that hardly any work is spent above the diagonal.
 //
 // A query whose keys are all masked has lse = -inf and output 0. Hidden values cannot influence a query: if any value
 // is not finite, weigh_rows takes the place of the matmul, in which a weight of 0 would turn it into NaN.
@@ -22,10 +22,18 @@ constexpr int64_t kGroups = (kQueryBlock + kMR - 1) / kMR;
 template <class S>
 constexpr int64_t kGroupLanes = (kMR + Vec<S>::size - 1) / Vec<S>::size * Vec<S>::size;
 
+// Whether scores are computed for a whole block of queries at once: where heads are so wide that K and V of enough keys
+// for long sums would not stay in the second-level cache. They come from farther away then, but once for a block, whose
+// scores take their place. Where queries see different keys, groups save more work.
+inline bool takes_whole_blocks(const Attention& a) {
+  return a.head_dim + a.value_dim >= 256 && !a.causal && a.mask_kind == MaskKind::none;
+}
+
 // The number of keys in a block: K and V of a block take a quarter of a second-level cache of 1 MB, and the scores of a
 // group half of the first-level cache. A multiple of kNR, so that a block begins with a panel.
 inline int64_t fwd_key_block(const Attention& a) {
   static_assert(64 % kNR<float> == 0 && 64 % kNR<double> == 0);
+  if (takes_whole_blocks(a)) return kKC;
   return std::clamp<int64_t>(65536 / std::max<int64_t>(1, a.head_dim + a.value_dim) / 64 * 64, 64, 512);
 }
 
@@ -54,7 +62,7 @@ struct ForwardBuffers {
     packed_values = arena.take<S>(keys_used * value_row);
     packed_queries = arena.take<S>(kInPlace<T> ? 0 : kQueryBlock * query_row);
     out = arena.take<S>(kQueryBlock * out_row);
-    scores = arena.take<S>(kMR * score_row);
+    scores = arena.take<S>((takes_whole_blocks(a) ? kQueryBlock : kMR) * score_row);
     max = arena.take<S>(kQueryBlock + kGroupLanes<S>);
     sum = arena.take<S>(kQueryBlock);
     factors = arena.take<S>(factors_size(a, score_row));
@@ -108,8 +116,8 @@ inline void softmax_rows(const int64_t* seen, int64_t n, S* scores, int64_t scor
   }
 }
 
-// Adds the contribution of the block of keys [k0, k0 + block_keys) to the m rows of a group in `out`. `started` tells
-// whether earlier blocks have written there. Returns whether there is anything in `out` now.
+// Adds the contribution of the block of keys [k0, k0 + block_keys) to the rows [g, g + m) of a group in `out`.
+// `started` tells whether earlier blocks have written there. Returns whether there is anything in `out` now.
 template <class T>
 inline bool forward_group(const Attention& a, const ForwardBuffers<T>& buf, int64_t b, int64_t h, int64_t q0, int64_t g,
                           int64_t m, int64_t k0, int64_t block_keys, bool started) {
@@ -120,16 +128,18 @@ inline bool forward_group(const Attention& a, const ForwardBuffers<T>& buf, int6
   if (n <= 0) return started;
   gemm<S>(m, n, a.head_dim, {buf.queries.data + g * buf.queries.row, buf.queries.row, buf.queries.step},
           panels<S>(buf.keys + first * a.head_dim, a.head_dim), buf.scores, buf.score_row, false);
-  int64_t seen[kMR];
+  int64_t seen[kQueryBlock];
   for (int64_t r = 0; r < m; ++r) {
     seen[r] = visible(a, q0 + g + r, first, n);
     if (keys.masked) apply_mask<T>(a, b, h, q0 + g + r, first, seen[r], buf.scores + r * buf.score_row);
   }
-  S correction[kMR + kGroupLanes<S>];
-  const int64_t step = m == kMR ? kMR : 1;
-  for (int64_t r = 0; r < m; r += step)
-    (m == kMR ? softmax_rows<kMR, S> : softmax_rows<1, S>)(seen + r, n, buf.scores + r * buf.score_row, buf.score_row,
-                                                           buf.max + g + r, buf.sum + g + r, correction + r);
+  S correction[kQueryBlock + kGroupLanes<S>];
+  for (int64_t r = 0; r < m;) {
+    const bool whole = m - r >= kMR;
+    (whole ? softmax_rows<kMR, S> : softmax_rows<1, S>)(seen + r, n, buf.scores + r * buf.score_row, buf.score_row,
+                                                        buf.max + g + r, buf.sum + g + r, correction + r);
+    r += whole ? kMR : 1;
+  }
   S* out = buf.out + g * buf.out_row;
   for (int64_t r = 0; r < m; ++r) {
     if (a.dropout.p > 0) {
@@ -186,18 +196,19 @@ void attention_fwd(const Attention& a, int64_t b, int64_t h, int64_t begin, int6
     std::fill(buf.sum, buf.sum + rows, S(0));
     bool started[kGroups] = {};
     const int64_t last_key = visible(a, q0 + rows - 1, 0, keys_used);
+    const int64_t group = takes_whole_blocks(a) ? rows : kMR;
     for (int64_t k0 = 0; k0 < last_key; k0 += block)
-      for (int64_t g = 0; g < rows; g += kMR) {
-        const int64_t m = std::min<int64_t>(kMR, rows - g);
+      for (int64_t g = 0; g < rows; g += group) {
+        const int64_t m = std::min(group, rows - g);
         prefetch_head_rows<T>(a.query, b, h, q0 + g + kQueryBlock, m, a.head_dim, end);
         prefetch_head_rows<T, 1>(a.out, b, h, q0 + g, m, a.value_dim, end);
-        bool& begun = started[g / kMR];
+        bool& begun = started[g / group];
         begun = forward_group<T>(a, buf, b, h, q0, g, m, k0, std::min(block, keys_used - k0), begun);
       }
     for (int64_t r = 0; r < rows; ++r) {
       const S sum = buf.sum[r];
       S* out = buf.out + r * buf.out_row;
-      if (!started[r / kMR]) std::fill(out, out + buf.out_row, S(0));
+      if (!started[r / group]) std::fill(out, out + buf.out_row, S(0));
       unpack_row(out, sum == S(0) ? S(0) : S(1) / sum, a.value_dim, const_cast<T*>(row_of<T>(a.out, b, h, q0 + r)),
                  a.out.column);
     }

@@ -40,6 +40,7 @@ SHAPES = {
         (1, 1, 1, 1, 1), (2, 3, 7, 7, 5), (1, 2, 64, 64, 32), (2, 1, 65, 131, 17), (1, 2, 129, 40, 64),
         (1, 1, 200, 257, 128), (1, 1, 33, 70, 160), (1, 1, 9, 11, 1024), (3, 2, 1, 300, 16),
         (1, 1, 70, 1031, 7), (1, 2, 3, 1100, 24), (2, 1, 1, 1025, 67), (1, 1, 8, 70, 1024),
+        (1, 1, 131, 600, 130),
     ],
     # Heads that are no power of two, wider than a tile, and rows that are no multiple of 16 bytes apart; few queries
     # and many keys; more and fewer keys than queries.
@@ -215,7 +216,7 @@ def test_causal_outputs_do_not_see_later_keys(backend, shape):
         ((3, 2, 90, 90, 16), 2, True, F32), ((1, 1, 1100, 1100, 8), 1, True, F32), ((1, 2, 3, 2100, 8), 2, False, F32),
         *(
             ((1, heads, 700, 700, head_dim), kv_heads, is_causal, dtype)
-            for heads, kv_heads, head_dim in ((1, 1, 64), (4, 2, 20), (40, 40, 16))
+            for heads, kv_heads, head_dim in ((1, 1, 64), (1, 1, 136), (4, 2, 20), (40, 40, 16))
             for is_causal in (False, True)
             for dtype in (F32, BF16)
         ),

@@ -74,6 +74,7 @@ def assert_untouched(backend, inputs, hidden, garbage=None, **options):
     cpp=[
         *product([(3, 4, q, 150, 20) for q in (1, 5, 70)], [2], [(149, 1, 67)], [False], [F32], GARBAGE),
         *product([(2, 2, q, 100, 24) for q in (1, 33)], [2], [(70, 3)], [False], DTYPES, [NAN]),
+        ((2, 1, 70, 300, 136), 1, (280, 3), False, F32, NAN),
     ],
     triton=[
         *(
