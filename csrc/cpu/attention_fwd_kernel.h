@@ -37,9 +37,20 @@ inline int64_t fwd_key_block(const Attention& a) {
   return std::clamp<int64_t>(65536 / std::max<int64_t>(1, a.head_dim + a.value_dim) / 64 * 64, 64, 512);
 }
 
-// Whether the micro-kernel can read elements of this type.
+// Whether the micro-kernel can read queries where they are. Not rows that all fall into the same sets of the
+// first-level cache, as those of 16 heads of 64 floats side by side do.
 template <class T>
-constexpr bool kInPlace = std::is_same_v<T, compute_t<T>>;
+inline bool queries_in_place(const Attention& a) {
+  return std::is_same_v<T, compute_t<T>> && a.query.column == 1 && a.query.row * int64_t{sizeof(T)} % 4096 != 0;
+}
+
+// Whether the micro-kernel can read values where they are: rows as pack_rows would lay them out.
+template <class T>
+inline bool values_in_place(const Attention& a, int64_t b, int64_t kv_head) {
+  return std::is_same_v<T, compute_t<T>> && a.value.column == 1 && a.value.row == a.value_dim &&
+         a.value_dim == leading_dimension<compute_t<T>>(a.value_dim) &&
+         reinterpret_cast<uintptr_t>(row_of<T>(a.value, b, kv_head, 0)) % 64 == 0;
+}
 
 template <class T>
 struct ForwardBuffers {
@@ -51,16 +62,16 @@ struct ForwardBuffers {
   int64_t value_row, out_row, query_row, score_row;
   bool finite;  // whether all values are finite
 
-  size_t layout(char* base, const Attention& a, int64_t keys_used, int64_t block) {
+  size_t layout(char* base, const Attention& a, int64_t keys_used, int64_t block, bool copies_values) {
     cpu::Arena arena(base);
     value_row = leading_dimension<S>(a.value_dim);
     out_row = round_up_to_vector<S>(a.value_dim);
-    query_row = round_up_to_vector<S>(a.head_dim);
+    query_row = leading_dimension<S>(a.head_dim);
     score_row = leading_dimension<S>(std::min(block, keys_used));
     const int64_t padded_keys = (keys_used + kNR<S> - 1) / kNR<S> * kNR<S>;
     keys = arena.take<S>(padded_keys * a.head_dim);
-    packed_values = arena.take<S>(keys_used * value_row);
-    packed_queries = arena.take<S>(kInPlace<T> ? 0 : kQueryBlock * query_row);
+    packed_values = arena.take<S>(copies_values ? keys_used * value_row : 0);
+    packed_queries = arena.take<S>(queries_in_place<T>(a) ? 0 : kQueryBlock * query_row);
     out = arena.take<S>(kQueryBlock * out_row);
     scores = arena.take<S>((takes_whole_blocks(a) ? kQueryBlock : kMR) * score_row);
     max = arena.take<S>(kQueryBlock + kGroupLanes<S>);
@@ -151,7 +162,8 @@ inline bool forward_group(const Attention& a, const ForwardBuffers<T>& buf, int6
         (V::load(out + i) * V::set1(correction[r])).store(out + i);
   }
   const S* values = buf.values + first * buf.value_row;
-  if (buf.finite)
+  // Rows whose own values are finite do not depend on others', which come with them or not as threads share the rows.
+  if (buf.finite || all_finite(values, n * buf.value_row))
     gemm<S>(m, a.value_dim, n, {buf.scores, buf.score_row, 1}, row_major<S>(values, buf.value_row), out, buf.out_row,
             started);
   else
@@ -167,28 +179,25 @@ void attention_fwd(const Attention& a, int64_t b, int64_t h, int64_t begin, int6
   const int64_t keys_used = visible_key_range<S>(a, b, h, begin, end - begin, 0, keys_of(a, b)).end;
   const int64_t block = fwd_key_block(a);
 
+  const bool in_place = values_in_place<T>(a, b, kv_head);
   ForwardBuffers<T> buf;
-  const cpu::Scratch scratch(buf.layout(nullptr, a, keys_used, block));
-  buf.layout(scratch.data(), a, keys_used, block);
+  const cpu::Scratch scratch(buf.layout(nullptr, a, keys_used, block, !in_place));
+  buf.layout(scratch.data(), a, keys_used, block, !in_place);
   pack_keys<T>(a, b, kv_head, 0, keys_used, buf.keys);
   const T* value = row_of<T>(a.value, b, kv_head, 0);
-  if constexpr (kInPlace<T>) {
-    const bool aligned = reinterpret_cast<uintptr_t>(value) % 64 == 0;
-    if (aligned && a.value.column == 1 && a.value.row == buf.value_row && a.value_dim == buf.value_row)
-      buf.values = value;
+  buf.values = buf.packed_values;
+  if constexpr (std::is_same_v<T, S>) {
+    if (in_place) buf.values = value;
   }
-  if (buf.values == nullptr) {
+  if (!in_place)
     pack_rows(value, a.value.row, a.value.column, keys_used, a.value_dim, S(1), buf.packed_values, buf.value_row);
-    buf.values = buf.packed_values;
-  }
   buf.finite = all_finite(buf.values, keys_used * buf.value_row);
 
   for (int64_t q0 = begin; q0 < end; q0 += kQueryBlock) {
     const int64_t rows = std::min(kQueryBlock, end - q0);
     const T* query = row_of<T>(a.query, b, h, q0);
-    if constexpr (kInPlace<T>) {
-      buf.queries = {query, a.query.row, a.query.column};
-    } else {
+    if constexpr (std::is_same_v<T, S>) buf.queries = {query, a.query.row, 1};
+    if (!queries_in_place<T>(a)) {
       pack_rows(query, a.query.row, a.query.column, rows, a.head_dim, S(1), buf.packed_queries, buf.query_row);
       buf.queries = {buf.packed_queries, buf.query_row, 1};
     }

@@ -1,7 +1,7 @@
 // Shared by the attention kernels: addressing of rows, the keys that a query may see, masks, and dropout.
 //
-// Scores are multiplied by log2(e), by scaling the packed keys by scale * log2(e), so that the softmax needs 2^x only
-// and queries can be read where they are.
+// Scores are multiplied by log2(e), so that the softmax needs 2^x only: packed keys are scaled by scale * log2(e), and
+// queries can be read where they are; only attention_decode_kernel.h, which reads keys in place, scales the queries.
 #pragma once
 #include <cmath>
 #include <cstring>

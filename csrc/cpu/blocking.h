@@ -6,10 +6,10 @@ namespace tinyllm::cpu {
 
 // The sizes of blocks for an instruction set and a compute type, in elements of that type.
 struct Blocking {
-  // The micro-kernel computes mr x nr elements of C at a time and sums kc of the depth in registers. These and nc are
-  // constants of the compiled kernels.
-  int64_t mr, nr, kc;
-  // The columns that are processed together: a kc x nc block of B and as much of A fit the second-level cache.
+  // The micro-kernel computes mr x nr elements of C at a time. These and nc are constants of the compiled kernels.
+  int64_t mr, nr;
+  // The columns that are processed together: where panels stay in the first-level cache they bound the sums of a block
+  // that are kept, elsewhere a block of B of so many columns and as much of A fit the second-level cache.
   int64_t nc;
 
   // A block of A has at most so many elements and rows, so that its packed copy, and for deep matmuls the sums of its
@@ -20,8 +20,8 @@ struct Blocking {
   int64_t packed_b_elements, packed_depth = 2048;
   // Rows of B up to this length are read in place: those of a panel are then spread over many cache sets.
   int64_t in_place_row;
-  // But not if they are a multiple of colliding_step apart (unless that is 0), and more rows of A than these use them: a
-  // panel that should stay in the first-level cache would fall into half of its sets or fewer.
+  // But not if they are a multiple of colliding_step apart (unless that is 0), and more rows of A than these use them:
+  // a panel that should stay in the first-level cache would fall into half of its sets or fewer.
   int64_t colliding_step, in_place_rows = 24;
   // For so few rows of A, packing B does not pay.
   int64_t gemv_rows = 4;

@@ -45,7 +45,6 @@ template <class S>
 constexpr cpu::Blocking kBlocking = {
     .mr = kMR,
     .nr = kNR<S>,
-    .kc = kKC,
     .nc = 1024 / int64_t{sizeof(S)},
     .a_block_elements = (int64_t{1} << 20) / int64_t{sizeof(S)},
     .packed_b_elements = (int64_t{8} << 20) / int64_t{sizeof(S)},

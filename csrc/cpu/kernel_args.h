@@ -67,7 +67,7 @@ struct Attention {
   // Applies to the softmax weights, as element (b, h, t, s) of (batch, heads, queries, keys rounded up to 64).
   Dropout dropout;
   Strided out;
-  // (batch, heads, queries), compute type: log2(sum(2^(scores * log2(e)))). Backward repeats exactly the same scores.
+  // (batch, heads, queries), compute type: log2(sum(2^(scores * log2(e)))). Backward computes the scores again.
   void* lse;
   // The rounding error of lse; null without an additive mask. The most negative number in a mask absorbs the logarithm
   // of the sum, so that each of n keys that have it would count as 1 instead of 1 / n.

@@ -10,7 +10,7 @@
 //   loss         combines the statistics of the ranges, and finds the factor that turns the exponentials of a range
 //                into a gradient
 //   gradient     writes the gradient of the logits in their place; its sums are the gradient of the bias
-//   grad_input   gradient weight, for a range of columns
+//   grad_input   gradient weight, for a range of rows and of columns
 //   grad_weight  gradient^T input. A group of classes is copied before its rows are written, because both may share
 //                memory
 //

@@ -3,10 +3,10 @@
 //
 // The loops are those of BLIS (Van Zee & van de Geijn 2015). B is packed into panels first (matmul_pack_b), a block of
 // columns at a time that all threads share; a narrow row-major B serves without packing. Each thread then takes a block
-// of rows of A (matmul_block) and multiplies it by blocks of KC x NC of B, which stay in its second-level cache. The
-// epilogue runs when the last chunk of the depth has been added to a tile, so that outputs are written once. A is read
-// in place, unless it has 16-bit elements or its strides map what a tile reads to a few cache sets: then the block of A
-// is packed as well.
+// of C (matmul_block). Where a panel of B stays in the first-level cache, the block's rows of A pass it; elsewhere a
+// KC x NC block of B, which stays in the second-level cache, passes a group of rows. The epilogue runs when the last
+// chunk of the depth has been added to a tile, so that outputs are written once. A is read in place, unless it has
+// 16-bit elements or its strides map what a tile reads to a few cache sets: then the block of A is packed as well.
 //
 // A matmul with few rows would spend more time on packing B than on multiplying. There, gemv computes each output as
 // the dot product of a row of A and a column of B, both read in place.
@@ -31,7 +31,7 @@ constexpr int64_t kNC = kBlocking<S>.nc;
 // lose as much by it as larger ones gain.
 constexpr int64_t kFarElements = int64_t{1} << 20;
 
-// The depth of a block of A that stays in the second-level cache while panels of B pass, if those do stay in the first.
+// The depth of a block of A that panels of B pass, if those stay in the first-level cache: a few hundred kilobytes.
 constexpr int64_t kDepthBlock = 4 * kKC;
 
 // Whether the micro-kernel can read A in place. Not if what a tile reads falls into a few sets of the first-level

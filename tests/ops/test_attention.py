@@ -233,6 +233,14 @@ def test_the_same_bits_each_time(backend, shape, kv_heads, is_causal, dtype):
 
 
 @on("cpp")
+def test_the_same_bits_before_a_value_that_is_not_finite(backend):
+    # With more threads, fewer queries are computed beside those that see it.
+    query, key, value = make(backend, 1, 1, 4096, 4096, 16, F32)
+    value[:, :, 3000, 3] = math.inf
+    assert_same_bits(backend.threads, lambda: [attention(query, key, value, is_causal=True)[:, :, :3000]])
+
+
+@on("cpp")
 def test_memory_is_linear_in_the_sequence(backend):
     # 60,000 x 60,000 scores would take 14 GB. Few queries keep the time short.
     q, k, v = make(backend, 1, 1, 16, 60_000, 8, F32)

@@ -1,4 +1,4 @@
-"""How matmuls on a CPU are cut into tasks: `_C.plan`, which depends on its arguments only."""
+"""How matmuls on a CPU are cut into tasks: `_C.plan`, which depends on its arguments and the instruction set only."""
 
 import pytest
 
@@ -46,3 +46,8 @@ def test_a_block_of_a_fits_the_second_level_cache():
 
 def test_one_thread_has_no_more_tasks_than_the_caches_ask_for():
     assert cpp.library.plan(256, 768, 768, 1)[1::2] in {(1, 1), (2, 1)}  # 256 rows are not whole tiles everywhere
+
+
+def test_no_threads_are_refused():
+    with pytest.raises(ValueError, match="threads is 0"):
+        cpp.library.plan(10, 10, 10, 0)
