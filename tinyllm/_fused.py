@@ -7,6 +7,7 @@ by a module of another class, hooked, patched or parametrized. Whatever is not s
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from itertools import chain, repeat
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar, cast
@@ -17,6 +18,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from tinyllm import ops
 from tinyllm.ops import _products
+from tinyllm.ops._context import autocast_dtype
 from tinyllm.ops.transformer import Settings, misfit
 from tinyllm.ops.transformer import run as run_transformer
 from tinyllm.ops.transformer import serves as serves_transformer
@@ -158,6 +160,20 @@ def _is_waste(other: Tensor | None, parameters: Sequence[Tensor]) -> bool:
     return not all(wanted) and (any(wanted) or (other is not None and other.requires_grad))
 
 
+def _beside_autocast(like: Tensor, rows: int) -> AbstractContextManager[Any] | None:
+    """Return a context in which an operator of float32 may stand for modules of like's dtype, for so many rows; None
+    where autocast's own 16-bit products are faster, or wanted for other reasons.
+
+    Where a CPU multiplies 16-bit numbers no faster, autocast would only add conversions and take modules one by one.
+    """
+    low = autocast_dtype(like.device.type)
+    if low is None:
+        return nullcontext()
+    if not like.is_cpu or like.dtype != torch.float32 or _products.by_torch(low, _products.rows_class(rows)):
+        return None
+    return torch.autocast("cpu", enabled=False)
+
+
 # ---- Calls of modules, as operators where that is possible and faster
 
 
@@ -203,9 +219,13 @@ def call_block(block: TransformerBlock, x: Tensor) -> Tensor | None:
     settings = _block_settings(block)
     if misfit("transformer_block", x, parameters, None, settings) is not None:
         return None
-    if not serves_transformer("transformer_block", x, parameters, settings):
+    context = _beside_autocast(x, x.size(0) * x.size(1))
+    if context is None:
         return None
-    return run_transformer(x, parameters, None, None, settings)
+    with context:
+        if not serves_transformer("transformer_block", x, parameters, settings):
+            return None
+        return run_transformer(x, parameters, None, None, settings)
 
 
 # ---- Whole models
@@ -296,9 +316,15 @@ class WholeModel:
             return None
         if positions.dtype != operands[0].dtype:
             return None
-        if not serves_transformer("transformer", ids, operands, self._settings):
+        context = _beside_autocast(operands[0], ids.numel())
+        if context is None:
             return None
-        return run_transformer(ids, operands, positions, target, self._settings)
+        with context:
+            if not serves_transformer("transformer", ids, operands, self._settings):
+                return None
+            out = run_transformer(ids, operands, positions, target, self._settings)
+        low = autocast_dtype("cpu") if target is None else None
+        return out if low is None else out.to(low)
 
 
 def call_model(model: SimpleLLM, ids: Tensor, target: Tensor | None = None) -> Tensor | None:

@@ -239,9 +239,9 @@ class TransformerBlock(nn.Module):
     Pre-norm blocks take such a pair as well as a tensor.
 
     Where one operator serves the whole block (`ops.transformer_block`) it is taken, and the output
-    is a tensor. Not under autocast, with frozen parameters, with another probability of dropout in
-    `attention` than in `dropout`, or when one of the modules has been replaced, hooked or parametrized:
-    then each module is called by itself.
+    is a tensor. Not under autocast, unless 16-bit products are no faster on this processor, with frozen
+    parameters, with another probability of dropout in `attention` than in `dropout`, or when one of the
+    modules has been replaced, hooked or parametrized: then each module is called by itself.
 
     Args:
         embedding_dim: D.

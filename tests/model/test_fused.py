@@ -388,8 +388,9 @@ def test_frozen_parameters_are_fused_where_no_gradient_is_recorded(kind: str, ta
 
 @needs_extension
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_stands_against_one_operator(kind: str, taken: list[Tensor]) -> None:
+def test_what_stands_against_one_operator(kind: str, taken: list[Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
     module, x = small(kind), input_of(kind)
+    monkeypatch.setattr(_fused._products, "by_torch", lambda *_: "bfloat16 is faster")
     with torch.autocast("cpu", torch.bfloat16):
         torch.testing.assert_close(module(x), by_modules(module)(x))
     with ops.backend("reference"):
@@ -402,6 +403,21 @@ def test_what_stands_against_one_operator(kind: str, taken: list[Tensor]) -> Non
         assert module(x[:0]).shape == (0, 7, 11)
         assert module(x[:, :0]).shape == (3, 0, 11)
     assert not [y for y in taken if y.dtype == x.dtype and y.numel()]
+
+
+@needs_extension
+@pytest.mark.parametrize("kind", KINDS)
+def test_autocast_that_would_save_nothing(kind: str, taken: list[Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    module, x = small(kind), input_of(kind)
+    monkeypatch.setattr(_fused._products, "by_torch", lambda *_: None)
+    expected = module(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = module(x)
+        assert found.dtype == by_modules(module)(x).dtype
+    assert torch.equal(found, expected.to(found.dtype))
+    assert len(taken) == 2
+    found.float().sum().backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in module.parameters())
 
 
 @needs_extension
