@@ -369,7 +369,7 @@ the chip; `python -m benchmarks.report --adopt FILE` takes over what another mac
 - "torch via float32" converts 16-bit inputs first; "torch, chunked" computes the logits in pieces.
 """
 LINEAR_NOTE = (
-    "Linear layers are measured on our kernel; the package itself takes PyTorch's product where that is faster."
+    "Linear layers are measured on our kernel; the package takes PyTorch's where a table of processors says so."
 )
 KIND_NOTES = {
     "cpu": LINEAR_NOTE,
@@ -414,6 +414,13 @@ def render_headline() -> str:
     return "\n\n".join(tables)
 
 
+def _closing(slower: Sequence[str]) -> str:
+    """Say which of the slower rows close the table."""
+    if len(slower) <= MOST_SLOWER:
+        return "They close the table." if slower else ""
+    return f"The {MOST_SLOWER} slowest close the table."
+
+
 def _headline_table(found: Mapping[str, Results]) -> str:
     slowest: dict[str, float] = {}
     shown: list[str] = []
@@ -431,7 +438,7 @@ def _headline_table(found: Mapping[str, Results]) -> str:
         "Our time, and how many times as long the fastest of PyTorch, torch.compile and Hugging Face takes. Below 1,",
     ]
     lines += [
-        f"that one is faster: in {len(slower)} of the {len(slowest)} rows measured, which close the table.",
+        f"that one is faster: in {len(slower)} of the {len(slowest)} rows measured. {_closing(slower)}",
         "B sequences of T tokens, H heads of D columns; a model: width/feed-forward width/layers, V tokens known.",
         LINEAR_NOTE,
         "",
