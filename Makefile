@@ -28,7 +28,7 @@ TESTED := $(wildcard tests/emulation/*.h tests/emulation/*.cpp tests/building/*.
 
 # What using tinyllm needs. One that is built again compiles what has changed.
 .venv/installed: .venv/tools setup.py $(SOURCES)
-	@echo "Building and installing tinyllm (about a minute)"
+	@echo "Building and installing tinyllm (one to three minutes)"
 	$(PIP) install -q -c constraints.txt --no-build-isolation -e .
 	touch $@
 

@@ -141,8 +141,9 @@ def _products_lines(products: dict[str, Any]) -> list[str]:
         for dtype, choices in products["choices"].items()
     }
     served = "; ".join(f"{dtype}: {', '.join(classes)}" for dtype, classes in rows.items() if classes)
+    who = f"PyTorch's for {served}; else ours" if served else "ours"
     return [
-        f"matrix products      PyTorch's for {served or 'no dtype'}; else ours, for {products['machine']}",
+        f"matrix products      {who}, for {products['machine']}",
         f"                     from {products['source']}",
     ]
 

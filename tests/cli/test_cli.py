@@ -338,7 +338,7 @@ def test_ctrl_c_keeps_the_model(folder: Path, here: Here, tmp_path: Path) -> Non
         (["train", "--preset", "foo"], "Invalid value for '--preset': 'foo' is not one of 'tutorial'"),
         (
             ["train", "--data", ""],
-            "tinyllm: error: the value of --data is empty, as a variable leaves it",
+            "tinyllm: error: the value of --data is empty (a shell variable that is not set?)",
         ),
         (["eval", "--run", "run"], "tinyllm: error: --data is missing"),
     ],
@@ -354,3 +354,12 @@ def test_a_folder_called_like_an_option_is_no_option(here: Here, folder: Path, t
     assert here("train", "--data", "./data", cwd=tmp_path)[2] == (
         "tinyllm: error: data is the folder of a training, not text\n"
     )
+
+
+@pytest.mark.parametrize("variable", ["TINYLLM_LINEAR", "TINYLLM_CPU_ISA"])
+def test_variables_that_are_none(variable: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(variable, "fast")
+    for arguments in (["info"], ["generate", "--run", "run", "--prompt", "a"]):
+        done = tinyllm(*arguments, cwd=tmp_path, status=2)
+        assert done.stderr.startswith(f"tinyllm: error: {variable} is 'fast'; ")
+        assert done.stderr.count("\n") == 1

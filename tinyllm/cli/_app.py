@@ -53,6 +53,9 @@ def prepare_process(computes: bool = True) -> None:
         from tinyllm._internal.cpus import limit_threads
 
         limit_threads()
+        from tinyllm.ops._products import check_environment
+
+        check_environment()
 
 
 def is_worker() -> bool:
@@ -78,7 +81,7 @@ def one_line_errors() -> Iterator[None]:
         if "" in sys.argv[1:]:
             before = sys.argv[sys.argv.index("", 1) - 1]
             what = f"the value of {before}" if before.startswith("-") else "an argument"
-            raise ValueError(f"{what} is empty, as a variable leaves it that is not set; give it a value")
+            raise ValueError(f"{what} is empty (a shell variable that is not set?); give it a value")
         yield
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second one ends the program without a word

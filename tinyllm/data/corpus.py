@@ -205,7 +205,7 @@ def write_shards(
         raise ValueError(
             f"the corpus is too short: of its {count(train + val, 'token')} {val} are kept for validation, and the "
             f"{train} left are fewer than the {seq_len + 1} of one sequence and its target ({option('seq_len')} "
-            f"{seq_len}, and 1); add text or choose a smaller {option('seq_len')}"
+            f"{seq_len} + 1); add text or choose a smaller {option('seq_len')}"
         )
     return shards
 

@@ -116,6 +116,16 @@ def setting() -> str:
     return found
 
 
+def check_environment() -> None:
+    """Raise ValueError where TINYLLM_LINEAR or TINYLLM_CPU_ISA asks for what is not there: now, and not in the middle
+    of a command, or never because no call happens to look."""
+    setting()
+    try:
+        machine()
+    except RuntimeError as error:
+        raise ValueError(str(error)) from None
+
+
 def current() -> Choices:
     """Return the choices in force: TINYLLM_LINEAR's, a training's own, what was measured here, or the table's."""
     if setting() != "auto":
