@@ -27,10 +27,10 @@ def info(
     with one_line_errors():
         prepare_process(computes=tune)  # else it shows what a program of the user's own would have
         from tinyllm._info import print_info
+        from tinyllm.ops import _products
 
+        _products.check_environment()
         if tune:
-            from tinyllm.ops import _products
-
             _products.tune()
             typer.echo(f"Wrote {_products.tuned_file()}\n")
         print_info()
