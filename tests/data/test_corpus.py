@@ -154,7 +154,7 @@ def test_empty_corpus(texts: list[str], tmp_path: Path) -> None:
 
 def test_corpus_shorter_than_a_sequence(tmp_path: Path) -> None:
     tokenizer = WordTokenizer({"a": 0, "<UNK>": 1})
-    with pytest.raises(ValueError, match=r"10 tokens.* 2 are.* 8 left.* the 9 of one sequence.*--seq-len 8, and 1"):
+    with pytest.raises(ValueError, match=r"10 tokens.* 2 are.* 8 left.* the 9 of one sequence.*--seq-len 8 \+ 1"):
         shards_of(["a " * 10], tokenizer, tmp_path)
     shards = shards_of(["a " * 11], tokenizer, tmp_path / "2")  # one token more is enough
     assert (shards.num_train_tokens, shards.num_val_tokens) == (9, 2)
