@@ -414,13 +414,6 @@ def render_headline() -> str:
     return "\n\n".join(tables)
 
 
-def _closing(slower: Sequence[str]) -> str:
-    """Say which of the slower rows close the table."""
-    if len(slower) <= MOST_SLOWER:
-        return "They close the table." if slower else ""
-    return f"The {MOST_SLOWER} slowest close the table."
-
-
 def _headline_table(found: Mapping[str, Results]) -> str:
     slowest: dict[str, float] = {}
     shown: list[str] = []
@@ -433,12 +426,13 @@ def _headline_table(found: Mapping[str, Results]) -> str:
                 shown.append(name)
     slower = sorted((name for name in slowest if slowest[name] < 1), key=slowest.__getitem__)
     lines = side_by_side(found, [*shown, *slower[:MOST_SLOWER]])
+    which = f"The {MOST_SLOWER} slowest" if len(slower) > MOST_SLOWER else "They"
     lines += [
         "",
         "Our time, and how many times as long the fastest of PyTorch, torch.compile and Hugging Face takes. Below 1,",
     ]
     lines += [
-        f"that one is faster: in {len(slower)} of the {len(slowest)} rows measured. {_closing(slower)}",
+        f"that one is faster: in {len(slower)} of the {len(slowest)} rows measured. {which} close the table.",
         "B sequences of T tokens, H heads of D columns; a model: width/feed-forward width/layers, V tokens known.",
         LINEAR_NOTE,
         "",

@@ -162,7 +162,8 @@ inline bool forward_group(const Attention& a, const ForwardBuffers<T>& buf, int6
         (V::load(out + i) * V::set1(correction[r])).store(out + i);
   }
   const S* values = buf.values + first * buf.value_row;
-  // Rows whose own values are finite do not depend on others', which come with them or not as threads share the rows.
+  // buf.finite speaks for all keys of this split of the queries, and the number of threads decides how they are split.
+  // The group's own keys decide, so that its rows are summed in the same order in any split.
   if (buf.finite || all_finite(values, n * buf.value_row))
     gemm<S>(m, a.value_dim, n, {buf.scores, buf.score_row, 1}, row_major<S>(values, buf.value_row), out, buf.out_row,
             started);
