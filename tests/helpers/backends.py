@@ -21,6 +21,11 @@ from tests.ops.parity import DTYPES
 from tinyllm import ops
 from tinyllm.ops.backends import cpp, cuda, triton
 
+if triton.interpreted:
+    from tests.helpers.interpreter import patch_language_once
+
+    patch_language_once()
+
 ON_GPU = torch.cuda.is_available() and not cuda.emulated
 
 
