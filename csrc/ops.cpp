@@ -34,15 +34,17 @@ PYBIND11_MODULE(_C, m, pybind11::mod_gil_not_used()) {
       "The instruction set in use. TINYLLM_CPU_ISA overrides it; RuntimeError if that one cannot be used.");
   m.def(
       "plan",
-      [](int64_t rows, int64_t columns, int64_t depth, int64_t threads) {
+      [](int64_t rows, int64_t columns, int64_t depth, int64_t threads, bool packs_transposed_a) {
         if (threads < 1)
           throw pybind11::value_error("threads is " + std::to_string(threads) + "; at least 1 is needed");
-        const tinyllm::cpu::Plan p =
-            tinyllm::cpu::plan(rows, columns, depth, threads, tinyllm::cpu::kernels().blocking[tinyllm::DType::f32]);
+        const tinyllm::cpu::Plan p = tinyllm::cpu::plan(
+            rows, columns, depth, threads, tinyllm::cpu::kernels().blocking[tinyllm::DType::f32], packs_transposed_a);
         return pybind11::make_tuple(p.block_rows, p.row_blocks, p.block_columns, p.column_blocks);
       },
       pybind11::arg("rows"), pybind11::arg("columns"), pybind11::arg("depth"), pybind11::arg("threads"),
-      "The tasks of a float32 matmul with the instruction set in use: (rows of a block, blocks of rows, columns of a "
-      "block, blocks of columns).");
+      pybind11::arg("packs_transposed_a") = false,
+      "The tasks of a float32 matmul with the instruction set in use, which may have to copy a transposed A: (rows of "
+      "a "
+      "block, blocks of rows, columns of a block, blocks of columns).");
   m.def("cpu_family", &tinyllm::cpu::cpu_family, "The vendor of the processor, and how it multiplies 16-bit numbers.");
 }

@@ -18,7 +18,8 @@ struct Blocking {
   // B is packed in parts of at most so many elements, which Scratch keeps, and of so many rows if sums can continue in
   // C.
   int64_t packed_b_elements, packed_depth = 2048;
-  // Rows of B up to this length are read in place: those of a panel are then spread over many cache sets.
+  // Rows of B, and columns of a transposed A, up to this length are read in place: those of a panel are then spread
+  // over many cache sets.
   int64_t in_place_row;
   // But not if they are a multiple of colliding_step apart (unless that is 0), and more rows of A than these use them:
   // a panel that should stay in the first-level cache would fall into half of its sets or fewer.
@@ -32,6 +33,8 @@ struct Blocking {
   double serial_flops = 2e5;
 
   bool collides(int64_t step) const { return colliding_step > 0 && step % colliding_step == 0; }
+  // Whether a transposed A whose columns are `step` apart is copied.
+  bool packs_transposed(int64_t step) const { return step > in_place_row || collides(step); }
 };
 
 // A matmul's tasks: row_blocks x column_blocks blocks of C. The last ones may be smaller.
@@ -43,8 +46,9 @@ struct Plan {
 };
 
 // Plans the tasks for a number of threads. Depends on its arguments only. Each element of C is the same sum in every
-// plan, so that results do not depend on the number of threads.
+// plan, so that results do not depend on the number of threads. Each task copies its rows of a transposed A that is
+// packed.
 Plan plan(int64_t rows, int64_t columns, int64_t depth, int64_t threads, const Blocking& blocking,
-          bool whole_rows = false);
+          bool packs_transposed_a = false, bool whole_rows = false);
 
 }  // namespace tinyllm::cpu

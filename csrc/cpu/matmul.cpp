@@ -85,12 +85,15 @@ void run_gemm(DType dtype, Matmul* matmuls, int64_t count) {
   const Blocking b = blocking(dtype);
   int64_t elements = 0, rows = 0, columns = 0, depth = 0;
   double work = 0;
+  bool packs_transposed_a = false;
   for (int64_t i = 0; i < count; ++i) {
     elements += packed_elements(matmuls[i], dtype);
     rows = matmuls[i].rows;
     columns = std::max(columns, matmuls[i].columns);
     depth = std::max(depth, matmuls[i].depth);
     work += flops(matmuls[i]);
+    const Matrix& a = matmuls[i].a;
+    packs_transposed_a = packs_transposed_a || (a.column != 1 && b.packs_transposed(a.column));
   }
   const Scratch scratch(static_cast<size_t>(elements * compute_size(dtype)));
   int64_t used = 0, parts = 0;
@@ -111,8 +114,8 @@ void run_gemm(DType dtype, Matmul* matmuls, int64_t count) {
       first += packing.parts();
     }
   });
-  const Plan tasks =
-      plan(rows, columns, depth, serial ? 1 : torch::stable::get_num_threads(), b, is_chained(matmuls, count));
+  const Plan tasks = plan(rows, columns, depth, serial ? 1 : torch::stable::get_num_threads(), b, packs_transposed_a,
+                          is_chained(matmuls, count));
   const auto task = [&](int64_t t) {
     const int64_t row = t / tasks.column_blocks * tasks.block_rows, split = t % tasks.column_blocks;
     for (int64_t i = 0; i < count; ++i) {

@@ -40,7 +40,7 @@ template <class T>
 inline bool a_usable_unpacked(const Matmul& p) {
   if (!std::is_same_v<T, compute_t<T>>) return false;
   if (p.a.column == 1) return p.rows == 1 || p.a.row * int64_t{sizeof(T)} % 4096 != 0;
-  return p.a.row == 1 && p.a.column * int64_t{sizeof(T)} <= 1024 && !kBlocking<compute_t<T>>.collides(p.a.column);
+  return p.a.row == 1 && !kBlocking<compute_t<T>>.packs_transposed(p.a.column);
 }
 
 // A block of rows of A as the micro-kernel reads it, in place or packed. Groups of kMR rows begin `group` elements

@@ -14,11 +14,12 @@ SHAPES = [
 ]  # fmt: skip
 
 
+@pytest.mark.parametrize("packs_transposed_a", [False, True])
 @pytest.mark.parametrize("threads", [1, 2, 3, 8, 64, 192])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_blocks_cover_the_matrix_once(shape, threads):
-    rows, columns, depth = shape
-    block_rows, row_blocks, block_columns, column_blocks = cpp.library.plan(rows, columns, depth, threads)
+def test_blocks_cover_the_matrix_once(shape, threads, packs_transposed_a):
+    rows, columns, _ = shape
+    block_rows, row_blocks, block_columns, column_blocks = cpp.library.plan(*shape, threads, packs_transposed_a)
     assert (row_blocks - 1) * block_rows < rows <= row_blocks * block_rows
     assert (column_blocks - 1) * block_columns < columns <= column_blocks * block_columns
 
@@ -36,6 +37,17 @@ def test_threads_share_the_work_evenly(shape, threads):
 @pytest.mark.parametrize("shape", [shape for shape in SHAPES if min(shape) >= 256])
 def test_a_part_of_b_is_used_for_many_rows(shape, threads):
     assert cpp.library.plan(*shape, threads)[0] >= 32
+
+
+@pytest.mark.parametrize("threads", [1, 2, 4, 16, 64])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_transposed_a_is_not_copied_for_fewer_columns_than_another_one_is_read(shape, threads):
+    assert cpp.library.plan(*shape, threads, True)[2] >= cpp.library.plan(*shape, threads)[2]
+
+
+def test_two_threads_copy_a_small_transposed_a_once():
+    for gradient_of_weight in [(512, 128, 768), (128, 128, 768)]:
+        assert cpp.library.plan(*gradient_of_weight, 2, packs_transposed_a=True)[3] == 1
 
 
 def test_a_block_of_a_fits_the_second_level_cache():
