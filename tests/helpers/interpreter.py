@@ -25,7 +25,10 @@ def patch_language_once() -> None:
 
     def launch_anew(self: Any, *arguments: Any, **options: Any) -> None:
         patched.clear()
-        launch(self, *arguments, **options)
+        try:
+            launch(self, *arguments, **options)
+        finally:
+            patched.clear()  # what the launch has patched, it has undone
 
     interpreter._patch_lang = patch_once
     interpreter.GridExecutor.__call__ = launch_anew
