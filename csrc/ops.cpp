@@ -44,7 +44,6 @@ PYBIND11_MODULE(_C, m, pybind11::mod_gil_not_used()) {
       pybind11::arg("rows"), pybind11::arg("columns"), pybind11::arg("depth"), pybind11::arg("threads"),
       pybind11::arg("packs_transposed_a") = false,
       "The tasks of a float32 matmul with the instruction set in use, which may have to copy a transposed A: (rows of "
-      "a "
-      "block, blocks of rows, columns of a block, blocks of columns).");
+      "a block, blocks of rows, columns of a block, blocks of columns).");
   m.def("cpu_family", &tinyllm::cpu::cpu_family, "The vendor of the processor, and how it multiplies 16-bit numbers.");
 }

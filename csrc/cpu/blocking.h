@@ -33,7 +33,7 @@ struct Blocking {
   double serial_flops = 2e5;
 
   bool collides(int64_t step) const { return colliding_step > 0 && step % colliding_step == 0; }
-  // Whether a transposed A whose columns are `step` apart is copied.
+  // Whether a transposed A of the compute type whose columns are `step` apart is copied.
   bool packs_transposed(int64_t step) const { return step > in_place_row || collides(step); }
 };
 

@@ -54,7 +54,7 @@ def test_the_fraction_kept_and_the_expectation(backend, shape, p):
         for kind, is_causal in (("none", False), ("none", True), ("bool", False))
         for dtype in (F64, F32)
     ],
-    triton=product([(2, 2, 2, 90, 8), (2, 2, 70, 90, 8)], [1], ["none"], [False, True], [F32]),
+    triton=product([(2, 4, 2, 90, 8), (1, 4, 70, 90, 8)], [2], ["none"], [False, True], [F32]),
 )
 def test_forward_backward_and_double_backward_with_the_same_mask(backend, shape, kv_heads, kind, is_causal, dtype):
     inputs = make(backend, *shape, dtype, kv_heads)
