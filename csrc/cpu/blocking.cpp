@@ -14,10 +14,10 @@ int64_t next_count(int64_t n) { return n < 3 ? n + 1 : n % 3 == 0 ? n / 3 * 4 : 
 }  // namespace
 
 // A task of r x c elements is taken to cost r c + kTraffic (r + c): beside the multiplications, its rows of A and its
-// columns of B come from a farther cache. Copying rows of a transposed A costs kTranspose instead, measured on an AMD
-// EPYC (Zen 3). The threads take tasks in turns, and since other programs may hold one of
-// them up, the last turn costs kTail of a task more. So small matmuls have one task for each thread and large ones
-// several, and neither operand is read again for every few rows or columns of the other.
+// columns of B come from a farther cache. Rows of a transposed A that are copied cost kTranspose each instead: an
+// estimate, from the copies' share of a profile on an AMD EPYC (Zen 3). The threads take tasks in turns, and since
+// other programs may hold one of them up, the last turn costs kTail of a task more. So small matmuls have one task for
+// each thread and large ones several, and neither operand is read again for every few rows or columns of the other.
 Plan plan(int64_t rows, int64_t columns, int64_t depth, int64_t threads, const Blocking& b, bool packs_transposed_a,
           bool whole_rows) {
   constexpr double kTraffic = 8, kTranspose = 24, kTail = 0.25;
