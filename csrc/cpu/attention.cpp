@@ -17,6 +17,10 @@ namespace tinyllm::cpu {
 namespace {
 
 constexpr int64_t kMaxHeadDim = 1024;
+// The queries of a head are split into parts of at least so many: two blocks of the kernel.
+constexpr int64_t kSplitQueries = 128;
+// The keys that a thread packs at a time: whole panels.
+constexpr int64_t kPackedKeys = 64;
 // This many tasks of backward keep the threads of most machines busy.
 constexpr int64_t kBackwardItems = 32;
 // Up to this many bytes, the memory for the sums of dQ is not worth saving.
@@ -179,18 +183,31 @@ void attention_decode(DType dtype, Attention a) {
 
 }  // namespace
 
-void attention_forward(DType dtype, const Attention& a) {
-  if (is_decoding(a)) return attention_decode(dtype, a);
-  const auto kernel = kernels().attention_fwd[dtype];
-  // A head is one item if there are enough heads for all threads; otherwise its queries are split. Each split packs the
-  // keys again, so a split has at least 256 queries.
+void attention_forward(DType dtype, const Attention& arguments) {
+  if (is_decoding(arguments)) return attention_decode(dtype, arguments);
+  Attention a = arguments;
+  const Kernels& table = kernels();
+  const auto kernel = table.attention_fwd[dtype];
+  // A head is one item if there are enough heads for all threads; otherwise its queries are split.
   const int64_t heads = a.batch * a.heads;
   const int64_t wanted = 4 * static_cast<int64_t>(torch::stable::get_num_threads());
   int64_t splits = heads >= wanted ? 1 : (wanted + heads - 1) / std::max<int64_t>(heads, 1);
-  splits = std::clamp<int64_t>(splits, 1, std::max<int64_t>(1, a.queries / 256));
+  splits = std::clamp<int64_t>(splits, 1, std::max<int64_t>(1, a.queries / kSplitQueries));
   // A split consists of whole blocks of queries.
   const int64_t split_queries = ((a.queries + splits - 1) / splits + 63) / 64 * 64;
   if (a.queries > 0) splits = (a.queries + split_queries - 1) / split_queries;
+  // The splits of a head share its keys and values, which all threads pack first.
+  const int64_t kv_heads = a.batch * a.kv_heads, chunks = (a.keys + kPackedKeys - 1) / kPackedKeys;
+  if (splits > 1) a.packed_head = table.attention_packed_head[dtype](a);
+  const Scratch packed(static_cast<size_t>(splits > 1 ? kv_heads * a.packed_head : 0));
+  if (splits > 1) {
+    a.packed = packed.data();
+    parallel_items(kv_heads * chunks, [&](int64_t item) {
+      const int64_t head = item / chunks, begin = item % chunks * kPackedKeys;
+      table.attention_pack[dtype](a, head / a.kv_heads, head % a.kv_heads, begin,
+                                  std::min(a.keys, begin + kPackedKeys));
+    });
+  }
   parallel_items(a.queries == 0 ? 0 : heads * splits, [&](int64_t item) {
     // The last split of a causal head takes longest, so it goes first.
     const int64_t begin = (splits - 1 - item % splits) * split_queries, head = item / splits;

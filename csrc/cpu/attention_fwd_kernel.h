@@ -1,13 +1,13 @@
 // Flash attention on a CPU (Dao et al. 2022, "FlashAttention"; Dao 2023, "FlashAttention-2"). The (queries, keys)
 // matrix of scores is never stored; a tile of scores stays in the first-level cache (the second, where heads are wide).
 //
-// For one head and a range of queries, the keys are packed once into panels and the values copied once into padded
-// rows, which also handles strides and 16-bit types; float values whose rows lie like that are not copied. For each
-// block of queries, each block of keys and each group of queries (kMR, or all), the kernel then computes scores = Q
-// K^T, the softmax, and out = out * correction + P V. A block of keys is as long as the caches allow (512 at head_dim
-// 64), so that short sequences need a single pass and the running maximum of long ones (Milakov & Gimelshein 2018)
-// changes rarely. Causal attention computes the columns of a group only up to its last query, rounded up to one vector,
-// so that hardly any work is spent above the diagonal.
+// The keys of a head are packed once into panels and the values copied once into padded rows, which also handles
+// strides and 16-bit types; float values whose rows lie like that are not copied. For a range of queries, each block of
+// queries, each block of keys and each group of queries (kMR, or all), the kernel then computes scores = Q K^T, the
+// softmax, and out = out * correction + P V. A block of keys is as long as the caches allow (512 at head_dim 64), so
+// that short sequences need a single pass and the running maximum of long ones (Milakov & Gimelshein 2018) changes
+// rarely. Causal attention computes the columns of a group only up to its last query, rounded up to one vector, so that
+// hardly any work is spent above the diagonal.
 //
 // A query whose keys are all masked has lse = -inf and output 0. Hidden values cannot influence a query: if any value
 // is not finite, weigh_rows takes the place of the matmul, in which a weight of 0 would turn it into NaN.
@@ -52,25 +52,71 @@ inline bool values_in_place(const Attention& a, int64_t b, int64_t kv_head) {
          reinterpret_cast<uintptr_t>(row_of<T>(a.value, b, kv_head, 0)) % 64 == 0;
 }
 
+// The keys of a head in panels, and its values in rows: copies, or where they are.
+template <class T>
+struct PackedHead {
+  using S = compute_t<T>;
+  S *keys, *copied_values;
+  const S* values;
+  int64_t value_row;
+
+  size_t layout(char* base, const Attention& a, int64_t b, int64_t kv_head, int64_t keys_used) {
+    cpu::Arena arena(base);
+    value_row = leading_dimension<S>(a.value_dim);
+    keys = arena.take<S>((keys_used + kNR<S> - 1) / kNR<S> * kNR<S> * a.head_dim);
+    const bool in_place = values_in_place<T>(a, b, kv_head);
+    values = copied_values = arena.take<S>(in_place ? 0 : keys_used * value_row);
+    if constexpr (std::is_same_v<T, S>) {
+      if (in_place) values = row_of<T>(a.value, b, kv_head, 0);
+    }
+    return arena.used();
+  }
+
+  void pack(const Attention& a, int64_t b, int64_t kv_head, int64_t begin, int64_t end) {
+    pack_keys<T>(a, b, kv_head, begin, end - begin, keys + begin * a.head_dim);
+    if (values == copied_values)
+      pack_rows(row_of<T>(a.value, b, kv_head, begin), a.value.row, a.value.column, end - begin, a.value_dim, S(1),
+                copied_values + begin * value_row, value_row);
+  }
+};
+
+template <class T>
+int64_t attention_packed_head(const Attention& a) {
+  PackedHead<T> head;
+  size_t most = 0;
+  for (int64_t b = 0; b < a.batch; ++b)
+    for (int64_t kv_head = 0; kv_head < a.kv_heads; ++kv_head)
+      most = std::max(most, head.layout(nullptr, a, b, kv_head, a.keys));
+  return static_cast<int64_t>(most);
+}
+
+// The packed head (b, kv_head), with room for all keys.
+template <class T>
+inline PackedHead<T> packed_head(const Attention& a, int64_t b, int64_t kv_head) {
+  PackedHead<T> head;
+  head.layout(a.packed + (b * a.kv_heads + kv_head) * a.packed_head, a, b, kv_head, a.keys);
+  return head;
+}
+
+template <class T>
+void attention_pack(const Attention& a, int64_t b, int64_t kv_head, int64_t begin, int64_t end) {
+  packed_head<T>(a, b, kv_head).pack(a, b, kv_head, begin, end);
+}
+
 template <class T>
 struct ForwardBuffers {
   using S = compute_t<T>;
-  S *keys, *packed_values, *packed_queries, *out, *scores, *max, *sum, *factors;
-  // The values and a block of queries, packed or where they are.
-  const S* values = nullptr;
-  OperandA<S> queries;
-  int64_t value_row, out_row, query_row, score_row;
+  PackedHead<T> head;
+  S *packed_queries, *out, *scores, *max, *sum, *factors;
+  OperandA<S> queries;  // a block of them, packed or where they are
+  int64_t out_row, query_row, score_row;
   bool finite;  // whether all values are finite
 
-  size_t layout(char* base, const Attention& a, int64_t keys_used, int64_t block, bool copies_values) {
+  size_t layout(char* base, const Attention& a, int64_t keys_used, int64_t block) {
     cpu::Arena arena(base);
-    value_row = leading_dimension<S>(a.value_dim);
     out_row = round_up_to_vector<S>(a.value_dim);
     query_row = leading_dimension<S>(a.head_dim);
     score_row = leading_dimension<S>(std::min(block, keys_used));
-    const int64_t padded_keys = (keys_used + kNR<S> - 1) / kNR<S> * kNR<S>;
-    keys = arena.take<S>(padded_keys * a.head_dim);
-    packed_values = arena.take<S>(copies_values ? keys_used * value_row : 0);
     packed_queries = arena.take<S>(queries_in_place<T>(a) ? 0 : kQueryBlock * query_row);
     out = arena.take<S>(kQueryBlock * out_row);
     scores = arena.take<S>((takes_whole_blocks(a) ? kQueryBlock : kMR) * score_row);
@@ -138,7 +184,7 @@ inline bool forward_group(const Attention& a, const ForwardBuffers<T>& buf, int6
   const int64_t n = keys.end - keys.begin, first = k0 + keys.begin;
   if (n <= 0) return started;
   gemm<S>(m, n, a.head_dim, {buf.queries.data + g * buf.queries.row, buf.queries.row, buf.queries.step},
-          panels<S>(buf.keys + first * a.head_dim, a.head_dim), buf.scores, buf.score_row, false);
+          panels<S>(buf.head.keys + first * a.head_dim, a.head_dim), buf.scores, buf.score_row, false);
   int64_t seen[kQueryBlock];
   for (int64_t r = 0; r < m; ++r) {
     seen[r] = visible(a, q0 + g + r, first, n);
@@ -161,14 +207,14 @@ inline bool forward_group(const Attention& a, const ForwardBuffers<T>& buf, int6
       for (int64_t i = r * buf.out_row; i < (r + 1) * buf.out_row; i += V::size)
         (V::load(out + i) * V::set1(correction[r])).store(out + i);
   }
-  const S* values = buf.values + first * buf.value_row;
+  const S* values = buf.head.values + first * buf.head.value_row;
   // buf.finite speaks for all keys of this split of the queries, and the number of threads decides how they are split.
   // The group's own keys decide, so that its rows are summed in the same order in any split.
-  if (buf.finite || all_finite(values, n * buf.value_row))
-    gemm<S>(m, a.value_dim, n, {buf.scores, buf.score_row, 1}, row_major<S>(values, buf.value_row), out, buf.out_row,
-            started);
+  if (buf.finite || all_finite(values, n * buf.head.value_row))
+    gemm<S>(m, a.value_dim, n, {buf.scores, buf.score_row, 1}, row_major<S>(values, buf.head.value_row), out,
+            buf.out_row, started);
   else
-    weigh_rows(m, n, a.value_dim, buf.scores, buf.score_row, values, buf.value_row, out, buf.out_row, started);
+    weigh_rows(m, n, a.value_dim, buf.scores, buf.score_row, values, buf.head.value_row, out, buf.out_row, started);
   return true;
 }
 
@@ -180,19 +226,18 @@ void attention_fwd(const Attention& a, int64_t b, int64_t h, int64_t begin, int6
   const int64_t keys_used = visible_key_range<S>(a, b, h, begin, end - begin, 0, keys_of(a, b)).end;
   const int64_t block = fwd_key_block(a);
 
-  const bool in_place = values_in_place<T>(a, b, kv_head);
   ForwardBuffers<T> buf;
-  const cpu::Scratch scratch(buf.layout(nullptr, a, keys_used, block, !in_place));
-  buf.layout(scratch.data(), a, keys_used, block, !in_place);
-  pack_keys<T>(a, b, kv_head, 0, keys_used, buf.keys);
-  const T* value = row_of<T>(a.value, b, kv_head, 0);
-  buf.values = buf.packed_values;
-  if constexpr (std::is_same_v<T, S>) {
-    if (in_place) buf.values = value;
+  const bool shared = a.packed != nullptr;
+  const size_t own = shared ? 0 : buf.head.layout(nullptr, a, b, kv_head, keys_used);
+  const cpu::Scratch scratch(own + buf.layout(nullptr, a, keys_used, block));
+  buf.layout(scratch.data() + own, a, keys_used, block);
+  if (shared) {
+    buf.head = packed_head<T>(a, b, kv_head);
+  } else {
+    buf.head.layout(scratch.data(), a, b, kv_head, keys_used);
+    buf.head.pack(a, b, kv_head, 0, keys_used);
   }
-  if (!in_place)
-    pack_rows(value, a.value.row, a.value.column, keys_used, a.value_dim, S(1), buf.packed_values, buf.value_row);
-  buf.finite = all_finite(buf.values, keys_used * buf.value_row);
+  buf.finite = all_finite(buf.head.values, keys_used * buf.head.value_row);
 
   for (int64_t q0 = begin; q0 < end; q0 += kQueryBlock) {
     const int64_t rows = std::min(kQueryBlock, end - q0);

@@ -33,6 +33,8 @@ constexpr cpu::Kernels table(const char* name) {
       .stream_zeros = stream_zeros,
       .dropped_sum = TINYLLM_ALL_DTYPES(dropped_sum),
       .dropout_factors = write_dropout_factors,
+      .attention_pack = TINYLLM_ALL_DTYPES(attention_pack),
+      .attention_packed_head = TINYLLM_ALL_DTYPES(attention_packed_head),
       .attention_fwd = TINYLLM_ALL_DTYPES(attention_fwd),
       .attention_decode = TINYLLM_ALL_DTYPES(attention_decode),
       .attention_decode_combine = TINYLLM_ALL_DTYPES(attention_decode_combine),

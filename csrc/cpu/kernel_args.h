@@ -73,6 +73,11 @@ struct Attention {
   // of the sum, so that each of n keys that have it would count as 1 instead of 1 / n.
   void* lse_rest;
 
+  // Forward: what attention_pack makes of the keys and values of all heads, `packed_head` bytes for each, if the
+  // queries of a head are split. Null: each call packs those of its head.
+  char* packed;
+  int64_t packed_head;
+
   // Backward only.
   Strided grad_out, grad_query, grad_key, grad_value;
   Strided query_sums;  // accumulates dQ in the compute type, in rows of whole vectors; may be grad_query

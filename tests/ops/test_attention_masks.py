@@ -67,6 +67,14 @@ def test_key_lengths(backend, kind, shape, is_causal, lengths):
     assert torch.equal(out[lengths == 0], torch.zeros_like(out[lengths == 0]))
 
 
+@full_and_causal
+@cases("heads dtype head_dim", cpp=product([(1, 1), (2, 1), (3, 3)], [F32, BF16], [24, 128]))
+def test_queries_of_a_head_that_threads_share(backend, heads, dtype, head_dim, is_causal):
+    query_heads, kv_heads = heads
+    inputs = make(backend, 2, query_heads, 300, 290, head_dim, dtype, kv_heads)
+    compare(backend, inputs, is_causal=is_causal, key_lengths=backend.tensor([131, 290]), enable_gqa=True)
+
+
 @cases(
     "shape",
     cpp=[(2, 1, 2, 70, 16), (2, 1, 50, 70, 16)],
