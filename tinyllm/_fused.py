@@ -166,7 +166,7 @@ def _beside_autocast(like: Tensor, rows: int) -> AbstractContextManager[Any] | N
 
     Where a CPU multiplies 16-bit numbers no faster, autocast would only add conversions and take modules one by one.
     """
-    low = autocast_dtype(like.device.type)
+    low = autocast_dtype(like)
     if low is None:
         return nullcontext()
     if not like.is_cpu or like.dtype != torch.float32 or _products.by_torch(low, _products.rows_class(rows)):
@@ -323,7 +323,7 @@ class WholeModel:
             if not serves_transformer("transformer", ids, operands, self._settings):
                 return None
             out = run_transformer(ids, operands, positions, target, self._settings)
-        low = autocast_dtype("cpu") if target is None else None
+        low = autocast_dtype(out) if target is None else None
         return out if low is None else out.to(low)
 
 

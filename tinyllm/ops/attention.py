@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tinyllm import reference
-from tinyllm.ops._context import autocast_dtype, differs_from_kernels, grads_by_reference, needs_grad
+from tinyllm.ops._context import autocast_dtype, differs_from_kernels, grads_by_reference, needs_grad, record
 from tinyllm.ops._random import draw_rng, dropout_factors
 from tinyllm.ops.dispatch import (
     FLOATS,
@@ -120,7 +120,7 @@ def scaled_dot_product_attention(
         TypeError: dtypes that are not floating or differ, a mask or key_lengths of another dtype.
         ValueError: shapes that do not fit, tensors on different devices, dropout_p outside [0, 1].
     """
-    dtype = autocast_dtype(query.device.type)
+    dtype = autocast_dtype(query)
     if dtype is not None and query.dtype != torch.float64:  # which autocast leaves alone
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
         if attn_mask is not None and attn_mask.dtype.is_floating_point:
@@ -140,7 +140,7 @@ def scaled_dot_product_attention(
     rng = draw_rng(query.device) if dropout_p > 0.0 else None
     options = (is_causal, scale, dropout_p, backend)
     if needs_grad(query, key, value):
-        return _Attention.apply(query, key, value, attn_mask, rng, key_lengths, options)
+        return record(_Attention, query, key, value, attn_mask, rng, key_lengths, options)
     return _forward(query, key, value, attn_mask, rng, key_lengths, options)[0]
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tinyllm import reference
-from tinyllm.ops._context import autocast_dtype, differs_from_kernels, grads_by_reference, needs_grad
+from tinyllm.ops._context import autocast_dtype, differs_from_kernels, grads_by_reference, needs_grad, record
 from tinyllm.ops.backends import triton
 from tinyllm.ops.dispatch import FLOATS, NOT_DOUBLE, Kernels, Operator, choose, kernels, register_fake
 
@@ -99,7 +99,7 @@ def cross_entropy(
         RuntimeError, ValueError: PyTorch's own, for shapes, dtypes and options that do not fit.
     """
     dtype = input.dtype
-    if autocast_dtype(input.device.type) is not None:
+    if autocast_dtype(input) is not None:
         dtype = torch.promote_types(dtype, torch.float32)  # what PyTorch's autocast does with its cross_entropy
     backend = choose(CROSS_ENTROPY, input, target, weight, reduction, label_smoothing)
     if backend == "reference":
@@ -115,7 +115,7 @@ def cross_entropy(
     rows = input if input.dim() == 2 else input.movedim(min(1, input.dim() - 1), -1).reshape(-1, _classes(input))
     arguments = (target.long().reshape(-1), weight, REDUCTIONS.index(reduction), ignore_index, label_smoothing)
     if needs_grad(input):
-        loss = _CrossEntropy.apply(rows, *arguments, dtype, backend)
+        loss = record(_CrossEntropy, rows, *arguments, dtype, backend)
     else:
         loss = kernels(backend).cross_entropy_fwd(rows, *arguments, False)[0].to(dtype)
     return loss.reshape(target.shape) if reduction == "none" else loss

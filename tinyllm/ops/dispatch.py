@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tinyllm.ops._context import active_transform
+from tinyllm.ops._context import active_transform, device_type
 from tinyllm.ops.backends import MODULES, cpp, cuda, triton
 
 REFERENCE = "reference"
@@ -129,12 +129,13 @@ class Operator:
             return None
         # As in `unavailable`, without the call: for a small tensor the choice costs a tenth of the operator.
         forced = _forced == backend and forced_backend(self.name) == backend
-        reason = MODULES[backend].unavailable(tensor.device.type, forced, True)
+        device = device_type(tensor)
+        reason = MODULES[backend].unavailable(device, forced, True)
         if reason is not None:
             return reason
         kernels = self.kernels[backend]
         if isinstance(kernels, str) or tensor.dtype not in kernels.dtypes:
-            return self.unavailable(backend, tensor.device.type, tensor.dtype)
+            return self.unavailable(backend, device, tensor.dtype)
         if self.refuses is not None:
             reason = self.refuses(tensor, *arguments)
             if reason is not None:

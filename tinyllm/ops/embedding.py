@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tinyllm import reference
-from tinyllm.ops._context import active_transform, differs_from_kernels, grads_by_reference, needs_grad
+from tinyllm.ops._context import active_transform, differs_from_kernels, grads_by_reference, needs_grad, record
 from tinyllm.ops._random import draw_rng, dropout_factors
 from tinyllm.ops.dispatch import FLOATS, NOT_DOUBLE, Kernels, Limit, Operator, choose, kernels, register_fake
 
@@ -97,7 +97,7 @@ def _run(
         return reference.embedding(input, weight, padding_idx, *options, positions=positions, dropout_p=dropout_p)
     rng = draw_rng(weight.device) if dropout_p > 0.0 else None
     if needs_grad(weight, positions):
-        return _Embedding.apply(input, weight, padding_idx, positions, dropout_p, rng, backend)
+        return record(_Embedding, input, weight, padding_idx, positions, dropout_p, rng, backend)
     return kernels(backend).embedding_fwd(input, weight, positions, dropout_p, rng)
 
 

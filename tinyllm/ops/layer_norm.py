@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tinyllm import reference
-from tinyllm.ops._context import autocast_dtype, differs_from_kernels, grads_by_reference, needs_grad
+from tinyllm.ops._context import autocast_dtype, differs_from_kernels, grads_by_reference, needs_grad, record
 from tinyllm.ops.backends import cuda
 from tinyllm.ops.dispatch import (
     FLOATS,
@@ -76,14 +76,14 @@ def layer_norm(
         ValueError: shapes that do not fit, or tensors on different devices.
     """
     shape = _check(input, normalized_shape, weight, bias)
-    if input.device.type != "cpu" and autocast_dtype(input.device.type) is not None:
+    if not input.is_cpu and autocast_dtype(input) is not None:
         input = input.float()  # what PyTorch's autocast does with layer_norm on accelerators
     backend = choose(LAYER_NORM, input, shape, weight, bias)
     if backend == "reference":
         plain: Any = F.layer_norm if left_to_pytorch(LAYER_NORM, input, weight, bias) else reference.layer_norm
         return plain(input, shape, weight, bias, eps)
     if needs_grad(input, weight, bias):
-        return _LayerNorm.apply(input, shape, weight, bias, eps, backend)
+        return record(_LayerNorm, input, shape, weight, bias, eps, backend)
     return kernels(backend).layer_norm_fwd(input, shape, weight, bias, eps)[0]
 
 
@@ -109,7 +109,7 @@ def add_layer_norm(
         ValueError: shapes that do not fit, or tensors on different devices.
     """
     shape = _check(input, normalized_shape, weight, bias, residual)
-    if input.device.type != "cpu" and autocast_dtype(input.device.type) is not None:
+    if not input.is_cpu and autocast_dtype(input) is not None:
         input, residual = input.float(), residual.float()
     backend = choose(ADD_LAYER_NORM, input, shape, weight, bias)
     if backend == "reference":
@@ -118,7 +118,7 @@ def add_layer_norm(
         total = input + residual
         return F.layer_norm(total, shape, weight, bias, eps), total
     if needs_grad(input, residual, weight, bias):
-        return _AddLayerNorm.apply(input, residual, shape, weight, bias, eps, backend)
+        return record(_AddLayerNorm, input, residual, shape, weight, bias, eps, backend)
     normed, total, _, _ = kernels(backend).add_layer_norm_fwd(input, residual, shape, weight, bias, eps)
     return normed, total
 
@@ -148,7 +148,7 @@ def rms_norm(
         ValueError: shapes that do not fit, or tensors on different devices.
     """
     shape = _check(input, normalized_shape, weight)
-    if input.device.type != "cpu" and autocast_dtype(input.device.type) is not None:
+    if not input.is_cpu and autocast_dtype(input) is not None:
         input = input.float()  # what PyTorch's autocast does with rms_norm on accelerators
     backend = choose(RMS_NORM, input, shape, weight)
     if backend == "reference":
@@ -156,7 +156,7 @@ def rms_norm(
     if eps is None:
         eps = torch.finfo(torch.promote_types(input.dtype, torch.float32)).eps
     if needs_grad(input, weight):
-        return _RMSNorm.apply(input, shape, weight, eps, backend)
+        return record(_RMSNorm, input, shape, weight, eps, backend)
     return kernels(backend).rms_norm_fwd(input, shape, weight, eps)[0]
 
 

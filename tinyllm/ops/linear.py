@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tinyllm import reference
 from tinyllm.ops import _products
-from tinyllm.ops._context import autocast_dtype, differs_from_kernels, grads_by_reference, needs_grad
+from tinyllm.ops._context import autocast_dtype, differs_from_kernels, grads_by_reference, needs_grad, record
 from tinyllm.ops.dispatch import FLOATS, Kernels, Operator, choose, forced_backend, register_fake
 from tinyllm.reference import ACTIVATIONS
 
@@ -66,7 +66,7 @@ def linear(
         TypeError: dtypes that are not floating or differ.
         ValueError: shapes that do not fit, tensors on different devices, an unknown activation.
     """
-    low = autocast_dtype(input.device.type)
+    low = autocast_dtype(input)
     input, residual = _cast(low, input, residual)
     _check_input(input, activation)
     _check_layer(input, input.size(-1), "weight", weight, "bias", bias, low)
@@ -76,7 +76,7 @@ def linear(
         return reference.linear(input, weight, bias, activation=activation, residual=residual)
     weight, bias = _cast(low, weight, bias)
     if needs_grad(input, weight, bias, residual):
-        return _Linear.apply(input, weight, bias, residual, activation)
+        return record(_Linear, input, weight, bias, residual, activation)
     return torch.ops.tinyllm.linear_fwd(input, weight, bias, residual, activation, False)[0]
 
 
@@ -107,7 +107,7 @@ def feed_forward(
     Raises:
         TypeError, ValueError: as `linear`.
     """
-    low = autocast_dtype(input.device.type)
+    low = autocast_dtype(input)
     input, residual = _cast(low, input, residual)
     _check_input(input, activation)
     _check_layer(input, input.size(-1), "weight1", weight1, "bias1", bias1, low)
@@ -117,7 +117,7 @@ def feed_forward(
         return reference.feed_forward(input, weight1, bias1, weight2, bias2, activation=activation, residual=residual)
     weight1, bias1, weight2, bias2 = _cast(low, weight1, bias1, weight2, bias2)
     if needs_grad(input, weight1, bias1, weight2, bias2, residual):
-        return _FeedForward.apply(input, weight1, bias1, weight2, bias2, residual, activation)
+        return record(_FeedForward, input, weight1, bias1, weight2, bias2, residual, activation)
     return torch.ops.tinyllm.feed_forward_fwd(input, weight1, bias1, weight2, bias2, residual, activation, False)[0]
 
 
@@ -158,11 +158,11 @@ def _check_layer(
 
 
 def _check_tensor(
-    input: Tensor, name: str, tensor: Tensor | None, shape: Sequence[int], low: torch.dtype | None
+    input: Tensor, name: str, tensor: Tensor | None, shape: tuple[int, ...], low: torch.dtype | None
 ) -> None:
     if tensor is None:
         return
-    if tensor.shape != torch.Size(shape):
+    if tensor.shape != shape:
         raise ValueError(f"{name} has shape {list(tensor.shape)}; {list(shape)} is needed")
     if _dtype_under(low, tensor.dtype) != input.dtype:
         raise TypeError(f"{name} has dtype {tensor.dtype}; it must have input's, {input.dtype}")

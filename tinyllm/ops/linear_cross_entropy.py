@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tinyllm import reference
 from tinyllm.ops import _chunked_loss
-from tinyllm.ops._context import autocast_dtype, differs_from_kernels, grads_by_reference, needs_grad
+from tinyllm.ops._context import autocast_dtype, differs_from_kernels, grads_by_reference, needs_grad, record
 from tinyllm.ops.cross_entropy import REDUCTIONS, refuses_options, refuses_target
 from tinyllm.ops.dispatch import FLOATS, Kernels, Operator, choose, kernels, register_fake
 from tinyllm.ops.linear import products_refuse
@@ -98,7 +98,7 @@ def linear_cross_entropy(
             the row's loss is NaN instead, and so are the gradients to which it adds.
         RuntimeError, ValueError: PyTorch's own, for shapes, dtypes and options that do not fit.
     """
-    low = autocast_dtype(input.device.type)
+    low = autocast_dtype(input)
     dtype = input.dtype if low is None else torch.promote_types(input.dtype, torch.float32)
     if low is not None and input.dtype != torch.float64:  # which autocast leaves alone
         input, linear_weight = input.to(low), linear_weight.to(low)
@@ -122,7 +122,7 @@ def linear_cross_entropy(
     if backend == "cpp" and _serves_products(input, linear_bias):
         backend = _PRODUCTS
     if needs_grad(input, linear_weight, linear_bias):
-        loss = _LinearCrossEntropy.apply(*arguments, numbers, dtype, backend)
+        loss = record(_LinearCrossEntropy, *arguments, numbers, dtype, backend)
     else:
         loss = _raw(backend).linear_cross_entropy_fwd(*arguments, *numbers, False, False, False)[0].to(dtype)
     return loss.reshape(target.shape) if reduction == "none" else loss

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tinyllm import reference
 from tinyllm.ops import _products
-from tinyllm.ops._context import autocast_dtype, differs_from_kernels, grads_by_reference, needs_grad
+from tinyllm.ops._context import autocast_dtype, differs_from_kernels, grads_by_reference, needs_grad, record
 from tinyllm.ops._random import draw_rng, dropout_factors
 from tinyllm.ops.attention import MOST_HEAD_DIM, scaled_dot_product_attention
 from tinyllm.ops.cross_entropy import cross_entropy
@@ -28,7 +28,7 @@ _ONE_HEAD = tuple(name for name in BLOCK_PARAMETERS if name != "out_proj")
 
 
 def _refuses(operator: str, like: Tensor, rows: int, width: int, hidden: int, num_heads: int) -> str | None:
-    if autocast_dtype(like.device.type) is not None:
+    if autocast_dtype(like) is not None:
         return "autocast wants some of the parts in another dtype"
     if _products.saved_calls_outweigh(rows * width * hidden):
         return None
@@ -289,7 +289,7 @@ def run(
     rng = draw_rng(input.device) if settings.dropout_p > 0.0 else None
     try:
         if needs_grad(input, positions, *parameters):
-            return _Transformer.apply(input, positions, target, settings, rng, *parameters)
+            return record(_Transformer, input, positions, target, settings, rng, *parameters)
         return torch.ops.tinyllm.transformer_fwd(input, parameters, positions, target, *settings, rng, False)[0]
     except (IndexError, RuntimeError, ValueError):
         if not torch.compiler.is_compiling() and not input.is_floating_point():
