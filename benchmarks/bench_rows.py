@@ -22,6 +22,7 @@ import pytest
 import torch
 
 from tinyllm import ops
+from tinyllm.ops import _products
 
 from .machine import OtherLoad
 from .measure import Turns, no_collection, plan, statistics_of, verify
@@ -39,7 +40,7 @@ def test_row(
     pytestconfig: pytest.Config,
 ) -> None:
     if row.section == "linear":  # our kernel, even where the operator would leave the product to PyTorch
-        monkeypatch.setenv("TINYLLM_LINEAR", "cpp")
+        monkeypatch.setattr(_products, "_setting", "cpp")
     torch.compiler.reset()  # no guards of earlier rows in front of this one's code
     with ops.backend("cpp"):  # an error rather than a silent comparison of PyTorch with itself
         case = row.build()

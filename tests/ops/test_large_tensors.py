@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from tinyllm import ops
+from tinyllm.ops import _products
 
 BORDER = 2**31
 COLUMNS = 1024
@@ -22,7 +23,7 @@ UNMARKED = torch.tensor([2, BORDER // COLUMNS - 2, BORDER // COLUMNS + 2, ROWS -
 
 @pytest.fixture(autouse=True)
 def _on_the_kernel(monkeypatch):
-    monkeypatch.setenv("TINYLLM_LINEAR", "cpp")
+    monkeypatch.setattr(_products, "_setting", "cpp")
     with ops.backend("cpp"):
         yield
 

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from tests.ops.operations import Operations
 from tests.ops.parity import DTYPES, assert_same_bits, check_parity, outputs_and_gradients, run
 from tinyllm import ops, reference
+from tinyllm.ops import _products
 from tinyllm.reference import ACTIVATIONS
 
 # The input's rows, in_features, out_features.
@@ -28,7 +29,7 @@ LARGE = [
 def _on_the_kernel():
     # With a patch of its own: the test's would be undone after the `with`, and whatever the test does to it, too late.
     with pytest.MonkeyPatch.context() as patch, ops.backend("cpp"):
-        patch.setenv("TINYLLM_LINEAR", "cpp")
+        patch.setattr(_products, "_setting", "cpp")
         yield
 
 
@@ -292,7 +293,7 @@ def test_opcheck():
 
 @pytest.mark.parametrize("setting", ["cpp", "auto"])
 def test_compile_fullgraph(setting, unforced, monkeypatch):
-    monkeypatch.setenv("TINYLLM_LINEAR", setting)
+    monkeypatch.setattr(_products, "_setting", setting)
     leaves = [x.requires_grad_() for x in make_network((6,), 10, 12, 7, torch.float32)]
 
     def f(x, w1, b1, w2, b2, r):
@@ -331,7 +332,7 @@ def test_autocast(dtype):
 
 
 def test_autocast_casts_a_weight_once_where_pytorch_serves(monkeypatch, unforced):
-    monkeypatch.setenv("TINYLLM_LINEAR", "torch")
+    monkeypatch.setattr(_products, "_setting", "torch")
     x, w1, b1, w2, b2, _ = make_network((4, 3), 16, 12, 7, torch.float32)
     w1.requires_grad_()
     with Operations() as operations, torch.autocast("cpu", torch.bfloat16):
@@ -405,12 +406,13 @@ def test_a_raw_call_with_bad_shapes_is_refused():
 def test_the_setting_chooses(unforced, monkeypatch):
     x, weight = torch.ones(4, 8), torch.ones(5, 8)
     for setting, taken in (("cpp", "cpp"), ("torch", "reference")):
-        monkeypatch.setenv("TINYLLM_LINEAR", setting)
+        monkeypatch.setattr(_products, "_setting", setting)
         for call in (lambda: ops.linear(x, weight), lambda: ops.feed_forward(x, weight, None, weight.T, None)):
             call()
             assert ops.last_backend() == taken
     with ops.backend("cpp"), pytest.raises(RuntimeError, match="cpp: TINYLLM_LINEAR=torch"):
         ops.linear(x, weight)
     monkeypatch.setenv("TINYLLM_LINEAR", "fast")
+    monkeypatch.setattr(_products, "_setting", None)
     with pytest.raises(ValueError, match="TINYLLM_LINEAR is 'fast'; auto, cpp or torch is needed"):
         ops.linear(x, weight)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from tests.helpers.backends import BACKENDS, cases, on, params
 from tests.ops.parity import DTYPES, assert_same_bits, check_parity, outputs_and_gradients
 from tinyllm import ops, reference
+from tinyllm.ops import _products
 
 # The interpreter's NumPy warns of every infinity.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -31,7 +32,7 @@ def backend(request, monkeypatch):
     """Force C++ with our own products, C++ with PyTorch's, or Triton in small blocks."""
     name, _, products = request.param.partition("_")
     found = BACKENDS[name]
-    monkeypatch.setenv("TINYLLM_LINEAR", products or "cpp")
+    monkeypatch.setattr(_products, "_setting", products or "cpp")
     if products == "torch":
         found = replace(found, raw=torch.ops.tinyllm_products)
     with found.forced():

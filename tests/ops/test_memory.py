@@ -9,6 +9,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from tests.helpers.backends import on
 from tinyllm import ops
+from tinyllm.ops import _products
 
 # The peak of a whole process, above what it had before the call.
 MEASURE = """
@@ -51,7 +52,7 @@ def test_attentions_backward_needs_a_fifth_of_the_gradients_at_most(heads, dtype
 def test_linear_cross_entropy_needs_a_tenth_of_the_logits(backend, products, needed, rows, dtype, monkeypatch):
     slow = products == "torch" and dtype == torch.bfloat16  # on many processors
     features, classes = 64 if slow else 256, 20_000
-    monkeypatch.setenv("TINYLLM_LINEAR", products)
+    monkeypatch.setattr(_products, "_setting", products)
     x = backend.draw(rows, features, dtype=dtype).requires_grad_(needed[0])
     w = (backend.draw(classes, features, dtype=dtype, seed=1) / 8).requires_grad_(needed[1])
     target = torch.arange(rows) * 7 % classes

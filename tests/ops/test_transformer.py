@@ -10,7 +10,7 @@ from tests.ops.operations import Operations
 from tests.ops.parity import assert_accurate, outputs_and_gradients, run
 from tests.ops.transformers import KINDS, SMALL, bind, make
 from tinyllm import ops, reference
-from tinyllm.ops import dispatch
+from tinyllm.ops import _products, dispatch
 from tinyllm.ops.transformer import Settings, serves
 from tinyllm.reference import BLOCK_PARAMETERS
 
@@ -31,7 +31,7 @@ kinds, norms = pytest.mark.parametrize("kind", KINDS), pytest.mark.parametrize("
 def _on_the_kernel():
     # With a patch of its own: the test's would be undone after the `with`, and whatever the test does to it, too late.
     with pytest.MonkeyPatch.context() as patch, ops.backend("cpp"):
-        patch.setenv("TINYLLM_LINEAR", "cpp")
+        patch.setattr(_products, "_setting", "cpp")
         yield
 
 
@@ -323,7 +323,7 @@ def test_where_a_kernel_serves(kind, unforced, monkeypatch):
         # As the modules have it: products in bfloat16, norms and losses in float32.
         assert ours(*arguments).dtype == (torch.float32 if kind == "loss" else torch.bfloat16)
     # Large ones follow the products, small ones are served whatever those say.
-    monkeypatch.setenv("TINYLLM_LINEAR", "torch")
+    monkeypatch.setattr(_products, "_setting", "torch")
     assert served(arguments)
     ids, _, arguments = make(kind, (64, 128, 7, 7, 8, 80, 2, 2), torch.float32)
     assert not served(arguments)

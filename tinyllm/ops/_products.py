@@ -104,16 +104,23 @@ def _checked(choices: Any, source: str) -> Choices:
     return {dtype: dict(choices[dtype]) for dtype in DTYPES}
 
 
+_setting: str | None = None  # TINYLLM_LINEAR, which takes as long to look up as a small tensor to allocate
+
+
+@constant_for_compiler
 def setting() -> str:
-    """Return what TINYLLM_LINEAR decides: auto, cpp or torch.
+    """Return what TINYLLM_LINEAR decides, as it was at the first call: auto, cpp or torch.
 
     Raises:
         ValueError: it is something else.
     """
-    found = os.environ.get("TINYLLM_LINEAR", "auto")
-    if found not in ("auto", *WHO):
-        raise ValueError(f"TINYLLM_LINEAR is {found!r}; auto, cpp or torch is needed")
-    return found
+    global _setting
+    if _setting is None:
+        found = os.environ.get("TINYLLM_LINEAR", "auto")
+        if found not in ("auto", *WHO):
+            raise ValueError(f"TINYLLM_LINEAR is {found!r}; auto, cpp or torch is needed")
+        _setting = found
+    return _setting
 
 
 def check_environment() -> None:
@@ -180,7 +187,8 @@ _decided: dict[tuple[torch.dtype, int], str | None] = {}
 
 def forget() -> None:
     """Have the next calls look their choices up again, because what they follow from has changed."""
-    global _decided
+    global _decided, _setting
+    _setting = None
     _decided = {}  # another one: a call of another thread may be about to write to the old one
     _measured.cache_clear()
     if "torch._dynamo" in sys.modules:  # choices are constants of what is compiled
