@@ -9,6 +9,7 @@
 #   make abi-check      all sources against the headers of torch 2.10, 2.11 and the newest torch
 #   make gpu-compile    the GPU kernels' registers, spills and shared memory, read without a GPU
 #   make cpu-sanitize   the CPU kernels of every instruction set that this machine has, watched by the sanitizers
+#   make avx512-check   the CPU kernels of AVX-512, emulated on a processor that has only AVX2
 #   make aarch64-check  the CPU kernels of aarch64, cross compiled and run in qemu
 #   make wheel-check    builds the archives, installs the wheel elsewhere and uses it
 #   make cuda-sanitize  the CUDA C++ kernels on emulated threads, watched by the sanitizers
@@ -16,9 +17,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
-TESTED := $(wildcard tests/emulation/*.h tests/emulation/*.cpp tests/building/*.cpp)
+TESTED := $(wildcard tests/emulation/*.h tests/emulation/*.cpp tests/building/*.cpp tests/building/avx512/*)
 
-.PHONY: demo dev test bench train-bench lint abi-check gpu-compile cpu-sanitize cuda-sanitize aarch64-check wheel-check docs format clean
+.PHONY: demo dev test bench train-bench lint abi-check gpu-compile cpu-sanitize cuda-sanitize avx512-check aarch64-check wheel-check docs format clean
 
 # What building and checking need; torch is pinned, so that no other one is downloaded.
 .venv/tools: pyproject.toml constraints.txt
@@ -73,6 +74,10 @@ gpu-compile: .venv/installed .venv/dev
 
 cpu-sanitize: .venv/installed .venv/dev
 	$(BIN)/python -m tests.building.cpu_sanitize
+
+# As root it installs the emulation's headers where they are missing, by apt-get.
+avx512-check: .venv/installed .venv/dev
+	$(BIN)/python -m tests.building.avx512_check
 
 # As root it installs the cross compiler and qemu where they are missing, by apt-get.
 aarch64-check: .venv/installed .venv/dev

@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 
 from tests.building.cpu_sanitize import run_isa
-from tests.emulation.host_build import ROOT, build_library
+from tests.emulation.host_build import ROOT, build_library, install_packages
 
 FOLDER = ROOT / "build" / "aarch64"
 COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
@@ -65,11 +65,10 @@ def install_tools() -> None:
     missing = missing_tools() + ([] if KEYS.exists() else [str(KEYS)])
     if not missing:
         return
-    if os.geteuid() != 0 or shutil.which("apt-get") is None:
-        raise RuntimeError(f"there is no {' and no '.join(missing)}; as root: apt-get install {' '.join(TOOLS)}")
-    print(f"installing {', '.join(TOOLS)}", flush=True)
-    run("apt-get", "update", "-qq")
-    run("apt-get", "install", "-y", "-qq", "--no-install-recommends", *TOOLS, DEBIAN_FRONTEND="noninteractive")
+    try:
+        install_packages(*TOOLS)
+    except RuntimeError as error:
+        raise RuntimeError(f"there is no {' and no '.join(missing)}; {error}") from None
 
 
 def install_python() -> Path:

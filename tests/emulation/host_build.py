@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import subprocess
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -76,6 +77,25 @@ def build_library(
         _run(compiler, *flags, "-shared", *objects, *paths, "-ltorch_cpu", "-Wl,--allow-shlib-undefined", "-o", beside)
         beside.rename(library)
     return library
+
+
+def install_packages(*names: str) -> None:
+    """Install packages of Debian or Ubuntu.
+
+    Raises:
+        RuntimeError: this process may not, or there is no apt-get.
+    """
+    if os.geteuid() != 0 or shutil.which("apt-get") is None:
+        raise RuntimeError(f"as root: apt-get install {' '.join(names)}")
+    print(f"installing {', '.join(names)}", flush=True)
+    _run("apt-get", "update", "-qq")
+    _run("env", "DEBIAN_FRONTEND=noninteractive", "apt-get", "install", "-yqq", "--no-install-recommends", *names)
+
+
+def has_header(name: str) -> bool:
+    """Return whether the compiler finds a header of C++."""
+    command = [os.environ.get("CXX", "c++"), "-x", "c++", "-E", "-include", name, os.devnull]
+    return subprocess.run(command, capture_output=True).returncode == 0
 
 
 def sanitizer_environment() -> dict[str, str]:
