@@ -17,10 +17,6 @@ namespace tinyllm::cpu {
 namespace {
 
 constexpr int64_t kMaxHeadDim = 1024;
-// The queries of a head are split into parts of at least so many: two blocks of the kernel.
-constexpr int64_t kSplitQueries = 128;
-// The keys that a thread packs at a time: whole panels.
-constexpr int64_t kPackedKeys = 64;
 // This many tasks of backward keep the threads of most machines busy.
 constexpr int64_t kBackwardItems = 32;
 // Up to this many bytes, the memory for the sums of dQ is not worth saving.
@@ -188,24 +184,33 @@ void attention_forward(DType dtype, const Attention& arguments) {
   Attention a = arguments;
   const Kernels& table = kernels();
   const auto kernel = table.attention_fwd[dtype];
-  // A head is one item if there are enough heads for all threads; otherwise its queries are split.
-  const int64_t heads = a.batch * a.heads;
-  const int64_t wanted = 4 * static_cast<int64_t>(torch::stable::get_num_threads());
+  // A head is one item if there are enough heads for all threads; otherwise its queries are split. Where fewer heads of
+  // keys than threads are shared, these pack them first, so that no more memory is needed than if each packed its own.
+  // Where a mask may hide most keys, each packs what its own queries see: too much for few of them.
+  const int64_t threads = torch::stable::get_num_threads(), wanted = 4 * threads;
+  const int64_t heads = a.batch * a.heads, kv_heads = a.batch * a.kv_heads;
+  const bool shares = kv_heads <= threads && a.mask_kind != MaskKind::boolean;
   int64_t splits = heads >= wanted ? 1 : (wanted + heads - 1) / std::max<int64_t>(heads, 1);
-  splits = std::clamp<int64_t>(splits, 1, std::max<int64_t>(1, a.queries / kSplitQueries));
+  splits = std::clamp<int64_t>(splits, 1, std::max<int64_t>(1, a.queries / (shares ? 128 : 256)));
   // A split consists of whole blocks of queries.
   const int64_t split_queries = ((a.queries + splits - 1) / splits + 63) / 64 * 64;
   if (a.queries > 0) splits = (a.queries + split_queries - 1) / split_queries;
-  // The splits of a head share its keys and values, which all threads pack first.
-  const int64_t kv_heads = a.batch * a.kv_heads, chunks = (a.keys + kPackedKeys - 1) / kPackedKeys;
-  if (splits > 1) a.packed_head = table.attention_packed_head[dtype](a);
-  const Scratch packed(static_cast<size_t>(splits > 1 ? kv_heads * a.packed_head : 0));
-  if (splits > 1) {
+  const auto seen = [&](int64_t b) {  // the keys of a sequence that its last query may see
+    const int64_t keys = a.key_lengths == nullptr ? a.keys : std::clamp<int64_t>(a.key_lengths[b], 0, a.keys);
+    return a.causal ? std::min(keys, a.queries) : keys;
+  };
+  if (shares && splits > 1) {
+    for (int64_t b = 0; b < a.batch; ++b) a.packed_keys = std::max(a.packed_keys, seen(b));
+    a.packed_head = table.attention_packed_head[dtype](a);
+  }
+  const Scratch packed(static_cast<size_t>(kv_heads * a.packed_head));
+  if (a.packed_head > 0) {
     a.packed = packed.data();
+    const int64_t chunks = (a.packed_keys + kPackedKeys - 1) / kPackedKeys;
     parallel_items(kv_heads * chunks, [&](int64_t item) {
-      const int64_t head = item / chunks, begin = item % chunks * kPackedKeys;
-      table.attention_pack[dtype](a, head / a.kv_heads, head % a.kv_heads, begin,
-                                  std::min(a.keys, begin + kPackedKeys));
+      const int64_t head = item / chunks, b = head / a.kv_heads, begin = item % chunks * kPackedKeys;
+      const int64_t end = std::min(seen(b), begin + kPackedKeys);
+      if (begin < end) table.attention_pack[dtype](a, b, head % a.kv_heads, begin, end);
     });
   }
   parallel_items(a.queries == 0 ? 0 : heads * splits, [&](int64_t item) {

@@ -86,20 +86,21 @@ int64_t attention_packed_head(const Attention& a) {
   size_t most = 0;
   for (int64_t b = 0; b < a.batch; ++b)
     for (int64_t kv_head = 0; kv_head < a.kv_heads; ++kv_head)
-      most = std::max(most, head.layout(nullptr, a, b, kv_head, a.keys));
+      most = std::max(most, head.layout(nullptr, a, b, kv_head, a.packed_keys));
   return static_cast<int64_t>(most);
 }
 
-// The packed head (b, kv_head), with room for all keys.
+// The packed head (b, kv_head), which all calls share.
 template <class T>
 inline PackedHead<T> packed_head(const Attention& a, int64_t b, int64_t kv_head) {
   PackedHead<T> head;
-  head.layout(a.packed + (b * a.kv_heads + kv_head) * a.packed_head, a, b, kv_head, a.keys);
+  head.layout(a.packed + (b * a.kv_heads + kv_head) * a.packed_head, a, b, kv_head, a.packed_keys);
   return head;
 }
 
 template <class T>
 void attention_pack(const Attention& a, int64_t b, int64_t kv_head, int64_t begin, int64_t end) {
+  static_assert(cpu::kPackedKeys % kNR<compute_t<T>> == 0);
   packed_head<T>(a, b, kv_head).pack(a, b, kv_head, begin, end);
 }
 

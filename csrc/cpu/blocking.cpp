@@ -6,8 +6,6 @@
 namespace tinyllm::cpu {
 namespace {
 
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // The numbers of blocks that are tried: 1, 2, 3, 4, 6, 8, 12, 16, 24, ...
 int64_t next_count(int64_t n) { return n < 3 ? n + 1 : n % 3 == 0 ? n / 3 * 4 : n / 2 * 3; }
 

@@ -4,6 +4,8 @@
 
 namespace tinyllm::cpu {
 
+inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 // The sizes of blocks for an instruction set and a compute type, in elements of that type.
 struct Blocking {
   // The micro-kernel computes mr x nr elements of C at a time. These and nc are constants of the compiled kernels.

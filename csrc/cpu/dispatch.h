@@ -42,7 +42,7 @@ struct Kernels {
   // Write the factors of the elements [first, first + n), in whole blocks of 64.
   void (*dropout_factors)(const Dropout&, int64_t first, int64_t n, float* factors);
 
-  // Pack keys [begin, end) of key/value head (b, kv_head), and their values; begin is a multiple of 64.
+  // Pack keys [begin, end) of key/value head (b, kv_head), and their values; begin is a multiple of kPackedKeys.
   Kernel<const Attention&, int64_t, int64_t, int64_t, int64_t> attention_pack;
   // Return the bytes of a packed head.
   PerDType<int64_t (*)(const Attention&)> attention_packed_head;

@@ -73,10 +73,10 @@ struct Attention {
   // of the sum, so that each of n keys that have it would count as 1 instead of 1 / n.
   void* lse_rest;
 
-  // Forward: what attention_pack makes of the keys and values of all heads, `packed_head` bytes for each, if the
-  // queries of a head are split. Null: each call packs those of its head.
+  // Forward: what attention_pack makes of up to `packed_keys` keys and values of each head, `packed_head` bytes, for
+  // the parts of a head's queries to share. Null: each call packs those of its head.
   char* packed;
-  int64_t packed_head;
+  int64_t packed_keys, packed_head;
 
   // Backward only.
   Strided grad_out, grad_query, grad_key, grad_value;
@@ -93,6 +93,9 @@ struct Attention {
   void* partials;
   int64_t partial_row;
 };
+
+// The keys that a thread packs at a time: whole panels of every instruction set.
+constexpr int64_t kPackedKeys = 64;
 
 constexpr int64_t kNoTurn = std::numeric_limits<int64_t>::max();  // marks a range that failed, for which none waits
 
