@@ -22,6 +22,7 @@ CPP = {dtype: dict.fromkeys(_products.CLASSES, "cpp") for dtype in _products.DTY
 def undecided(monkeypatch, tmp_path):
     """No setting, and no file of this machine's user."""
     monkeypatch.delenv("TINYLLM_LINEAR", raising=False)
+    monkeypatch.setattr(_products, "_setting", None)
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
     _products.forget()
     yield

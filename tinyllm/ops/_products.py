@@ -115,12 +115,13 @@ def setting() -> str:
         ValueError: it is something else.
     """
     global _setting
-    if _setting is None:
+    found = _setting
+    if found is None:
         found = os.environ.get("TINYLLM_LINEAR", "auto")
         if found not in ("auto", *WHO):
             raise ValueError(f"TINYLLM_LINEAR is {found!r}; auto, cpp or torch is needed")
         _setting = found
-    return _setting
+    return found
 
 
 def check_environment() -> None:
@@ -187,8 +188,7 @@ _decided: dict[tuple[torch.dtype, int], str | None] = {}
 
 def forget() -> None:
     """Have the next calls look their choices up again, because what they follow from has changed."""
-    global _decided, _setting
-    _setting = None
+    global _decided
     _decided = {}  # another one: a call of another thread may be about to write to the old one
     _measured.cache_clear()
     if "torch._dynamo" in sys.modules:  # choices are constants of what is compiled

@@ -81,7 +81,6 @@ def _scalar() -> bool:
 
 
 library, why_not = _load()
-_library = torch.library.Library("tinyllm", "IMPL")
 loaded = library is not None
 cuda_why_not = _load_cuda()
 _only_scalar = _scalar()
@@ -101,9 +100,6 @@ def unavailable(device_type: str, forced: bool, here: bool) -> str | None:
 
 def provide(operator: str, source: str) -> str | None:
     """Return None: a build has all C++ kernels, or none."""
-    for name in (f"{operator}_fwd", f"{operator}_bwd"):
-        if has(name):
-            _library.impl(name, torch.library.fallthrough_kernel, "Autograd")
     return None
 
 
