@@ -147,6 +147,21 @@ def test_the_kernel_serves_after_the_state_of_torchs_default_is_loaded() -> None
     assert kernel.call_count == 1
 
 
+def test_a_state_of_float64_steps_is_left_to_pytorch() -> None:
+    """So are those that PyTorch makes where that is the default dtype."""
+    theirs, ours = (kind([nn.Parameter(torch.ones(4))]) for kind in (torch.optim.AdamW, AdamW))
+    set_gradients(theirs)
+    theirs.step()
+    (state,) = theirs.state.values()
+    state["step"] = state["step"].double()
+    ours.load_state_dict(copy.deepcopy(theirs.state_dict()))
+    ours.param_groups[0]["params"][0].data.copy_(theirs.param_groups[0]["params"][0].data)
+    for optimizer in (theirs, ours):
+        set_gradients(optimizer)
+        optimizer.step()
+    torch.testing.assert_close(*(parameters_of(optimizer) for optimizer in (theirs, ours)))
+
+
 @pytest.mark.parametrize("kinds", [(AdamW, torch.optim.AdamW), (torch.optim.AdamW, AdamW)])
 def test_the_state_dict_is_torchs(kinds: tuple[type[torch.optim.AdamW], ...]) -> None:
     """A training begun with either goes on with the other, to rounding."""

@@ -126,6 +126,8 @@ class AdamW(torch.optim.AdamW):
                 exp_avgs.append(state["exp_avg"])
                 exp_avg_sqs.append(state["exp_avg_sq"])
                 steps.append(state["step"])
+                if state["step"].dtype != torch.float32:  # of a state that a default dtype of float64 made
+                    return None
             if parameters:
                 found.append((group, lists))
         tensors = [tensors for _, lists in found for tensors in lists[:4]]
