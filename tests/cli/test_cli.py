@@ -109,7 +109,7 @@ def test_bench_says_what_is_missing(here: Here, tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(cli.bench, "find_spec", lambda name: None if name == "pytest_benchmark" else object())
     status, _, err = here("bench", "--quick", cwd=tmp_path)
     assert status == 2
-    assert "pytest_benchmark missing; pip install 'tinyllm[test]' brings what bench needs" in err
+    assert "pytest_benchmark missing; the extra tinyllm[test] brings what bench needs" in err
 
 
 def test_info(here: Here, tmp_path: Path) -> None:

@@ -454,8 +454,8 @@ def test_d_every_option_of_train_names_its_default() -> None:
     ("error", "said"),
     [
         (
-            ImportError("this needs pyarrow; pip install 'tinyllm[data]'"),
-            "this needs pyarrow; pip install 'tinyllm[data]'",
+            ImportError("this needs pyarrow; the extra tinyllm[data]"),
+            "this needs pyarrow; the extra tinyllm[data]",
         ),
         (ModuleNotFoundError("No module named 'x'"), "No module named 'x'"),
         (MemoryError("the model needs 9 GB"), "the model needs 9 GB"),

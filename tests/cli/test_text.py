@@ -202,7 +202,7 @@ def test_a_missing_library_is_one_line(
     (tmp_path / name).write_bytes(b"x")
     prepare = ["prepare", "--out", "y", "--tokenizer", tokenizer]
     for command in (["train", "--out", "x"], ["eval", "--run", trained], prepare):
-        assert "pip install 'tinyllm[data]'" in error(here(*command, "--data", name, cwd=tmp_path))
+        assert "the extra tinyllm[data]" in error(here(*command, "--data", name, cwd=tmp_path))
 
 
 # A directory is the same to all commands

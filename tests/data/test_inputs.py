@@ -332,7 +332,7 @@ def test_a_missing_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.setitem(sys.modules, name, None)
     for path, kind in (("a.zst", "zst"), ("hf:name", "hf")):
         (tmp_path / path).touch()
-        with pytest.raises(ImportError, match=r"which is not installed; pip install 'tinyllm\[data\]'"):
+        with pytest.raises(ImportError, match=r"which is not installed; the extra tinyllm\[data\]"):
             list(stream_lines(Input(path if kind == "hf" else str(tmp_path / path), kind), "text", REFUSE))
     with pytest.raises(ImportError, match=r"a.parquet needs pyarrow"):
         cut_input(Input("a.parquet", "parquet"), 1, "text", REFUSE)

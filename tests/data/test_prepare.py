@@ -407,7 +407,7 @@ def test_the_command(
     (tmp_path / "a.jsonl.zst").write_bytes(b"x")
     status, _, err = command("--data", tmp_path / "a.jsonl.zst", "--out", tmp_path / "2", "--tokenizer", tokenizer)
     assert status == 2
-    assert "pip install 'tinyllm[data]'" in err
+    assert "the extra tinyllm[data]" in err
 
 
 def test_what_the_package_offers() -> None:

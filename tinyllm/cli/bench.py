@@ -36,7 +36,7 @@ def bench(
     with one_line_errors():
         missing = [name for name in ("pytest", "pytest_benchmark") if find_spec(name) is None]
         if missing:
-            raise ValueError(f"{' and '.join(missing)} missing; pip install 'tinyllm[test]' brings what bench needs")
+            raise ValueError(f"{' and '.join(missing)} missing; the extra tinyllm[test] brings what bench needs")
         prepare_process()
         from tinyllm.benchmarks.cpu import bench
 

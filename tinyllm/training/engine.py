@@ -422,7 +422,7 @@ def _check_devices(config: TrainConfig, device: torch.device) -> None:
         )
     if config.strategy == "deepspeed":
         if find_spec("deepspeed") is None:
-            raise ValueError("strategy is 'deepspeed', which is not installed; pip install 'tinyllm[deepspeed]'")
+            raise ValueError("strategy is 'deepspeed', which is not installed; the extra tinyllm[deepspeed] brings it")
         if device.type != "cuda":
             raise ValueError("strategy is 'deepspeed', which runs on CUDA devices only; on a CPU take 'fsdp' or 'ddp'")
 

@@ -371,4 +371,4 @@ def _parquet(path: str) -> Iterator[Any]:
 
 
 def missing_library(library: str, what: str) -> ImportError:
-    return ImportError(f"{what} needs {library}, which is not installed; pip install 'tinyllm[data]' brings it")
+    return ImportError(f"{what} needs {library}, which is not installed; the extra tinyllm[data] brings it")
