@@ -2,9 +2,9 @@
 
     python -m tests.building.avx512_check [--calls N] [--seed N]
 
-The C++ extension is compiled with intrinsics that SIMDe emulates by AVX2 (tests/building/avx512/emulated.h), and makes the
-random calls of `tinyllm check`. SIMDe's headers are installed where they are missing and this process may do that. A
-processor with AVX-512 has nothing to do here: everything else checks its kernels. No speed can be measured so.
+The C++ extension is compiled with intrinsics that SIMDe emulates by AVX2 (avx512/emulated.h), and makes the random
+calls of `tinyllm check`. SIMDe's headers are installed where they are missing and this process may do that. A processor
+with AVX-512 has nothing to do here: everything else checks its kernels. No speed can be measured so.
 """
 
 from __future__ import annotations

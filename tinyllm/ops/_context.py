@@ -68,8 +68,8 @@ def needs_grad(*tensors: Tensor | None) -> bool:
 
 
 def record(function: type[torch.autograd.Function], *arguments: Any) -> Any:
-    """Do what `function.apply` does where no transform is active, which is where the kernels serve: it prepares for them
-    in any case, which takes a fifth of its time."""
+    """Do what `function.apply` does where no transform is active, as where kernels serve. It prepares for one as well,
+    which takes a fifth of its time."""
     if torch.compiler.is_compiling():
         return function.apply(*arguments)
     return super(torch.autograd.Function, function).apply(*unwrap_dead_wrappers(arguments))  # type: ignore[misc]
