@@ -94,9 +94,7 @@ inline void pack_b(const T* from, int64_t column_stride, int64_t row_stride, int
 template <class T>
 inline void pack_a(const T* from, int64_t row_stride, int64_t column_stride, int64_t rows, int64_t depth,
                    compute_t<T>* to) {
-  // A cache line that one group reads is still cached for the next one: steps of k that are a multiple of 2 KB apart
-  // all fall into two sets of a first-level cache, or one.
-  constexpr int64_t kStep = 8;
+  constexpr int64_t kStep = 16;  // a cache line that one group reads is still cached for the next one
   for (int64_t k0 = 0; k0 < depth; k0 += kStep)
     for (int64_t first = 0; first < rows; first += kMR) {
       const int64_t count = std::min<int64_t>(kMR, rows - first);
