@@ -184,9 +184,9 @@ void attention_forward(DType dtype, const Attention& arguments) {
   Attention a = arguments;
   const Kernels& table = kernels();
   const auto kernel = table.attention_fwd[dtype];
-  // A head is one item if there are enough heads for all threads; otherwise its queries are split. Where fewer heads of
-  // keys than threads are shared, these pack them first, so that no more memory is needed than if each packed its own.
-  // Where a mask may hide most keys, each packs what its own queries see: too much for few of them.
+  // A head is one item if there are enough heads for all threads; otherwise its queries are split. The splits share the
+  // head's packed keys and values, unless that would take more memory than a copy for each thread, or a mask may hide
+  // most keys from a split. Each split packs those that it sees then, so it has more queries.
   const int64_t threads = torch::stable::get_num_threads(), wanted = 4 * threads;
   const int64_t heads = a.batch * a.heads, kv_heads = a.batch * a.kv_heads;
   const bool shares = kv_heads <= threads && a.mask_kind != MaskKind::boolean;
@@ -195,10 +195,7 @@ void attention_forward(DType dtype, const Attention& arguments) {
   // A split consists of whole blocks of queries.
   const int64_t split_queries = ((a.queries + splits - 1) / splits + 63) / 64 * 64;
   if (a.queries > 0) splits = (a.queries + split_queries - 1) / split_queries;
-  const auto seen = [&](int64_t b) {  // the keys of a sequence that its last query may see
-    const int64_t keys = a.key_lengths == nullptr ? a.keys : std::clamp<int64_t>(a.key_lengths[b], 0, a.keys);
-    return a.causal ? std::min(keys, a.queries) : keys;
-  };
+  const auto seen = [&](int64_t b) { return visible(a, a.queries - 1, 0, keys_of(a, b)); };  // by the last query
   if (shares && splits > 1) {
     for (int64_t b = 0; b < a.batch; ++b) a.packed_keys = std::max(a.packed_keys, seen(b));
     a.packed_head = table.attention_packed_head[dtype](a);

@@ -17,8 +17,10 @@
 namespace tinyllm::TINYLLM_ISA {
 
 using cpu::Attention;
+using cpu::keys_of;
 using cpu::MaskKind;
 using cpu::Strided;
+using cpu::visible;
 
 constexpr int64_t kQueryBlock = 64;
 constexpr double kLog2e = 1.4426950408889634;
@@ -37,16 +39,6 @@ inline void prefetch_head_rows(const Strided& t, int64_t b, int64_t h, int64_t r
     const char* at = reinterpret_cast<const char*>(row_of<T>(t, b, h, row));
     for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(at + i, Write, 2);
   }
-}
-
-// The number of keys of sequence b.
-inline int64_t keys_of(const Attention& a, int64_t b) {
-  return a.key_lengths == nullptr ? a.keys : std::clamp<int64_t>(a.key_lengths[b], 0, a.keys);
-}
-
-// The number of keys of [first, first + count) that the causal mask lets query `row` see.
-inline int64_t visible(const Attention& a, int64_t row, int64_t first, int64_t count) {
-  return a.causal ? std::clamp<int64_t>(row + 1 - first, 0, count) : count;
 }
 
 // Packs the keys [first, first + n), scaled, for scores = Q K^T.

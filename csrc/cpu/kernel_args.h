@@ -1,6 +1,7 @@
 // The arguments of the CPU kernels: raw pointers, sizes and strides. A kernel for float64 computes in float64, all
 // others in float32; that type is called the compute type below.
 #pragma once
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <limits>
@@ -93,6 +94,16 @@ struct Attention {
   void* partials;
   int64_t partial_row;
 };
+
+// The number of keys of sequence b.
+inline int64_t keys_of(const Attention& a, int64_t b) {
+  return a.key_lengths == nullptr ? a.keys : std::clamp<int64_t>(a.key_lengths[b], 0, a.keys);
+}
+
+// The number of keys of [first, first + count) that the causal mask lets query `row` see.
+inline int64_t visible(const Attention& a, int64_t row, int64_t first, int64_t count) {
+  return a.causal ? std::clamp<int64_t>(row + 1 - first, 0, count) : count;
+}
 
 // The keys that a thread packs at a time: whole panels of every instruction set.
 constexpr int64_t kPackedKeys = 64;
