@@ -82,6 +82,28 @@ void define_operators(Library& m) {
       "transformer_bwd(Tensor grad, Tensor input, Tensor[] parameters, Tensor? positions, Tensor? target, Tensor saved,"
       " int num_layers, int num_heads, bool causal, bool norm_first, str activation, float eps1, float eps2,"
       " float dropout_p, Tensor? rng, bool positions_grad) -> (Tensor[] grads, Tensor grad_added)");
+  // A weight (outputs, inputs) in 8 or 4 bits, and the scales of its groups; cpu/weight_args.h has the layout.
+  m.def("quantize_weight(Tensor weight, int bits, int group_size) -> (Tensor data, Tensor scales)");
+  m.def("dequantize_weight(Tensor data, Tensor? scales, SymInt inputs) -> Tensor");
+  m.def(
+      "quantized_linear(Tensor input, Tensor data, Tensor? scales, Tensor? bias, Tensor? residual, str activation)"
+      " -> Tensor");
+  // A token for each row of logits (B, V): see cpu/draw.cpp.
+  m.def(
+      "draw_tokens(Tensor logits, Tensor uniforms, float temperature, int top_k, float top_p, float min_p,"
+      " float repetition_penalty, int suppress_id, Tensor? seen) -> (Tensor tokens, Tensor log_probs)");
+  // Generation with a cache of keys and values (layers, 2, B, H, length, head_dim); cpu/decoder.cpp says what weights
+  // lists. Sequence b has read lengths[b] tokens. decoder_read reads counts[b] of ids (B, T) more and returns the
+  // logits (B, V) of what follows. decoder_write reads ids (B), then draws and reads tokens until it has drawn as many
+  // as there are columns of uniforms; tokens are -1 behind the one with which the last sequence came to a stop id.
+  m.def(
+      "decoder_read(Tensor ids, Tensor counts, Tensor[] weights, Tensor positions, Tensor(a!) cache, Tensor lengths,"
+      " int num_layers, int num_heads, bool norm_first, str activation, float eps) -> Tensor");
+  m.def(
+      "decoder_write(Tensor ids, Tensor uniforms, Tensor[] weights, Tensor positions, Tensor(a!) cache, Tensor lengths,"
+      " int num_layers, int num_heads, bool norm_first, str activation, float eps, float temperature, int top_k,"
+      " float top_p, float min_p, float repetition_penalty, int suppress_id, Tensor(b!)? seen, int[] stop_ids)"
+      " -> (Tensor tokens, Tensor log_probs)");
   // The Euclidean norm of all tensors together, in the compute dtype.
   m.def("adamw_norm(Tensor[] tensors) -> Tensor");
   // A step in place. Gradients are multiplied by clip_coef as they are read, and stay as they are.

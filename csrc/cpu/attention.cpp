@@ -195,7 +195,7 @@ void attention_forward(DType dtype, const Attention& arguments) {
   // A split consists of whole blocks of queries.
   const int64_t split_queries = ((a.queries + splits - 1) / splits + 63) / 64 * 64;
   if (a.queries > 0) splits = (a.queries + split_queries - 1) / split_queries;
-  const auto seen = [&](int64_t b) { return visible(a, a.queries - 1, 0, keys_of(a, b)); };  // by the last query
+  const auto seen = [&](int64_t b) { return visible(a, b, a.queries - 1, 0, keys_of(a, b)); };  // by the last query
   if (shares && splits > 1) {
     for (int64_t b = 0; b < a.batch; ++b) a.packed_keys = std::max(a.packed_keys, seen(b));
     a.packed_head = table.attention_packed_head[dtype](a);

@@ -130,7 +130,7 @@ inline void backward_block(const Attention& a, const BackwardBuffers<T>& buf, in
             buf.value_row);
   for (int64_t g = 0; g < rows; g += kMR) {
     const int64_t m = std::min<int64_t>(kMR, rows - g);
-    const int64_t n = visible(a, q0 + g + m - 1, first, count);
+    const int64_t n = visible(a, b, q0 + g + m - 1, first, count);
     prefetch_head_rows<T>(a.query, b, h, q0 + g + kQueryBlock, m, a.head_dim, a.queries);
     prefetch_head_rows<T>(a.grad_out, b, h, q0 + g + kQueryBlock, m, a.value_dim, a.queries);
     if (n == 0) continue;
@@ -141,7 +141,7 @@ inline void backward_block(const Attention& a, const BackwardBuffers<T>& buf, in
     gemm<S>(m, n, a.value_dim, {buf.grad_out + g * buf.value_row, buf.value_row, 1},
             panels<S>(buf.values_t + keys.begin * a.value_dim, a.value_dim), grad_scores, buf.score_row, false);
     for (int64_t r = 0; r < m; ++r) {
-      const int64_t row = q0 + g + r, seen = visible(a, row, first, count);
+      const int64_t row = q0 + g + r, seen = visible(a, b, row, first, count);
       S* row_probs = probs + r * buf.score_row;
       S* row_grads = grad_scores + r * buf.score_row;
       if (keys.masked) apply_mask<T>(a, b, h, row, first, seen, row_probs);

@@ -112,7 +112,8 @@ inline void decode_softmax(S* scores, int64_t n, S& row_max, S& row_sum) {
   row_sum = vsum.sum();
 }
 
-template <class T>
+// Q is the type of queries and outputs, T that of keys and values.
+template <class T, class Q = T>
 void attention_decode(const Attention& a, int64_t b, int64_t kv_head, int64_t range) {
   using S = compute_t<T>;
   using V = Vec<S>;
@@ -122,7 +123,7 @@ void attention_decode(const Attention& a, int64_t b, int64_t kv_head, int64_t ra
   const cpu::Scratch scratch(buf.layout(nullptr, a, rows));
   buf.layout(scratch.data(), a, rows);
   for (int64_t h = 0; h < group; ++h)
-    pack_rows(row_of<T>(a.query, b, kv_head * group + h, 0), a.query.row, a.query.column, a.queries, a.head_dim,
+    pack_rows(row_of<Q>(a.query, b, kv_head * group + h, 0), a.query.row, a.query.column, a.queries, a.head_dim,
               static_cast<S>(a.scale * kLog2e), buf.queries + h * a.queries * buf.query_row, buf.query_row);
   const int64_t ahead = std::max<int64_t>(V::size, kPrefetchBytes / std::max<int64_t>(1, a.head_dim * sizeof(T)));
   const int64_t values_ahead = std::max<int64_t>(1, kPrefetchBytes / std::max<int64_t>(1, a.value_dim * sizeof(T)));

@@ -188,7 +188,7 @@ inline bool forward_group(const Attention& a, const ForwardBuffers<T>& buf, int6
           panels<S>(buf.head.keys + first * a.head_dim, a.head_dim), buf.scores, buf.score_row, false);
   int64_t seen[kQueryBlock];
   for (int64_t r = 0; r < m; ++r) {
-    seen[r] = visible(a, q0 + g + r, first, n);
+    seen[r] = visible(a, b, q0 + g + r, first, n);
     if (keys.masked) apply_mask<T>(a, b, h, q0 + g + r, first, seen[r], buf.scores + r * buf.score_row);
   }
   S correction[kQueryBlock + kGroupLanes<S>];
@@ -251,7 +251,7 @@ void attention_fwd(const Attention& a, int64_t b, int64_t h, int64_t begin, int6
     std::fill(buf.max, buf.max + rows, -inf);
     std::fill(buf.sum, buf.sum + rows, S(0));
     bool started[kGroups] = {};
-    const int64_t last_key = visible(a, q0 + rows - 1, 0, keys_used);
+    const int64_t last_key = visible(a, b, q0 + rows - 1, 0, keys_used);
     const int64_t group = takes_whole_blocks(a) ? rows : kMR;
     for (int64_t k0 = 0; k0 < last_key; k0 += block)
       for (int64_t g = 0; g < rows; g += group) {

@@ -78,7 +78,7 @@ inline int64_t last_visible(const uint8_t* mask, int64_t n) {
 template <class S>
 inline KeyRange visible_key_range(const Attention& a, int64_t b, int64_t h, int64_t row, int64_t rows, int64_t first,
                                   int64_t count) {
-  KeyRange keys{0, visible(a, row + rows - 1, first, count), a.mask_kind != MaskKind::none};
+  KeyRange keys{0, visible(a, b, row + rows - 1, first, count), a.mask_kind != MaskKind::none};
   if (a.mask_kind != MaskKind::boolean || a.mask.column != 1) return keys;
   const int64_t n = keys.end, distinct = a.mask.row == 0 ? 1 : rows;
   keys = {n, 0, false};

@@ -7,6 +7,7 @@
 #include "blocking.h"
 #include "kernel_args.h"
 #include "types.h"
+#include "weight_args.h"
 
 namespace tinyllm::cpu {
 
@@ -83,6 +84,19 @@ struct Kernels {
   PerDType<double (*)(const void*, int64_t, int64_t)> sum_of_squares;
   // Process the elements [begin, end).
   Kernel<const AdamW&, int64_t, int64_t> adamw_step;
+
+  // attention_decode for float queries and outputs, and keys and values of bfloat16.
+  void (*attention_decode_bf16)(const Attention&, int64_t, int64_t, int64_t);
+  // Fill the forms of rows [begin, end) of activations.
+  void (*prepare_activations)(const Activations&, int64_t, int64_t);
+  // By WeightKind: compute outputs [begin, end) of all rows.
+  void (*weight_product[kNumWeightKinds])(const WeightProduct&, int64_t, int64_t);
+  // Write columns [first, first + n) of a row as floats; first is a multiple of kQuantBlock.
+  void (*dequantize_row)(const Weight&, int64_t row, int64_t first, int64_t n, float*);
+  // Quantise rows [begin, end).
+  void (*quantize_rows)(const Quantize&, int64_t, int64_t);
+  // Replace n numbers x by exp(x - most), where x <= most, and return their sum.
+  double (*exponentials)(float* x, int64_t n, float most);
 
   PerDType<int64_t> vector;  // elements of the compute type in a vector
   PerDType<Blocking> blocking;

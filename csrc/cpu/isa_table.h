@@ -5,11 +5,13 @@
 #include "attention_fwd_kernel.h"
 #include "cross_entropy_kernel.h"
 #include "dispatch.h"
+#include "draw_kernel.h"
 #include "embedding_kernel.h"
 #include "layer_norm_kernel.h"
 #include "linear_cross_entropy_kernel.h"
 #include "matmul_kernel.h"
 #include "random_kernel.h"
+#include "weight_kernel.h"
 
 // The instantiations of a kernel in the order of DType.
 #define TINYLLM_ALL_DTYPES(kernel)                                     \
@@ -53,6 +55,13 @@ constexpr cpu::Kernels table(const char* name) {
       .gate = TINYLLM_ALL_DTYPES(gate_all),
       .sum_of_squares = TINYLLM_ALL_DTYPES(sum_of_squares),
       .adamw_step = TINYLLM_ALL_DTYPES(adamw_step),
+      .attention_decode_bf16 = attention_decode<bfloat16, float>,
+      .prepare_activations = prepare_activations,
+      .weight_product = {weight_product<WeightKind::f32>, weight_product<WeightKind::bf16>,
+                         weight_product<WeightKind::int8>, weight_product<WeightKind::int4>},
+      .dequantize_row = dequantize_row,
+      .quantize_rows = quantize_rows,
+      .exponentials = exponentials,
       .vector = {{Vec<float>::size, Vec<double>::size, Vec<float>::size, Vec<float>::size}},
       .blocking = {{kBlocking<float>, kBlocking<double>, kBlocking<float>, kBlocking<float>}},
   };

@@ -8,6 +8,8 @@
 
 namespace tinyllm::cpu {
 
+struct Weight;  // weight_args.h
+
 // Rows of contiguous (rows, size) matrices. Statistics and weights are in the compute type.
 struct LayerNormFwd {
   const void* input;
@@ -61,7 +63,8 @@ struct Attention {
   int64_t queries, keys;
   int64_t head_dim, value_dim;
   double scale;
-  bool causal;                 // query i sees keys 0 ... i
+  bool causal;                 // query i of sequence b sees keys 0 ... past[b] + i
+  const int64_t* past;         // null: 0; forward only
   const int64_t* key_lengths;  // sequence b has the keys 0 ... key_lengths[b] - 1; null: all keys
   Strided query, key, value, mask;
   MaskKind mask_kind;
@@ -100,9 +103,10 @@ inline int64_t keys_of(const Attention& a, int64_t b) {
   return a.key_lengths == nullptr ? a.keys : std::clamp<int64_t>(a.key_lengths[b], 0, a.keys);
 }
 
-// The number of keys of [first, first + count) that the causal mask lets query `row` see.
-inline int64_t visible(const Attention& a, int64_t row, int64_t first, int64_t count) {
-  return a.causal ? std::clamp<int64_t>(row + 1 - first, 0, count) : count;
+// The number of keys of [first, first + count) that the causal mask lets query `row` of sequence b see.
+inline int64_t visible(const Attention& a, int64_t b, int64_t row, int64_t first, int64_t count) {
+  const int64_t past = a.past == nullptr ? 0 : a.past[b];
+  return a.causal ? std::clamp<int64_t>(past + row + 1 - first, 0, count) : count;
 }
 
 // The keys that a thread packs at a time: whole panels of every instruction set.
@@ -179,6 +183,10 @@ struct Matmul {
   const void* residual = nullptr;
   void* slope = nullptr;   // receives activation'(A B + bias)
   void* packed = nullptr;  // B in packed panels, compute type; null: B is read in place
+  // Instead of b, which is ignored: column n and row k of B are row weight_column + n and column weight_depth + k of a
+  // weight that is stored in fewer bits. A is float.
+  const Weight* weight = nullptr;
+  int64_t weight_column = 0, weight_depth = 0;
 };
 
 struct ColumnSums {

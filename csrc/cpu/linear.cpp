@@ -8,9 +8,6 @@
 #include "matmul.h"
 
 namespace tinyllm::cpu {
-namespace {
-
-using Shape = std::vector<int64_t>;
 
 Activation parse_activation(const char* op, const std::string& name) {
   if (name == "none") return Activation::none;
@@ -19,6 +16,10 @@ Activation parse_activation(const char* op, const std::string& name) {
   if (name == "gelu_tanh") return Activation::gelu_tanh;
   fail(op, ": activation is '", name, "'; none, relu, gelu or gelu_tanh is needed");
 }
+
+namespace {
+
+using Shape = std::vector<int64_t>;
 
 // Checks an operand against the first argument, and makes it contiguous.
 Tensor operand(const char* op, const char* name, const Tensor& t, const Tensor& like,

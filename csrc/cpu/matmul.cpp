@@ -17,6 +17,7 @@ Blocking blocking(DType dtype) { return kernels().blocking[dtype]; }
 
 // Whether B can be used without packing: whole panels of the compute type, and short rows.
 bool usable_unpacked(const Matmul& p, DType dtype) {
+  if (p.weight != nullptr) return false;
   const Blocking b = blocking(dtype);
   return p.b.column == 1 && element_size(dtype) == compute_size(dtype) && p.columns % b.nr == 0 &&
          p.b.row <= b.in_place_row && (p.rows <= b.in_place_rows || !b.collides(p.b.row));
@@ -31,6 +32,7 @@ int64_t packed_elements(const Matmul& p, DType dtype) {
 // The same matmul restricted to columns [first, first + count).
 Matmul columns_of(Matmul p, int64_t first, int64_t count, DType dtype) {
   p.b.data = advance(p.b.data, first * p.b.column, dtype);
+  p.weight_column += first;
   p.out = const_cast<void*>(advance(p.out, first, dtype));
   p.bias = advance(p.bias, first, dtype);
   p.gate = advance(p.gate, first, dtype);
@@ -58,7 +60,8 @@ bool is_chained(const Matmul* matmuls, int64_t count) {
 struct Packing {
   int64_t panels, rows, row_parts;
 
-  Packing(const Matmul& p, int64_t nr) : panels(divide_up(p.columns, nr)), rows(p.b.column == 1 ? 64 : p.depth) {
+  Packing(const Matmul& p, int64_t nr)
+      : panels(divide_up(p.columns, nr)), rows(p.weight == nullptr && p.b.column == 1 ? 64 : p.depth) {
     row_parts = divide_up(p.depth, std::max<int64_t>(1, rows));
   }
   int64_t parts() const { return panels * row_parts; }
@@ -132,7 +135,7 @@ void run_gemm(DType dtype, Matmul* matmuls, int64_t count) {
 void run_matmul(DType dtype, const Matmul& p) {
   if (p.rows == 0 || p.columns == 0) return;
   const Blocking b = blocking(dtype);
-  if (p.rows <= b.gemv_rows && p.a.column == 1 && p.b.row == 1) return run_gemv(p, dtype);
+  if (p.weight == nullptr && p.rows <= b.gemv_rows && p.a.column == 1 && p.b.row == 1) return run_gemv(p, dtype);
   // The sum of a chunk of the depth can continue in `out` only if nothing but the bias follows it, and only if `out`
   // has the compute type.
   const bool can_continue = p.activation == Activation::none && p.gate == nullptr && p.residual == nullptr &&
@@ -144,6 +147,7 @@ void run_matmul(DType dtype, const Matmul& p) {
     chunk.depth = std::min(max_depth, p.depth - k);
     chunk.a.data = advance(p.a.data, k * p.a.column, dtype);
     chunk.b.data = advance(p.b.data, k * p.b.row, dtype);
+    chunk.weight_depth = p.weight_depth + k;
     if (k > 0) chunk.residual = p.out;
     if (k + chunk.depth < p.depth) chunk.bias = nullptr;
     const int64_t width = std::max<int64_t>(1, b.packed_b_elements / (std::max<int64_t>(1, chunk.depth) * b.nr)) * b.nr;

@@ -19,6 +19,7 @@
 #include "pack.h"
 #include "prefetch.h"
 #include "scratch.h"
+#include "weight_kernel.h"
 
 namespace tinyllm::TINYLLM_ISA {
 
@@ -126,6 +127,9 @@ inline void prefetch_epilogue(const Matmul& p, int64_t row, int64_t rows, int64_
 template <class T>
 void matmul_pack_b(const Matmul& p, int64_t row_begin, int64_t row_end, int64_t begin, int64_t end) {
   using S = compute_t<T>;
+  if constexpr (std::is_same_v<T, float>) {
+    if (p.weight != nullptr) return pack_weight(p, begin, end);
+  }
   pack_b(static_cast<const T*>(p.b.data) + begin * p.b.column + row_begin * p.b.row, p.b.column, p.b.row, end - begin,
          row_end - row_begin, static_cast<S*>(p.packed) + begin * p.depth + row_begin * kNR<S>, kNR<S> * p.depth, S(1));
 }

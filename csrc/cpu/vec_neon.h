@@ -17,6 +17,11 @@ struct Vec<float> {
   static Vec load(const float* p) { return {vld1q_f32(p)}; }
   static Vec load(const bfloat16* p) { return {vreinterpretq_f32_u32(vshll_n_u16(bits_at(p), 16))}; }
   static Vec load(const float16* p) { return {vcvt_f32_f16(vreinterpret_f16_u16(bits_at(p)))}; }
+  static void load_pairs(const bfloat16* p, Vec& even, Vec& odd) {
+    const uint32x4_t bits = vreinterpretq_u32_u16(vld1q_u16(reinterpret_cast<const uint16_t*>(p)));
+    even = {vreinterpretq_f32_u32(vshlq_n_u32(bits, 16))};
+    odd = {vreinterpretq_f32_u32(vandq_u32(bits, vdupq_n_u32(0xffff0000)))};
+  }
   void store(float* p) const { vst1q_f32(p, v); }
   void store(bfloat16* p) const {
     const uint32x4_t bits = vreinterpretq_u32_f32(v);

@@ -16,6 +16,10 @@ struct Vec {
   static Vec load(const T* p) {
     return {to_compute(*p)};
   }
+  static void load_pairs(const bfloat16* p, Vec& even, Vec& odd) {
+    even = load(p);
+    odd = load(p + 1);
+  }
   template <class T>
   void store(T* p) const {
     from_compute(v, *p);

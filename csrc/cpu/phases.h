@@ -1,0 +1,96 @@
+// A sequence of phases, each of items that any thread may take, in one parallel region: what separates two phases costs
+// a fraction of a microsecond instead of waking all threads.
+//
+// A phase ends when all its items are done, not when all threads have arrived: a thread that the pool starts late, or
+// never, or that the system suspends between two items, holds nothing up. So there is no deadlock whatever number of
+// threads run, whether this region is nested in another one or shares its threads with a region of another caller.
+#pragma once
+#include <atomic>
+#include <cstdint>
+#include <exception>
+#include <thread>
+
+#include "torch_side.h"
+
+namespace tinyllm::cpu {
+
+inline void pause_briefly() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+// Program has:
+//   items(): the number of items of the first phase; 0 ends the sequence.
+//   run(item): runs an item of the current phase; those of a phase run at once.
+//   next(): runs alone when all items of a phase are done, moves on, and returns the number of items of the next one.
+template <class Program>
+class Phases {
+ public:
+  Phases(Program& program, int64_t threads) : program_(program) {
+    set(program.items());
+    if (threads <= 1)
+      work();
+    else
+      torch::stable::parallel_for(0, threads, 1, [this](int64_t, int64_t) { work(); });
+    if (error_) std::rethrow_exception(error_);
+  }
+
+ private:
+  // How many times a thread that waits looks again before it leaves its core to others.
+  static constexpr int kSpins = 4000;
+  static constexpr int kBits = 20;  // of the next item and of the number of items
+  static constexpr uint64_t kMask = (uint64_t{1} << kBits) - 1;
+
+  // The state is one word, so that an item is always of the phase that it was taken from: the phase in the upper bits,
+  // the number of its items, and the next item.
+  static uint64_t item_of(uint64_t state) { return state & kMask; }
+  static uint64_t items_of(uint64_t state) { return state >> kBits & kMask; }
+  static uint64_t phase_of(uint64_t state) { return state >> 2 * kBits; }
+
+  void set(int64_t items) {
+    state_.store(++phase_ << 2 * kBits | static_cast<uint64_t>(items) << kBits, std::memory_order_release);
+  }
+
+  void work() {
+    for (;;) {
+      uint64_t state = state_.load(std::memory_order_acquire);
+      if (items_of(state) == 0) return;
+      if (item_of(state) < items_of(state)) {
+        state = state_.fetch_add(1, std::memory_order_acq_rel);
+        if (item_of(state) < items_of(state)) {
+          try {
+            program_.run(static_cast<int64_t>(item_of(state)));
+            if (done_.fetch_add(1, std::memory_order_acq_rel) + 1 == items_of(state)) {
+              done_.store(0, std::memory_order_relaxed);
+              set(program_.next());
+            }
+          } catch (...) {
+            stop(std::current_exception());
+          }
+          continue;
+        }
+      }
+      for (int spins = 0; phase_of(state_.load(std::memory_order_acquire)) == phase_of(state); ++spins)
+        spins < kSpins ? pause_briefly() : std::this_thread::yield();
+    }
+  }
+
+  void stop(std::exception_ptr error) {
+    if (!failed_.test_and_set()) {
+      error_ = std::move(error);
+      set(0);  // an item that failed is not done, so no other thread moves on
+    }
+  }
+
+  Program& program_;
+  alignas(64) std::atomic<uint64_t> state_{0};
+  alignas(64) std::atomic<uint64_t> done_{0};
+  uint64_t phase_ = 0;
+  std::atomic_flag failed_ = ATOMIC_FLAG_INIT;
+  std::exception_ptr error_;
+};
+
+}  // namespace tinyllm::cpu

@@ -1,0 +1,454 @@
+// Products of a few rows of activations with weights that are read once, from memory: the work of generating a token.
+// The time is that of reading the weights, whose rows are therefore read as they lie, with as few bytes as their kind
+// has; the next rows are prefetched, because the hardware prefetchers follow too late to hide the latency of memory.
+//
+// Each output is one sum over its row, in an order that depends neither on the number of rows of activations nor on how
+// outputs are divided among threads.
+//
+// Quantised weights meet activations that are quantised per block of 64 as well: the products of a block are exact
+// integers, and only their scales are floats (see quant_dot.h).
+#pragma once
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "activation.h"
+#include "pack.h"
+#include "prefetch.h"
+#include "quant_dot.h"
+#include "scratch.h"
+
+namespace tinyllm::TINYLLM_ISA {
+
+using cpu::Activations;
+using cpu::kQuantBlock;
+using cpu::Weight;
+using cpu::WeightKind;
+using cpu::WeightProduct;
+
+// ---- Activations
+
+// Splits a row into the even and the odd elements of each 2 * Vec::size, which is how weights of bfloat16 are unpacked,
+// and zeros the padding.
+inline void split_activations(const float* x, int64_t n, int64_t padded, float* to) {
+  constexpr int64_t half = Vec<float>::size, step = 2 * half;
+  for (int64_t k = 0; k < padded; k += step)
+    for (int64_t i = 0; i < half; ++i) {
+      to[k + i] = k + 2 * i < n ? x[k + 2 * i] : 0.0f;
+      to[k + half + i] = k + 2 * i + 1 < n ? x[k + 2 * i + 1] : 0.0f;
+    }
+}
+
+// Quantises a block of n <= 64 activations to whole numbers in [-127, 127], in floats with 1.5 * 2^23 added, and
+// returns their scale: NaN if an activation is not finite.
+inline float quantize_block(const float* x, int64_t n, float* shifted) {
+  using V = Vec<float>;
+  V most = V::zero(), check = V::zero();
+  for_each_vector<V>(n, [&](int64_t i, int64_t count) {
+    const V v = load_n<V>(x + i, count);
+    most = max(most, max(v, V::zero() - v));
+    check = fma(v, V::zero(), check);
+  });
+  float scale = most.max_element() / 127.0f;
+  const bool finite = check.sum() == 0.0f;
+  const float inverse = finite && scale >= std::numeric_limits<float>::min() ? 1.0f / scale : 0.0f;
+  if (inverse == 0.0f) scale = finite ? 0.0f : std::numeric_limits<float>::quiet_NaN();
+  const V shift = V::set1(0x1.8p23f);
+  for (int64_t i = 0; i < kQuantBlock; i += V::size) {
+    const int64_t count = std::clamp<int64_t>(n - i, 0, V::size);
+    const V v = inverse == 0.0f || count == 0 ? V::zero() : load_n<V>(x + i, count);
+    fma(v, V::set1(inverse), shift).store(shifted + i);
+  }
+  return scale;
+}
+
+// Converts the integers of a block, and returns their sum.
+template <class Block>
+inline int32_t store_block(const float* shifted, void* to, int64_t at) {
+  using Input = typename Block::Input;
+  int32_t sum = 0;
+  Input* out = static_cast<Input*>(to) + at;
+  for (int64_t i = 0; i < kQuantBlock; ++i) {
+    const int32_t q = bit_cast<int32_t>(shifted[i]) - 0x4b400000;
+    out[Block::place(i)] = static_cast<Input>(q);
+    sum += q;
+  }
+  return sum;
+}
+
+// Quantises a block for Block: its integers, and its offset.
+template <class Block>
+inline void quantize_for(const float* shifted, int zero, void* to, int32_t* offsets, int64_t block) {
+  constexpr int64_t lanes = Vec<float>::size;
+  std::fill_n(offsets + block * lanes, lanes, 0);
+  offsets[block * lanes] = -zero * store_block<Block>(shifted, to, block * kQuantBlock);
+}
+
+// Fills the forms of rows [begin, end) that have memory.
+inline void prepare_activations(const Activations& x, int64_t begin, int64_t end) {
+  const int64_t blocks = x.blocks(), padded = x.padded();
+  for (int64_t m = begin; m < end; ++m) {
+    const float* row = x.data + m * x.row;
+    if (x.split != nullptr) split_activations(row, x.inputs, padded, x.split + m * padded);
+    if (x.scales == nullptr) continue;
+    for (int64_t b = 0; b < blocks; ++b) {
+      alignas(64) float shifted[kQuantBlock];
+      const int64_t first = b * kQuantBlock, at = m * blocks + b;
+      x.scales[at] = quantize_block(row + first, std::min(kQuantBlock, x.inputs - first), shifted);
+      if (x.quantized8 != nullptr) quantize_for<Block8>(shifted, cpu::kInt8Zero, x.quantized8, x.offsets8, at);
+      if (x.quantized4 != nullptr) quantize_for<Block4>(shifted, cpu::kInt4Zero, x.quantized4, x.offsets4, at);
+    }
+  }
+}
+
+// ---- Dot products of M rows of activations with N rows of a weight
+
+// How many rows of a weight are read at the same time for a single row of activations. The hardware prefetcher follows
+// one stream best, but the multiply-adds of a row of floats need more sums to hide their latency.
+template <WeightKind kind>
+constexpr int kRowsTogether = kind == WeightKind::f32 ? 4 : 1;
+
+constexpr int64_t kAhead = 1024;  // bytes by which lines are prefetched before they are used
+
+// Prefetches the lines that are used kAhead later, as `bytes` are used.
+template <int64_t bytes>
+inline void prefetch_ahead(const void* at) {
+  for (int64_t i = 0; i < bytes; i += kCacheLine) __builtin_prefetch(static_cast<const char*>(at) + kAhead + i);
+}
+
+// Each kind sums a row in two chains of vectors; `pair` multiplies a pair of vectors of the weight.
+template <int M, int N, class T>
+inline void float_dots(const T* w, int64_t depth, const float* x, int64_t x_row, float* sums, int64_t sums_row) {
+  using V = Vec<float>;
+  constexpr int64_t step = 2 * V::size;
+  constexpr bool is_float = std::is_same_v<T, float>;
+  V sum[M][N][2];
+#pragma GCC unroll 4
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) sum[m][n][0] = sum[m][n][1] = V::zero();
+  const auto pair = [&](int n, const T* at, int64_t k, int64_t inside) {
+    V first, second;
+    if constexpr (is_float) {
+      first = V::load(at);
+      second = V::load(at + V::size);
+    } else {
+      V::load_pairs(at, first, second);
+    }
+#pragma GCC unroll 4
+    for (int m = 0; m < M; ++m) {
+      const float* xm = x + m * x_row + k;
+      if (!is_float || inside == step) {
+        sum[m][n][0] = fma(V::load(xm), first, sum[m][n][0]);
+        sum[m][n][1] = fma(V::load(xm + V::size), second, sum[m][n][1]);
+      } else {
+        sum[m][n][0] = fma(load_n<V>(xm, std::min<int64_t>(inside, V::size)), first, sum[m][n][0]);
+        if (inside > V::size) sum[m][n][1] = fma(load_partial<V>(xm + V::size, inside - V::size), second, sum[m][n][1]);
+      }
+    }
+  };
+  int64_t k = 0;
+  for (; k + step <= depth; k += step)
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) {
+      const T* at = w + n * depth + k;
+      prefetch_ahead<step * int64_t{sizeof(T)}>(at);
+      pair(n, at, k, step);
+    }
+  if (k < depth)
+    for (int n = 0; n < N; ++n) {
+      T rest[step] = {};
+      std::copy_n(w + n * depth + k, depth - k, rest);
+      pair(n, rest, k, depth - k);
+    }
+#pragma GCC unroll 4
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) sums[m * sums_row + n] = (sum[m][n][0] + sum[m][n][1]).sum();
+}
+
+// `scales` are those of the blocks of these rows, as floats; with `scaled` times those of the only row of activations.
+template <int M, int N, class Block, bool scaled>
+inline void quantized_dots(const Weight& w, int64_t row, const float* scales, const Activations& a, int64_t first,
+                           float* sums, int64_t sums_row) {
+  using V = Vec<float>;
+  using Input = typename Block::Input;
+  constexpr bool int8 = std::is_same_v<Block, Block8>;
+  constexpr int64_t bytes = int8 ? kQuantBlock : kQuantBlock / 2;
+  const Input* x = static_cast<const Input*>(int8 ? a.quantized8 : a.quantized4);
+  const int32_t* offsets = int8 ? a.offsets8 : a.offsets4;
+  const int64_t blocks = w.blocks(), row_bytes = blocks * bytes;
+  const uint8_t* data = reinterpret_cast<const uint8_t*>(w.row(row));
+  V sum[M][N];
+#pragma GCC unroll 4
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) sum[m][n] = V::zero();
+  const auto add_block = [&](int64_t b, bool prefetch) {
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) {
+      const uint8_t* at = data + n * row_bytes + b * bytes;
+      if (prefetch) prefetch_ahead<kCacheLine>(at);
+      const Block block = Block::load(at);
+#pragma GCC unroll 4
+      for (int m = 0; m < M; ++m) {
+        const int64_t of = (first + m) * blocks + b;
+        const Ints dots = block.dot(Ints::load(offsets + of * V::size), x + of * kQuantBlock);
+        const float scale = scaled ? scales[n * blocks + b] : scales[n * blocks + b] * a.scales[of];
+        sum[m][n] = fma(dots.to_float(), V::set1(scale), sum[m][n]);
+      }
+    }
+  };
+  int64_t b = 0;
+  for (; b + 2 <= blocks; b += 2) {
+    add_block(b, true);
+    add_block(b + 1, int8);  // two blocks of int4 share a cache line
+  }
+  if (b < blocks) add_block(b, true);
+#pragma GCC unroll 4
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) sums[m * sums_row + n] = sum[m][n].sum();
+}
+
+// The scales of the blocks of rows [begin, end) as floats.
+inline void block_scales(const Weight& w, int64_t begin, int64_t end, float* to) {
+  using V = Vec<float>;
+  const bfloat16* from = w.scales + begin * w.groups();
+  const int64_t per_group = w.group / kQuantBlock, count = (end - begin) * w.blocks();
+  if (per_group == 1)
+    for_each_vector<V>(count, [&](int64_t i, int64_t n) { store_n(load_n<V>(from + i, n), to + i, n); });
+  else
+    for (int64_t i = 0; i < count; ++i) to[i] = to_compute(from[i / per_group]);
+}
+
+template <int M, int N, WeightKind kind, bool scaled>
+inline void dots(const Weight& w, int64_t row, const float* scales, const Activations& a, int64_t first, float* sums,
+                 int64_t sums_row) {
+  if constexpr (kind == WeightKind::f32)
+    float_dots<M, N>(reinterpret_cast<const float*>(w.row(row)), w.inputs, a.data + first * a.row, a.row, sums,
+                     sums_row);
+  else if constexpr (kind == WeightKind::bf16)
+    float_dots<M, N>(reinterpret_cast<const bfloat16*>(w.row(row)), w.inputs, a.split + first * a.padded(), a.padded(),
+                     sums, sums_row);
+  else
+    quantized_dots<M, N, std::conditional_t<kind == WeightKind::int8, Block8, Block4>, scaled>(w, row, scales, a, first,
+                                                                                               sums, sums_row);
+}
+
+// The dot products of n rows of a weight with rows [first, first + m) of activations. Where several rows of activations
+// share what is loaded of a weight, fewer rows of the weight fit the registers.
+template <WeightKind kind, bool scaled>
+inline void dots_of_rows(const Weight& w, int64_t row, int64_t n, const float* scales, const Activations& a,
+                         int64_t first, int64_t m, float* sums, int64_t sums_row) {
+  const auto all = [&](auto tile_m, auto tile_n) {
+    constexpr int M = decltype(tile_m)::value, N = decltype(tile_n)::value;
+    int64_t i = 0;
+    for (; i + N <= n; i += N)
+      dots<M, N, kind, scaled>(w, row + i, scales + i * w.blocks(), a, first, sums + i, sums_row);
+    if constexpr (N > 1)
+      for (; i < n; ++i) dots<M, 1, kind, scaled>(w, row + i, scales + i * w.blocks(), a, first, sums + i, sums_row);
+  };
+  while (m > 0) {
+    const int64_t taken = m >= 4 ? 4 : m >= 2 ? 2 : 1;
+    if (taken == 4)
+      all(std::integral_constant<int, 4>(), std::integral_constant<int, 1>());
+    else if (taken == 2)
+      all(std::integral_constant<int, 2>(), std::integral_constant<int, 2>());
+    else
+      all(std::integral_constant<int, 1>(), std::integral_constant<int, kRowsTogether<kind>>());
+    first += taken;
+    m -= taken;
+    sums += taken * sums_row;
+  }
+}
+
+// Finishes outputs [begin, end) of a row of activations.
+inline void finish_product(const WeightProduct& p, int64_t m, int64_t begin, int64_t end, const float* sums) {
+  using V = Vec<float>;
+  const auto value = [&](int64_t i, int64_t n) {
+    V x = load_n<V>(sums + i, n);
+    if (p.bias != nullptr) x = x + load_n<V>(p.bias + begin + i, n);
+    if (p.activation != cpu::Activation::none) x = activate(p.activation, x);
+    if (p.residual != nullptr) x = x + load_n<V>(p.residual + m * p.out_row + begin + i, n);
+    return x;
+  };
+  if (p.positions == nullptr) {
+    float* out = p.out + m * p.out_row + begin;
+    for_each_vector<V>(end - begin, [&](int64_t i, int64_t n) { store_n(value(i, n), out + i, n); });
+    return;
+  }
+  for (int64_t r = begin; r < end;) {  // the part of each head
+    const int64_t count = std::min(end, (r / p.head_dim + 1) * p.head_dim) - r;
+    const int64_t at = m * p.cache.batch + r / p.head_dim * p.cache.head + p.positions[m] * p.cache.row;
+    for_each_vector<V>(count, [&](int64_t i, int64_t n) {
+      const int64_t to = at + r % p.head_dim + i;
+      if (p.cache_bf16)
+        store_n(value(r - begin + i, n), static_cast<bfloat16*>(p.cache.data) + to, n);
+      else
+        store_n(value(r - begin + i, n), static_cast<float*>(p.cache.data) + to, n);
+    });
+    r += count;
+  }
+}
+
+// Computes outputs [begin, end) of all rows of activations.
+template <WeightKind kind>
+TINYLLM_FLATTEN void weight_product(const WeightProduct& p, int64_t begin, int64_t end) {
+  constexpr int64_t kOutputs = 32, kRows = 8, kGroup = kind == WeightKind::f32 ? kRowsTogether<kind> : 1;
+  constexpr bool quantized = kind == WeightKind::int8 || kind == WeightKind::int4;
+  alignas(64) float sums[kRows * kOutputs];
+  const Weight& w = p.weight;
+  const Activations& x = *p.x;
+  const int64_t blocks = w.blocks();
+  const cpu::Scratch scratch(quantized ? static_cast<size_t>(kOutputs * blocks) * sizeof(float) : 0);
+  float* const scales = reinterpret_cast<float*>(scratch.data());
+  for (int64_t r0 = begin; r0 < end; r0 += kOutputs) {
+    const int64_t n = std::min(kOutputs, end - r0);
+    const auto multiply = [&](auto scaled, int64_t first, int64_t m) {
+      for (int64_t i = 0; i < n; i += kGroup)
+        dots_of_rows<kind, decltype(scaled)::value>(w, r0 + i, std::min(kGroup, n - i), scales + i * blocks, x, first,
+                                                    m, sums + i, kOutputs);
+      for (int64_t j = 0; j < m; ++j) finish_product(p, first + j, r0, r0 + n, sums + j * kOutputs);
+    };
+    if (quantized) block_scales(w, r0, r0 + n, scales);
+    if (quantized && x.rows == 1) {
+      for (int64_t i = 0; i < n; ++i)
+        for (int64_t b = 0; b < blocks; ++b) scales[i * blocks + b] *= x.scales[b];
+      multiply(std::true_type(), 0, 1);
+    } else {
+      for (int64_t m = 0; m < x.rows; m += kRows) multiply(std::false_type(), m, std::min(kRows, x.rows - m));
+    }
+  }
+}
+
+// ---- Weights as floats
+
+// Writes columns [first, first + n) of a row; first is a multiple of 64 where the weight is quantised.
+inline void dequantize_row(const Weight& w, int64_t row, int64_t first, int64_t n, float* to) {
+  using V = Vec<float>;
+  const char* data = w.row(row);
+  if (w.kind == WeightKind::f32) {
+    std::copy_n(reinterpret_cast<const float*>(data) + first, n, to);
+  } else if (w.kind == WeightKind::bf16) {
+    const bfloat16* from = reinterpret_cast<const bfloat16*>(data) + first;
+    for_each_vector<V>(n, [&](int64_t i, int64_t count) { store_n(load_n<V>(from + i, count), to + i, count); });
+  } else {
+    for (int64_t k = 0; k < n; k += kQuantBlock) {
+      const float scale = to_compute(w.scales[row * w.groups() + (first + k) / w.group]);
+      const int64_t count = std::min(kQuantBlock, n - k);
+      float block[kQuantBlock];
+      if (w.kind == WeightKind::int8) {
+        const uint8_t* q = reinterpret_cast<const uint8_t*>(data) + first + k;
+        for (int64_t i = 0; i < kQuantBlock; ++i) block[i] = static_cast<float>(q[i] - cpu::kInt8Zero) * scale;
+      } else {
+        constexpr int64_t half = kQuantBlock / 2;
+        const uint8_t* q = reinterpret_cast<const uint8_t*>(data) + (first + k) / 2;
+        for (int64_t i = 0; i < half; ++i) {
+          block[i] = static_cast<float>((q[i] & 15) - cpu::kInt4Zero) * scale;
+          block[half + i] = static_cast<float>((q[i] >> 4) - cpu::kInt4Zero) * scale;
+        }
+      }
+      std::copy_n(block, count, to + k);
+    }
+  }
+}
+
+// Packs columns [begin, end) of the B of a matmul, rows of its weight, into panels; see matmul_pack_b.
+inline void pack_weight(const cpu::Matmul& p, int64_t begin, int64_t end) {
+  constexpr int64_t kDepth = 256;
+  const Weight& w = *p.weight;
+  float rows[kNR<float> * kDepth];
+  for (int64_t c = begin; c < end; c += kNR<float>) {
+    const int64_t n = std::min(kNR<float>, end - c);
+    for (int64_t k = 0; k < p.depth; k += kDepth) {
+      const int64_t depth = std::min(kDepth, p.depth - k);
+      for (int64_t i = 0; i < n; ++i)
+        dequantize_row(w, p.weight_column + c + i, p.weight_depth + k, depth, rows + i * kDepth);
+      pack_b(rows, kDepth, 1, n, depth, static_cast<float*>(p.packed) + c * p.depth + k * kNR<float>,
+             kNR<float> * p.depth, 1.0f);
+    }
+  }
+}
+
+// ---- Quantisation
+
+// The squared error of n weights divided by `scale` and rounded to whole numbers in [low, high], and in `best` the
+// scale that suits these numbers best: sum(w q) / sum(q^2).
+inline float rounding_error(const float* w, int64_t n, float scale, float low, float high, float& best) {
+  using V = Vec<float>;
+  const V inverse = V::set1(1.0f / scale), step = V::set1(scale), shift = V::set1(0x1.8p23f);
+  V error = V::zero(), wq = V::zero(), qq = V::zero();
+  for_each_vector<V>(n, [&](int64_t i, int64_t count) {
+    const V x = load_n<V>(w + i, count);
+    const V q = max(V::set1(low), min(V::set1(high), fma(x, inverse, shift) - shift));
+    const V rest = x - q * step;
+    error = fma(rest, rest, error);
+    wq = fma(x, q, wq);
+    qq = fma(q, q, qq);
+  });
+  best = wq.sum() / qq.sum();
+  return error.sum();
+}
+
+// Chooses the scale of a group for the least squared error: of scales that spread the whole range or clip the largest
+// weights, each improved once for the numbers that it rounds to. The largest weight may take the end of the range that
+// has one number more.
+inline bfloat16 group_scale(const float* w, int64_t n, float low, float high) {
+  float most = 0.0f;
+  for (int64_t i = 0; i < n; ++i)
+    if (std::abs(w[i]) > std::abs(most)) most = w[i];
+  bfloat16 chosen{0};
+  if (std::abs(most) < 1e-30f) return chosen;
+  float least = std::numeric_limits<float>::infinity();
+  const int steps = high > 100.0f ? 3 : 12;  // clipping gains nothing with many levels
+  for (const float end : {low, high})
+    for (int i = 0; i < steps; ++i) {
+      float better, scale = most / end * (1.0f - 0.03f * static_cast<float>(i));
+      for (int round = 0; round < 2; ++round) {
+        bfloat16 stored;
+        from_compute(scale, stored);
+        if (to_compute(stored) == 0.0f) break;
+        const float error = rounding_error(w, n, to_compute(stored), low, high, better);
+        if (error < least) {
+          least = error;
+          chosen = stored;
+        }
+        if (!std::isfinite(better) || better == 0.0f) break;
+        scale = better;
+      }
+    }
+  return chosen;
+}
+
+// Quantises rows [begin, end).
+inline void quantize_rows(const cpu::Quantize& q, int64_t begin, int64_t end) {
+  const Weight& w = q.to;
+  const bool int8 = w.kind == WeightKind::int8;
+  const float low = int8 ? -128.0f : -8.0f, high = int8 ? 127.0f : 7.0f;
+  const int zero = int8 ? cpu::kInt8Zero : cpu::kInt4Zero;
+  for (int64_t r = begin; r < end; ++r) {
+    const float* row = q.weight + r * w.inputs;
+    uint8_t* out = reinterpret_cast<uint8_t*>(const_cast<char*>(w.row(r)));
+    for (int64_t g = 0; g < w.groups(); ++g) {
+      const int64_t begin_of = g * w.group, n = std::min(w.group, w.inputs - begin_of);
+      const bfloat16 stored = group_scale(row + begin_of, n, low, high);
+      const_cast<bfloat16*>(w.scales)[r * w.groups() + g] = stored;
+      const float scale = to_compute(stored), inverse = scale == 0.0f ? 0.0f : 1.0f / scale;
+      for (int64_t k = 0; k < w.group; k += kQuantBlock) {
+        uint8_t levels[kQuantBlock];
+        for (int64_t i = 0; i < kQuantBlock; ++i) {
+          const float x = k + i < n ? row[begin_of + k + i] * inverse : 0.0f;
+          const float level = (x + 0x1.8p23f) - 0x1.8p23f;  // to the nearest whole number
+          levels[i] = static_cast<uint8_t>(static_cast<int>(std::clamp(level, low, high)) + zero);
+        }
+        uint8_t* to = out + (int8 ? begin_of + k : (begin_of + k) / 2);
+        constexpr int64_t half = kQuantBlock / 2;
+        for (int64_t i = 0; i < (int8 ? kQuantBlock : half); ++i)
+          to[i] = int8 ? levels[i] : static_cast<uint8_t>(levels[i] | levels[half + i] << 4);
+      }
+    }
+  }
+}
+
+}  // namespace tinyllm::TINYLLM_ISA

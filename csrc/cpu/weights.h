@@ -1,0 +1,26 @@
+// Linear layers whose weights may be stored in fewer bits than their activations.
+#pragma once
+#include <optional>
+
+#include "torch_side.h"
+
+namespace tinyllm::cpu {
+
+// With so few rows, dot products with the weight as it lies take less time than unpacking it for a matmul.
+constexpr int64_t kFewRows = 8;
+
+// A weight from its tensors, checked: (outputs, inputs) of float or bfloat16; or bytes with their scales.
+Weight read_weight(const char* op, const char* name, const Tensor& data, const OptionalTensor& scales, int64_t outputs,
+                   int64_t inputs);
+
+// Fills in b, or the weight, of a matmul.
+Matmul weight_matmul(const Weight& weight, const float* x, int64_t rows, float* out);
+
+// Computes out = activation(x weight^T + bias) + residual for contiguous rows.
+void weight_linear(const Weight& weight, const float* x, int64_t rows, const float* bias, Activation activation,
+                   const float* residual, float* out);
+
+// The number of outputs that a thread takes at a time.
+int64_t product_grain(const Weight& weight);
+
+}  // namespace tinyllm::cpu
