@@ -12,14 +12,6 @@ namespace {
 
 using Shape = std::vector<int64_t>;
 
-Activation parse_activation(const char* op, const std::string& name) {
-  if (name == "none") return Activation::none;
-  if (name == "relu") return Activation::relu;
-  if (name == "gelu") return Activation::gelu;
-  if (name == "gelu_tanh") return Activation::gelu_tanh;
-  fail(op, ": activation is '", name, "'; none, relu, gelu or gelu_tanh is needed");
-}
-
 // Checks an operand against the first argument, and makes it contiguous.
 Tensor operand(const char* op, const char* name, const Tensor& t, const Tensor& like,
                std::initializer_list<int64_t> shape) {
