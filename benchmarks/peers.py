@@ -67,7 +67,7 @@ class PlainBlock(nn.Module):
         self.mlp = nn.ModuleDict(
             {"c_fc": nn.Linear(width, config.hidden_dim, bias), "c_proj": nn.Linear(config.hidden_dim, width, bias)}
         )
-        self.ln_1, self.ln_2 = (nn.LayerNorm(width, bias=bias) for _ in range(2))
+        self.ln_1, self.ln_2 = (nn.LayerNorm(width, config.norm_eps, bias=bias) for _ in range(2))
 
     def forward(self, x: Tensor) -> Tensor:
         if self.config.norm_first:
@@ -87,7 +87,7 @@ class PlainBlock(nn.Module):
         return F.dropout(self.attn["c_proj"](out) if "c_proj" in self.attn else out, dropout, self.training)
 
     def _network(self, x: Tensor) -> Tensor:
-        activation = F.gelu if self.config.activation == "gelu" else F.relu
+        activation = reference.ACTIVATIONS[self.config.activation]
         out: Tensor = self.mlp["c_proj"](activation(self.mlp["c_fc"](x)))
         return F.dropout(out, self.config.dropout, self.training)
 
@@ -106,8 +106,9 @@ class PlainLLM(nn.Module):
         self.wte = nn.Embedding(config.vocab_size, width)
         self.wpe = nn.Embedding(config.max_seq_len, width)
         self.h = nn.ModuleList(PlainBlock(config) for _ in range(config.num_layers))
-        self.ln_f = nn.LayerNorm(width, bias=config.bias) if config.norm_first else nn.Identity()
-        self.lm_head = nn.Linear(width, config.vocab_size, config.bias)
+        norm = nn.LayerNorm(width, config.norm_eps, bias=config.bias) if config.norm_first else nn.Identity()
+        self.ln_f = norm
+        self.lm_head = nn.Linear(width, config.vocab_size, config.bias and config.output_bias)
         if config.tie_embeddings:
             self.lm_head.weight = self.wte.weight
         if config.position == "sinusoidal":  # a fixed table
@@ -129,8 +130,8 @@ class PlainLLM(nn.Module):
 
 
 class HuggingFace(nn.Module):
-    """`GPT2LMHeadModel` with the weights of a SimpleLLM: PyTorch's attention, and its GELU in one call instead of the
-    eight that `gelu_new` takes. The bias of our output, which it lacks, must still be zero.
+    """`GPT2LMHeadModel` with the weights of a SimpleLLM: PyTorch's attention, and its GELU in one call, also the tanh
+    one, for which `gelu_new` takes eight. The bias of our output, which it lacks, must still be zero.
 
     Raises:
         ImportError: there is no transformers.
@@ -150,7 +151,8 @@ class HuggingFace(nn.Module):
                 n_inner=config.hidden_dim,
                 n_layer=config.num_layers,
                 n_head=config.num_heads,
-                activation_function="gelu",
+                activation_function="gelu_pytorch_tanh" if config.activation == "gelu_tanh" else config.activation,
+                layer_norm_epsilon=config.norm_eps,
                 resid_pdrop=0.0,
                 embd_pdrop=0.0,
                 attn_pdrop=0.0,

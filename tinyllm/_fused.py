@@ -51,7 +51,8 @@ known("approximate", name="nn.GELU")(nn.GELU)
 known("p", "training", name="nn.Dropout")(nn.Dropout)
 known("padding_idx", "max_norm", "scale_grad_by_freq", "sparse", name="nn.Embedding")(nn.Embedding)
 
-_ACTIVATIONS = {"relu": "nn.ReLU", "gelu": "nn.GELU"}
+# The class of each activation's module, and nn.GELU's choice of the formula.
+_ACTIVATIONS = {"relu": ("nn.ReLU", None), "gelu": ("nn.GELU", "none"), "gelu_tanh": ("nn.GELU", "tanh")}
 _PROJECTIONS = ("query", "key", "value", "out_proj")
 _BLOCK = {
     "attention": "SelfAttention",
@@ -117,8 +118,9 @@ def _dropout_p(module: nn.Dropout) -> float:
 
 
 def _network_is_plain(network: nn.Module, activation: str) -> bool:
-    expected = {"0": "nn.Linear", "1": _ACTIVATIONS[activation], "2": "nn.Linear"}
-    return _kinds(network) == expected and getattr(network._modules["1"], "approximate", "none") == "none"
+    kind, approximate = _ACTIVATIONS[activation]
+    expected = {"0": "nn.Linear", "1": kind, "2": "nn.Linear"}
+    return _kinds(network) == expected and getattr(network._modules["1"], "approximate", None) == approximate
 
 
 def _block_tensors(block: TransformerBlock) -> list[Tensor] | None:

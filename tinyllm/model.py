@@ -83,13 +83,15 @@ class SimpleLLM(nn.Module):
         bias: bool = True,
         tie_embeddings: bool = False,
         position: str = "sinusoidal",
+        norm_eps: float = 1e-5,
+        output_bias: bool = True,
     ) -> None:
         super().__init__()
         # In the config's order, which is this constructor's: a test compares the two.
         # fmt: off
         config = SimpleLLMConfig(
             vocab_size, embedding_dim, hidden_dim, num_layers, num_heads, causal, max_seq_len, dropout, activation,
-            norm_first, bias, tie_embeddings, position,
+            norm_first, bias, tie_embeddings, position, norm_eps, output_bias,
         )
         # fmt: on
         self.config = config
@@ -110,13 +112,15 @@ class SimpleLLM(nn.Module):
                     activation=config.activation,
                     norm_first=config.norm_first,
                     bias=config.bias,
+                    norm_eps=config.norm_eps,
                     defer_add=config.norm_first,
                 )
                 for _ in range(config.num_layers)
             )
         )
-        self.final_norm = LayerNorm(config.embedding_dim, bias=config.bias) if config.norm_first else None
-        self.output = nn.Linear(config.embedding_dim, config.vocab_size, bias=config.bias)
+        norm = LayerNorm(config.embedding_dim, config.norm_eps, bias=config.bias) if config.norm_first else None
+        self.final_norm = norm
+        self.output = nn.Linear(config.embedding_dim, config.vocab_size, bias=config.bias and config.output_bias)
         if config.tie_embeddings:
             self.embedding.embedding.weight = self.output.weight
 

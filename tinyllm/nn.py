@@ -9,13 +9,14 @@ Shapes: B sequences of T tokens, D = embedding_dim, H = num_heads, D = H * head_
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import cast, overload
 
 import torch
 from torch import Tensor, nn
 
 from tinyllm import _fused, ops
-from tinyllm._internal.checks import check_choice, check_heads, check_int, check_probability
+from tinyllm._internal.checks import check_choice, check_heads, check_int, check_positive, check_probability
 from tinyllm.ops.embedding import raise_for_ids
 from tinyllm.reference import sinusoidal_table
 
@@ -30,8 +31,12 @@ __all__ = [
     "TransformerBlock",
 ]
 
-# "gelu" is the exact one (erf), as "gelu" means in torch.nn.
-ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"relu": nn.ReLU, "gelu": nn.GELU}
+# "gelu" is the exact one (erf), as "gelu" means in torch.nn; "gelu_tanh" is its approximation, GPT-2's "gelu_new".
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "relu": nn.ReLU,
+    "gelu": nn.GELU,
+    "gelu_tanh": partial(nn.GELU, approximate="tanh"),
+}
 
 
 @_fused.known("eps")
@@ -248,9 +253,10 @@ class TransformerBlock(nn.Module):
         hidden_dim: the width between the two layers of `feed_forward`.
         num_heads, causal: see `SelfAttention`.
         dropout: probability of dropping an attention weight or an element of a branch, in training.
-        activation: "relu" or "gelu".
+        activation: "relu", "gelu" or "gelu_tanh".
         norm_first: pre-norm.
         bias: whether the linear layers and the norms have one.
+        norm_eps: added to the variance by both norms.
         defer_add: return the pair (x, branch) and leave its sum to the next norm; norm_first only.
 
     Raises:
@@ -268,11 +274,13 @@ class TransformerBlock(nn.Module):
         activation: str = "relu",
         norm_first: bool = False,
         bias: bool = True,
+        norm_eps: float = 1e-5,
         defer_add: bool = False,
     ) -> None:
         super().__init__()
         check_int("hidden_dim", hidden_dim, 1)
         check_choice("activation", activation, ACTIVATIONS)
+        norm_eps = check_positive("norm_eps", norm_eps)
         if defer_add and not norm_first:
             raise ValueError("defer_add is True; it needs norm_first=True: post-norm blocks end in a norm")
         self.norm_first = norm_first
@@ -284,8 +292,8 @@ class TransformerBlock(nn.Module):
             ACTIVATIONS[activation](),
             nn.Linear(hidden_dim, embedding_dim, bias=bias),
         )
-        self.norm1 = LayerNorm(embedding_dim, bias=bias)
-        self.norm2 = LayerNorm(embedding_dim, bias=bias)
+        self.norm1 = LayerNorm(embedding_dim, norm_eps, bias=bias)
+        self.norm2 = LayerNorm(embedding_dim, norm_eps, bias=bias)
         self.dropout = nn.Dropout(dropout)
 
     def forward(

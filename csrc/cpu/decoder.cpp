@@ -64,16 +64,19 @@ Decoder read_decoder(const char* op, const std::vector<Tensor>& weights, const T
   s.eps1 = s.eps2 = eps;
   s.bias = false;
   const int64_t without = num_layers * s.parameters() + (norm_first ? 2 : 1);
-  s.bias = count == 1 + 2 * without;
+  const int64_t all = 1 + 2 * without;
+  const bool has_output_bias = count == all;
+  s.bias = has_output_bias || (count == all - 1 && without > 1);
   if (!s.bias && count != 1 + without)
-    fail(op, ": there are ", count, " weights; ", 1 + without, " or ", 1 + 2 * without, " are needed");
+    fail(op, ": there are ", count, " weights; ", 1 + without, " or ", all,
+         " are needed, the output's bias being optional");
   d.vocab_size = given[0].data.size(0);
   d.blocks.assign(static_cast<size_t>(num_layers), s);
   for (int64_t l = 0; l < num_layers; ++l) {
     const Tensor& first = given[static_cast<size_t>(1 + l * s.parameters() + (s.projected ? 4 : 3))].data;
     d.blocks[static_cast<size_t>(l)].hidden = first.dim() > 0 ? first.size(0) : 0;
   }
-  const Tensor& last = given[static_cast<size_t>(count - (s.bias ? 2 : 1))].data;
+  const Tensor& last = given[static_cast<size_t>(count - (has_output_bias ? 2 : 1))].data;
   d.classes = last.dim() > 0 ? last.size(0) : 0;
 
   size_t index = 0;
@@ -98,7 +101,7 @@ Decoder read_decoder(const char* op, const std::vector<Tensor>& weights, const T
     if (s.bias) bind(d.norm_bias, Extents(width));
   }
   bind(d.output, {d.classes, width});
-  if (s.bias) bind(d.output_bias, Extents(d.classes));
+  if (has_output_bias) bind(d.output_bias, Extents(d.classes));
 
   check_dtype(op, "positions", positions, ScalarType::Float);
   if (!positions.is_cpu() || !positions.is_contiguous()) fail(op, ": positions must be contiguous and on the CPU");

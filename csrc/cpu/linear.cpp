@@ -8,15 +8,6 @@
 #include "matmul.h"
 
 namespace tinyllm::cpu {
-
-Activation parse_activation(const char* op, const std::string& name) {
-  if (name == "none") return Activation::none;
-  if (name == "relu") return Activation::relu;
-  if (name == "gelu") return Activation::gelu;
-  if (name == "gelu_tanh") return Activation::gelu_tanh;
-  fail(op, ": activation is '", name, "'; none, relu, gelu or gelu_tanh is needed");
-}
-
 namespace {
 
 using Shape = std::vector<int64_t>;

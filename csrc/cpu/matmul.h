@@ -1,14 +1,10 @@
 // Matmuls of whole tensors, distributed over threads. The arithmetic is in matmul_kernel.h.
 #pragma once
-#include <string>
 #include <vector>
 
 #include "torch_side.h"
 
 namespace tinyllm::cpu {
-
-// Returns the activation of that name: none, relu, gelu or gelu_tanh.
-Activation parse_activation(const char* op, const std::string& name);
 
 // Runs matmuls of one dtype. If all have the same number of rows, a later one may use the output of an earlier one as
 // its A or its residual, which is then still in a cache: the matmuls of a block of rows run in their order. Otherwise

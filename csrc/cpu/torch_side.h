@@ -2,6 +2,7 @@
 #pragma once
 #include <algorithm>
 #include <atomic>
+#include <string>
 #include <vector>
 
 #include "../tensors.h"
@@ -22,6 +23,14 @@ inline DType dtype_of(const char* op, const Tensor& t) {
     default:
       fail(op, ": no kernel for dtype ", torch::headeronly::toString(t.scalar_type()));
   }
+}
+
+inline Activation parse_activation(const char* op, const std::string& name) {
+  if (name == "none") return Activation::none;
+  if (name == "relu") return Activation::relu;
+  if (name == "gelu") return Activation::gelu;
+  if (name == "gelu_tanh") return Activation::gelu_tanh;
+  fail(op, ": activation is '", name, "'; none, relu, gelu or gelu_tanh is needed");
 }
 
 // Calls f with a zero of the dtype's compute type.

@@ -8,7 +8,7 @@
 // The list of parameters: table (V, D); for each block the weights of query, key, value, out_proj (only with several
 // heads), linear1, linear2, norm1 and norm2, then, if there are biases, those in the same order; if norm_first, the
 // final norm's weight; output's weight (V', D); the last two with their biases behind them where the blocks have
-// biases. For blocks alone it is theirs alone.
+// biases, but the output's may then be left out. For blocks alone it is theirs alone.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -26,7 +26,7 @@ namespace {
 
 // The arguments of a call, checked.
 struct Model {
-  bool whole;
+  bool whole, output_bias;
   BlockSizes settings;  // of all blocks, without hidden
   std::vector<BlockSizes> blocks;
   int64_t rows, width, vocab_size, classes;
@@ -55,12 +55,12 @@ struct Parameters {
     blocks.resize(m.blocks.size());
     for (size_t l = 0; l < blocks.size(); ++l) blocks[l].visit(m.blocks[l], f);
     if (!m.whole) return;
-    const auto both = [&](Affine<P>& p, const Extents& extents) {
+    const auto both = [&](Affine<P>& p, const Extents& extents, bool bias) {
       f(p.weight, extents);
-      if (m.settings.bias) f(p.bias, extents.of_bias());
+      if (bias) f(p.bias, extents.of_bias());
     };
-    if (m.settings.norm_first) both(norm, Extents(m.width));
-    both(output, {m.classes, m.width});
+    if (m.settings.norm_first) both(norm, Extents(m.width), m.settings.bias);
+    both(output, {m.classes, m.width}, m.output_bias);
   }
 };
 
@@ -88,8 +88,7 @@ Model prepare(const char* op, const Tensor& input, std::vector<Tensor> parameter
   m.width = m.whole ? first.size(1) : input.size(2);
   if (num_heads < 1 || m.width % num_heads != 0 || m.width / num_heads > 1024)
     fail(op, ": num_heads is ", num_heads, "; it must divide D, ", m.width, ", into at most 1024 columns");
-  if (activation != "relu" && activation != "gelu")
-    fail(op, ": activation is '", activation, "'; relu or gelu is needed");
+  if (activation == "none") fail(op, ": activation is 'none'; relu, gelu or gelu_tanh is needed");
   BlockSizes& s = m.settings;
   s = {input.size(0),
        input.size(1),
@@ -101,7 +100,7 @@ Model prepare(const char* op, const Tensor& input, std::vector<Tensor> parameter
        false,
        causal,
        norm_first,
-       activation == "relu" ? Activation::relu : Activation::gelu,
+       parse_activation(op, activation),
        dtype,
        eps1,
        eps2,
@@ -110,15 +109,18 @@ Model prepare(const char* op, const Tensor& input, std::vector<Tensor> parameter
 
   const int64_t given = static_cast<int64_t>(parameters.size()), table = m.whole ? 1 : 0;
   const int64_t without = num_layers * s.parameters() + (m.whole ? (norm_first ? 2 : 1) : 0);
-  s.bias = given == table + 2 * without;
+  const int64_t all = table + 2 * without;
+  m.output_bias = m.whole && given == all;
+  s.bias = given == all || (m.whole && given == all - 1 && without > 1);
   if (!s.bias && given != table + without)
-    fail(op, ": there are ", given, " parameters; ", table + without, " or ", table + 2 * without, " are needed");
+    fail(op, ": there are ", given, " parameters; ", table + without, " or ", all, " are needed",
+         m.whole ? ", the output's bias being optional" : "");
   m.blocks.assign(num_layers, s);
   for (int64_t l = 0; l < num_layers; ++l) {
     m.blocks[l].hidden = first_size(parameters[table + l * s.parameters() + (s.projected ? 4 : 3)]);
     m.blocks[l].dropout.offset += 1 + BlockSizes::kDropouts * static_cast<uint64_t>(l);  // the embedding's is the first
   }
-  m.classes = m.whole ? first_size(parameters[given - (s.bias ? 2 : 1)]) : 0;
+  m.classes = m.whole ? first_size(parameters[given - (m.output_bias ? 2 : 1)]) : 0;
   m.parameters = std::move(parameters);
   size_t index = 0;
   Parameters<const void*>().visit(m, [&](const void*, const Extents& extents) {

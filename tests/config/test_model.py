@@ -22,12 +22,14 @@ EVERYTHING: dict[str, Any] = {
     "bias": False,
     "tie_embeddings": True,
     "position": "learned",
+    "norm_eps": 1e-6,
+    "output_bias": False,
 }
 
 
 def test_config_defaults_are_the_articles() -> None:
     config = SimpleLLM(6, 16, 32, 2).config
-    assert config == SimpleLLMConfig(6, 16, 32, 2, 1, False, 5000, 0.0, "relu", False, True, False, "sinusoidal")
+    assert config == SimpleLLMConfig(6, 16, 32, 2, 1, False, 5000, 0.0, "relu", False, True, False, "sinusoidal", 1e-5)
 
 
 @pytest.mark.parametrize("options", [{}, {"dropout": 0.1}, EVERYTHING])
@@ -53,6 +55,12 @@ def test_config_holds_plain_numbers() -> None:
 def test_config_is_frozen() -> None:
     with pytest.raises(AttributeError):
         SimpleLLMConfig(6, 16, 32, 2).vocab_size = 7  # type: ignore[misc]
+
+
+def test_the_config_of_an_older_run_loads() -> None:
+    values = SimpleLLMConfig(11, 8, 12, 2).to_dict()
+    del values["norm_eps"], values["output_bias"]
+    assert SimpleLLMConfig.from_dict(values) == SimpleLLMConfig(11, 8, 12, 2)
 
 
 def test_from_dict_fills_in_defaults_only() -> None:
@@ -88,10 +96,15 @@ def test_from_json_refuses_what_is_no_config(text: str) -> None:
         ("dropout", -0.1, ValueError, "dropout is -0.1"),
         ("dropout", math.nan, ValueError, "dropout is nan"),
         ("dropout", None, TypeError, "dropout is None; it must be a number"),
-        ("activation", "tanh", ValueError, """activation is 'tanh'; it must be "relu" or "gelu\""""),
+        *(("norm_eps", value, ValueError, f"norm_eps is {value}; it must be positive and finite") for value in (
+            0, -1e-5, math.inf, math.nan,
+        )),
+        ("norm_eps", "1e-5", TypeError, "norm_eps is '1e-5'; it must be a positive number"),
+        ("norm_eps", True, TypeError, "norm_eps is True"),
+        ("activation", "tanh", ValueError, """activation is 'tanh'; it must be "relu", "gelu" or "gelu_tanh\""""),
         ("position", None, ValueError, """position is None; it must be "sinusoidal" or "learned\""""),
         *((name, 1, TypeError, f"{name} is 1; it must be True or False") for name in (
-            "causal", "norm_first", "bias", "tie_embeddings",
+            "causal", "norm_first", "bias", "tie_embeddings", "output_bias",
         )),
     ],
 )  # fmt: skip

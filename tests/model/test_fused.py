@@ -94,6 +94,11 @@ MODELS: dict[str, dict[str, Any]] = {
     "tied pre-norm": {"tie_embeddings": True, "norm_first": True, "bias": False, "position": "learned"},
     "one layer": {"num_layers": 1, "causal": True, "norm_first": True},
     "gelu": {"activation": "gelu"},
+    "as GPT-2's": {
+        **{"num_heads": 3, "causal": True, "norm_first": True, "activation": "gelu_tanh", "position": "learned"},
+        **{"tie_embeddings": True, "output_bias": False, "norm_eps": 1e-3},
+    },
+    "one head, post-norm, output without bias": {"activation": "gelu_tanh", "output_bias": False},
 }
 
 
@@ -107,7 +112,7 @@ def test_a_model_as_one_operator_is_its_modules(options: dict[str, Any], taken: 
 
 @needs_extension
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("activation", ["relu", "gelu"])
+@pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_tanh"])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("num_heads", [1, 3])
 @pytest.mark.parametrize("norm_first", [False, True])
@@ -176,7 +181,7 @@ MODEL: dict[str, Callable[[Module], object]] = {
     "another dropout": attribute("dropout", nn.AlphaDropout(0.5)),
     "a head of its own": attribute("output", nn.Sequential(nn.Linear(12, 12), nn.ReLU(), nn.Linear(12, 11))),
     "another output": attribute("output", Doubled(12, 11)),
-    "output without a bias": attribute("output", nn.Linear(12, 11, bias=False)),
+    "last norm without a bias": attribute("final_norm", tinyllm.nn.LayerNorm(12, bias=False)),
     "padding": attribute("embedding.embedding.padding_idx", 3),
     "sparse": attribute("embedding.embedding.sparse", True),
     "scaled gradient": attribute("embedding.embedding.scale_grad_by_freq", True),
@@ -232,6 +237,14 @@ def test_the_modules_of_a_changed_model_are_called(change: str, taken: list[Tens
     torch.testing.assert_close(out, model.output(model.features(ids)))
     model.loss(ids, targets)
     assert not [x for x in taken if not x.is_floating_point()]  # at most an unchanged block is one operator
+
+
+def test_the_tanh_of_gelu_is_told_from_the_exact_one(taken: list[Tensor]) -> None:
+    block = small("block", activation="gelu_tanh")
+    block.feed_forward[1].approximate = "none"
+    exact = small("block", activation="gelu")
+    torch.testing.assert_close(block(input_of("block")), by_modules(exact)(input_of("block")))
+    assert not taken
 
 
 @pytest.mark.parametrize("change", ["another activation", "another gelu", "hook of feed_forward.1", "a layer more"])

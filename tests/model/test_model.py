@@ -133,7 +133,7 @@ def test_the_constructor_has_the_options_of_the_config_in_their_order() -> None:
     assert [(name, p.default) for name, p in ours.items()] == [(name, p.default) for name, p in config.items()]
     values = {"vocab_size": 5, "embedding_dim": 6, "hidden_dim": 7, "num_layers": 1, "num_heads": 2, "causal": True}
     values |= {"max_seq_len": 8, "dropout": 0.25, "activation": "gelu", "norm_first": True, "bias": False}
-    values |= {"tie_embeddings": True, "position": "learned"}
+    values |= {"tie_embeddings": True, "position": "learned", "norm_eps": 1e-6, "output_bias": False}
     assert SimpleLLM(**values).config.to_dict() == values  # type: ignore[arg-type]
 
 
@@ -234,6 +234,19 @@ def test_no_bias_means_none() -> None:
     assert [name for name, _ in model.named_parameters() if "bias" in name] == []
     # embedding, 2 x (4 attention, 2 feed forward, 2 norms), final norm, output
     assert len(list(model.parameters())) == 1 + 2 * 8 + 1 + 1
+
+
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_norm_eps_is_that_of_every_norm(norm_first: bool) -> None:
+    model = SimpleLLM(11, 8, 12, 2, norm_first=norm_first, norm_eps=0.5)
+    norms = [module for module in model.modules() if isinstance(module, nn.LayerNorm)]
+    assert [norm.eps for norm in norms] == [0.5] * (4 + norm_first)
+
+
+def test_an_output_without_bias_leaves_the_others_theirs() -> None:
+    model, other = (SimpleLLM(11, 8, 12, 2, num_heads=2, output_bias=bias) for bias in (False, True))
+    assert model.output.bias is None
+    assert other.state_dict().keys() - model.state_dict().keys() == {"output.bias"}
 
 
 @pytest.mark.parametrize("options", OPTIONS)

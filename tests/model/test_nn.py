@@ -241,16 +241,18 @@ def test_default_block_is_the_articles(batch: int, seq_len: int, dim: int, hidde
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("activation", ["relu", "gelu"])
+@pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_tanh"])
 @pytest.mark.parametrize("norm_first", [False, True])
 @pytest.mark.parametrize(("num_heads", "causal"), [(1, False), (3, False), (3, True)])
 def test_block_is_torchs_encoder_layer(
     num_heads: int, causal: bool, norm_first: bool, activation: str, bias: bool
 ) -> None:
     torch.manual_seed(0)
-    options: dict[str, Any] = {"activation": activation, "norm_first": norm_first, "bias": bias}
-    ours = tinyllm.nn.TransformerBlock(12, 20, num_heads=num_heads, causal=causal, **options).double()
+    options: dict[str, Any] = {"norm_first": norm_first, "bias": bias}
+    heads: dict[str, Any] = {"num_heads": num_heads, "causal": causal}
+    ours = tinyllm.nn.TransformerBlock(12, 20, activation=activation, norm_eps=1e-3, **heads, **options).double()
     randomise(ours)
+    options |= {"activation": reference.ACTIVATIONS[activation], "layer_norm_eps": 1e-3}
     theirs = nn.TransformerEncoderLayer(12, num_heads, 20, dropout=0.0, batch_first=True, dtype=F64, **options)
     copy_to_torch_attention(ours.attention, theirs.self_attn)
     names = [("feed_forward.0", "linear1"), ("feed_forward.2", "linear2")]
@@ -314,8 +316,9 @@ def test_block_survives_deepcopy_and_pickle() -> None:
             "TransformerBlock",
             {"hidden_dim": 4, "activation": "tanh"},
             ValueError,
-            """activation is 'tanh'; it must be "relu" or "gelu\"""",
+            """activation is 'tanh'; it must be "relu", "gelu" or "gelu_tanh\"""",
         ),
+        ("TransformerBlock", {"hidden_dim": 4, "norm_eps": 0.0}, ValueError, "norm_eps is 0.0; it must be positive"),
         (
             "TransformerBlock",
             {"hidden_dim": 4, "defer_add": True},

@@ -11,7 +11,7 @@ from tests.ops.parity import assert_accurate, outputs_and_gradients, run
 from tests.ops.transformers import KINDS, SMALL, bind, make
 from tinyllm import ops, reference
 from tinyllm.ops import _products, dispatch
-from tinyllm.ops.transformer import Settings, serves
+from tinyllm.ops.transformer import Settings, _model_by_parts, serves
 from tinyllm.reference import BLOCK_PARAMETERS
 
 # As SMALL.
@@ -62,13 +62,27 @@ def check(kind, shape, dtype=torch.float64, bias=True, change=lambda arguments: 
 @kinds
 @norms
 @pytest.mark.parametrize(
-    ("causal", "activation", "bias"), list(itertools.product([False, True], ["relu", "gelu"], [False, True]))
+    ("causal", "activation", "bias"),
+    list(itertools.product([False, True], ["relu", "gelu", "gelu_tanh"], [False, True])),
 )
 @pytest.mark.parametrize("heads", [1, 3])
 def test_options(heads, causal, activation, bias, norm_first, kind):
     shape = (2, 9, 11, 13, 12, 20, heads, 2)
     for dtype in (torch.float64, torch.float32):
         check(kind, shape, dtype, bias, causal=causal, norm_first=norm_first, activation=activation)
+
+
+@norms
+@pytest.mark.parametrize("kind", ["logits", "loss"])
+@pytest.mark.parametrize("layers", [0, 1, 2])
+def test_an_output_without_bias(layers, kind, norm_first):
+    shape, options = (2, 9, 11, 13, 12, 20, 3, layers), {"norm_first": norm_first, "activation": "gelu_tanh"}
+    check(kind, shape, bias="blocks", **options)
+    ids, target, (positions, *parameters) = make(kind, shape, bias="blocks", norm_first=norm_first)
+    whole = bind(kind, ops, shape, ids, target, **options)(positions, *parameters)
+    settings = Settings(layers, 3, False, norm_first, "gelu_tanh", 1e-3, 1e-3, 0.0)
+    parts = _model_by_parts(ids, parameters, positions, target if kind == "loss" else None, settings)
+    torch.testing.assert_close(parts, whole)
 
 
 @kinds
@@ -349,9 +363,9 @@ def replaced(parameters, index, value):
     ({"target": torch.full((2, 3), 5)}, IndexError, "5 is out of bounds"),
     ({"positions": torch.zeros(2, 8)}, ValueError, r"positions is \[2, 8\], .*; \[3, 8\], torch.float32 on cpu"),
     ({"parameters": []}, ValueError, r"the first is the embedding's weight; \(V, D\)"),
-    ({"num_layers": 3}, ValueError, "parameters has 35 tensors; 26, or 51 with biases"),
+    ({"num_layers": 3}, ValueError, "parameters has 35 tensors; 26, or 51 with biases, 50 with all but"),
     ({"num_heads": 3}, ValueError, "num_heads is 3; it must be a divisor of D, 8"),
-    ({"activation": "tanh"}, ValueError, "activation is 'tanh'; relu or gelu is needed"),
+    ({"activation": "tanh"}, ValueError, "activation is 'tanh'; one of relu, gelu, gelu_tanh is needed"),
     ((4, torch.ones(8)), ValueError, r"block 0: parameters: out_proj's weight is \[8\]"),
     ((21, torch.ones(13, 8)), ValueError, r"block 1: parameters: linear2's weight is \[8, 12\], .*; \[8, 13\]"),
     ((33, torch.ones(5, 7)), ValueError, r"the output's weight is \[5, 7\], .*; \[5, 8\]"),
@@ -381,7 +395,7 @@ def test_bad_final_norm():
     ({"num_heads": 0}, "num_heads is 0"),
     ({"num_heads": 1}, "parameters has 16 tensors; 7, or 14 with biases, are needed"),
     ({"parameters": []}, "parameters has 0 tensors"),
-    ({"activation": "gelu_tanh"}, "activation is 'gelu_tanh'; relu or gelu is needed"),
+    ({"activation": "none"}, "activation is 'none'; one of relu, gelu, gelu_tanh is needed"),
     (("out_proj", 0, torch.ones(8)), r"parameters: out_proj's weight is \[8\]"),
     (("linear1", 0, torch.ones(13, 8)), r"linear2's weight is \[8, 12\], .*; \[8, 13\]"),
     (("linear1", 0, torch.tensor(1.0)), r"linear1's weight is \[\]"),
@@ -402,12 +416,14 @@ def test_a_raw_call_with_bad_shapes_is_refused():
     ids, target, (positions, *parameters) = make("logits", WIDE, torch.float32)
     _, _, (x, *block) = make("block", WIDE, torch.float32)
 
-    def refused(says, input, changed, added=None, classes=None, layers=2, heads=2):
-        settings = (layers, heads, True, False, "relu", 1e-5, 1e-5, 0.0, None)
+    def refused(says, input, changed, added=None, classes=None, layers=2, heads=2, activation="relu"):
+        settings = (layers, heads, True, False, activation, 1e-5, 1e-5, 0.0, None)
         with pytest.raises(bad, match=says):
             raw.transformer_fwd(input, changed, added, classes, *settings, False)
 
-    refused("there are 34 parameters; 18 or 35 are needed", ids, parameters[1:], positions)
+    refused("there are 33 parameters; 18 or 35 are needed, the output's", ids, parameters[2:], positions)
+    refused("activation is 'none'; relu, gelu or gelu_tanh is needed", ids, parameters, positions, activation="none")
+    refused("activation is 'tanh'; none, relu", ids, parameters, positions, activation="tanh")
     refused(r"parameter 5 has shape \[12, 7\]", ids, **_at(parameters, 5), added=positions)
     refused("ids must be in 0 .. 6", ids + 9, parameters, positions)
     refused("positions has shape", ids, parameters, positions[1:])

@@ -9,7 +9,7 @@ SMALL = (2, 5, 7, 7, 6, 8, 2, 2)
 
 def make(kind, shape, dtype=torch.float64, bias=True, norm_first=False):
     """Return ids, targets and what is differentiated: positions, or a block's input, and parameters; sums of the order
-    of 1."""
+    of 1. bias: "blocks" leaves out the output's."""
     batch, tokens, words, classes, width, hidden, heads, layers = shape
     generator = torch.Generator().manual_seed(sum(shape[:2] + shape[4:7] if kind == "block" else shape))
 
@@ -22,14 +22,14 @@ def make(kind, shape, dtype=torch.float64, bias=True, norm_first=False):
     def block():
         shapes = [(width, width)] * (4 if heads > 1 else 3) + [(hidden, width), (width, hidden)]
         weights = [draw(*s) / max(1, s[1]) ** 0.5 for s in shapes] + [1 + draw(width) / 4 for _ in range(2)]
-        return weights + [draw(w.size(0)) for w in weights] * bias
+        return weights + [draw(w.size(0)) for w in weights if bias]
 
     if kind == "block":
         found = [draw(batch, tokens, width), *block()]
     else:
         found = [draw(tokens, width), draw(words, width), *(p for _ in range(layers) for p in block())]
-        found += ([1 + draw(width) / 4] + [draw(width)] * bias) * norm_first
-        found += [draw(classes, width) / width**0.5] + [draw(classes)] * bias
+        found += ([1 + draw(width) / 4] + [draw(width)] * bool(bias)) * norm_first
+        found += [draw(classes, width) / width**0.5] + [draw(classes)] * (bias is True)
     return ints(words), ints(classes), [x.to(dtype) for x in found]
 
 

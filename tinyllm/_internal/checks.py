@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Collection
 
@@ -28,10 +29,20 @@ def check_probability(name: str, value: object) -> float:
     return float(value)
 
 
+def check_positive(name: str, value: object) -> float:
+    """Return `value` as a float that is above 0 and finite. TypeError, ValueError."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} is {value!r}; it must be a positive number")
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} is {value}; it must be positive and finite")
+    return float(value)
+
+
 def check_choice(name: str, value: object, choices: Collection[str]) -> str:
     """Return `value` if it is one of `choices`. ValueError."""
     if not isinstance(value, str) or value not in choices:
-        allowed = " or ".join(f'"{choice}"' for choice in choices)
+        *others, last = (f'"{choice}"' for choice in choices)
+        allowed = f"{', '.join(others)} or {last}" if others else last
         raise ValueError(f"{name} is {value!r}; it must be {allowed}")
     return value
 

@@ -338,7 +338,7 @@ def _block_options(draw: Draw) -> tuple[dict[str, Any], int, int]:
         "num_heads": heads,
         "causal": draw.chance(0.5),
         "norm_first": draw.chance(0.5),
-        "activation": draw.one_of("relu", "gelu"),
+        "activation": draw.one_of("relu", "gelu", "gelu_tanh"),
     }
     # Not so narrow that the norms' gradients are nothing but rounding.
     return options, heads * (3 + draw.size(21)), draw.size(100)

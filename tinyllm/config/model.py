@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tinyllm._internal.checks import check_choice, check_heads, check_int, check_probability
+from tinyllm._internal.checks import check_choice, check_heads, check_int, check_positive, check_probability
 
-ACTIVATIONS = ("relu", "gelu")
+ACTIVATIONS = ("relu", "gelu", "gelu_tanh")
 POSITIONS = ("sinusoidal", "learned")
 
 
@@ -33,12 +33,15 @@ class SimpleLLMConfig:
         max_seq_len: the longest sequence; also the rows of the position table.
         dropout: probability of dropping an element of the embedded input, of the attention weights
             and of each residual branch, in training.
-        activation: of feed_forward: "relu", or "gelu" (the exact one).
+        activation: of feed_forward: "relu", "gelu" (the exact one) or "gelu_tanh" (its approximation by tanh, which
+            GPT-2 was trained with: "gelu_new" of Hugging Face).
         norm_first: normalise before attention and feed_forward instead of after each sum, with a
             final norm before the output. Deep models train more easily so.
         bias: whether linear layers and norms have one.
         tie_embeddings: output and embedding share one weight (Press and Wolf, 2017).
         position: "sinusoidal" (a fixed table) or "learned".
+        norm_eps: added to the variance by every norm.
+        output_bias: whether the output has a bias where the other linear layers have one. GPT-2's has none.
 
     Raises:
         TypeError: a value of the wrong type.
@@ -58,6 +61,8 @@ class SimpleLLMConfig:
     bias: bool = True
     tie_embeddings: bool = False
     position: str = "sinusoidal"
+    norm_eps: float = 1e-5
+    output_bias: bool = True
 
     def __post_init__(self) -> None:
         def keep(name: str, value: object) -> None:  # as a plain int or float, which JSON can hold
@@ -67,7 +72,8 @@ class SimpleLLMConfig:
             keep(name, check_int(name, getattr(self, name), 1))
         keep("num_layers", check_int("num_layers", self.num_layers, 0))
         keep("dropout", check_probability("dropout", self.dropout))
-        for name in ("causal", "norm_first", "bias", "tie_embeddings"):
+        keep("norm_eps", check_positive("norm_eps", self.norm_eps))
+        for name in ("causal", "norm_first", "bias", "tie_embeddings", "output_bias"):
             value = getattr(self, name)
             if not isinstance(value, bool):
                 raise TypeError(f"{name} is {value!r}; it must be True or False")

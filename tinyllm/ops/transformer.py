@@ -22,9 +22,10 @@ from tinyllm.ops.dispatch import serves as dispatch_serves
 from tinyllm.ops.embedding import embedding, raise_for_ids
 from tinyllm.ops.layer_norm import layer_norm
 from tinyllm.ops.linear import feed_forward, linear, products_refuse
-from tinyllm.reference import BLOCK_PARAMETERS
+from tinyllm.reference import ACTIVATIONS, BLOCK_PARAMETERS
 
 _ONE_HEAD = tuple(name for name in BLOCK_PARAMETERS if name != "out_proj")
+_ACTIVATIONS = tuple(name for name in ACTIVATIONS if name != "none")
 
 
 def _refuses(operator: str, like: Tensor, rows: int, width: int, hidden: int, num_heads: int) -> str | None:
@@ -87,7 +88,7 @@ def transformer_block(
         num_heads: heads of D / num_heads columns each.
         causal: whether a token sees itself and earlier ones only.
         norm_first: whether to normalise before each branch instead of after each sum.
-        activation: "relu" or "gelu".
+        activation: "relu", "gelu" (with erf) or "gelu_tanh".
         eps1, eps2: added to the variance by the two norms.
         dropout_p: probability of dropping an attention weight or an element of a branch, in [0, 1]; applied whenever it
             is above 0.
@@ -125,7 +126,7 @@ def transformer(
         input: ids (B, T), int32 or int64.
         parameters: the embedding's weight (V, D); for each block what `transformer_block` lists; if norm_first, the
             final norm's weight (D) and, where the blocks have biases, its bias; the output's weight (classes, D) and,
-            where the blocks have biases, its bias. All of one dtype and device.
+            where the blocks have biases, its bias or none. All of one dtype and device.
         num_layers: the number of blocks.
         positions: (T, D), added to every sequence; or None.
         target: the class of each logit row, int64 (B, T); -100 where there is none.
@@ -155,8 +156,8 @@ def _call(
     settings: Settings,
 ) -> Tensor:
     reason = misfit(operator, input, parameters, positions, settings)
-    if reason is None and settings.activation not in ("relu", "gelu"):
-        reason = f"activation is {settings.activation!r}; relu or gelu is needed"
+    if reason is None and settings.activation not in _ACTIVATIONS:
+        reason = f"activation is {settings.activation!r}; one of {', '.join(_ACTIVATIONS)} is needed"
     if reason is None and not 0.0 <= settings.dropout_p <= 1.0:
         reason = f"dropout_p is {settings.dropout_p}; a probability in [0, 1] is needed"
     if reason is None and target is not None and target.shape != input.shape:
@@ -256,15 +257,18 @@ def _model_by_parts(
     ids: Tensor, parameters: Sequence[Tensor], positions: Tensor | None, target: Tensor | None, settings: Settings
 ) -> Tensor:
     table, *others = parameters
-    copies = len(others) // (settings.num_layers * len(_names(settings)) + 1 + settings.norm_first)  # 2 with biases
+    without = settings.num_layers * len(_names(settings)) + 1 + settings.norm_first
+    copies = 1 + (len(others) > without)  # 2 with biases
     each = copies * len(_names(settings))
+    end = settings.num_layers * each
     x = embedding(ids, table, positions=positions, dropout_p=settings.dropout_p)
-    for first in range(0, settings.num_layers * each, each):
+    for first in range(0, end, each):
         x = _block_by_parts(x, others[first : first + each], settings)
     if settings.norm_first:
-        weight, *bias = others[settings.num_layers * each : -copies]
+        weight, *bias = others[end : end + copies]
         x = layer_norm(x, x.shape[-1:], weight, bias[0] if bias else None, settings.eps1)
-    logits = linear(x, *others[-copies:])
+        end += copies
+    logits = linear(x, *others[end:])
     return logits if target is None else cross_entropy(logits.flatten(0, 1), target.flatten())
 
 
@@ -313,10 +317,12 @@ def misfit(
     if input.device != like.device:
         return f"input is on {input.device}; it must be on the parameters' device, {like.device}"
     without = settings.num_layers * len(_names(settings)) + whole * (1 + settings.norm_first)
-    counts = (whole + without, whole + 2 * without)
-    if len(parameters) not in counts:
-        return f"parameters has {len(parameters)} tensors; {counts[0]}, or {counts[1]} with biases, are needed"
-    expected = _expected(like, parameters, settings, whole, len(parameters) == counts[1])
+    plain, biased = whole + without, whole + 2 * without
+    bias = len(parameters) != plain  # of the blocks; the output may lack one
+    if len(parameters) not in (plain, biased - whole, biased):
+        but = f", {biased - 1} with all but the output's," if whole else ","
+        return f"parameters has {len(parameters)} tensors; {plain}, or {biased} with biases{but} are needed"
+    expected = _expected(like, parameters, settings, whole, bias, len(parameters) == biased)
     found: list[Tensor] = [*parameters]
     if positions is not None:
         expected.append((("positions",), (input.size(1), width)))
@@ -342,7 +348,7 @@ def _rows(tensor: Tensor) -> int:
 
 
 def _expected(
-    like: Tensor, parameters: Sequence[Tensor], settings: Settings, whole: bool, bias: bool
+    like: Tensor, parameters: Sequence[Tensor], settings: Settings, whole: bool, bias: bool, output_bias: bool
 ) -> list[tuple[tuple[str, ...], tuple[int, ...]]]:
     """Return the name, in pieces, and the shape that each parameter must have."""
     width, parts = like.size(-1), ("'s weight", "'s bias")[: 1 + bias]
@@ -357,10 +363,12 @@ def _expected(
                 ((prefix, name, part), shape if part == parts[0] else shape[:1]) for name, shape in shapes.items()
             ]
     if whole:
-        classes = _rows(parameters[len(parameters) - len(parts)])
-        ends: list[tuple[str, tuple[int, ...]]] = [("the final norm", (width,)), ("the output", (classes, width))]
-        for name, shape in ends[not settings.norm_first :]:
-            found += [(("parameters: ", name, part), (shape, shape[:1])[part != parts[0]]) for part in parts]
+        output = parts[: 1 + output_bias]
+        classes = _rows(parameters[len(parameters) - len(output)])
+        if settings.norm_first:
+            found += [(("parameters: the final norm", part), (width,)) for part in parts]
+        shapes = {"'s weight": (classes, width), "'s bias": (classes,)}
+        found += [(("parameters: the output", part), shapes[part]) for part in output]
     return found
 
 
@@ -422,7 +430,7 @@ def _(input, parameters, positions, target, num_layers, num_heads, causal, norm_
     (batch, tokens), width, whole = input.shape[:2], first.size(1), not input.is_floating_point()
     squares, rows = 4 if num_heads > 1 else 3, batch * tokens
     bias = len(parameters) - whole > num_layers * (squares + 4) + whole * (1 + norm_first)
-    classes = parameters[-2 if bias else -1].size(0)
+    classes = parameters[-1].size(0)  # of the output's bias, or of its weight
     size = 0
     if save:  # the numbers that csrc/cpu/transformer.cpp keeps for backward
         streams = num_layers + (1 if whole else -1)

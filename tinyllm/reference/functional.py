@@ -266,8 +266,8 @@ def transformer(
     if factors is not None:
         dropout_p = 0.0
     names = len(BLOCK_PARAMETERS) - (num_heads <= 1)
-    copies = (len(parameters) - 1) // (num_layers * names + 1 + norm_first)  # 2 with biases
     table, *others = parameters
+    copies = 1 + (len(others) > num_layers * names + 1 + norm_first)  # 2 with biases, of which the output's may lack
     block = {"num_heads": num_heads, "causal": causal, "norm_first": norm_first, "activation": activation}
     first = None if factors is None else factors[0]
     x = embedding(input, table, positions=positions, dropout_p=dropout_p, factors=first)
@@ -285,7 +285,8 @@ def transformer(
         others = others[copies * names :]
     if norm_first:
         x = layer_norm(x, x.shape[-1:], others[0], others[1] if copies == 2 else None, eps)
-    logits = linear(x, *others[-copies:])
+        others = others[copies:]
+    logits = linear(x, *others)
     return logits if target is None else cross_entropy(logits.flatten(0, 1), target.flatten())
 
 
