@@ -69,20 +69,25 @@ class PlainBlock(nn.Module):
         )
         self.ln_1, self.ln_2 = (nn.LayerNorm(width, config.norm_eps, bias=bias) for _ in range(2))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cache: Tensor | None = None, past: int = 0) -> Tensor:
         if self.config.norm_first:
-            x = x + self._attend(self.ln_1(x))
+            x = x + self._attend(self.ln_1(x), cache, past)
             return x + self._network(self.ln_2(x))
-        x = self.ln_1(x + self._attend(x))
+        x = self.ln_1(x + self._attend(x, cache, past))
         normed: Tensor = self.ln_2(x + self._network(x))
         return normed
 
-    def _attend(self, x: Tensor) -> Tensor:
+    def _attend(self, x: Tensor, cache: Tensor | None, past: int) -> Tensor:
         batch, tokens, width = x.shape
         heads = self.attn["c_attn"](x).view(batch, tokens, 3, self.config.num_heads, -1)
         query, key, value = heads.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, heads, T, D / heads)
         dropout = self.config.dropout if self.training else 0.0
-        attended = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=self.config.causal)
+        is_causal = self.config.causal
+        if cache is not None:  # (2, B, heads, length, D / heads)
+            cache[0, :, :, past : past + tokens], cache[1, :, :, past : past + tokens] = key, value
+            key, value = cache[:, :, :, : past + tokens]
+            is_causal = past == 0  # a single token after others sees them all
+        attended = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=is_causal)
         out = attended.transpose(1, 2).reshape(batch, tokens, width)
         return F.dropout(self.attn["c_proj"](out) if "c_proj" in self.attn else out, dropout, self.training)
 
@@ -118,12 +123,38 @@ class PlainLLM(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """Return the logits (B, T, V) of int64 ids (B, T)."""
-        x = self.wte(ids) + self.wpe.weight[: ids.size(1)]
-        x = F.dropout(x, self.config.dropout, self.training)
-        for block in self.h:
-            x = block(x)
-        logits: Tensor = self.lm_head(self.ln_f(x))
+        logits: Tensor = self.lm_head(self._features(ids))
         return logits
+
+    def _features(self, ids: Tensor, cache: Tensor | None = None, past: int = 0) -> Tensor:
+        x = self.wte(ids) + self.wpe.weight[past : past + ids.size(1)]
+        x = F.dropout(x, self.config.dropout, self.training)
+        for index, block in enumerate(self.h):
+            x = block(x, None if cache is None else cache[index], past)
+        features: Tensor = self.ln_f(x)
+        return features
+
+    @torch.inference_mode()
+    def generate(self, ids: Tensor, max_new_tokens: int, temperature: float = 1.0, seed: int = 0) -> Tensor:
+        """Continue ids (B, T) to (B, T + max_new_tokens), at most max_seq_len, as one writes it: with a cache that is
+        made once, and the last position's logits only. A model that is not causal has none to keep."""
+        config = self.config
+        length = ids.size(1) + max_new_tokens
+        if length > config.max_seq_len:
+            raise ValueError(f"prompt and text have {length} tokens; max_seq_len is {config.max_seq_len}")
+        head_dim = config.embedding_dim // config.num_heads
+        shape = (config.num_layers, 2, ids.size(0), config.num_heads, length, head_dim)
+        cache = self.wte.weight.new_empty(shape) if config.causal else None
+        generator, past = torch.Generator().manual_seed(seed), 0
+        for _ in range(max_new_tokens):
+            logits = self.lm_head(self._features(ids[:, past:], cache, past)[:, -1])
+            past = ids.size(1) if config.causal else 0
+            if temperature == 0:
+                token = logits.argmax(-1, keepdim=True)
+            else:
+                token = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
+            ids = torch.cat([ids, token], 1)
+        return ids
 
     def loss(self, ids: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(self(ids).flatten(0, 1), targets.flatten())

@@ -113,6 +113,31 @@ def is_plain_linear(module: nn.Module | None) -> TypeGuard[nn.Linear]:
     return plain and _tensors(cast(nn.Linear, module)) is not None
 
 
+def calls_features_and_output(model: SimpleLLM) -> bool:
+    """Return whether calling the model is calling its `features` and then its `output`, which may do as they like."""
+    return _kind(model) == "SimpleLLM" and "features" not in model.__dict__ and not _has_any_global_hook()
+
+
+def is_as_its_classes_say(model: SimpleLLM) -> bool:
+    """Return whether each module of the model is called as its class says, and each weight a tensor of plain numbers.
+
+    Then the blocks may also be computed otherwise: of a new token alone, with what attention has seen before.
+    """
+    modules = [*model.modules()]
+    if not calls_features_and_output(model) or any(_kind(module) is None for module in modules):
+        return False
+    if _kind(model.positional_encoding) not in _ENCODINGS or not _kinds(model).items() >= _MODEL.items():
+        return False
+    parts = _BLOCK.items() - {("feed_forward", "nn.Sequential")}  # which may be any module known here
+    if not all(
+        _kind(block) == "TransformerBlock" and _kinds(block).items() >= parts for block in model.transformer_blocks
+    ):
+        return False
+    return all(
+        type(x) in (nn.Parameter, Tensor) for module in modules for x in module._parameters.values() if x is not None
+    )
+
+
 def _dropout_p(module: nn.Dropout) -> float:
     return module.p if module.training else 0.0
 

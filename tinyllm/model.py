@@ -41,6 +41,7 @@ _INTEGER_DTYPES = (
 )
 
 
+@_fused.known()
 class SimpleLLM(nn.Module):
     """Token ids (B, T) to logits (B, T, V). A drop-in for the article's class, on fused kernels.
 

@@ -213,14 +213,26 @@ class SelfAttention(nn.Module):
         if x.dim() != 3 or x.size(-1) != self.embedding_dim:
             raise ValueError(f"x has shape {tuple(x.shape)}; it must be (B, T, {self.embedding_dim})")
         is_causal = self.causal and attn_mask is None
-        query, key, value = (_fused.call_linear(layer, x) for layer in (self.query, self.key, self.value))
         dropout_p = self.dropout if self.training else 0.0
         if self.out_proj is None:
             mask = None if attn_mask is None else attn_mask.squeeze(1)
-            return ops.scaled_dot_product_attention(query, key, value, mask, dropout_p=dropout_p, is_causal=is_causal)
-        heads = (self._split_heads(query), self._split_heads(key), self._split_heads(value))
-        attended = ops.scaled_dot_product_attention(*heads, attn_mask, dropout_p=dropout_p, is_causal=is_causal)
-        return _fused.call_linear(self.out_proj, attended.transpose(1, 2).flatten(2))
+            operands = self._project(x)
+            return ops.scaled_dot_product_attention(*operands, mask, dropout_p=dropout_p, is_causal=is_causal)
+        heads = self.heads(x)
+        return self.join(ops.scaled_dot_product_attention(*heads, attn_mask, dropout_p=dropout_p, is_causal=is_causal))
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return _fused.call_linear(self.query, x), _fused.call_linear(self.key, x), _fused.call_linear(self.value, x)
+
+    def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries, keys and values of x (B, T, D), each (B, H, T, head_dim), also of one head."""
+        query, key, value = self._project(x)
+        return self._split_heads(query), self._split_heads(key), self._split_heads(value)
+
+    def join(self, attended: Tensor) -> Tensor:
+        """Return what the heads give, (B, H, T, head_dim), as the module's output (B, T, D)."""
+        joined = attended.transpose(1, 2).flatten(2)
+        return joined if self.out_proj is None else _fused.call_linear(self.out_proj, joined)
 
     def _split_heads(self, x: Tensor) -> Tensor:
         """Return (B, T, D) as (B, H, T, head_dim): a view, since kernels take any strides."""
@@ -304,13 +316,22 @@ class TransformerBlock(nn.Module):
             out = _fused.call_block(self, x)
             if out is not None:
                 return out
+        return self.compose(x, lambda normed: self._attend(normed, attn_mask))
+
+    def compose(
+        self, x: Tensor | tuple[Tensor, Tensor], attend: Callable[[Tensor], Tensor]
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Compute the block module by module, with `attend`, (B, T, D) to (B, T, D), in the place of `attention`.
+
+        Where keys and values come from a cache, that is what differs from `forward`.
+        """
         if not self.norm_first:
             x = cast(Tensor, x)
-            normed, _ = self.norm1(x, self.dropout(self._attend(x, attn_mask)))
+            normed, _ = self.norm1(x, self.dropout(attend(x)))
             normed, _ = self.norm2(normed, self.dropout(self._network(normed)))
             return cast(Tensor, normed)
         normed, stream = self.norm1(*x) if isinstance(x, tuple) else (self.norm1(x), x)
-        normed, stream = self.norm2(stream, self.dropout(self._attend(normed, attn_mask)))
+        normed, stream = self.norm2(stream, self.dropout(attend(normed)))
         branch = self.dropout(self._network(normed))
         return (stream, branch) if self.defer_add else stream + branch
 

@@ -75,7 +75,8 @@ def test_help(here: Here, tmp_path: Path) -> None:
         "log-interval sample-tokens tensorboard text-column skip-bad init-from no-tensorboard device "
         "devices num-nodes strategy precision micro-batches checkpointing no-checkpointing compile "
         "no-compile workers",
-        "generate": "run prompt max-new-tokens temperature top-k seed checkpoint device",
+        "generate": "run prompt max-new-tokens temperature top-k top-p min-p repetition-penalty stop seed checkpoint "
+        "device",
         "bench": "quick only out",
         "eval": "run data text-column skip-bad batch-size checkpoint device",
         "estimate": "preset devices batch-size seq-len num-layers num-heads embedding-dim hidden-dim precision "
@@ -169,7 +170,7 @@ def test_generate(folder: Path, trained, here: Here) -> None:
     assert len(first) > len("def ") + 5
     status, out, err = here(*command, 1, "--top-k", 50, cwd=folder)
     assert (status, out) == (0, first)
-    assert re.fullmatch(r"20 tokens, \d+\.\d s, [\d,.]+ tokens/s\n", err)
+    assert re.fullmatch(r"20 tokens, \d+\.\d s; prefill [\d,.]+ tokens/s, decode [\d,.]+ tokens/s\n", err)
     assert here(*command, 2, "--top-k", 50, cwd=folder)[1] != first
     greedy = [here(*command, seed, "--temperature", 0, cwd=folder)[1] for seed in (1, 2)]
     assert greedy[0] == greedy[1]

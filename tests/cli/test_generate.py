@@ -8,6 +8,8 @@ import json
 import math
 import os
 import re
+import signal
+import subprocess
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.helpers import runs
 from tests.helpers.runs import Here
 from tests.runs.test_plot import line, run_folder
 from tinyllm import _info, evaluation, load_run
@@ -24,7 +27,7 @@ from tinyllm._internal import words
 from tinyllm.config.model import SimpleLLMConfig
 from tinyllm.config.saved import read_config, save_config
 from tinyllm.evaluation import evaluate_texts
-from tinyllm.generation import generate, stream_text
+from tinyllm.generation import Cached, decoder, generate, stream_text
 from tinyllm.model import SimpleLLM
 from tinyllm.runs.folder import best_step
 from tinyllm.runs.load import save_model
@@ -223,7 +226,10 @@ def test_a_prompt_comes_from_an_option_a_file_or_a_pipe(
     status, expected, err = here(*WRITE, "--prompt", "the fox", cwd=tmp_path)
     assert status == 0
     assert expected.startswith("the fox")
-    assert re.fullmatch(r"5 tokens, \d+\.\d s, [\d,]+\.\d tokens/s\n", err)
+    assert re.fullmatch(r"5 tokens, \d+\.\d s; prefill [\d,]+\.\d tokens/s, decode [\d,]+\.\d tokens/s\n", err)
+    assert re.fullmatch(
+        r"1 token, \d+\.\d s; prefill [\d,]+\.\d tokens/s\n", here(*WRITE, "--prompt", "the", "--max-new-tokens", 1)[2]
+    )
     for content in (b"the fox", b"the fox\n", b"the fox\r\n", b"\xef\xbb\xbfthe fox\n"):
         (tmp_path / "prompt.txt").write_bytes(content)
         assert here(*WRITE, "--prompt-file", "prompt.txt")[:2] == (0, expected)
@@ -252,6 +258,11 @@ def test_a_prompt_comes_from_an_option_a_file_or_a_pipe(
         (["--prompt", "the", "--max-new-tokens", 0], None, "--max-new-tokens is 0; it must be at least 1"),
         (["--prompt", "the", "--num-samples", 0], None, "--num-samples is 0; it must be at least 1"),
         (["--prompt", "the", "--top-k", 0], None, "error: --top-k is 0; it must be at least 1\n"),
+        (["--prompt", "the", "--top-k", 999], None, "error: --top-k is 999; it must be at most the size of the vocab"),
+        (["--prompt", "the", "--top-p", 0], None, "error: --top-p is 0.0; it must be above 0 and at most 1\n"),
+        (["--prompt", "the", "--min-p", "nan"], None, "error: --min-p is nan; it must be at least 0 and below 1\n"),
+        (["--prompt", "the", "--repetition-penalty", 0], None, "error: --repetition-penalty is 0.0; it must be a pos"),
+        (["--prompt", "the", "--stop", ""], None, "error: the value of --stop is empty"),
         (["--prompt", "the", "--seed", -1], None, "error: --seed is -1; it must be"),
         (["--prompt", "Z" * 99], None, f"the prompt is '{'Z' * 57}...', of which the char tokenizer knows nothing"),
     ],
@@ -265,6 +276,67 @@ def test_prompts_that_are_none(
     assert (status, out) == (2, "")
     assert is_one_error(err)
     assert said in err
+
+
+def test_what_is_drawn_and_where_it_stops(run: Path, here: Here, tmp_path: Path) -> None:
+    model, tokenizer, _ = load_run(run)
+    command = ["generate", "--run", "run", "--prompt", "the fox", "--max-new-tokens", 30, "--seed", 1]
+    options = {"top_p": 0.9, "min_p": 0.01, "repetition_penalty": 1.5}
+    text = "".join(stream_text(model, tokenizer, "the fox", 30, 0.7, seed=1, **options))
+    given = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", value)]
+    assert here(*command, *given, cwd=tmp_path)[:2] == (0, f"the fox{text}\n")
+    stops = ["--stop", text[9:12], "--stop", text[12:20]]
+    status, out, err = here(*command, *given, *stops)
+    assert (status, out) == (0, f"the fox{text[: text.index(text[9:12])]}\n")
+    assert not err.startswith("30 tokens")
+
+
+def test_a_model_that_is_not_causal_is_said_in_one_line(
+    run: Path, here: Here, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decoder, "_has_warned", False)
+    path = run / "config.json"
+    config = json.loads(path.read_text())
+    config["model"]["causal"] = False
+    path.write_text(json.dumps(config))
+    status, _, err = here(*WRITE, "--prompt", "the fox", cwd=tmp_path)
+    assert status == 0
+    assert err.startswith("tinyllm: the model is not causal: ")
+    assert err.count("\n") == 2
+
+
+def test_ctrl_c_leaves_the_text_that_is_there(
+    run: Path, here: Here, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = here(*WRITE, "--prompt", "the fox", cwd=tmp_path)[1]
+    step, calls = Cached.step, 0
+
+    def interrupted(made: Cached, tokens: torch.Tensor) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise KeyboardInterrupt
+        return step(made, tokens)
+
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(Cached, "step", interrupted)
+    status, out, err = here(*WRITE, "--prompt", "the fox", "--num-samples", 2)
+    signal.signal(signal.SIGINT, before)
+    assert (status, err) == (130, "tinyllm: interrupted\n")
+    assert out == f"--- 1 of 2, --seed 1 ---\n{whole[: len('the fox') + 3]}\n"
+
+
+def test_a_reader_that_has_gone_is_no_error(run: Path, tmp_path: Path) -> None:
+    arguments = ["generate", "--run", "run", "--prompt", "the", "--max-new-tokens", 5000]
+    writer = subprocess.Popen(
+        runs.command(*arguments), cwd=tmp_path, env=runs.environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert writer.stdout is not None
+    assert writer.stdout.read(4)
+    writer.stdout.close()
+    assert writer.stderr is not None
+    assert writer.stderr.read() == b""
+    assert writer.wait(60) == 1
 
 
 def test_several_samples_are_those_of_the_seeds_that_follow(run: Path, here: Here, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any, cast
@@ -100,6 +101,14 @@ def one_line_errors() -> Iterator[None]:
                 line = _as_typed(" ".join(str(error).split()) or "out of memory")
             typer.echo(f"tinyllm: error: {line}", err=True)
         raise typer.Exit(2) from None
+
+
+@contextmanager
+def warnings_in_one_line() -> Iterator[None]:
+    """Show a warning of ours as the command line shows errors, without the place in the program that it comes from."""
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_, **__: typer.echo(f"tinyllm: {message}", err=True)
+        yield
 
 
 def _as_typed(line: str) -> str:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import secrets
 import sys
-import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -18,14 +18,21 @@ from tinyllm.cli._app import (
     app,
     one_line_errors,
     prepare_process,
+    warnings_in_one_line,
     which,
     write,
 )
 
+if TYPE_CHECKING:
+    from tinyllm.generation import TextStream
+
 
 @app.command()
 def generate(
-    run: Annotated[Path, typer.Option(metavar="DIR", help="The folder that a training made.")],
+    run: Annotated[
+        Path,
+        typer.Option(metavar="DIR", help="The folder that a training made, or one with a Hugging Face GPT-2."),
+    ],
     prompt: Annotated[
         str | None,
         typer.Option(metavar="TEXT", help="The text to go on from; - reads it from a pipe, as does no prompt at all."),
@@ -45,21 +52,36 @@ def generate(
     top_k: Annotated[
         int | None, typer.Option(help="Choose among the k likeliest tokens only. Default: among all.")
     ] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option(help="Choose among the fewest tokens that are together this likely, above 0 to 1. Default: all."),
+    ] = None,
+    min_p: Annotated[
+        float | None,
+        typer.Option(help="Choose among tokens at least this times as likely as the likeliest, 0 to 1. Default: all."),
+    ] = None,
+    repetition_penalty: Annotated[
+        float, typer.Option(help="Above 1: less often what the text has already; 1: as the model expects.")
+    ] = 1.0,
+    stop: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TEXT", help="End where this text would come; may be given several times."),
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="The same seed writes the same text. Default: a new one.")] = None,
     checkpoint: Checkpoint = "last",
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto: a GPU if there is one.")] = "auto",
 ) -> None:
     """Let a trained model go on from a text.
 
-    A prompt from a file or a pipe is taken without its last line break. For example: tinyllm
-    generate --run runs/tiny-1 --prompt "def"
+    A prompt from a file or a pipe is taken without its last line break. Ctrl-C ends the text where it is. For example:
+    tinyllm generate --run runs/tiny-1 --prompt "def"
     """
     with one_line_errors():
         for name, value in (("max_new_tokens", max_new_tokens), ("num_samples", num_samples)):
             if value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
         prepare_process()
-        from tinyllm.generation import encode_prompt, stream_text
+        from tinyllm.generation import encode_prompt, make_decoder, stream_text
         from tinyllm.model import choose_device
         from tinyllm.runs.load import load_run
 
@@ -70,8 +92,24 @@ def generate(
             seed = secrets.randbits(32)
         model, tokenizer, _ = load_run(run, choose_device(device), checkpoint=which(checkpoint))
         ids = encode_prompt(tokenizer, text)
+        # For all samples, which read the same prompt: it is computed once.
+        with warnings_in_one_line():
+            decoder = make_decoder(model, 1, len(ids) + max_new_tokens)
         samples = [  # all arguments are checked here, and nothing is written yet
-            stream_text(model, tokenizer, ids, max_new_tokens, temperature, top_k, seed=seed + index)
+            stream_text(
+                model,
+                tokenizer,
+                ids,
+                max_new_tokens,
+                temperature,
+                top_k,
+                top_p=top_p,
+                min_p=min_p,
+                repetition_penalty=repetition_penalty,
+                stop=stop or (),
+                seed=seed + index,
+                decoder=decoder,
+            )
             for index in range(num_samples)
         ]
         if unknown := ids.count(-1 if tokenizer.unknown_id is None else tokenizer.unknown_id):
@@ -80,7 +118,6 @@ def generate(
                 f"{count(len(ids), 'token')}; the model sees its unknown token there",
                 err=True,
             )
-        start = time.perf_counter()
         for index, pieces in enumerate(samples):
             if num_samples > 1:
                 write(f"--- {index + 1} of {num_samples}, --seed {seed + index} ---\n")
@@ -90,8 +127,21 @@ def generate(
                     write(piece)
             finally:  # what comes next, an error included, begins a line
                 write("\n")
-        seconds, tokens = time.perf_counter() - start, sum(sample.num_tokens for sample in samples)
-        typer.echo(f"{count(tokens, 'token')}, {seconds:.1f} s, {tokens / seconds:,.1f} tokens/s", err=True)
+            if pieces.finish_reason == "interrupt":
+                raise KeyboardInterrupt
+        typer.echo(_speed(samples), err=True)
+
+
+def _speed(samples: Sequence[TextStream]) -> str:
+    """Return how fast the prompt was read, by the first sample, and how fast all of them wrote."""
+    first, tokens = samples[0], sum(sample.num_tokens for sample in samples)
+    decode_seconds = sum(sample.decode_seconds for sample in samples)
+    seconds = decode_seconds + sum(sample.prefill_seconds for sample in samples)
+    prefill = first.prompt_tokens / first.prefill_seconds
+    line = f"{count(tokens, 'token')}, {seconds:.1f} s; prefill {prefill:,.1f} tokens/s"
+    if decode_seconds == 0:  # each sample's first token belongs to reading the prompt
+        return line
+    return f"{line}, decode {(tokens - len(samples)) / decode_seconds:,.1f} tokens/s"
 
 
 def _prompt_text(prompt: str | None, prompt_file: Path | None) -> str:

@@ -18,6 +18,7 @@ from tinyllm.cli._app import (
     is_worker,
     one_line_errors,
     prepare_process,
+    warnings_in_one_line,
     write,
 )
 from tinyllm.cli._options import with_settings
@@ -229,8 +230,10 @@ def _show_sample(result: TrainResult, prompt: str | None) -> None:
     start = prompt or first_tokens(result.val_file, result.tokenizer.vocab_size, 16)
     shown = prompt or result.tokenizer.decode(start)  # type: ignore[arg-type]
     rule = "-" * 72
+    with warnings_in_one_line():
+        pieces = stream_text(result.model, result.tokenizer, start, SAMPLE_TOKENS, SAMPLE_TEMPERATURE, seed=0)
     typer.echo(f"\nA sample, going on from {shown!r}:\n{rule}")
     write(shown)
-    for piece in stream_text(result.model, result.tokenizer, start, SAMPLE_TOKENS, SAMPLE_TEMPERATURE, seed=0):
+    for piece in pieces:
         write(piece)
     typer.echo(f"\n{rule}")

@@ -1,0 +1,333 @@
+"""Decoders: a model together with what it has read, which gives the logits of what follows."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import NamedTuple, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+
+from tinyllm import _fused, ops
+from tinyllm._internal.checks import check_int
+from tinyllm.model import SimpleLLM
+from tinyllm.nn import SelfAttention, TransformerBlock
+
+
+class Decoder(Protocol):
+    """A model and what it has read: B sequences, the rows, each with a length of its own.
+
+    Attributes:
+        batch_size: B.
+        capacity: the most tokens that a row can hold: whoever writes on has to `read` fewer ones again. None: a row
+            forgets its first ones by itself.
+    """
+
+    batch_size: int
+    capacity: int | None
+
+    def read(self, prompts: Sequence[Tensor], rows: Sequence[int] | None = None) -> Tensor:
+        """Make prompts the contexts of rows. What a row holds already of the prompt's beginning need not be computed.
+
+        Args:
+            prompts: int64 (T,), of any lengths from 1 to capacity.
+            rows: of which row each is to be the context, none twice; default: all, in order.
+
+        Returns:
+            Logits of what follows each: float32 (len(prompts), V).
+        """
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """Append a token to each row, int64 (B,); return logits of what follows: float32 (B, V)."""
+
+    def lengths(self) -> list[int]:
+        """Return how many tokens each row holds."""
+
+
+class Recompute:
+    """Decoder that computes the whole context anew for each token: right for any model, also one that is not causal.
+
+    A row holds the last `model.config.max_seq_len` tokens. Rows are computed together where they are equally long, so
+    that there is no padding. Of a SimpleLLM only the last position's logits are computed.
+
+    Args:
+        model: a module from ids (B, T) to logits (B, T, V), with a `config` that has max_seq_len. It runs in eval mode
+            and keeps the mode that it was in.
+        batch_size: B.
+    """
+
+    capacity: int | None = None
+
+    def __init__(self, model: nn.Module, batch_size: int) -> None:
+        self.batch_size = batch_size
+        self._model = model
+        self._max_seq_len: int = model.config.max_seq_len  # type: ignore[union-attr, assignment]
+        self._device = next(model.parameters()).device
+        self._contexts = [torch.empty(0, dtype=torch.int64, device=self._device)] * batch_size
+
+    def read(self, prompts: Sequence[Tensor], rows: Sequence[int] | None = None) -> Tensor:
+        rows = checked_rows(self.batch_size, prompts, rows)
+        for row, prompt in zip(rows, prompts, strict=True):
+            self._contexts[row] = prompt[-self._max_seq_len :].to(self._device)
+        return self._logits(rows)
+
+    def step(self, tokens: Tensor) -> Tensor:
+        for row, token in enumerate(tokens.to(self._device).unsqueeze(-1)):
+            self._contexts[row] = torch.cat([self._contexts[row], token])[-self._max_seq_len :]
+        return self._logits(range(self.batch_size))
+
+    def lengths(self) -> list[int]:
+        return [len(context) for context in self._contexts]
+
+    def _logits(self, rows: Sequence[int]) -> Tensor:
+        contexts = [self._contexts[row] for row in rows]
+        return together(list(map(len, contexts)), lambda group: self._last(torch.stack([contexts[i] for i in group])))
+
+    def _last(self, ids: Tensor) -> Tensor:
+        """Return the last position's logits: (B, T) to (B, V)."""
+        model = self._model
+        with torch.inference_mode(), evaluating(model.modules()):
+            if isinstance(model, SimpleLLM) and _fused.calls_features_and_output(model):
+                return _fused.call_linear(model.output, model.features(ids)[:, -1:])[:, 0].float()
+            return cast(Tensor, model(ids)[:, -1].float())
+
+
+class Cached:
+    """Decoder that keeps keys and values of what it has read: a token costs one pass over the weights and the cache.
+
+    It is for causal SimpleLLMs whose modules are what their classes say, of any floating dtype and on any device;
+    positions are counted in each row by itself. Where its modules are called otherwise, see `refuses`.
+
+    Args:
+        model: the model. It runs in eval mode and keeps the mode that it was in.
+        batch_size: B.
+        max_len: capacity, the most tokens that a row holds. The cache takes 2 * num_layers * B * max_len *
+            embedding_dim numbers; its memory is taken now, and touched when it is used.
+        cache_dtype: a floating dtype; default: the model's. In bfloat16 the cache has half of float32's bytes.
+        chunk: how many tokens, of all rows together, are read at once: bounds the memory of a long prompt.
+
+    Raises:
+        ValueError: the model has no valid cache, or max_len is not in 1 .. max_seq_len.
+    """
+
+    def __init__(
+        self,
+        model: SimpleLLM,
+        batch_size: int,
+        max_len: int,
+        *,
+        cache_dtype: torch.dtype | None = None,
+        chunk: int = 512,
+    ) -> None:
+        if (reason := self.refuses(model)) is not None:
+            raise ValueError(f"model has no valid cache: {reason}")
+        config, weight = model.config, model.output.weight
+        self.batch_size = check_int("batch_size", batch_size, 1)
+        self.capacity: int | None = check_int("max_len", max_len, 1)
+        if max_len > config.max_seq_len:
+            raise ValueError(f"max_len is {max_len}; the model's max_seq_len is {config.max_seq_len}")
+        if cache_dtype is not None and not cache_dtype.is_floating_point:
+            raise ValueError(f"cache_dtype is {cache_dtype}; it must be a floating dtype")
+        self._model = model
+        self._modules = [*model.modules()]
+        self._chunk = check_int("chunk", chunk, 1)
+        self._held: list[list[int]] = [[] for _ in range(batch_size)]
+        head_dim = config.embedding_dim // config.num_heads
+        shape = (config.num_layers, 2, batch_size, config.num_heads, max_len, head_dim)
+        self._cache = torch.empty(shape, dtype=cache_dtype or weight.dtype, device=weight.device)
+
+    @staticmethod
+    def refuses(model: nn.Module) -> str | None:
+        """Return why a model has no valid cache; None if it has one."""
+        if not isinstance(model, SimpleLLM) or not _fused.is_as_its_classes_say(model):
+            return "it is no SimpleLLM whose modules are called as their classes say"
+        if not all(block.attention.causal for block in _blocks(model)):
+            return "it is not causal: each token changes what came before it"
+        return "its context is a single token" if model.config.max_seq_len == 1 else None
+
+    @torch.inference_mode()
+    def read(self, prompts: Sequence[Tensor], rows: Sequence[int] | None = None) -> Tensor:
+        rows = checked_rows(self.batch_size, prompts, rows)
+        texts = [prompt.tolist() for prompt in prompts]
+        keys = []
+        for row, text in zip(rows, texts, strict=True):
+            if len(text) > self._cache.size(-2):
+                raise ValueError(f"the prompt for row {row} has {len(text)} tokens; a row holds {self._cache.size(-2)}")
+            # The last token is computed in any case: its logits are wanted.
+            keys.append((min(_common_prefix(self._held[row], text), len(text) - 1), len(text)))
+        with evaluating(self._modules):
+            return together(keys, lambda group: self._read([rows[i] for i in group], [texts[i] for i in group]))
+
+    def _read(self, rows: list[int], texts: list[list[int]]) -> Tensor:
+        """Read equally long texts, of which the rows hold equally many tokens already."""
+        start, end = min(_common_prefix(self._held[rows[0]], texts[0]), len(texts[0]) - 1), len(texts[0])
+        for row in rows:
+            del self._held[row][start:]
+        step = max(1, self._chunk // len(rows))
+        for begin in range(start, end, step):
+            ids = torch.tensor([text[begin : begin + step] for text in texts], device=self._cache.device)
+            x = self._features(ids, _place(rows, begin, ids))
+            for row, text in zip(rows, texts, strict=True):  # one chunk after the other, in case of an interruption
+                self._held[row] += text[begin : begin + step]
+        return self._logits(x)
+
+    @torch.inference_mode()
+    def step(self, tokens: Tensor) -> Tensor:
+        lengths = self.lengths()
+        longest = max(lengths)
+        if longest >= self._cache.size(-2):
+            raise ValueError(f"row {lengths.index(longest)} holds {longest} tokens, which is all that it can")
+        ids = tokens.to(self._cache.device).unsqueeze(-1)
+        place = _Place(slice(None), longest, longest + 1)
+        if min(lengths) < longest:
+            place = place._replace(lengths=torch.tensor(lengths, device=ids.device))
+        with evaluating(self._modules):
+            logits = self._logits(self._features(ids, place))
+        for held, token in zip(self._held, tokens.tolist(), strict=True):
+            held.append(token)
+        return logits
+
+    def lengths(self) -> list[int]:
+        return [len(held) for held in self._held]
+
+    def _features(self, ids: Tensor, place: _Place) -> Tensor | tuple[Tensor, Tensor]:
+        """Take ids (n, T) into the cache; return what the last block makes of them."""
+        model, table = self._model, self._model.positional_encoding.rows(self._cache.size(-2))
+        own = table[place.past : place.end] if place.lengths is None else table[place.lengths].unsqueeze(1)
+        x: Tensor | tuple[Tensor, Tensor] = model.embedding(ids) + own
+        for block, cache in zip(_blocks(model), self._cache, strict=True):
+            x = block.compose(x, partial(_attend, block.attention, cache, place))
+        return x
+
+    def _logits(self, x: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+        """Return the last position's logits (n, V) of what the last block gave."""
+        model = self._model
+        if model.final_norm is not None:  # a pair is not summed yet: see TransformerBlock
+            x = model.final_norm(x[0][:, -1:], x[1][:, -1:])[0] if isinstance(x, tuple) else model.final_norm(x[:, -1:])
+        return _fused.call_linear(model.output, cast(Tensor, x)[:, -1:])[:, 0].float()
+
+
+def _blocks(model: SimpleLLM) -> list[TransformerBlock]:
+    return cast("list[TransformerBlock]", [*model.transformer_blocks])
+
+
+class _Place(NamedTuple):
+    """Where new tokens come into a cache.
+
+    rows are all rows or some, as an index of the cache; each has `past` tokens already, `end` with the new ones. With
+    `lengths`, (B,), there is one new token for each of all rows, which have so many tokens already; past is the most.
+    `mask`: which keys a query may see, bool (T, end), for several tokens behind others.
+    """
+
+    rows: slice | Tensor
+    past: int
+    end: int
+    lengths: Tensor | None = None
+    mask: Tensor | None = None
+
+
+def _place(rows: list[int], past: int, ids: Tensor) -> _Place:
+    """Return the place of ids (n, T) in rows that have `past` tokens."""
+    end = past + ids.size(1)
+    # What a slice selects is not copied.
+    follow = all(row == rows[0] + i for i, row in enumerate(rows))
+    index = slice(rows[0], rows[0] + len(rows)) if follow else torch.tensor(rows, device=ids.device)
+    if past == 0 or ids.size(1) == 1:
+        return _Place(index, past, end)
+    token = torch.arange(end, device=ids.device)
+    return _Place(index, past, end, mask=token <= token[past:, None])
+
+
+def _attend(attention: SelfAttention, cache: Tensor, place: _Place, x: Tensor) -> Tensor:
+    """Return the attention of x (n, T, D) over a layer's cache, (2, B, H, max_len, head_dim), which x comes into."""
+    query, key, value = attention.heads(x)
+    new, (rows, past, end, lengths, mask) = torch.stack([key, value]), place
+    if lengths is not None:
+        each = torch.arange(len(lengths), device=x.device)
+        cache[:, each, :, lengths] = new[:, :, :, 0].transpose(0, 1).to(cache.dtype)  # the two indices come first
+        key, value = cache[:, :, :, :end].to(query.dtype)
+        return attention.join(ops.scaled_dot_product_attention(query, key, value, key_lengths=lengths + 1))
+    cache[:, rows, :, past:end] = new.to(cache.dtype)
+    if past == 0:
+        return attention.join(ops.scaled_dot_product_attention(query, key, value, is_causal=True))
+    key, value = cache[:, rows, :, :end].to(query.dtype)
+    return attention.join(ops.scaled_dot_product_attention(query, key, value, mask))
+
+
+def make_decoder(model: nn.Module, batch_size: int, max_len: int, *, cache_dtype: torch.dtype | None = None) -> Decoder:
+    """Return the fastest decoder that serves a model.
+
+    Args:
+        model: a SimpleLLM, or anything that `Recompute` takes.
+        batch_size: how many sequences are written together.
+        max_len: how long they get at most, the prompt included; above the model's max_seq_len it counts as that.
+        cache_dtype: see `Cached`.
+
+    For a SimpleLLM that is not causal, as the article's is, a warning says once a process that nothing can be kept.
+    """
+    # In order of speed: the first that serves the model is taken.
+    if Cached.refuses(model) is None:
+        model = cast(SimpleLLM, model)
+        return Cached(model, batch_size, min(max_len, model.config.max_seq_len), cache_dtype=cache_dtype)
+    if isinstance(model, SimpleLLM) and not model.config.causal:
+        _warn_once()
+    return Recompute(model, batch_size)
+
+
+_has_warned = False
+
+
+def _warn_once() -> None:
+    global _has_warned
+    if not _has_warned:
+        _has_warned = True
+        warnings.warn(
+            "the model is not causal: each new token changes what it makes of the whole text, which is therefore "
+            "computed again for each one. A model made with causal=True writes much faster",
+            stacklevel=3,
+        )
+
+
+@contextmanager
+def evaluating(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Put modules in eval mode for a while; each gets its own mode back."""
+    training = [module for module in modules if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def checked_rows(batch_size: int, prompts: Sequence[Tensor], rows: Sequence[int] | None) -> Sequence[int]:
+    """Return the rows that prompts are for. Raises ValueError if they do not fit each other, or a prompt is empty."""
+    rows = range(batch_size) if rows is None else rows
+    if len(rows) != len(prompts) or len(set(rows)) != len(rows) or not all(0 <= row < batch_size for row in rows):
+        raise ValueError(
+            f"rows is {list(rows)} for {len(prompts)} prompts; each needs one of its own in 0 .. {batch_size - 1}"
+        )
+    for row, prompt in zip(rows, prompts, strict=True):
+        if prompt.dim() != 1 or len(prompt) == 0:
+            raise ValueError(f"the prompt for row {row} has shape {tuple(prompt.shape)}; it must be (T,), T at least 1")
+    return rows
+
+
+def together(keys: Sequence[Hashable], compute: Callable[[list[int]], Tensor]) -> Tensor:
+    """Return what `compute` gives for the indices of `keys`, those of equal keys in one call, in the order of keys."""
+    groups: dict[Hashable, list[int]] = {}
+    for index, key in enumerate(keys):
+        groups.setdefault(key, []).append(index)
+    parts = [compute(group) for group in groups.values()]
+    if len(parts) == 1:
+        return parts[0]
+    order = torch.tensor([index for group in groups.values() for index in group], device=parts[0].device)
+    return torch.cat(parts)[order.argsort()]
+
+
+def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
