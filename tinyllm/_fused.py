@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import chain, repeat
 from operator import itemgetter
-from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -67,6 +67,7 @@ _MODEL = {
     "transformer_blocks": "nn.Sequential",
     "output": "nn.Linear",
 }
+_LINEARS = ("nn.Linear", "QuantizedLinear")
 _ENCODINGS = ("PositionalEncoding", "LearnedPositionalEncoding")
 
 # Multiplications of a call, from which on what Python takes between the blocks is lost in their time. One operator for
@@ -126,7 +127,10 @@ def is_as_its_classes_say(model: SimpleLLM) -> bool:
     modules = [*model.modules()]
     if not calls_features_and_output(model) or any(_kind(module) is None for module in modules):
         return False
-    if _kind(model.positional_encoding) not in _ENCODINGS or not _kinds(model).items() >= _MODEL.items():
+    kinds = _kinds(model)
+    if _kind(model.positional_encoding) not in _ENCODINGS or kinds["output"] not in _LINEARS:
+        return False
+    if not (kinds | {"output": _MODEL["output"]}).items() >= _MODEL.items():
         return False
     parts = _BLOCK.items() - {("feed_forward", "nn.Sequential")}  # which may be any module known here
     if not all(
@@ -142,10 +146,12 @@ def _dropout_p(module: nn.Dropout) -> float:
     return module.p if module.training else 0.0
 
 
-def _network_is_plain(network: nn.Module, activation: str) -> bool:
+def _network_is_plain(network: nn.Module, activation: str, linears: Sequence[str] = ("nn.Linear",)) -> bool:
     kind, approximate = _ACTIVATIONS[activation]
-    expected = {"0": "nn.Linear", "1": kind, "2": "nn.Linear"}
-    return _kinds(network) == expected and getattr(network._modules["1"], "approximate", None) == approximate
+    kinds = _kinds(network)
+    if [*kinds] != ["0", "1", "2"] or not {kinds["0"], kinds["2"]} <= {*linears}:
+        return False
+    return kinds["1"] == kind and getattr(network._modules["1"], "approximate", None) == approximate
 
 
 def _block_tensors(block: TransformerBlock) -> list[Tensor] | None:
@@ -363,3 +369,76 @@ def call_model(model: SimpleLLM, ids: Tensor, target: Tensor | None = None) -> T
     if whole is None or not whole.holds(model):
         model._whole = whole = WholeModel.of(model)
     return None if whole is None else whole.run(ids, target)
+
+
+# ---- Generation
+
+
+class DecoderOperands(NamedTuple):
+    """A model as the operators of `tinyllm.ops.decoder` take it: its weights, the rows of its positions, its settings."""
+
+    weights: list[Tensor]
+    positions: Tensor
+    settings: tuple[int, int, bool, str, float]  # num_layers, num_heads, norm_first, activation, eps
+
+
+def decoder_operands(model: SimpleLLM) -> DecoderOperands | str:
+    """Return the operands, or why the operators do not serve a model. Vectors that are not float32 are copied."""
+    if not is_as_its_classes_say(model):
+        return "a module or a weight is not what its class says"
+    blocks = cast("list[TransformerBlock]", [*model.transformer_blocks])
+    config, norm = model.config, model.final_norm
+    if not all(block.attention.causal for block in blocks):
+        return "the model is not causal"
+    if not all(_network_is_plain(block.feed_forward, block.activation, _LINEARS) for block in blocks):
+        return "a feed_forward is not two linear layers with an activation"
+    table = model.embedding.embedding
+    if _kind(table) == "nn.Embedding" and (cast(nn.Embedding, table).max_norm is not None):
+        return "the embedding has max_norm"
+    eps = {eps for block in blocks for eps in (block.norm1.eps, block.norm2.eps)} | ({norm.eps} if norm else set())
+    shapes = {(b.norm_first, b.activation, b.attention.num_heads) for b in blocks}
+    if len(eps) > 1 or shapes - {(config.norm_first, config.activation, config.num_heads)}:
+        return "the blocks differ"
+    layers: list[list[nn.Module]] = [_decoder_layers(block) for block in blocks]
+    ends = [*([norm] if norm is not None else []), model.output]
+    biased = {_has_bias(layer) for block in layers for layer in block} | {_has_bias(layer) for layer in ends[:-1]}
+    if len(biased) > 1 or (biased == {False} and _has_bias(model.output)):
+        return "some of the linear layers and norms have a bias, others do not"
+    weights = _stored(table)
+    for block in layers:
+        weights += [tensor for layer in block for tensor in _stored(layer)]
+        weights += [_vector(layer.bias) for layer in block if _has_bias(layer)]
+    for layer in ends:
+        weights += _stored(layer) + ([_vector(layer.bias)] if _has_bias(layer) else [])
+    matrices = [x for x in weights if x.dim() == 2 and x.dtype not in (torch.float32, torch.bfloat16, torch.uint8)]
+    if matrices:
+        return f"there is a weight of {matrices[0].dtype}"
+    positions = _vector(model.positional_encoding.rows(config.max_seq_len))
+    if not all(x.is_cpu for x in (*weights, positions)):
+        return "it serves models on the CPU"
+    settings = (len(blocks), config.num_heads, config.norm_first, config.activation, eps.pop() if eps else 1e-5)
+    return DecoderOperands(weights, positions, settings)
+
+
+def _decoder_layers(block: TransformerBlock) -> list[nn.Module]:
+    attention, network = block.attention, block.feed_forward
+    projections = [getattr(attention, name) for name in _PROJECTIONS if getattr(attention, name) is not None]
+    return [*projections, network[0], network[2], block.norm1, block.norm2]
+
+
+def _has_bias(module: nn.Module) -> bool:
+    return module._parameters.get("bias") is not None
+
+
+def _stored(module: nn.Module) -> list[Tensor]:
+    """Return a module's weight as it is stored: a tensor, with its scales behind it if it is quantised."""
+    data = module._buffers.get("data")
+    if data is not None:
+        scales = module._buffers.get("scales")
+        return [data.contiguous()] if scales is None else [data.contiguous(), scales.contiguous()]
+    weight = cast(Tensor, module._parameters["weight"]).detach()
+    return [weight.contiguous() if weight.dim() == 2 else _vector(weight)]
+
+
+def _vector(x: Tensor) -> Tensor:
+    return x.detach().float().contiguous()

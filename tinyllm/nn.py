@@ -26,6 +26,8 @@ __all__ = [
     "LayerNorm",
     "LearnedPositionalEncoding",
     "PositionalEncoding",
+    "QuantizedEmbedding",
+    "QuantizedLinear",
     "RMSNorm",
     "SelfAttention",
     "TransformerBlock",
@@ -97,6 +99,85 @@ class Embedding(nn.Module):
             raise_for_ids(x, self.embedding.num_embeddings)
             raise
         return vectors
+
+
+class _Quantized(nn.Module):
+    """A module whose weight is an `ops.QuantizedWeight`: its tensors are buffers, which move and are saved with it."""
+
+    data: Tensor
+    scales: Tensor | None
+
+    def __init__(self, weight: ops.QuantizedWeight) -> None:
+        super().__init__()
+        self.in_features = weight.in_features
+        self.register_buffer("data", weight.data)
+        self.register_buffer("scales", weight.scales)
+
+    @property
+    def weight(self) -> ops.QuantizedWeight:
+        """The weight, (out_features, in_features)."""
+        return ops.QuantizedWeight(self.data, self.scales, self.in_features)
+
+    def _apply(self, function: Callable[[Tensor], Tensor], recurse: bool = True) -> _Quantized:
+        """Move the tensors, as `nn.Module` does; but their dtypes stay, whatever dtype a model is cast to."""
+        before = dict(self._buffers)
+        super()._apply(function, recurse)
+        for name, tensor in before.items():
+            after = self._buffers[name]
+            if tensor is not None and after is not None and after.dtype != tensor.dtype:
+                self._buffers[name] = tensor.to(after.device)
+        return self
+
+    def extra_repr(self) -> str:
+        out_features, in_features = self.weight.shape
+        groups = "" if self.scales is None else f", group_size={self.weight.group_size}"
+        return f"{out_features}, {in_features}, {self.weight.kind}{groups}"
+
+
+@_fused.known()
+class QuantizedLinear(_Quantized):
+    """A linear layer with a weight in 16, 8 or 4 bits: (*, in_features) to (*, out_features); see
+    `ops.quantized_linear`. The weight is not trained; gradients of the input and the bias are computed.
+
+    Args:
+        weight: see `ops.quantize_weight`.
+        bias: (out_features), or None.
+
+    Attributes:
+        data, scales: buffers, the weight's tensors.
+        weight: the `ops.QuantizedWeight`.
+        bias: parameter, or None.
+    """
+
+    def __init__(self, weight: ops.QuantizedWeight, bias: Tensor | None = None) -> None:
+        super().__init__(weight)
+        self.out_features = weight.shape[0]
+        self.bias = bias if bias is None or isinstance(bias, nn.Parameter) else nn.Parameter(bias)
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, kind: str, *, group_size: int = 64) -> QuantizedLinear:
+        """Return a layer with linear's weight in fewer bits, and linear's own bias; arguments as
+        `ops.quantize_weight`."""
+        return cls(ops.quantize_weight(linear.weight, kind, group_size=group_size), linear.bias)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return ops.quantized_linear(input, self.weight, self.bias)
+
+
+@_fused.known()
+class QuantizedEmbedding(_Quantized):
+    """Token ids (...) to float32 vectors (..., embedding_dim), from a table in 16, 8 or 4 bits.
+
+    Args:
+        weight: (vocab_size, embedding_dim), see `ops.quantize_weight`; one that a `QuantizedLinear` has too is shared.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        try:
+            return ops.quantized_embedding(input, self.weight)
+        except IndexError:
+            raise_for_ids(input, self.data.size(0))
+            raise
 
 
 @_fused.known()

@@ -1,5 +1,5 @@
 // Reading a prompt: all its tokens at once, by the matmuls and the attention of training, with their keys and values
-// left in the cache.
+// left in the cache. What a token gives does not depend on how many are read with it, nor on the other sequences.
 //
 // The list of weights is that of transformer.cpp, with the matrices in any kind that weight_args.h knows; a matrix of
 // bytes is followed by its scales.
@@ -227,17 +227,6 @@ Matmul layer(const Affine<Operand>& w, const float* x, int64_t rows, float* out)
   return p;
 }
 
-// Runs linear layers of the same rows, of which the last may have a residual.
-void run_layers(std::vector<Matmul> layers, bool few) {
-  if (!few) return run_matmuls(DType::f32, std::move(layers));
-  for (const Matmul& p : layers) {
-    Weight plain{.data = p.b.data, .outputs = p.columns, .inputs = p.depth};
-    weight_linear(p.weight == nullptr ? plain : *p.weight, static_cast<const float*>(p.a.data), p.rows,
-                  static_cast<const float*>(p.bias), p.activation, static_cast<const float*>(p.residual),
-                  static_cast<float*>(p.out));
-  }
-}
-
 Tensor decoder_read(Tensor ids, Tensor counts, std::vector<Tensor> weights, Tensor positions, Tensor cache,
                     Tensor lengths, int64_t num_layers, int64_t num_heads, bool norm_first, std::string activation,
                     double eps) {
@@ -278,19 +267,17 @@ Tensor decoder_read(Tensor ids, Tensor counts, std::vector<Tensor> weights, Tens
     norm_forward<float>(DType::f32, {w.weight.vector, w.bias.vector}, eps, from, nullptr, count, width, to, nullptr,
                         r.mean, r.rstd);
   };
-  const bool few = rows <= kFewRows;
   for (int64_t l = 0; l < num_layers; ++l) {
     const BlockParameters<Operand>& w = d.parameters[static_cast<size_t>(l)];
     if (norm_first) normalize(w.norm1, r.x, rows, r.normed);
     const float* from = norm_first ? r.normed : r.x;
-    run_layers(
-        {layer(w.query, from, rows, r.query), layer(w.key, from, rows, r.key), layer(w.value, from, rows, r.value)},
-        few);
+    run_matmuls(DType::f32, {layer(w.query, from, rows, r.query), layer(w.key, from, rows, r.key),
+                             layer(w.value, from, rows, r.value)});
     attend(d, r, l, tokens, taken, seen);
     if (d.sizes.projected) {
       Matmul out = layer(w.out_proj, r.attended, rows, r.x);
       out.residual = r.x;
-      run_layers({out}, few);
+      run_matmuls(DType::f32, {out});
     } else {
       for (int64_t i = 0; i < rows * width; ++i) r.x[i] += r.attended[i];
     }
@@ -300,15 +287,15 @@ Tensor decoder_read(Tensor ids, Tensor counts, std::vector<Tensor> weights, Tens
     // After the sum, a post-norm block adds to what it has normalised, a pre-norm block to the sum itself.
     Matmul second = layer(w.linear2, r.hidden, rows, norm_first ? r.x : r.normed);
     second.residual = second.out;
-    run_layers({first, second}, few);
+    run_matmuls(DType::f32, {first, second});
     if (!norm_first) normalize(w.norm2, r.normed, rows, r.x);
   }
   for (int64_t b = 0; b < batch; ++b)
     std::copy_n(r.x + (b * tokens + taken[static_cast<size_t>(b)] - 1) * width, width, r.last + b * width);
   if (norm_first) normalize({d.norm, d.norm_bias}, r.last, batch, r.last);
   const Tensor logits = empty({batch, d.classes}, ScalarType::Float);
-  weight_linear(d.output.matrix, r.last, batch, d.output_bias.vector, Activation::none, nullptr,
-                static_cast<float*>(data_of(logits)));
+  weight_dots(d.output.matrix, r.last, batch, d.output_bias.vector, Activation::none, nullptr,
+              static_cast<float*>(data_of(logits)));
   return logits;
 }
 

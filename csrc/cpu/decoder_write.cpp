@@ -24,6 +24,7 @@ unsigned kind_of(const Weight& w) { return 1u << static_cast<int>(w.kind); }
 
 struct Request {
   const int64_t* ids;      // (B): read first
+  float* logits;           // (B, classes): all that is wanted; null: tokens are
   const double* uniforms;  // (B, steps)
   int64_t steps;
   Draw settings;
@@ -83,7 +84,7 @@ class Writing {
         break;
       case Part::logits:
         part_ = Part::draw;
-        items_ = d_.sizes.batch;
+        items_ = request_.logits == nullptr ? d_.sizes.batch : 0;
         break;
       case Part::draw:
         end_step();
@@ -114,8 +115,8 @@ class Writing {
     }
     for (float** p : {&x_, &sum_, &normed_, &query_, &attended_}) *p = arena.take<float>(batch * width);
     hidden_ = arena.take<float>(batch * hidden);
-    logits_ = arena.take<float>(batch * d_.classes);
-    scores_ = arena.take<float>(batch * d_.classes);
+    logits_ = request_.logits == nullptr ? arena.take<float>(batch * d_.classes) : request_.logits;
+    scores_ = arena.take<float>(request_.logits == nullptr ? batch * d_.classes : 0);
     statistics_ = arena.take<float>(2 * batch);
     lse_ = arena.take<float>(batch * d_.sizes.heads);
     partials_ = arena.take<float>(batch * d_.sizes.heads * max_ranges_ * partial_row_);
@@ -302,6 +303,13 @@ int64_t bytes_of(const Decoder& d) {
   return bytes;
 }
 
+void run(Decoder& d, const Request& request) {
+  Writing program(d, request);
+  // A thread for each part of the weights that takes longer to read than the thread to wake.
+  constexpr int64_t bytes_per_thread = 65536;
+  Phases(program, std::min<int64_t>(torch::stable::get_num_threads(), 1 + bytes_of(d) / bytes_per_thread));
+}
+
 Draw settings_of(const char* op, double temperature, int64_t top_k, double top_p, double min_p,
                  double repetition_penalty, int64_t suppress_id, int64_t classes) {
   if (!(temperature >= 0) || !(top_p > 0 && top_p <= 1) || !(min_p >= 0 && min_p < 1) || !(repetition_penalty > 0) ||
@@ -364,11 +372,26 @@ std::tuple<Tensor, Tensor> decoder_write(Tensor ids, Tensor uniforms, std::vecto
   std::fill_n(request.log_probs, batch * steps, 0.0f);
   check_ids(op, d, request.ids, batch);
   if (d.classes > d.vocab_size) fail(op, ": the output has ", d.classes, " classes, the table ", d.vocab_size, " rows");
-  Writing program(d, request);
-  // A thread for each part of the weights that takes longer to read than the thread to wake.
-  constexpr int64_t bytes_per_thread = 65536;
-  Phases(program, std::min<int64_t>(torch::stable::get_num_threads(), 1 + bytes_of(d) / bytes_per_thread));
+  run(d, request);
   return {tokens, log_probs};
+}
+
+Tensor decoder_step(Tensor ids, std::vector<Tensor> weights, Tensor positions, Tensor cache, Tensor lengths,
+                    int64_t num_layers, int64_t num_heads, bool norm_first, std::string activation, double eps) {
+  const char* op = "decoder_step";
+  if (ids.dim() != 1 || ids.size(0) < 1) fail(op, ": ids has shape ", shape_of(ids), "; (B) is needed");
+  const int64_t batch = ids.size(0);
+  const Tensor first = on_cpu(op, "ids", ids, ScalarType::Long, {batch});
+  Decoder d = read_decoder(op, weights, positions, cache, lengths, num_layers, num_heads, norm_first, activation, eps,
+                           batch, 1);
+  const Tensor logits = empty({batch, d.classes}, ScalarType::Float);
+  Request request{};
+  request.ids = static_cast<const int64_t*>(data_of(first));
+  request.logits = static_cast<float*>(data_of(logits));
+  request.steps = 1;
+  check_ids(op, d, request.ids, batch);
+  run(d, request);
+  return logits;
 }
 
 std::tuple<Tensor, Tensor> draw_tokens(Tensor logits, Tensor uniforms, double temperature, int64_t top_k, double top_p,
@@ -399,6 +422,7 @@ std::tuple<Tensor, Tensor> draw_tokens(Tensor logits, Tensor uniforms, double te
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(tinyllm, CPU, m) {
+  m.impl("decoder_step", TORCH_BOX(&decoder_step));
   m.impl("decoder_write", TORCH_BOX(&decoder_write));
   m.impl("draw_tokens", TORCH_BOX(&draw_tokens));
 }

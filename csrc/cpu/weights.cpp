@@ -45,7 +45,7 @@ Weight read_weight(const char* op, const char* name, const Tensor& data, const O
 
 Matmul weight_matmul(const Weight& weight, const float* x, int64_t rows, float* out) {
   Matmul p = linear_output(x, weight.data, rows, weight.inputs, weight.outputs, out);
-  if (weight.kind != WeightKind::f32) p.weight = &weight;
+  p.weight = &weight;
   return p;
 }
 
@@ -58,14 +58,17 @@ int64_t product_grain(const Weight& weight) {
 
 void weight_linear(const Weight& weight, const float* x, int64_t rows, const float* bias, Activation activation,
                    const float* residual, float* out) {
+  if (rows <= kFewRows) return weight_dots(weight, x, rows, bias, activation, residual, out);
+  Matmul p = weight_matmul(weight, x, rows, out);
+  p.bias = bias;
+  p.activation = activation;
+  p.residual = residual;
+  run_matmuls(DType::f32, {p});
+}
+
+void weight_dots(const Weight& weight, const float* x, int64_t rows, const float* bias, Activation activation,
+                 const float* residual, float* out) {
   if (rows == 0 || weight.outputs == 0) return;
-  if (rows > kFewRows || weight.inputs == 0) {
-    Matmul p = weight_matmul(weight, x, rows, out);
-    p.bias = bias;
-    p.activation = activation;
-    p.residual = residual;
-    return run_matmuls(DType::f32, {p});
-  }
   const Kernels& table = kernels();
   Activations a{.rows = rows, .inputs = weight.inputs, .data = x, .row = weight.inputs};
   const unsigned kind = 1u << static_cast<int>(weight.kind);

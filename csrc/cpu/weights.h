@@ -13,10 +13,15 @@ constexpr int64_t kFewRows = 8;
 Weight read_weight(const char* op, const char* name, const Tensor& data, const OptionalTensor& scales, int64_t outputs,
                    int64_t inputs);
 
-// Fills in b, or the weight, of a matmul.
+// A matmul with a weight. As the weight is always packed, a row of the result does not depend on how many there are.
 Matmul weight_matmul(const Weight& weight, const float* x, int64_t rows, float* out);
 
-// Computes out = activation(x weight^T + bias) + residual for contiguous rows.
+// Computes out = activation(x weight^T + bias) + residual for contiguous rows as dot products. A row of the result does
+// not depend on the others.
+void weight_dots(const Weight& weight, const float* x, int64_t rows, const float* bias, Activation activation,
+                 const float* residual, float* out);
+
+// The same, by a matmul where there are more than kFewRows.
 void weight_linear(const Weight& weight, const float* x, int64_t rows, const float* bias, Activation activation,
                    const float* residual, float* out);
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tests.generation.models import VOCAB, Scripted, small_model
 from tinyllm.generation import Cached, Decoder, Recompute, decoder, generate, make_decoder
+from tinyllm.generation.engine import Engine
 from tinyllm.model import SimpleLLM
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -124,7 +124,7 @@ class Cached:
     ) -> None:
         if (reason := self.refuses(model)) is not None:
             raise ValueError(f"model has no valid cache: {reason}")
-        config, weight = model.config, model.output.weight
+        config, weight = model.config, next(model.parameters())
         self.batch_size = check_int("batch_size", batch_size, 1)
         self.capacity: int | None = check_int("max_len", max_len, 1)
         if max_len > config.max_seq_len:
@@ -157,13 +157,13 @@ class Cached:
             if len(text) > self._cache.size(-2):
                 raise ValueError(f"the prompt for row {row} has {len(text)} tokens; a row holds {self._cache.size(-2)}")
             # The last token is computed in any case: its logits are wanted.
-            keys.append((min(_common_prefix(self._held[row], text), len(text) - 1), len(text)))
+            keys.append((min(common_prefix(self._held[row], text), len(text) - 1), len(text)))
         with evaluating(self._modules):
             return together(keys, lambda group: self._read([rows[i] for i in group], [texts[i] for i in group]))
 
     def _read(self, rows: list[int], texts: list[list[int]]) -> Tensor:
         """Read equally long texts, of which the rows hold equally many tokens already."""
-        start, end = min(_common_prefix(self._held[rows[0]], texts[0]), len(texts[0]) - 1), len(texts[0])
+        start, end = min(common_prefix(self._held[rows[0]], texts[0]), len(texts[0]) - 1), len(texts[0])
         for row in rows:
             del self._held[row][start:]
         step = max(1, self._chunk // len(rows))
@@ -268,7 +268,12 @@ def make_decoder(model: nn.Module, batch_size: int, max_len: int, *, cache_dtype
 
     For a SimpleLLM that is not causal, as the article's is, a warning says once a process that nothing can be kept.
     """
+    from tinyllm.generation.engine import Engine  # which needs this file
+
     # In order of speed: the first that serves the model is taken.
+    if cache_dtype in (None, torch.float32, torch.bfloat16) and not isinstance(Engine.operands(model), str):
+        model = cast(SimpleLLM, model)
+        return Engine(model, batch_size, min(max_len, model.config.max_seq_len), cache_dtype=cache_dtype)
     if Cached.refuses(model) is None:
         model = cast(SimpleLLM, model)
         return Cached(model, batch_size, min(max_len, model.config.max_seq_len), cache_dtype=cache_dtype)
@@ -329,5 +334,5 @@ def together(keys: Sequence[Hashable], compute: Callable[[list[int]], Tensor]) -
     return torch.cat(parts)[order.argsort()]
 
 
-def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from numbers import Number
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from tinyllm._internal.checks import check_choice, check_int
 from tinyllm.generation.decoder import Decoder, make_decoder
+from tinyllm.generation.engine import Engine
 from tinyllm.generation.sampling import Sampling, draw
 from tinyllm.model import SimpleLLM
 
@@ -202,6 +204,7 @@ class TokenStream(Iterator[Any]):
             self._seen = torch.zeros(len(prompts), model.config.vocab_size, dtype=torch.bool, device=prompts[0].device)
             for seen, prompt in zip(self._seen, prompts, strict=True):
                 seen[prompt] = True
+        self._ahead: deque[tuple[Tensor, Tensor]] = deque()  # drawn, and not asked for yet
         self._last: Tensor | None = None  # the tokens drawn last, which the decoder has not read
 
     def end(self, row: int, reason: str) -> None:
@@ -230,10 +233,9 @@ class TokenStream(Iterator[Any]):
 
     def _step(self) -> tuple[Tensor, Tensor]:
         """Draw the next tokens and their log-probabilities, both (B,), and note which rows they end."""
-        logits = self._read() if self._last is None else self._append(self._last)
-        tokens, logprobs = draw(logits, self._sampling, self._uniforms(), self._seen)
-        if self._seen is not None:
-            self._seen.scatter_(-1, tokens.unsqueeze(-1), True)
+        if not self._ahead:
+            self._ahead.extend(self._draw())
+        tokens, logprobs = self._ahead.popleft()
         self._last = tokens
         ended = [reason is not None for reason in self.finish_reasons]
         for row, token in enumerate(tokens.tolist()):
@@ -250,11 +252,49 @@ class TokenStream(Iterator[Any]):
             logprobs = logprobs.masked_fill(mask, 0.0)
         return tokens, logprobs
 
-    def _read(self) -> Tensor:
-        return self._decoder.read([torch.tensor(context) for context in self._contexts])
+    def _draw(self) -> Iterable[tuple[Tensor, Tensor]]:
+        """Draw the next tokens, and those after them that the decoder draws in the same call."""
+        if self._last is None:
+            logits = self._decoder.read([torch.tensor(context) for context in self._contexts])
+        else:
+            self._make_room(self._last)
+            count = self._tokens_ahead()
+            if isinstance(self._decoder, Engine) and count > 0:
+                uniforms = self._uniforms(count)
+                if uniforms is None:
+                    uniforms = torch.zeros(len(self.prompts), count, dtype=torch.float64)
+                written = self._decoder.write(self._last, uniforms, self._sampling, self._seen, self._stop_ids)
+                self._note(written.tokens[:, :-1])
+                return zip(written.tokens.unbind(-1), written.logprobs.unbind(-1), strict=True)
+            logits = self._decoder.step(self._last)
+        uniforms = self._uniforms(1)
+        tokens, logprobs = draw(logits, self._sampling, uniforms if uniforms is None else uniforms[:, 0], self._seen)
+        if self._seen is not None:
+            self._seen.scatter_(-1, tokens.unsqueeze(-1), True)
+        return [(tokens, logprobs)]
 
-    def _append(self, tokens: Tensor) -> Tensor:
-        """Return the logits behind `tokens`, for which full rows make room first."""
+    def _tokens_ahead(self) -> int:
+        """Return how many tokens an Engine may draw in a call: none that are not wanted, nor beyond its room."""
+        if not isinstance(self._decoder, Engine):
+            return 0
+        # A generator of the caller's has given as many numbers as there are tokens, whenever it is looked at.
+        most = 1 if isinstance(self._generators, torch.Generator) else self._decoder.tokens_a_call
+        left = [
+            room - drawn
+            for room, drawn, reason in zip(self._room, self.num_tokens, self.finish_reasons, strict=True)
+            if reason is None
+        ]
+        capacity = cast(int, self._decoder.capacity) - max(self._decoder.lengths())
+        return min(most, max(left), capacity)
+
+    def _note(self, tokens: Tensor) -> None:
+        """Add tokens (B, n) to the contexts."""
+        if self._decoder.capacity is not None:
+            for context, own in zip(self._contexts, tokens.tolist(), strict=True):
+                context += own
+
+    def _make_room(self, tokens: Tensor) -> None:
+        """Have full rows forget half of what they hold, and note the tokens (B,) that come next."""
         capacity = self._decoder.capacity
         lengths = [] if capacity is None else self._decoder.lengths()
         full = [row for row, length in enumerate(lengths) if length == capacity]
@@ -264,20 +304,17 @@ class TokenStream(Iterator[Any]):
             kept = [half if self.finish_reasons[row] is None else 1 for row in full]
             windows = [torch.tensor(self._contexts[row][-n:]) for row, n in zip(full, kept, strict=True)]
             self._decoder.read(windows, full)
-        if capacity is not None:
-            for context, token in zip(self._contexts, tokens.tolist(), strict=True):
-                context.append(token)
-        return self._decoder.step(tokens)
+        self._note(tokens.unsqueeze(-1))
 
-    def _uniforms(self) -> Tensor | None:
-        """Return a number in [0, 1) for each row, float64 (B,); None at temperature 0, which needs none."""
+    def _uniforms(self, count: int) -> Tensor | None:
+        """Return numbers in [0, 1) for each row, float64 (B, count); None at temperature 0, which needs none."""
         if self._sampling.temperature == 0:
             return None
         if isinstance(self._generators, torch.Generator):
             generator = self._generators
-            size = len(self.prompts)
+            size = len(self.prompts), count
             return torch.rand(size, dtype=torch.float64, device=generator.device, generator=generator)
-        return torch.cat([torch.rand(1, dtype=torch.float64, generator=own) for own in self._generators])
+        return torch.stack([torch.rand(count, dtype=torch.float64, generator=own) for own in self._generators])
 
 
 def _prompts(model: SimpleLLM, ids: Any) -> tuple[list[Tensor], str]:

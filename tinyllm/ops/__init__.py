@@ -14,9 +14,11 @@ from tinyllm.ops.embedding import embedding
 from tinyllm.ops.layer_norm import add_layer_norm, layer_norm, rms_norm
 from tinyllm.ops.linear import feed_forward, linear
 from tinyllm.ops.linear_cross_entropy import linear_cross_entropy
+from tinyllm.ops.quantized_linear import QuantizedWeight, quantize_weight, quantized_embedding, quantized_linear
 from tinyllm.ops.transformer import transformer, transformer_block
 
 __all__ = [
+    "QuantizedWeight",
     "active_transform",
     "adamw_norm",
     "adamw_step",
@@ -29,6 +31,9 @@ __all__ = [
     "layer_norm",
     "linear",
     "linear_cross_entropy",
+    "quantize_weight",
+    "quantized_embedding",
+    "quantized_linear",
     "rms_norm",
     "scaled_dot_product_attention",
     "transformer",

@@ -30,6 +30,7 @@ from tinyllm.reference.model import (
     sinusoidal_table,
     tokenize,
 )
+from tinyllm.reference.quantized import dequantize_weight, quantize_weight
 
 __all__ = [
     "ACTIVATIONS",
@@ -43,11 +44,13 @@ __all__ = [
     "adamw_step",
     "add_layer_norm",
     "cross_entropy",
+    "dequantize_weight",
     "embedding",
     "feed_forward",
     "layer_norm",
     "linear",
     "linear_cross_entropy",
+    "quantize_weight",
     "rms_norm",
     "scaled_dot_product_attention",
     "sinusoidal_table",

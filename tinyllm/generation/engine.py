@@ -1,0 +1,213 @@
+"""Engine: the decoder for CPUs, which generates many tokens in one call of C++."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from tinyllm import _fused
+from tinyllm._internal.checks import check_int
+from tinyllm.generation.decoder import checked_rows, common_prefix
+from tinyllm.generation.sampling import Sampling
+from tinyllm.model import SimpleLLM
+from tinyllm.ops.backends import cpp
+from tinyllm.ops.dispatch import forced_backend
+
+# A prompt of so few new tokens is read one by one: for more, unpacking all weights once takes less time than reading
+# them for each token.
+_FEW_TOKENS = 4
+
+# Weights, in bytes, from which on a token takes so long that calls of one are not noticed.
+_LARGE_MODEL = 64 << 20
+
+
+class Written(NamedTuple):
+    """Tokens int64 (B, n) that were drawn, and their log-probabilities float32 (B, n)."""
+
+    tokens: Tensor
+    logprobs: Tensor
+
+
+class Engine:
+    """Decoder for causal SimpleLLMs on a CPU whose modules are what their classes say: weights of float32, bfloat16,
+    int8 and int4, with activations in float32.
+
+    Of float32 weights the logits are those of the model within rounding. A row's logits depend neither on the other
+    rows nor on the number of threads. Quantised weights meet the activations of a prompt as they are, and those of a
+    new token rounded, see `ops.quantized_linear`.
+
+    Args:
+        model: the model, which must not be moved or cast while this object is used; in-place changes of its weights
+            are seen if they are contiguous.
+        batch_size: B.
+        max_len: capacity, the most tokens that a row holds. The cache takes 2 * num_layers * B * max_len *
+            embedding_dim numbers; its memory is taken now, and touched when it is used.
+        cache_dtype: float32 (the default) or bfloat16, which has half the bytes.
+        chunk: how many tokens, of all rows together, are read at once: bounds the memory of a long prompt.
+
+    Raises:
+        ValueError: it does not serve the model, or an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        model: SimpleLLM,
+        batch_size: int,
+        max_len: int,
+        *,
+        cache_dtype: torch.dtype | None = None,
+        chunk: int = 1024,
+    ) -> None:
+        operands = self.operands(model)
+        if isinstance(operands, str):
+            raise ValueError(f"the engine does not serve the model: {operands}")
+        config = model.config
+        self.batch_size = check_int("batch_size", batch_size, 1)
+        self.capacity: int | None = check_int("max_len", max_len, 1)
+        if max_len > config.max_seq_len:
+            raise ValueError(f"max_len is {max_len}; the model's max_seq_len is {config.max_seq_len}")
+        if cache_dtype not in (None, torch.float32, torch.bfloat16):
+            raise ValueError(f"cache_dtype is {cache_dtype}; it must be torch.float32 or torch.bfloat16")
+        self._weights, self._positions, self._settings = operands
+        self._chunk = check_int("chunk", chunk, 1)
+        self._held: list[list[int]] = [[] for _ in range(batch_size)]
+        head_dim = config.embedding_dim // config.num_heads
+        shape = (config.num_layers, 2, batch_size, config.num_heads, max_len, head_dim)
+        self._cache = torch.empty(shape, dtype=cache_dtype or torch.float32)
+
+    @staticmethod
+    def operands(model: nn.Module) -> _fused.DecoderOperands | str:
+        """Return what the operators take of a model, or why they do not serve it."""
+        if cpp.unavailable("cpu", forced=False, here=True) is not None or forced_backend("transformer") == "reference":
+            return "there are no compiled kernels"
+        if not isinstance(model, SimpleLLM):
+            return "it is no SimpleLLM"
+        if model.config.max_seq_len == 1:
+            return "its context is a single token"
+        return _fused.decoder_operands(model)
+
+    @property
+    def tokens_a_call(self) -> int:
+        """How many tokens `write` should draw in a call: of a small model more, for which Python takes a large part of
+        the time."""
+        size = sum(x.numel() * x.element_size() for x in self._weights)
+        return max(1, min(16, _LARGE_MODEL // max(1, size)))
+
+    def lengths(self) -> list[int]:
+        """Return how many tokens each row holds."""
+        return [len(held) for held in self._held]
+
+    def read(self, prompts: Sequence[Tensor], rows: Sequence[int] | None = None) -> Tensor:
+        """See `Decoder.read`."""
+        rows = checked_rows(self.batch_size, prompts, rows)
+        texts = [prompt.tolist() for prompt in prompts]
+        capacity = self._cache.size(-2)
+        few, many, logits = [], [], {}
+        for row, text in zip(rows, texts, strict=True):
+            if len(text) > capacity:
+                raise ValueError(f"the prompt for row {row} has {len(text)} tokens; a row holds {capacity}")
+            # The last token is computed in any case: its logits are wanted.
+            del self._held[row][min(common_prefix(self._held[row], text), len(text) - 1) :]
+            (few if len(text) - len(self._held[row]) <= _FEW_TOKENS else many).append((row, text))
+        for row, text in few:
+            for token in text[len(self._held[row]) :]:
+                logits[row] = self._call(torch.ops.tinyllm.decoder_step, row, row + 1, torch.tensor([token]))[0]
+                self._held[row].append(token)
+        for begin, group in _neighbours(many, self._held, self._chunk):
+            for row, own in zip(range(begin, begin + len(group)), self._read(begin, group), strict=True):
+                logits[row] = own
+        return torch.stack([logits[row] for row in rows])
+
+    def _read(self, begin: int, texts: list[list[int]]) -> Tensor:
+        """Read the texts of neighbouring rows; several ones at once, a single one in chunks."""
+        end, logits = begin + len(texts), torch.empty(0)
+        while any(len(text) > len(held) for text, held in zip(texts, self._held[begin:end], strict=True)):
+            new = [text[len(held) :][: self._chunk] for text, held in zip(texts, self._held[begin:end], strict=True)]
+            longest = max(map(len, new))
+            ids = torch.tensor([own + [0] * (longest - len(own)) for own in new])
+            counts = torch.tensor([len(own) for own in new])
+            logits = self._call(torch.ops.tinyllm.decoder_read, begin, end, ids, counts)
+            for held, own in zip(self._held[begin:end], new, strict=True):
+                held += own
+        return logits
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """See `Decoder.step`."""
+        self._check_room(1)
+        logits: Tensor = self._call(torch.ops.tinyllm.decoder_step, 0, self.batch_size, tokens.cpu())
+        for held, token in zip(self._held, tokens.tolist(), strict=True):
+            held.append(token)
+        return logits
+
+    def write(
+        self,
+        tokens: Tensor,
+        uniforms: Tensor,
+        sampling: Sampling,
+        seen: Tensor | None = None,
+        stop_ids: Sequence[int] = (),
+    ) -> Written:
+        """Append tokens (B,) to the rows, then draw n more for each, of which the last is not read.
+
+        Args:
+            tokens: int64 (B,).
+            uniforms: float64 (B, n), see `sampling.draw`.
+            sampling: how tokens are drawn.
+            seen: bool (B, V), which tokens a row has already; updated. For repetition_penalty.
+            stop_ids: when each row has drawn one of these, no more are drawn: n is smaller then. A row that has drawn
+                one repeats it.
+        """
+        n = uniforms.size(1)
+        self._check_room(n)
+        logits_settings = (
+            sampling.temperature,
+            0 if sampling.top_k is None else sampling.top_k,
+            1.0 if sampling.top_p is None else sampling.top_p,
+            0.0 if sampling.min_p is None else sampling.min_p,
+            sampling.repetition_penalty,
+            -1 if sampling.suppress_id is None else sampling.suppress_id,
+        )
+        drawn, logprobs = self._call(
+            torch.ops.tinyllm.decoder_write,
+            0,
+            self.batch_size,
+            tokens.cpu(),
+            uniforms,
+            after=(*logits_settings, seen, [*stop_ids]),
+        )
+        n = int((drawn[0] >= 0).sum())
+        for held, first, new in zip(self._held, tokens.tolist(), drawn[:, : n - 1].tolist(), strict=True):
+            held += [first, *new]
+        return Written(drawn[:, :n], logprobs[:, :n])
+
+    def _check_room(self, n: int) -> None:
+        lengths, capacity = self.lengths(), self._cache.size(-2)
+        if max(lengths) + n > capacity:
+            row = lengths.index(max(lengths))
+            raise ValueError(f"row {row} holds {max(lengths)} tokens and is to get {n} more; a row holds {capacity}")
+
+    def _call(self, operator, begin: int, end: int, *arguments: Tensor, after: tuple = ()):  # type: ignore[no-untyped-def]
+        cache, lengths = self._cache[:, :, begin:end], torch.tensor([len(held) for held in self._held[begin:end]])
+        with torch.inference_mode():
+            return operator(*arguments, self._weights, self._positions, cache, lengths, *self._settings, *after)
+
+
+def _neighbours(
+    texts: list[tuple[int, list[int]]], held: list[list[int]], chunk: int
+) -> list[tuple[int, list[list[int]]]]:
+    """Return rows that follow one another, and fit a chunk together with their padding, as groups: (row, texts)."""
+    groups: list[tuple[int, list[list[int]]]] = []
+    longest = 0
+    for row, text in sorted(texts, key=lambda own: own[0]):
+        new = len(text) - len(held[row])
+        if groups and groups[-1][0] + len(groups[-1][1]) == row:
+            if max(longest, new) * (len(groups[-1][1]) + 1) <= chunk:
+                groups[-1][1].append(text)
+                longest = max(longest, new)
+                continue
+        groups.append((row, [text]))
+        longest = new
+    return groups
