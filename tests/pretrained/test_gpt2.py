@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tests.helpers.needs import needs_transformers
+from tests.helpers.runs import environment
 from tinyllm import SimpleLLM, SimpleLLMConfig
 from tinyllm.pretrained import gpt2
 from tinyllm.tokenizer import BPETokenizer, WordTokenizer
@@ -214,6 +217,14 @@ def test_loading_draws_no_random_numbers(tmp_path: Path) -> None:
     before = torch.get_rng_state()
     SimpleLLM.from_pretrained(tmp_path)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_loading_does_not_import_what_takes_seconds(tmp_path: Path) -> None:
+    saved(tmp_path)
+    code = "import sys, tinyllm; tinyllm.SimpleLLM.from_pretrained(sys.argv[1]); print('torch._dynamo' in sys.modules)"
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False"]
 
 
 # ---- Configs that are refused
