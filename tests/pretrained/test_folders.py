@@ -311,6 +311,9 @@ def test_load_run_takes_such_a_folder(tmp_path: Path) -> None:
     assert config["model_type"] == "gpt2"
     with pytest.raises(ValueError, match=r"checkpoint is 'best'; .* is not a training's"):
         load_run(tmp_path, checkpoint="best")
+    change_config(tmp_path, model_type="llama")
+    with pytest.raises(ValueError, match=r"config\.json has the model_type 'llama'"):
+        load_run(tmp_path)
 
 
 def test_a_padded_vocabulary_loads_and_one_too_large_does_not(tmp_path: Path) -> None:
