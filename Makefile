@@ -55,7 +55,6 @@ bench: .venv/installed .venv/dev
 	$(BIN)/tinyllm bench
 
 train-bench: .venv/installed .venv/dev
-	$(PIP) install -q -c constraints.txt transformers
 	$(BIN)/python -m benchmarks.training
 
 lint: .venv/installed .venv/dev

@@ -8,8 +8,9 @@ B sequences of T tokens, D = embedding_dim, V = vocab_size.
 from __future__ import annotations
 
 import math
+import os
 from contextlib import nullcontext
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,9 @@ from tinyllm.nn import (
     PositionalEncoding,
     TransformerBlock,
 )
+
+if TYPE_CHECKING:
+    from tinyllm.tokenizer import Tokenizer
 
 __all__ = ["SimpleLLM", "choose_device", "init_gpt2_weights"]
 
@@ -129,6 +133,55 @@ class SimpleLLM(nn.Module):
     def from_config(cls, config: SimpleLLMConfig) -> SimpleLLM:
         """Return a model with new random weights."""
         return cls(**config.to_dict())
+
+    @classmethod
+    def from_pretrained(cls, path: str | os.PathLike[str], *, device: str | torch.device = "cpu") -> SimpleLLM:
+        """Load a GPT-2 that Hugging Face's `transformers`, or `save_pretrained`, has saved; in eval mode and float32.
+
+        Args:
+            path: the folder: its config.json of model_type "gpt2" and its weights, model.safetensors, its shards with
+                their index, or, where these are missing, pytorch_model.bin likewise, of which only tensors are read
+                (`torch.load(weights_only=True)`). Or the name of a model on the Hub, if there is no such folder and
+                the package huggingface_hub is installed.
+            device: where the model is to lie.
+
+        Raises:
+            FileNotFoundError: a file is missing, or neither a folder nor the Hub's model is to be had.
+            ValueError: a file is damaged, the config asks for what SimpleLLM does not compute, or weights are missing,
+                too many, of another shape, or not finite; the message names all such options or tensors.
+        """
+        from tinyllm.pretrained import gpt2, hub
+        from tinyllm.pretrained.modules import without_weights
+
+        folder = hub.folder_of(path)
+        config, _ = gpt2.read_config(folder)
+        weights = gpt2.read_weights(folder, config)
+        with without_weights():
+            model = cls(**config.to_dict())
+        model.load_state_dict(weights, assign=True)
+        if config.tie_embeddings:
+            model.embedding.embedding.weight = model.output.weight
+        return model.to(device).eval()
+
+    def save_pretrained(self, directory: str | os.PathLike[str], *, tokenizer: Tokenizer | None = None) -> None:
+        """Write a GPT-2 that `GPT2LMHeadModel.from_pretrained` of `transformers` loads, and so does `from_pretrained`.
+
+        Writes config.json and model.safetensors, tied weights once; files of another GPT-2 there are replaced, each
+        when its successor is whole, and anything else is not.
+
+        Args:
+            directory: the folder; made if it is missing.
+            tokenizer: a BPE tokenizer of at most vocab_size ids, to be written beside the model as tokenizer.json, for
+                `load_run` and `AutoTokenizer`.
+
+        Raises:
+            FileExistsError: files of these names are there, and no GPT-2's.
+            NotADirectoryError: there is a file of the directory's name.
+            ValueError: GPT-2's format cannot hold the model, or the tokenizer; the message names every reason.
+        """
+        from tinyllm.pretrained import gpt2
+
+        gpt2.save(directory, self.config, self.state_dict(), tokenizer)
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute the logits for the token after each one.

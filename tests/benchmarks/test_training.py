@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import math
 import sys
@@ -18,7 +17,7 @@ from benchmarks import machine, peers, report, training
 from benchmarks.row import OURS
 from benchmarks.training import BARE, COMPILED, HF, PLAIN
 from benchmarks.turns import LOG_INTERVAL, Rounds, Turns, in_turns
-from tests.helpers.needs import needs_extension
+from tests.helpers.needs import needs_extension, needs_transformers
 from tinyllm.config.model import SimpleLLMConfig
 from tinyllm.data.corpus import find_files
 from tinyllm.model import SimpleLLM, init_gpt2_weights
@@ -75,6 +74,8 @@ def test_the_plain_model_is_ours() -> None:
     [
         {"position": "sinusoidal"},
         {"activation": "relu"},
+        {"activation": "gelu_tanh", "norm_eps": 1e-3},
+        {"output_bias": False},
         {"causal": False},
         {"num_heads": 1},
         {"norm_first": False},
@@ -102,7 +103,7 @@ def test_the_plain_model_writes_with_a_cache_of_its_own(change: dict[str, Any]) 
         peer.generate(prompt, SMALL.max_seq_len)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="transformers is not installed")
+@needs_transformers
 def test_hugging_faces_model_is_ours() -> None:
     ours = a_model()
     peer = peers.HuggingFace(ours)

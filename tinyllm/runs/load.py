@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -12,16 +11,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_model as load_safetensors
 from safetensors.torch import save_model as save_safetensors
 
-from tinyllm._internal.files import replacing
 from tinyllm.config.model import SimpleLLMConfig
 from tinyllm.config.saved import CONFIG_FILE, existing_file, read_config
 from tinyllm.model import SimpleLLM
+from tinyllm.pretrained import gpt2
+from tinyllm.pretrained.tensors import new_safetensors_file, not_finite
 from tinyllm.runs.folder import MODEL_FILE, TOKENIZER_FILE, best_step, checkpoints, weights_in
-from tinyllm.tokenizer import Tokenizer, load_tokenizer
+from tinyllm.tokenizer import Tokenizer, load_tokenizer, load_vocabulary
 
 
 class Run(NamedTuple):
-    """A training brought back: its model in eval mode, its tokenizer, and its config.json."""
+    """A training, or another program's model, brought back: its model in eval mode, its tokenizer, its config.json."""
 
     model: SimpleLLM
     tokenizer: Tokenizer
@@ -34,11 +34,8 @@ def save_model(model: SimpleLLM, directory: str | os.PathLike[str]) -> Path:
     Tied weights are stored once. A file that was there before stays until the new one is complete.
     """
     path = Path(directory, MODEL_FILE)
-    with replacing(path) as temporary:
-        temporary.touch()
-        mode = temporary.stat().st_mode  # the user's umask; safetensors leaves files to their owner only
+    with new_safetensors_file(path) as temporary:
         save_safetensors(model, str(temporary), metadata={"format": "pt"})
-        temporary.chmod(mode)
     return path
 
 
@@ -92,12 +89,20 @@ def load_model(
 def load_run(
     directory: str | os.PathLike[str], device: str | torch.device = "cpu", *, checkpoint: Which = "last"
 ) -> Run:
-    """Bring a training back: `model, tokenizer, config = load_run("runs/tiny-1")`. Arguments as `load_model`'s.
+    """Bring a training back: `model, tokenizer, config = load_run("runs/tiny-1")`.
+
+    Args:
+        directory: the run folder; or the folder of a GPT-2 with its tokenizer (tokenizer.json, or vocab.json and
+            merges.txt) in Hugging Face's format, see `SimpleLLM.from_pretrained`. Such a model may have more ids than
+            its tokenizer, to which no text belongs: vocabularies are padded to round numbers.
+        device, checkpoint: as for `load_model`; without checkpoints there is "last" alone.
 
     Raises:
         FileNotFoundError: a file is missing.
         ValueError: a file is truncated or foreign, or the three do not belong together.
     """
+    if gpt2.is_pretrained(directory):
+        return _load_pretrained(Path(directory), device, checkpoint)
     config = read_config(directory, parts=["model"])
     tokenizer = load_tokenizer(existing_file(directory, TOKENIZER_FILE))
     model = load_model(directory, device, checkpoint=checkpoint)
@@ -109,13 +114,24 @@ def load_run(
     return Run(model, tokenizer, config)
 
 
+def _load_pretrained(folder: Path, device: str | torch.device, checkpoint: Which) -> Run:
+    if checkpoint != "last":
+        raise ValueError(f"checkpoint is {checkpoint!r}; {folder} is not a training's, and has no checkpoints")
+    _, config = gpt2.read_config(folder)
+    tokenizer = load_vocabulary(folder)
+    model = SimpleLLM.from_pretrained(folder, device=device)
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise ValueError(
+            f"the tokenizer in {folder} has {tokenizer.vocab_size} tokens, more than the model's vocab_size, "
+            f"{model.config.vocab_size}: they do not belong together"
+        )
+    return Run(model, tokenizer, config)
+
+
 def _check_finite(model: SimpleLLM, path: Path) -> None:
     for name, tensor in model.state_dict().items():
-        if tensor.numel() and tensor.is_floating_point():
-            # Of nan, aminmax makes nan; unlike isfinite it needs no memory.
-            wrong = [value for value in torch.stack(torch.aminmax(tensor)).tolist() if not math.isfinite(value)]
-            if wrong:
-                raise ValueError(f"{path} has {wrong[0]} in {name}: the training diverged, or the file is damaged")
+        if tensor.is_floating_point() and (wrong := not_finite(tensor)) is not None:
+            raise ValueError(f"{path} has {wrong} in {name}: the training diverged, or the file is damaged")
 
 
 def _weights_of(directory: str | os.PathLike[str], checkpoint: Which) -> Path:
