@@ -59,8 +59,8 @@ def generate(
             max_seq_len tokens each time); of a longer prompt the last max_seq_len tokens are read. "stop": prompt and
             text together have at most max_seq_len tokens.
         cache_dtype: of the keys and values that are kept; default: the model's.
-        decoder: one that `make_decoder` made of this model, to be kept from call to call: the beginning of a prompt
-            that it has read before is not computed again.
+        decoder: one that `make_decoder` made of this model, to be kept from call to call while the weights stay: the
+            beginning of a prompt that it has read before is not computed again. One text after the other may use it.
 
     Returns:
         int64, the prompt with its continuation, on the model's device: (T + new,) or (B, T + new). A row that has
