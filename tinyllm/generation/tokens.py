@@ -140,7 +140,7 @@ def iter_tokens(
     sampling.check_vocabulary(vocab_size)
     check_choice("overflow", overflow, ("slide", "stop"))
     generators = _generators(seed, generator, len(prompts))
-    stop_ids = [] if stop_id is None else [stop_id] if isinstance(stop_id, int) else [*stop_id]
+    stop_ids = [] if stop_id is None else [*stop_id] if isinstance(stop_id, Sequence) else [stop_id]
     for index in stop_ids:
         if not 0 <= index < vocab_size:
             raise ValueError(f"stop_id is {index}; the model's ids are 0 .. {vocab_size - 1}")
