@@ -102,8 +102,8 @@ def comparison(run: Path, rounds: int | None = None) -> str:
         f"Medians of {len(step_times[OURS])} and {len(writing_times[OURS])} rounds, in which the two take turns.",
         "Both have the same weights, the same text and, but for rounding, the same logits. Plain PyTorch uses its own",
         "layer_norm, scaled_dot_product_attention, linear and cross_entropy. Clipping and AdamW, each side's own, are",
-        f"in the times. Both write {new_tokens} tokens after a prompt of {prompt.size(1)}, the reading of which is in the",
-        "times, too. Each has a cache of keys and values, unless the model is not causal.",
+        f"in the times. Each writes {new_tokens} tokens after a prompt of {prompt.size(1)} read in that time,",
+        "and keeps keys and values in a cache, if the model is causal.",
     ]
     return "\n".join(lines)
 

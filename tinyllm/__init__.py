@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from tinyllm._internal.allocator import tune_allocator
     from tinyllm.config.model import SimpleLLMConfig
     from tinyllm.config.training import TrainConfig
-    from tinyllm.generation import generate, stream_text
+    from tinyllm.generation import generate, generate_text, stream_text
     from tinyllm.model import SimpleLLM
     from tinyllm.runs.load import Run, load_run
     from tinyllm.training.trainer import TrainResult, resume, train
@@ -30,6 +30,7 @@ __all__ = [
     "TrainResult",
     "__version__",
     "generate",
+    "generate_text",
     "info",
     "load_run",
     "nn",
@@ -49,6 +50,7 @@ _HOMES = {
     "TrainConfig": "config.training",
     "TrainResult": "training.trainer",
     "generate": "generation",
+    "generate_text": "generation",
     "info": "_info",
     "load_run": "runs.load",
     "nn": None,

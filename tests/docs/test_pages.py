@@ -74,12 +74,12 @@ def test_links_pictures_and_paths_exist(page: str) -> None:
         assert (ROOT / path).exists() or "scale_add" in path, path  # the operator that CONTRIBUTING.md has one add
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/python.md"])
-def test_python_examples_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("pages", [["README.md"], ["docs/python.md", "docs/generation.md"]], ids=str)
+def test_python_examples_run(pages: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my.txt").write_text("def add(a, b):\n    return a + b\n" * 60)
     names = {"article_model": SimpleLLM(6, 16, 32, 2)}
-    blocks = re.findall(r"```python\n(.*?)```", TEXTS[page], re.DOTALL)
+    blocks = [block for page in pages for block in re.findall(r"```python\n(.*?)```", TEXTS[page], re.DOTALL)]
     assert blocks
     for block in blocks:
         exec(block.replace("50257, 768, 3072, 12", "100, 768, 128, 1").replace("steps=200", "steps=2"), names)

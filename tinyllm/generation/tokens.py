@@ -61,8 +61,8 @@ def generate(
             max_seq_len tokens each time); of a longer prompt the last max_seq_len tokens are read. "stop": prompt and
             text together have at most max_seq_len tokens.
         cache_dtype: of the keys and values that are kept; default: the model's.
-        decoder: one that `make_decoder` made of this model, to be kept from call to call: the beginning of a prompt
-            that it has read before is not computed again.
+        decoder: one that `make_decoder` made of this model, to be kept from call to call while the weights stay: the
+            beginning of a prompt that it has read before is not computed again. One text after the other may use it.
 
     Returns:
         int64, the prompt with its continuation, on the model's device: (T + new,) or (B, T + new). A row that has
@@ -142,7 +142,7 @@ def iter_tokens(
     sampling.check_vocabulary(vocab_size)
     check_choice("overflow", overflow, ("slide", "stop"))
     generators = _generators(seed, generator, len(prompts))
-    stop_ids = [] if stop_id is None else [stop_id] if isinstance(stop_id, int) else [*stop_id]
+    stop_ids = [] if stop_id is None else [*stop_id] if isinstance(stop_id, Sequence) else [stop_id]
     for index in stop_ids:
         if not 0 <= index < vocab_size:
             raise ValueError(f"stop_id is {index}; the model's ids are 0 .. {vocab_size - 1}")
