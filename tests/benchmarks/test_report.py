@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import pictures, report
+from benchmarks import pictures, report, tables
 from benchmarks.row import BACKWARD, COMPILED, CUDA, EAGER, FORWARD, OURS, TRITON, Target
 from benchmarks.rows import rows
 from benchmarks.rows.launch import LAUNCH
@@ -215,7 +215,7 @@ def test_families_stand_side_by_side_with_each_rows_worst_and_best(house: Path, 
 def test_times_have_three_digits() -> None:
     times = (1.234e-6, 99.96e-6, 0.9994e-3, 0.9996e-3, 12.34e-3, 0.9999, 12.0, 4e-8)
     shown = ["1.23 µs", "100 µs", "999 µs", "1.00 ms", "12.3 ms", "1.00 s", "12.0 s", "0.04 µs"]
-    assert [report.format_time(s) for s in times] == shown
+    assert [tables.format_time(s) for s in times] == shown
 
 
 # ---- Of a GPU
