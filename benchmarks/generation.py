@@ -26,6 +26,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -188,60 +189,62 @@ def in_headline(model: Model, section: str, provider: Provider, batch: int, leng
     return section == WRITING and batch == 1 and provider.weights == FLOAT32
 
 
-def why_not_installed(provider: Provider) -> str | None:
-    if find_spec(provider.module) is not None:
-        return None
-    return f"not installed: pip install {provider.package}"
+def convert(labels: Iterable[str], folder: Path) -> dict[str, str]:
+    """Write the model in the form of each engine that has one; return why some cannot take part."""
+    reasons: dict[str, str] = {}
+    for label in labels:
+        provider = PROVIDERS[label]
+        if find_spec(provider.module) is None:
+            reasons[label] = f"not installed: pip install {provider.package}"
+        elif provider.convert is not None:
+            try:
+                provider.convert(folder, provider.weights)
+            except Exception as error:  # whatever a library may raise
+                reasons[label] = f"{type(error).__name__}: {error}"
+    return reasons
 
 
-def measure(plan: Plan, folder: Path) -> dict[str, Any]:
-    """Return rows, rows on fewer threads, and the read bandwidth for each number of threads."""
+def measure(plan: Plan, folder: Path) -> tuple[dict[int, list[dict[str, Any]]], dict[int, float]]:
+    """Return rows and read bandwidth in bytes a second, for each number of threads.
+
+    Raises:
+        WriterError: there are no tokens to compare with.
+    """
     rows: dict[int, list[dict[str, Any]]] = {threads: [] for threads in plan.threads}
     bandwidth = dict.fromkeys(plan.threads, 0.0)
     for number, model in enumerate(plan.models):
         home = folder / str(number)
         make_model(model, home)
-        reasons: dict[str, str] = {}
-        for label in plan.labels:
-            provider = PROVIDERS[label]
-            try:
-                if reason := why_not_installed(provider):
-                    raise WriterError(reason)
-                if provider.convert is not None:
-                    provider.convert(home, provider.weights)
-            except Exception as error:  # whatever a library may raise
-                reasons[label] = str(error) if isinstance(error, WriterError) else f"{type(error).__name__}: {error}"
+        not_there = convert(plan.labels, home)
         for threads in plan.threads:
-            workers: dict[str, Worker] = {}
-            failed = dict(reasons)
-            try:
+            with ExitStack() as processes:
+                reader = processes.enter_context(Worker(READ, home, threads))
+                workers: dict[str, Worker] = {}
+                failed = dict(not_there)
                 for label in plan.labels:
                     try:
                         if label not in failed:
-                            workers[label] = Worker(label, home, threads)
+                            workers[label] = processes.enter_context(Worker(label, home, threads))
                     except WriterError as error:
                         failed[label] = str(error)
-                if next(iter(workers), None) != REFERENCE:
+                if REFERENCE in failed:
                     raise WriterError(f"nothing to compare with; {REFERENCE}: {failed[REFERENCE]}")
                 load_s = {label: worker.loaded["load_s"] for label, worker in workers.items()}
                 for batch, length in plan.cases(model):
-                    with Worker(READ, home, threads) as reader:
-                        bandwidth[threads] = max(bandwidth[threads], reader.ask()["bytes_per_s"])
+                    bandwidth[threads] = max(bandwidth[threads], reader.ask()["bytes_per_s"])
                     sides = measure_case(workers, model, batch, length, plan.rounds(batch))
                     sides |= {label: Side(failed=reason) for label, reason in failed.items()}
                     sides = {label: sides[label] for label in plan.labels}
                     new = rows_of(sides, model, batch, length, threads, load_s)
                     print(progress(new), flush=True)
                     rows[threads] += new
-            finally:
-                for worker in workers.values():
-                    worker.__exit__(None, None, None)
-    return {"rows": rows, "read_bytes_per_s": bandwidth}
+    return rows, bandwidth
 
 
-def make_results(facts: Mapping[str, Any], measured: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the content of a file of results."""
-    by_threads, bandwidth = measured["rows"], measured["read_bytes_per_s"]
+def make_results(
+    facts: Mapping[str, Any], by_threads: Mapping[int, list[dict[str, Any]]], bandwidth: Mapping[int, float]
+) -> dict[str, Any]:
+    """Return the content of a file of results, from `machine.describe` and what `measure` returns."""
     for threads, rows in by_threads.items():
         for row in filter(report.is_measured, rows):
             row["tokens_per_s"] = row["tokens"] / row["median_s"]
@@ -288,7 +291,7 @@ def bench(plan: Plan, only: str | None = None, quick: bool = False, out: Path | 
             facts["versions"][package] = None
     try:
         with tempfile.TemporaryDirectory() as folder:
-            results = make_results(facts, measure(plan, Path(folder)))
+            results = make_results(facts, *measure(plan, Path(folder)))
     except (WriterError, ImportError) as error:
         print(f"python -m benchmarks.generation: error: {error}", file=sys.stderr)
         return 2

@@ -46,8 +46,7 @@ def results() -> dict[str, Any]:
     }
     load_s = dict.fromkeys(sides, 0.5)
     rows = {threads: generation.rows_of(sides, model, 1, 2, threads, load_s) for threads in (2, 1)}
-    measured = {"rows": rows, "read_bytes_per_s": {2: 2e9, 1: 1e9}}
-    return generation.make_results({**FACTS, "quick": False}, measured)
+    return generation.make_results(FACTS, rows, {2: 2e9, 1: 1e9})
 
 
 # ---- What is measured
@@ -137,9 +136,9 @@ def test_a_process_that_fails_says_why(tmp_path: Path) -> None:
 
 def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(generation, "find_spec", lambda module: None)
-    monkeypatch.setattr(generation, "make_model", lambda model, folder: None)
-    with pytest.raises(WriterError, match="not installed: pip install transformers"):
-        generation.measure(Plan((TINY,), [REFERENCE], [1]), tmp_path)
+    found = generation.convert(PROVIDERS, tmp_path)
+    assert found.keys() == PROVIDERS.keys()
+    assert found[CT2] == "not installed: pip install ctranslate2"
 
 
 def test_reading_has_a_rate(monkeypatch: pytest.MonkeyPatch) -> None:
