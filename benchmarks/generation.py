@@ -1,9 +1,9 @@
 """Compare how fast language models write: ours with float32, bf16, int8 and int4 weights, Hugging Face's transformers,
 CTranslate2 and llama.cpp.
 
-    python -m benchmarks.generation            all of these; two hours on two cores
+    python -m benchmarks.generation            all of these; hours
     python -m benchmarks.generation --batch 1 --prompts 256 --threads 2        a part; some minutes
-    python -m benchmarks.generation --providers transformers CTranslate2       of some engines
+    python -m benchmarks.generation --providers tinyllm "CTranslate2, int8"    of some providers
     python -m benchmarks.generation --quick    a first impression, of the tiny model
 
 A whole run writes results/generation/FAMILY.json, the page and the README's table. A part, or a quick run, is printed
@@ -304,8 +304,7 @@ def bench(plan: Plan, only: str | None = None, quick: bool = False, out: Path | 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; return the exit status."""
     parser = report.parser_of("generation", __doc__)
-    names = sorted({provider.name.partition(",")[0] for provider in PROVIDERS.values()}, key=str.lower)
-    parser.add_argument("--providers", nargs="+", choices=names, help="of these engines; transformers always")
+    parser.add_argument("--providers", nargs="+", metavar="NAME", help="those whose names begin so, and transformers")
     parser.add_argument("--threads", nargs="+", type=int, metavar="N", help="with so many (default: all cores, and 1)")
     parser.add_argument("--batch", nargs="+", type=int, metavar="N", help="so many sequences (default: 1 and 8)")
     parser.add_argument("--prompts", nargs="+", type=int, metavar="N", help="of so many tokens (default: 1, 256, 960)")
@@ -314,13 +313,12 @@ def main(arguments: list[str] | None = None) -> int:
     for name in ("threads", "batch", "prompts"):
         if any(n < 1 for n in parts[name] or ()):
             parser.error(f"--{name} is {min(parts[name])}; it must be at least 1")
+    for name in parts["providers"] or ():
+        if not any(label.startswith(name) for label in PROVIDERS):
+            parser.error(f"--providers has {name!r}, with which none of these begins: {'; '.join(PROVIDERS)}")
     only = "; ".join(f"{name} {values}" for name, values in parts.items() if values) or None
     wanted = {TINY.name: TINY} if options.quick else {GPT2.name: GPT2} if only else {m.name: m for m in MODELS}
-    labels = [
-        label
-        for label, provider in PROVIDERS.items()
-        if label == REFERENCE or options.providers is None or provider.name.partition(",")[0] in options.providers
-    ]
+    labels = [label for label in PROVIDERS if label.startswith((REFERENCE, *(options.providers or [""])))]
     plan = Plan(
         tuple(wanted.values()),
         labels,
