@@ -4,6 +4,7 @@
 #   make test    all tests
 #   make bench   benchmarks against PyTorch; updates benchmarks/results/, docs/benchmarks.md and the README's table
 #   make train-bench    how fast training is beside plain PyTorch and Hugging Face; updates the same
+#   make generation-bench    how fast models write beside Hugging Face, CTranslate2 and llama.cpp; updates the same
 #   make lint    ruff, mypy, import-linter, clang-format
 #   make docs    the site of docs/, into build/site
 #   make abi-check      all sources against the headers of torch 2.10, 2.11 and the newest torch
@@ -19,7 +20,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 TESTED := $(wildcard tests/emulation/*.h tests/emulation/*.cpp tests/building/*.cpp tests/building/avx512/*)
 
-.PHONY: demo dev test bench train-bench lint abi-check gpu-compile cpu-sanitize cuda-sanitize avx512-check aarch64-check wheel-check docs format clean
+.PHONY: demo dev test bench train-bench generation-bench lint abi-check gpu-compile cpu-sanitize cuda-sanitize avx512-check aarch64-check wheel-check docs format clean
 
 # What building and checking need; torch is pinned, so that no other one is downloaded.
 .venv/tools: pyproject.toml constraints.txt
@@ -56,6 +57,11 @@ bench: .venv/installed .venv/dev
 
 train-bench: .venv/installed .venv/dev
 	$(BIN)/python -m benchmarks.training
+
+# llama.cpp takes part where it is installed, see benchmarks/generation.py.
+generation-bench: .venv/installed .venv/dev
+	$(PIP) install -q -c constraints.txt transformers ctranslate2
+	$(BIN)/python -m benchmarks.generation
 
 lint: .venv/installed .venv/dev
 	$(BIN)/ruff check .

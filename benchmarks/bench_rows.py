@@ -26,9 +26,9 @@ from tinyllm.ops import _products
 
 from .machine import OtherLoad
 from .measure import Turns, no_collection, plan, statistics_of, verify
-from .report import format_time
 from .row import OURS, Row, Target
 from .rows import rows
+from .tables import format_time
 
 
 @pytest.mark.parametrize("row", [pytest.param(row, id=row.name) for row in rows(Target(gpu=False))])

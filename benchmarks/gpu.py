@@ -30,6 +30,7 @@ from . import machine, measure, report
 from .row import BACKENDS, BYTES, Case, Function, Provider, Row, Target
 from .rows import rows
 from .rows.attention import FLEX
+from .tables import format_time
 
 NO_GPU, OUT_OF_TIME = "no GPU", "out of time"
 LEFT_OUT_OF_QUICK = {FLEX: "left out of a quick run"}  # it compiles for long
@@ -277,7 +278,7 @@ def bench(out: Path | None, quick: bool, only: str, seconds: float) -> int:
             ceilings = answer
         for row, found in measure_all(chosen, worker, deadline, LEFT_OUT_OF_QUICK if quick else None):
             entries[row.name] = found
-            times = [f"{e['provider']} {report.format_time(e['median_s'])}" for e in found if report.is_measured(e)]
+            times = [f"{e['provider']} {format_time(e['median_s'])}" for e in found if report.is_measured(e)]
             print(f"  {row.name:<60} {', '.join(times)}", flush=True)
             if out is not None:
                 report.save(results(), out)

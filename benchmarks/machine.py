@@ -46,7 +46,7 @@ def describe() -> dict[str, Any]:
             "threads": torch.get_num_threads(),
             "isa": cpu["chosen_isa"],
             "memory_gib": _memory_gib(),
-            "cache_mib": _last_level_cache_mib(),
+            "cache_mib": last_level_cache_mib(),
         },
         "versions": {
             "tinyllm": tinyllm.__version__,
@@ -108,9 +108,14 @@ DISTURBED = 0.1
 
 
 class OtherLoad:
-    """Measure of how busy other programs, and on a virtual machine other guests, keep the processor."""
+    """Measure of how busy other programs, and on a virtual machine other guests, keep the processor.
 
-    def __init__(self) -> None:
+    Args:
+        child: the id of a process that is not another program, though it has not ended.
+    """
+
+    def __init__(self, child: int | None = None) -> None:
+        self._child = child
         self._start = self._readings()
 
     def cores(self) -> float | None:
@@ -121,16 +126,18 @@ class OtherLoad:
         busy, own, wall = (new - old for new, old in zip(now, self._start, strict=True))
         return max(0.0, (busy - own) / wall)
 
-    @staticmethod
-    def _readings() -> tuple[float, float, float] | None:
+    def _readings(self) -> tuple[float, float, float] | None:
         """Return the processor time of all, that of this process and its children that have ended, and the clock's."""
         try:
             fields = Path("/proc/stat").read_text(encoding="utf-8").split("\n", 1)[0].split()[1:9]
+            child = "" if self._child is None else Path(f"/proc/{self._child}/stat").read_text(encoding="utf-8")
         except OSError:
             return None
         user, nice, system, _, _, irq, softirq, steal = map(int, fields)
         ticks: int = os.sysconf("SC_CLK_TCK")
-        return (user + nice + system + irq + softirq + steal) / ticks, sum(os.times()[:4]), time.monotonic()
+        # Behind the name, which may hold spaces: utime and stime are the 12th and the 13th.
+        own = sum(os.times()[:4]) + sum(map(int, child.rpartition(")")[2].split()[11:13])) / ticks
+        return (user + nice + system + irq + softirq + steal) / ticks, own, time.monotonic()
 
 
 def ceilings(quick: bool = False, attempts: int = 5) -> dict[str, Any]:
@@ -168,12 +175,12 @@ def _gemm_gflops(dtype: torch.dtype, seconds: float) -> float:
             break  # bfloat16 without instructions for it is hundreds of times slower
         a, b = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
         out = torch.empty(size, size, dtype=dtype)
-        best = max(best, 2 * size**3 / _best_time(partial(torch.mm, a, b, out=out), seconds) / 1e9)
+        best = max(best, 2 * size**3 / best_time(partial(torch.mm, a, b, out=out), seconds) / 1e9)
     return best
 
 
 def _copy_gb_per_s(seconds: float) -> float:
-    megabytes = max(256, 4 * round(_last_level_cache_mib() or 0))
+    megabytes = max(256, 4 * round(last_level_cache_mib() or 0))
     source = torch.ones(megabytes << 18)
     target = torch.zeros_like(source)
     ways: list[Callable[[], object]] = [
@@ -183,11 +190,11 @@ def _copy_gb_per_s(seconds: float) -> float:
         lambda: torch.neg(source, out=target),
         lambda: target.numpy().__setitem__(slice(None), source.numpy()),  # NumPy's memcpy: one thread
     ]
-    best = min(_best_time(way, seconds) for way in ways)
+    best = min(best_time(way, seconds) for way in ways)
     return 2 * source.nbytes / best / 1e9
 
 
-def _best_time(call: Callable[[], object], seconds: float) -> float:
+def best_time(call: Callable[[], object], seconds: float) -> float:
     """Return the shortest time of a call in about `seconds`: a ceiling is what the machine can do undisturbed."""
     call()
     best, end = float("inf"), time.perf_counter() + seconds
@@ -237,7 +244,7 @@ def _memory_gib() -> float | None:
         return None
 
 
-def _last_level_cache_mib() -> float | None:
+def last_level_cache_mib() -> float | None:
     sizes = []
     for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
         text = path.read_text(encoding="utf-8").strip()

@@ -31,7 +31,7 @@ from tinyllm.training.trainer import TrainConfig, adamw
 
 from .measure import relative_error, take_turns
 from .peers import PlainLLM, clip_and_step, torchs_adamw
-from .report import format_time
+from .tables import format_time
 
 OURS, PLAIN = "tinyllm's kernels", "plain PyTorch"
 NEW_TOKENS = 32

@@ -26,7 +26,8 @@ from tinyllm.training.trainer import train
 
 from .machine import describe
 from .pictures import figure_of, save_figure
-from .report import PAGE, RESULTS, format_time, machine_line, markdown, replace_block
+from .report import PAGE, RESULTS, machine_line, replace_block
+from .tables import format_time, markdown
 
 STORED = RESULTS / "recipes.json"
 TRAINING = PAGE.with_name("training.md")

@@ -3,8 +3,8 @@
     python -m benchmarks.report                   write page, pictures and table anew from the stored results
     python -m benchmarks.report --adopt FILE      first take over what was measured elsewhere, with --out
 
-KIND is cpu, gpu or training; FAMILY names the processor's family or the chip. The page shows whatever is stored, the
-families beside each other.
+KIND is cpu, gpu, training or generation; FAMILY names the processor's family or the chip. The page shows whatever is
+stored, the families beside each other.
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ from typing import Any
 
 from tinyllm._internal.files import write_text
 
+from . import generation_tables
 from .machine import DISTURBED, slug
 from .row import BYTES, OURS, OURS_ALL
+from .tables import MARK, format_digits, format_reason, format_time, markdown
 
 ROOT = Path(__file__).parents[1]
 IN_REPOSITORY = (ROOT / "pyproject.toml").exists()
@@ -29,7 +31,7 @@ README, PAGE = ROOT / "README.md", ROOT / "docs" / "benchmarks.md"
 PICTURES = PAGE.with_suffix("")
 # Of an installed package: the same folder below the one it is run in.
 RESULTS = (ROOT if IN_REPOSITORY else Path()) / "benchmarks" / "results"
-KINDS = {"cpu": "On a CPU", "training": "Whole trainings", "gpu": "On a GPU"}
+KINDS = {"cpu": "On a CPU", "training": "Whole trainings", "generation": "Writing", "gpu": "On a GPU"}
 SECTIONS = {
     "embedding": "Embedding",
     "layer_norm": "Norms",
@@ -44,8 +46,9 @@ SECTIONS = {
     "goal": "A character model until it has a loss: `tinyllm train`, and plain PyTorch by nanoGPT's recipe",
     "gpt2": "GPT-2's size: SimpleLLM and Hugging Face's model",
     "engine": "What `tinyllm train` costs beside a loop with nothing around the model",
+    generation_tables.READING: "Reading a prompt",
+    generation_tables.WRITING: "Writing a token",
 }
-MARK = "(!)"  # of disturbed rows
 MOST_SLOWER = 7  # rows in which a peer is faster that the README shows
 
 Results = Mapping[str, Any]
@@ -66,7 +69,7 @@ def make_results(
         rows: a dict for each row and provider: the row's facts and the provider's times, or why it "failed".
         one_thread: the same of rows measured on one thread.
     """
-    return _rounded(
+    return rounded(
         {**facts, "ceilings": ceilings, "rows": _rated(rows, ceilings), "one_thread": _rated(one_thread, None)}
     )
 
@@ -89,14 +92,14 @@ def _rated(rows: Iterable[dict[str, Any]], ceilings: Results | None) -> list[dic
     return found
 
 
-def _rounded(value: Any) -> Any:
+def rounded(value: Any) -> Any:
     """Round floats to five significant digits: more are noise, and make every diff longer."""
     if isinstance(value, float):
         return float(f"{value:.5g}")
     if isinstance(value, Mapping):
-        return {key: _rounded(item) for key, item in value.items()}
+        return {key: rounded(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_rounded(item) for item in value]
+        return [rounded(item) for item in value]
     return value
 
 
@@ -117,7 +120,8 @@ def is_disturbed(row: RowFacts) -> bool:
 
 def kind_of(results: Results) -> str:
     """Return the key of KINDS under which results are stored."""
-    return "training" if "details" in results else "gpu" if "gpu" in results else "cpu"
+    kinds = {"details": "training", "generation": "generation", "gpu": "gpu"}
+    return next((kind for key, kind in kinds.items() if key in results), "cpu")
 
 
 def family_of(results: Results) -> str:
@@ -228,19 +232,12 @@ def section_table(rows: Sequence[RowFacts]) -> list[str]:
     return markdown(table)
 
 
-def markdown(table: Sequence[Sequence[str]]) -> list[str]:
-    """Return a table's lines; the first one is the header."""
-    lines = ["| " + " | ".join(cells) + " |" for cells in table]
-    return [lines[0], "|---|" + "---:|" * (len(table[0]) - 1), *lines[1:]]
-
-
 def _time_cell(row: RowFacts) -> str:
     """Return time, spread and memory, or why there are none."""
     if not row:
         return ""
     if not is_measured(row):
-        reason = " ".join(row["failed"].replace("|", "/").split())
-        return reason if len(reason) <= 60 else f"{reason[:57]}..."
+        return format_reason(row["failed"])
     memory = f", {row['peak_bytes'] / 2**30:.2f} GiB" if row.get("shows_memory") and row["peak_bytes"] else ""
     busy = f", GPU {format_time(row['gpu_s'])}" if "gpu_s" in row else ""
     return f"{format_time(row['median_s'])} ±{row['iqr_s'] / 2 / row['median_s']:.0%}{memory}{busy}"
@@ -258,6 +255,8 @@ def _rate_cell(row: RowFacts) -> str:
 def render_tables(results: Results) -> str:
     """Return Markdown of one file of results: who was faster, by how much, and how near to the ceiling."""
     lines = [_facts(results)]
+    if kind_of(results) == "generation":
+        return "\n".join([*lines, *generation_tables.render(results)])
     for section, title in SECTIONS.items():
         rows = [row for row in results["rows"] if row["section"] == section]
         if rows:
@@ -326,21 +325,6 @@ def _training_notes(section: str, rows: Sequence[RowFacts], details: Results) ->
     return [*lines, f"Each has {details['parameters'][OURS]:,} weights."]
 
 
-def format_time(seconds: float) -> str:
-    """Return three digits and a unit."""
-    for scale, unit in ((1e6, "µs"), (1e3, "ms")):
-        if seconds * scale < 999.5:
-            return f"{format_digits(seconds * scale)} {unit}"
-    return f"{format_digits(seconds)} s"
-
-
-def format_digits(value: float) -> str:
-    """Return three digits, or all before the point; two for what is very small."""
-    if value < 0.1:
-        return f"{value:.2g}"
-    return f"{value:.0f}" if value >= 99.95 else f"{value:.1f}" if value >= 9.995 else f"{value:.2f}"
-
-
 # ---- The page and the README
 
 INTRO = """# Benchmarks
@@ -349,8 +333,9 @@ INTRO = """# Benchmarks
 
 `tinyllm bench` compares every operator and the model with PyTorch and torch.compile on your machine, in a quarter of an
 hour (`--quick`: a few minutes). It needs `pip install -e '.[test]'`. `make bench` does so for this page, and
-`make train-bench` compares training itself, in ten minutes. Results are stored by the family of the processor, or by
-the chip; `python -m benchmarks.report --adopt FILE` takes over what another machine has measured with `--out`.
+`make train-bench` compares training itself, in ten minutes, and `make generation-bench` writing, in hours. Results
+are stored by the family of the processor, or by the chip; `python -m benchmarks.report --adopt FILE` takes over what
+another machine has measured with `--out`.
 
 - A result is verified before it is timed: its error against float64 may be at most twice that of eager PyTorch, plus
   two rounding steps. Where one rounding can move the result by much, a ReLU's gradient at 0 or elements that dropout
@@ -375,6 +360,7 @@ KIND_NOTES = {
     "cpu": LINEAR_NOTE,
     "training": """A step is everything: data, forward, backward, clipping, optimizer, bookkeeping. At GPT-2's size,
 where data and bookkeeping are lost in seconds, all have the same short loop and one batch.""",
+    "generation": generation_tables.NOTE,
     "gpu": """Times of operators are as the GPU runs them, those of training steps and launches by the clock on the
 wall. CUDA C++ and Triton are ours, each forced; tinyllm is what the package chooses by itself.""",
 }
@@ -405,7 +391,7 @@ def render_page() -> str:
 def render_headline() -> str:
     """Return the README's table: the headline's rows, and those in which a peer is faster."""
     found: dict[str, dict[str, Any]] = {}
-    for kind in ("cpu", "training"):
+    for kind in ("cpu", "training", "generation"):
         for family, results in stored(kind).items():
             whole = found.setdefault(family, {**results, "rows": []})
             whole["rows"] = [*whole["rows"], *results["rows"]]
@@ -435,8 +421,10 @@ def _headline_table(found: Mapping[str, Results]) -> str:
         f"that one is faster: in {len(slower)} of the {len(slowest)} rows measured. {which} close the table.",
         "B sequences of T tokens, H heads of D columns; a model: width/feed-forward width/layers, V tokens known.",
         LINEAR_NOTE,
-        "",
     ]
+    if any(row["section"] == generation_tables.WRITING for results in found.values() for row in results["rows"]):
+        lines.append("Writing is compared with CTranslate2 and llama.cpp too, with weights as wide as ours or wider.")
+    lines.append("")
     lines += [f"- {family}: {machine_line(results)}; {results['date'][:10]}" for family, results in found.items()]
     return "\n".join(lines)
 

@@ -57,6 +57,7 @@ from . import machine, report
 from .measure import relative_error, statistics_of
 from .peers import HuggingFace, PlainLLM, gpt2_names, torchs_adamw
 from .row import FLOPS, OURS, STEP
+from .tables import format_time
 from .turns import LOG_INTERVAL, HandWritten, LossOf, NextBatch, Rounds, Run, Terminal, Turns, in_turns
 from .work import model_flops
 
@@ -383,7 +384,7 @@ def bench(only: str | None = None, quick: bool = False, out: Path | None = None)
                 else:
                     sections[name] = measure_engine(text, 60 if quick else 600)
             for row in sections[name].rows(name):
-                shown = report.format_time(row["median_s"]) if report.is_measured(row) else row["failed"]
+                shown = format_time(row["median_s"]) if report.is_measured(row) else row["failed"]
                 print(f"  {row['benchmark']:<55} {row['provider']:<20} {shown:>8}", flush=True)
     results = make_results(facts, ceilings, sections)
     print(f"\n{report.render_tables(results)}\n")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import sys
 from typing import Any
 
 import pytest
@@ -86,6 +88,14 @@ def test_every_draw_is_new() -> None:
 def test_other_load_is_a_number_of_cores() -> None:
     load = machine.OtherLoad().cores()
     assert load is None or load >= 0
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc is Linux's")
+def test_a_child_is_not_another_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = sum(os.times()[:4])
+    readings = machine.OtherLoad(os.getpid())._readings()
+    assert readings is not None
+    assert readings[1] == pytest.approx(2 * seconds, rel=0.2, abs=0.2)  # once as itself, once as the child
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import pictures, report
+from benchmarks import pictures, report, tables
 from benchmarks.row import BACKWARD, COMPILED, CUDA, EAGER, FORWARD, OURS, TRITON, Target
 from benchmarks.rows import rows
 from benchmarks.rows.launch import LAUNCH
 from benchmarks.training import SECTIONS
+from benchmarks.writers import PROVIDERS
 from tinyllm.ops.backends import hardware
 
 from .made_up import FACTS, TIMES, a_norm, a_row, measured, results_of
@@ -58,7 +59,7 @@ def test_pictures_are_those_of_the_stored_results() -> None:
 @pytest.mark.parametrize("kind", report.KINDS)
 def test_stored_results_are_whole(kind: str) -> None:
     found = report.stored(kind)
-    assert found or kind == "gpu"
+    assert found or kind in ("generation", "gpu")
     for family, results in found.items():
         assert not results["quick"]
         assert results["commit"]
@@ -68,6 +69,10 @@ def test_stored_results_are_whole(kind: str) -> None:
         if kind == "training":
             assert sections | {"goal"} == set(SECTIONS)  # which the older results have not
             assert all(map(report.is_measured, results["rows"]))
+            continue
+        if kind == "generation":
+            assert {f"{row['provider']}, {row['weights']}" for row in results["rows"]} == set(PROVIDERS)
+            assert {row["threads"] for row in results["rows"]} == {results["machine"]["cores"]}
             continue
         if kind == "gpu":
             assert {row["benchmark"] for row in results["rows"]} == {row.name for row in rows(Target(gpu=True))}
@@ -215,7 +220,7 @@ def test_families_stand_side_by_side_with_each_rows_worst_and_best(house: Path, 
 def test_times_have_three_digits() -> None:
     times = (1.234e-6, 99.96e-6, 0.9994e-3, 0.9996e-3, 12.34e-3, 0.9999, 12.0, 4e-8)
     shown = ["1.23 µs", "100 µs", "999 µs", "1.00 ms", "12.3 ms", "1.00 s", "12.0 s", "0.04 µs"]
-    assert [report.format_time(s) for s in times] == shown
+    assert [tables.format_time(s) for s in times] == shown
 
 
 # ---- Of a GPU
