@@ -231,8 +231,9 @@ def measure(plan: Plan, folder: Path) -> tuple[dict[int, list[dict[str, Any]]], 
                     raise WriterError(f"nothing to compare with; {REFERENCE}: {failed[REFERENCE]}")
                 load_s = {label: worker.loaded["load_s"] for label, worker in workers.items()}
                 for batch, length in plan.cases(model):
-                    bandwidth[threads] = max(bandwidth[threads], reader.ask()["bytes_per_s"])
+                    before = reader.ask()["bytes_per_s"]
                     sides = measure_case(workers, model, batch, length, plan.rounds(batch))
+                    bandwidth[threads] = max(bandwidth[threads], before, reader.ask()["bytes_per_s"])
                     sides |= {label: Side(failed=reason) for label, reason in failed.items()}
                     sides = {label: sides[label] for label in plan.labels}
                     new = rows_of(sides, model, batch, length, threads, load_s)
