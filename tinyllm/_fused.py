@@ -375,7 +375,7 @@ def call_model(model: SimpleLLM, ids: Tensor, target: Tensor | None = None) -> T
 
 
 class DecoderOperands(NamedTuple):
-    """A model as the operators of `tinyllm.ops.decoder` take it: its weights, the rows of its positions, its settings."""
+    """A model as the raw operators decoder_read, decoder_step and decoder_write take it."""
 
     weights: list[Tensor]
     positions: Tensor
@@ -393,7 +393,7 @@ def decoder_operands(model: SimpleLLM) -> DecoderOperands | str:
     if not all(_network_is_plain(block.feed_forward, block.activation, _LINEARS) for block in blocks):
         return "a feed_forward is not two linear layers with an activation"
     table = model.embedding.embedding
-    if _kind(table) == "nn.Embedding" and (cast(nn.Embedding, table).max_norm is not None):
+    if _kind(table) == "nn.Embedding" and table.max_norm is not None:
         return "the embedding has max_norm"
     eps = {eps for block in blocks for eps in (block.norm1.eps, block.norm2.eps)} | ({norm.eps} if norm else set())
     shapes = {(b.norm_first, b.activation, b.attention.num_heads) for b in blocks}
@@ -407,9 +407,9 @@ def decoder_operands(model: SimpleLLM) -> DecoderOperands | str:
     weights = _stored(table)
     for block in layers:
         weights += [tensor for layer in block for tensor in _stored(layer)]
-        weights += [_vector(layer.bias) for layer in block if _has_bias(layer)]
+        weights += [_vector(cast(Tensor, layer.bias)) for layer in block if _has_bias(layer)]
     for layer in ends:
-        weights += _stored(layer) + ([_vector(layer.bias)] if _has_bias(layer) else [])
+        weights += _stored(layer) + ([_vector(cast(Tensor, layer.bias))] if _has_bias(layer) else [])
     matrices = [x for x in weights if x.dim() == 2 and x.dtype not in (torch.float32, torch.bfloat16, torch.uint8)]
     if matrices:
         return f"there is a weight of {matrices[0].dtype}"

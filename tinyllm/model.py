@@ -135,14 +135,17 @@ class SimpleLLM(nn.Module):
         return cls(**config.to_dict())
 
     @classmethod
-    def from_pretrained(cls, path: str | os.PathLike[str], *, device: str | torch.device = "cpu") -> SimpleLLM:
-        """Load a GPT-2 that Hugging Face's `transformers`, or `save_pretrained`, has saved; in eval mode and float32.
+    def from_pretrained(
+        cls, path: str | os.PathLike[str], *, weights: str = "float32", device: str | torch.device = "cpu"
+    ) -> SimpleLLM:
+        """Load a GPT-2 that Hugging Face's `transformers`, or `save_pretrained`, has saved; in eval mode.
 
         Args:
             path: the folder: its config.json of model_type "gpt2" and its weights, model.safetensors, its shards with
                 their index, or, where these are missing, pytorch_model.bin likewise, of which only tensors are read
                 (`torch.load(weights_only=True)`). Or the name of a model on the Hub, if there is no such folder and
                 the package huggingface_hub is installed.
+            weights: how they are stored: "float32", "bf16", "int8" or "int4", see `tinyllm.quantization.quantize`.
             device: where the model is to lie.
 
         Raises:
@@ -150,18 +153,16 @@ class SimpleLLM(nn.Module):
             ValueError: a file is damaged, the config asks for what SimpleLLM does not compute, or weights are missing,
                 too many, of another shape, or not finite; the message names all such options or tensors.
         """
+        from tinyllm._internal.huge_pages import HugePages
         from tinyllm.pretrained import gpt2, hub
-        from tinyllm.pretrained.modules import without_weights
+        from tinyllm.quantization import check_weights, model_of, stored
 
+        check_weights(weights)
         folder = hub.folder_of(path)
         config, _ = gpt2.read_config(folder)
-        weights = gpt2.read_weights(folder, config)
-        with without_weights():
-            model = cls(**config.to_dict())
-        model.load_state_dict(weights, assign=True)
-        if config.tie_embeddings:
-            model.embedding.embedding.weight = model.output.weight
-        return model.to(device).eval()
+        pages = HugePages()
+        state = gpt2.read_weights(folder, config, lambda name, tensor: stored(name, tensor, weights, pages))
+        return model_of(cls, config, state).to(device).eval()
 
     def save_pretrained(self, directory: str | os.PathLike[str], *, tokenizer: Tokenizer | None = None) -> None:
         """Write a GPT-2 that `GPT2LMHeadModel.from_pretrained` of `transformers` loads, and so does `from_pretrained`.

@@ -1,29 +1,52 @@
-"""Models with weights in 16, 8 or 4 bits, for generation: smaller, and faster where reading the weights takes the time."""
+"""Models with weights in 16, 8 or 4 bits, for generation: smaller, and faster where reading the weights takes the time.
+
+In a state_dict a matrix that is stored so has no `weight`, but `data` and, of int8 and int4, `scales`.
+"""
 
 from __future__ import annotations
 
-from typing import Any, cast
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from tinyllm import ops
 from tinyllm._internal.checks import check_choice
-from tinyllm.model import SimpleLLM
+from tinyllm._internal.huge_pages import HugePages
+from tinyllm.config.model import SimpleLLMConfig
 from tinyllm.nn import QuantizedEmbedding, QuantizedLinear
-from tinyllm.ops.quantized_linear import KINDS
+from tinyllm.ops.quantized_linear import KINDS, QuantizedWeight
+from tinyllm.pretrained.modules import without_weights
+
+if TYPE_CHECKING:
+    from tinyllm.model import SimpleLLM
 
 WEIGHTS = ("float32", *KINDS)
 
+_TABLE, _OUTPUT = "embedding.embedding", "output"
+_Model = TypeVar("_Model", bound="SimpleLLM")
 
-def quantize(model: SimpleLLM, weights: str, *, group_size: int = 64) -> SimpleLLM:
+
+def check_weights(weights: str) -> None:
+    """Raise ValueError if there is no such way to store weights."""
+    check_choice("weights", weights, WEIGHTS)
+
+
+def _kind(layer: str, weights: str) -> str:
+    """Return how a layer's weight is stored: with 4 bits in all others, the embedding and the output have 8. A logit is
+    a single sum over a row of the latter, whose errors no other layer evens out."""
+    return "int8" if weights == "int4" and layer in (_TABLE, _OUTPUT) else weights
+
+
+def quantize(model: _Model, weights: str, *, group_size: int = 64) -> _Model:
     """Store the weights of a model's embedding and linear layers in fewer bits, in place.
 
-    With "int4" the embedding and the output are stored in 8 bits: few tokens see much of the former, and each logit is
-    a sum over the latter. Norms, biases and positions stay as they are. Weights that are tied stay so. What is
-    quantised is not trained any more.
+    With "int4" the embedding and the output are stored in 8 bits. Norms, biases and positions stay as they are. Weights
+    that are tied stay so. What is quantised is not trained any more.
 
     Args:
-        model: any SimpleLLM whose linear layers and embedding have not been replaced.
+        model: any SimpleLLM whose linear layers and embedding are PyTorch's own.
         weights: "bf16", "int8" or "int4"; "float32" leaves the model as it is.
         group_size: see `ops.quantize_weight`.
 
@@ -31,28 +54,84 @@ def quantize(model: SimpleLLM, weights: str, *, group_size: int = 64) -> SimpleL
         model.
 
     Raises:
-        ValueError: another name, a group_size that does not fit, or a layer that is none of PyTorch's own.
+        ValueError: another name, a group_size that does not fit, or layers that have been replaced.
     """
-    check_choice("weights", weights, WEIGHTS)
+    check_weights(weights)
     if weights == "float32":
         return model
-    at_ends = "int8" if weights == "int4" else weights
-    table = model.embedding.embedding
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    others = [
-        name
-        for name, module in (*layers.items(), ("embedding", table))
-        if type(module) not in (nn.Linear, nn.Embedding)
-    ]
-    if others or not isinstance(table, nn.Embedding) or "output" not in layers:
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Embedding))}
+    others = [name for name, module in layers.items() if type(module) not in (nn.Linear, nn.Embedding)]
+    if others or not {_TABLE, _OUTPUT} <= layers.keys():
         raise ValueError(f"model has layers that are not PyTorch's own: {', '.join(others) or 'embedding or output'}")
-    tied = table.weight is model.output.weight
+    done: dict[int, QuantizedWeight] = {}  # by the weight, which several layers may share
     for name, layer in layers.items():
-        kind = at_ends if name == "output" else weights
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, QuantizedLinear.from_linear(layer, kind, group_size=group_size))
-    shared = (
-        cast(Any, model.output).weight if tied else ops.quantize_weight(table.weight, at_ends, group_size=group_size)
-    )
-    cast(Any, model.embedding).embedding = QuantizedEmbedding(shared)
+        key = id(layer.weight)
+        if key not in done:
+            done[key] = ops.quantize_weight(layer.weight, _kind(name, weights), group_size=group_size)
+        _replace(model, name, done[key], cast("nn.Parameter | None", getattr(layer, "bias", None)))
+    return model
+
+
+def _replace(model: SimpleLLM, name: str, weight: QuantizedWeight, bias: nn.Parameter | None) -> None:
+    parent, _, child = name.rpartition(".")
+    made = QuantizedEmbedding(weight) if name == _TABLE else QuantizedLinear(weight, bias)
+    setattr(model.get_submodule(parent), child, made)
+
+
+def stored(name: str, tensor: Tensor, weights: str, pages: HugePages) -> dict[str, Tensor]:
+    """Return copies of what a state_dict holds for a parameter whose model stores its weights so."""
+    layer, _, kind = name.rpartition(".")
+    if weights == "float32" or kind != "weight" or tensor.dim() != 2 or layer == "positional_encoding":
+        return {name: pages.copy(tensor, torch.float32)}
+    quantized = ops.quantize_weight(tensor, _kind(layer, weights))
+    tensors = {f"{layer}.data": pages.copy(quantized.data)}
+    return tensors if quantized.scales is None else tensors | {f"{layer}.scales": pages.copy(quantized.scales)}
+
+
+def weights_of(model: SimpleLLM) -> str:
+    """Return how a model's weights are stored: "float32", "bf16", "int8" or "int4"."""
+    kinds = {module.weight.kind for module in model.modules() if isinstance(module, QuantizedLinear)}
+    return "int4" if "int4" in kinds else kinds.pop() if kinds else "float32"
+
+
+def model_of(kind: type[_Model], config: SimpleLLMConfig, state: Mapping[str, Tensor]) -> _Model:
+    """Return a model with the tensors of a state_dict themselves, stored as they are there.
+
+    Args:
+        kind: SimpleLLM, or a subclass.
+        config: what the model is.
+        state: its tensors; those of a tied embedding may be left out.
+
+    Raises:
+        ValueError: data and scales that are not of one weight.
+        RuntimeError: the tensors are not those of the config, as `load_state_dict` says it.
+    """
+    with without_weights():
+        model = kind(**config.to_dict())
+    state = dict(state)
+    names = ("weight", "data", "scales")
+    if config.tie_embeddings:
+        for name in names:
+            if f"{_OUTPUT}.{name}" in state:
+                state.setdefault(f"{_TABLE}.{name}", state[f"{_OUTPUT}.{name}"])
+    for key in [key for key in state if key.endswith(".data")]:
+        layer = key.removesuffix(".data")
+        try:
+            old = model.get_submodule(layer)
+        except AttributeError:
+            continue  # load_state_dict will say that it is unknown
+        if isinstance(old, (nn.Linear, nn.Embedding)):
+            in_features = old.in_features if isinstance(old, nn.Linear) else old.embedding_dim
+            try:
+                weight = QuantizedWeight(state[key], state.get(f"{layer}.scales"), in_features)
+            except ValueError as error:
+                raise ValueError(f"{layer}: {error}") from error
+            _replace(model, layer, weight, cast("nn.Parameter | None", getattr(old, "bias", None)))
+    model.load_state_dict(state, assign=True)
+    if config.tie_embeddings:
+        table, output = cast(Any, model.embedding.embedding), cast(Any, model.output)
+        if isinstance(output, QuantizedLinear):
+            table.data, table.scales = output.data, output.scales
+        else:
+            table.weight = output.weight
     return model

@@ -37,7 +37,8 @@ struct Request {
 // The program of Phases.
 class Writing {
  public:
-  Writing(Decoder& d, const Request& request) : d_(d), request_(request), table_(kernels()) {
+  Writing(Decoder& d, const Request& request, int64_t threads)
+      : d_(d), request_(request), table_(kernels()), threads_(threads) {
     const int64_t most = *std::max_element(d.lengths.begin(), d.lengths.end()) + request.steps;
     max_ranges_ = std::max<int64_t>(1, divide_up(most, kRangeKeys));
     const int64_t vector = table_.vector[DType::f32];
@@ -55,12 +56,12 @@ class Writing {
   void run(int64_t item) {
     if (part_ == Part::attention) return attend(item);
     if (part_ == Part::draw) return draw_token(item);
-    for (const Chunked& c : products_) {
-      if (item < c.chunks) {
-        const int64_t end = std::min(c.product.weight.outputs, (item + 1) * c.grain);
-        return table_.weight_product[static_cast<int>(c.product.weight.kind)](c.product, item * c.grain, end);
-      }
-      item -= c.chunks;
+    int64_t begin = cuts_[static_cast<size_t>(item)], end = cuts_[static_cast<size_t>(item + 1)];
+    for (const WeightProduct& p : products_) {  // the part of each
+      const int64_t outputs = p.weight.outputs, last = std::min(end, outputs);
+      if (begin < last) table_.weight_product[static_cast<int>(p.weight.kind)](p, std::max<int64_t>(begin, 0), last);
+      begin -= outputs;
+      end -= outputs;
     }
   }
 
@@ -96,10 +97,6 @@ class Writing {
  private:
   static constexpr int64_t kRangeKeys = 512;
   enum class Part { qkv, attention, projection, first, second, logits, draw };
-  struct Chunked {
-    WeightProduct product;
-    int64_t grain, chunks;
-  };
 
   size_t layout(char* base) {
     Arena arena(base);
@@ -148,7 +145,6 @@ class Writing {
   void begin(Part part, Activations& forms, const float* from, int64_t inputs) {
     part_ = part;
     products_.clear();
-    items_ = 0;
     forms.inputs = inputs;
     forms.data = from;
     forms.row = inputs;
@@ -156,11 +152,22 @@ class Writing {
   }
   WeightProduct& add(const Affine<Operand>& w, const Activations& forms, float* out) {
     const Weight& weight = w.weight.matrix;
-    const int64_t grain = product_grain(weight), chunks = divide_up(weight.outputs, grain);
-    products_.push_back(
-        {{.weight = weight, .x = &forms, .bias = w.bias.vector, .out = out, .out_row = weight.outputs}, grain, chunks});
-    items_ += chunks;
-    return products_.back().product;
+    products_.push_back({.weight = weight, .x = &forms, .bias = w.bias.vector, .out = out, .out_row = weight.outputs});
+    return products_.back();
+  }
+  // Divides the outputs of the phase's products, one behind the other: most of them into one part for each thread,
+  // which a prefetcher can follow for long, then the rest into small parts for whoever is done first.
+  void divide() {
+    constexpr int64_t line = 16;  // outputs of a cache line
+    int64_t outputs = 0;
+    for (const WeightProduct& p : products_) outputs += p.weight.outputs;
+    const int64_t large = threads_ == 1 ? outputs : outputs * 3 / (4 * threads_) / line * line;
+    const int64_t rest = outputs - large * threads_;
+    const int64_t small = std::max(line, divide_up(rest, 4 * threads_ * line) * line);
+    cuts_.assign(1, 0);
+    for (int64_t t = 0; t < threads_ && large > 0; ++t) cuts_.push_back(cuts_.back() + large);
+    while (cuts_.back() < outputs) cuts_.push_back(std::min(outputs, cuts_.back() + small));
+    items_ = static_cast<int64_t>(cuts_.size()) - 1;
   }
 
   void begin_layer(int64_t layer) {
@@ -173,7 +180,7 @@ class Writing {
       }
       begin(Part::logits, wide_, features, d_.sizes.width);
       add({d_.output, d_.output_bias}, wide_, logits_);
-      return;
+      return divide();
     }
     const float* from = x_;
     if (d_.sizes.norm_first) {
@@ -189,6 +196,7 @@ class Writing {
       p.positions = d_.lengths.data();
       p.head_dim = d_.head_dim();
     }
+    divide();
   }
 
   void begin_attention() {
@@ -228,18 +236,21 @@ class Writing {
     }
     begin(Part::projection, wide_, attended_, d_.sizes.width);
     add(block().out_proj, wide_, x_).residual = x_;
+    divide();
   }
 
   void begin_feed_forward() {
     normalize(d_.sizes.norm_first ? block().norm2 : block().norm1, x_, normed_);
     begin(Part::first, wide_, normed_, d_.sizes.width);
     add(block().linear1, wide_, hidden_).activation = d_.sizes.activation;
+    divide();
   }
   void begin_second() {
     begin(Part::second, deep_, hidden_, block().linear2.weight.matrix.inputs);
     // A post-norm block adds to what it has normalised, a pre-norm block to the sum before.
     WeightProduct& p = add(block().linear2, deep_, d_.sizes.norm_first ? x_ : sum_);
     p.residual = d_.sizes.norm_first ? x_ : normed_;
+    divide();
   }
 
   void draw_token(int64_t b) {
@@ -282,10 +293,12 @@ class Writing {
   Decoder& d_;
   const Request& request_;
   const Kernels& table_;
+  const int64_t threads_;
   Part part_ = Part::qkv;
   int64_t layer_ = 0, step_ = 0, items_ = 0;
   int64_t max_ranges_, partial_row_;
-  std::vector<Chunked> products_;
+  std::vector<WeightProduct> products_;
+  std::vector<int64_t> cuts_;  // where the parts of a phase begin
   Attention attention_{};
   std::vector<char> stopped_;  // not bool, whose elements share bytes
   std::vector<int64_t> key_lengths_;
@@ -304,10 +317,11 @@ int64_t bytes_of(const Decoder& d) {
 }
 
 void run(Decoder& d, const Request& request) {
-  Writing program(d, request);
   // A thread for each part of the weights that takes longer to read than the thread to wake.
   constexpr int64_t bytes_per_thread = 65536;
-  Phases(program, std::min<int64_t>(torch::stable::get_num_threads(), 1 + bytes_of(d) / bytes_per_thread));
+  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), 1 + bytes_of(d) / bytes_per_thread);
+  Writing program(d, request, threads);
+  Phases(program, threads);
 }
 
 Draw settings_of(const char* op, double temperature, int64_t top_k, double top_p, double min_p,

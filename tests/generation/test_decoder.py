@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from tests.generation.models import VOCAB, Scripted, small_model
 from tests.helpers.needs import needs_extension
-from tinyllm.generation import Cached, Decoder, Recompute, decoder, generate, make_decoder
-from tinyllm.generation.engine import Engine
+from tinyllm.generation import Cached, Decoder, Engine, Recompute, choice, generate, make_decoder
 from tinyllm.model import SimpleLLM
 from tinyllm.ops.backends import cpp
 
@@ -269,14 +268,14 @@ def test_only_the_last_logits_are_computed() -> None:
 
 
 def test_a_model_that_is_not_causal_is_recomputed_which_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decoder, "_has_warned", False)
+    monkeypatch.setattr(choice, "_has_warned", False)
     model = small_model(causal=False)
     with pytest.warns(UserWarning, match="the model is not causal"):
         texts = greedy(model, PROMPTS, 8)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert texts == [greedy(model, [prompt], 8)[0] for prompt in PROMPTS]
-        monkeypatch.setattr(decoder, "_has_warned", False)
+        monkeypatch.setattr(choice, "_has_warned", False)
         generate(small_model(), [1], 2)
         generate(Scripted([1, 2], 5), [1], 2)  # type: ignore[arg-type]
     text = PROMPTS[0]

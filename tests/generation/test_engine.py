@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from tests.generation.models import VOCAB, small_model
 from tests.helpers.needs import needs_extension
 from tinyllm import ops
-from tinyllm.generation import Cached, Sampling, draw, generate
-from tinyllm.generation.engine import Engine
+from tinyllm.generation import Cached, Engine, Sampling, draw, generate
 from tinyllm.model import SimpleLLM
 from tinyllm.nn import QuantizedEmbedding, QuantizedLinear
 from tinyllm.quantization import quantize
@@ -241,5 +240,5 @@ def test_the_operators_check_their_arguments() -> None:
     counts = torch.tensor([3])
     with pytest.raises((RuntimeError, ValueError), match="a count is 3"):
         raw.decoder_read(torch.tensor([[1, 2]]), counts, weights, positions, cache, zero, *settings)
-    with pytest.raises((RuntimeError, ValueError), match="top_p 0, .* out of range"):
+    with pytest.raises((RuntimeError, ValueError), match=r"top_p 0, .* out of range"):
         raw.decoder_write(ids, torch.zeros(1, 2, dtype=torch.float64), *good[1:], 1.0, 0, 0.0, 0.0, 1.0, -1, None, [])

@@ -203,7 +203,7 @@ def test_what_does_not_fit_is_refused() -> None:
     assert stored.scales is not None
     with pytest.raises(ValueError, match=r"data is torch.uint8 \(5, 128\)"):
         QuantizedWeight(stored.data, None, 70)
-    with pytest.raises(ValueError, match="scales are torch.float32"):
+    with pytest.raises(ValueError, match=r"scales are torch\.float32"):
         QuantizedWeight(stored.data, stored.scales.float(), 70)
     with pytest.raises(ValueError, match=r"data is torch.uint8 \(5, 128\)"):
         QuantizedWeight(stored.data, stored.scales, 300)

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from tinyllm.cli import bench, check, estimate, evaluate, generate, info, plot, prepare, runs, train
+from tinyllm.cli import bench, check, estimate, evaluate, generate, info, plot, prepare, quantize, runs, train
 from tinyllm.cli._app import app
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "info",
     "plot",
     "prepare",
+    "quantize",
     "runs",
     "train",
 ]

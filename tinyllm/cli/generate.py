@@ -68,6 +68,13 @@ def generate(
         typer.Option(metavar="TEXT", help="End where this text would come; may be given several times."),
     ] = None,
     seed: Annotated[int | None, typer.Option(help="The same seed writes the same text. Default: a new one.")] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            metavar="float32|bf16|int8|int4",
+            help="Store the weights in fewer bits: faster, and less exact. Default: as they are there.",
+        ),
+    ] = None,
     checkpoint: Checkpoint = "last",
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto: a GPU if there is one.")] = "auto",
 ) -> None:
@@ -90,7 +97,7 @@ def generate(
             raise ValueError(f"seed is {seed}; it must be at least 0, and at most 2**63 - num_samples")
         if seed is None:  # torch's own default is the same in every process
             seed = secrets.randbits(32)
-        model, tokenizer, _ = load_run(run, choose_device(device), checkpoint=which(checkpoint))
+        model, tokenizer, _ = load_run(run, choose_device(device), checkpoint=which(checkpoint), weights=weights)
         ids = encode_prompt(tokenizer, text)
         # For all samples, which read the same prompt: it is computed once.
         with warnings_in_one_line():

@@ -10,7 +10,9 @@
 
 from __future__ import annotations
 
-from tinyllm.generation.decoder import Cached, Decoder, Recompute, make_decoder
+from tinyllm.generation.choice import make_decoder
+from tinyllm.generation.decoder import Cached, Decoder, Recompute
+from tinyllm.generation.engine import Engine
 from tinyllm.generation.sampling import Sampling, draw
 from tinyllm.generation.text import TextStream, encode_prompt, generate_text, stream_text
 from tinyllm.generation.tokens import TokenStream, generate, iter_tokens
@@ -18,6 +20,7 @@ from tinyllm.generation.tokens import TokenStream, generate, iter_tokens
 __all__ = [
     "Cached",
     "Decoder",
+    "Engine",
     "Recompute",
     "Sampling",
     "TextStream",

@@ -105,7 +105,9 @@ class Engine:
         rows = checked_rows(self.batch_size, prompts, rows)
         texts = [prompt.tolist() for prompt in prompts]
         capacity = self._cache.size(-2)
-        few, many, logits = [], [], {}
+        few: list[tuple[int, list[int]]] = []
+        many: list[tuple[int, list[int]]] = []
+        logits: dict[int, Tensor] = {}
         for row, text in zip(rows, texts, strict=True):
             if len(text) > capacity:
                 raise ValueError(f"the prompt for row {row} has {len(text)} tokens; a row holds {capacity}")
@@ -203,11 +205,11 @@ def _neighbours(
     longest = 0
     for row, text in sorted(texts, key=lambda own: own[0]):
         new = len(text) - len(held[row])
-        if groups and groups[-1][0] + len(groups[-1][1]) == row:
-            if max(longest, new) * (len(groups[-1][1]) + 1) <= chunk:
-                groups[-1][1].append(text)
-                longest = max(longest, new)
-                continue
-        groups.append((row, [text]))
-        longest = new
+        follows = bool(groups) and groups[-1][0] + len(groups[-1][1]) == row
+        if follows and max(longest, new) * (len(groups[-1][1]) + 1) <= chunk:
+            groups[-1][1].append(text)
+            longest = max(longest, new)
+        else:
+            groups.append((row, [text]))
+            longest = new
     return groups

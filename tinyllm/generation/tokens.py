@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from tinyllm._internal.checks import check_choice, check_int
-from tinyllm.generation.decoder import Decoder, make_decoder
+from tinyllm.generation.choice import make_decoder
+from tinyllm.generation.decoder import Decoder
 from tinyllm.generation.engine import Engine
 from tinyllm.generation.sampling import Sampling, draw
 from tinyllm.model import SimpleLLM

@@ -183,9 +183,9 @@ def quantized_linear(
         if tensor is not None and tuple(tensor.shape) != shape:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}; {shape} is needed")
     dtype = autocast_dtype(input) or input.dtype
-    if input.dtype != torch.float64:
-        input, bias, residual = (None if x is None else x.float() for x in (input, bias, residual))
-    assert input is not None
+    compute = torch.promote_types(input.dtype, torch.float32)
+    input = input.to(compute)
+    bias, residual = (None if x is None else x.to(compute) for x in (bias, residual))
     if choose(_LINEAR, input, bias, residual) != "reference":
         out: Tensor = torch.ops.tinyllm.quantized_linear(input, weight.data, weight.scales, bias, residual, activation)
         return out.to(dtype)

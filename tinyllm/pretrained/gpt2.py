@@ -175,10 +175,16 @@ def read_config(folder: Path) -> tuple[SimpleLLMConfig, dict[str, Any]]:
     return config, values
 
 
-def read_weights(folder: Path, config: SimpleLLMConfig) -> dict[str, Tensor]:
-    """Read a GPT-2's weights as the state_dict of a SimpleLLM of that config, in float32; tied ones are one tensor.
+def read_weights(
+    folder: Path, config: SimpleLLMConfig, store: Callable[[str, Tensor], Mapping[str, Tensor]]
+) -> dict[str, Tensor]:
+    """Read a GPT-2's weights as the state_dict of a SimpleLLM of that config; tied ones are the output's alone.
 
     Of safetensors one tensor at a time is in memory besides what is returned; of pickles all may be.
+
+    Args:
+        store: returns what the state_dict is to hold for a parameter, by its name and its tensor as it is in the file,
+            which has to be copied.
 
     Raises:
         FileNotFoundError: there are no weights, or a shard is missing.
@@ -212,13 +218,14 @@ def read_weights(folder: Path, config: SimpleLLMConfig) -> dict[str, Tensor]:
             problems.append(f"{name} has dtype {tensor.dtype}; a floating one of 16 to 64 bits is needed")
         else:
             found = _to_ours(tensor, part)
-            state |= found
             wrong = [value for value in map(not_finite, found.values()) if value is not None]
             problems += [f"{name} holds {wrong[0]}"] if wrong else []
-    if config.tie_embeddings and _EMBEDDING in state:
-        state[_OUTPUT] = state[_EMBEDDING]
-        if copy is not None and not torch.equal(_own(stored[copy].read()), state[_OUTPUT]):
-            problems.append(f"{copy} is not the embedding's, though tie_word_embeddings says so")
+            if config.tie_embeddings and _EMBEDDING in found:
+                if copy is not None and not torch.equal(stored[copy].read(), found[_EMBEDDING]):
+                    problems.append(f"{copy} is not the embedding's, though tie_word_embeddings says so")
+                found[_OUTPUT] = found.pop(_EMBEDDING)
+            for parameter, value in found.items() if not problems else ():
+                state |= store(parameter, value)
     buffers = {f"h.{index}.{name}" for index in range(config.num_layers) for name in _BUFFERS}
     unknown = [name for short, name in names.items() if short not in buffers]
     for what, those in (("missing", missing), ("not of this model", unknown), ("there twice", doubled)):
@@ -232,12 +239,7 @@ def _to_ours(tensor: Tensor, part: Part) -> dict[str, Tensor]:
     pieces = tensor.chunk(len(part.parameters), dim=-1)
     if part.transposed:  # each contiguous first, as torch transposes such matrices faster
         pieces = tuple(piece.contiguous().t() for piece in pieces)
-    return {name: _own(piece) for name, piece in zip(part.parameters, pieces, strict=True)}
-
-
-def _own(tensor: Tensor) -> Tensor:
-    """Return a contiguous copy in float32, which no file lies under."""
-    return torch.empty(tensor.shape, dtype=torch.float32).copy_(tensor)
+    return dict(zip(part.parameters, pieces, strict=True))
 
 
 def _read_json(path: Path) -> dict[str, Any]:

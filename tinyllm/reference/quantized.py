@@ -6,9 +6,9 @@ A weight (out_features, in_features) of kind
     int8    consists of groups along in_features with a scale each: w = scale * q, q in -128 .. 127;
     int4    likewise with q in -8 .. 7.
 
-Quantised rows are padded with zeros to blocks of 64 columns. int8 stores q + 128 in a byte, (out_features, padded). int4
-stores q + 8 in half a byte, (out_features, padded / 2): byte j of the 32 of a block has q of column j in its lower half
-and that of column j + 32 in its upper half. Scales are bfloat16, (out_features, padded / group_size).
+Quantised rows are padded with zeros to blocks of 64 columns. int8 stores q + 128 in a byte, (out_features, padded).
+int4 stores q + 8 in half a byte, (out_features, padded / 2): byte j of the 32 of a block has q of column j in its lower
+half and that of column j + 32 in its upper half. Scales are bfloat16, (out_features, padded / group_size).
 """
 
 from __future__ import annotations
