@@ -91,12 +91,12 @@ void define_operators(Library& m) {
   // A token for each row of logits (B, V): see cpu/draw.cpp.
   m.def(
       "draw_tokens(Tensor logits, Tensor uniforms, float temperature, int top_k, float top_p, float min_p,"
-      " float repetition_penalty, int suppress_id, Tensor? seen) -> (Tensor tokens, Tensor log_probs)");
+      " float repetition_penalty, int suppress_id, int ids_below, Tensor? seen) -> (Tensor tokens, Tensor log_probs)");
   // Generation with a cache of keys and values (layers, 2, B, H, length, head_dim); cpu/decoder.cpp says what weights
-  // lists. Sequence b has read lengths[b] tokens. decoder_read reads counts[b] of ids (B, T) more, decoder_step one, ids
-  // (B); both return the logits (B, V) of what follows. decoder_write reads ids (B), then draws and reads tokens until
-  // it has drawn as many as there are columns of uniforms; tokens are -1 behind the one with which the last sequence
-  // came to a stop id.
+  // lists. Sequence b has read lengths[b] tokens. decoder_read reads counts[b] of ids (B, T) more, decoder_step one,
+  // ids (B); both return the logits (B, V) of what follows. decoder_write reads ids (B), then draws and reads tokens
+  // until it has drawn as many as there are columns of uniforms; tokens are -1 behind the one with which the last
+  // sequence came to a stop id.
   m.def(
       "decoder_read(Tensor ids, Tensor counts, Tensor[] weights, Tensor positions, Tensor(a!) cache, Tensor lengths,"
       " int num_layers, int num_heads, bool norm_first, str activation, float eps) -> Tensor");
@@ -106,7 +106,8 @@ void define_operators(Library& m) {
   m.def(
       "decoder_write(Tensor ids, Tensor uniforms, Tensor[] weights, Tensor positions, Tensor(a!) cache, Tensor lengths,"
       " int num_layers, int num_heads, bool norm_first, str activation, float eps, float temperature, int top_k,"
-      " float top_p, float min_p, float repetition_penalty, int suppress_id, Tensor(b!)? seen, int[] stop_ids)"
+      " float top_p, float min_p, float repetition_penalty, int suppress_id, int ids_below, Tensor(b!)? seen, int[] "
+      "stop_ids)"
       " -> (Tensor tokens, Tensor log_probs)");
   // The Euclidean norm of all tensors together, in the compute dtype.
   m.def("adamw_norm(Tensor[] tensors) -> Tensor");

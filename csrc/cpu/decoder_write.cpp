@@ -325,11 +325,12 @@ void run(Decoder& d, const Request& request) {
 }
 
 Draw settings_of(const char* op, double temperature, int64_t top_k, double top_p, double min_p,
-                 double repetition_penalty, int64_t suppress_id, int64_t classes) {
+                 double repetition_penalty, int64_t suppress_id, int64_t ids_below, int64_t classes) {
   if (!(temperature >= 0) || !(top_p > 0 && top_p <= 1) || !(min_p >= 0 && min_p < 1) || !(repetition_penalty > 0) ||
-      top_k < 0 || suppress_id < -1 || suppress_id >= classes)
+      top_k < 0 || suppress_id < -1 || suppress_id >= classes || ids_below < 1 || ids_below > classes)
     fail(op, ": temperature ", temperature, ", top_k ", top_k, ", top_p ", top_p, ", min_p ", min_p,
-         ", repetition_penalty ", repetition_penalty, " or suppress_id ", suppress_id, " is out of range");
+         ", repetition_penalty ", repetition_penalty, ", suppress_id ", suppress_id, " or ids_below ", ids_below,
+         " is out of range");
   Draw settings{};
   settings.classes = classes;
   settings.temperature = temperature;
@@ -338,6 +339,7 @@ Draw settings_of(const char* op, double temperature, int64_t top_k, double top_p
   settings.min_p = min_p;
   settings.repetition_penalty = repetition_penalty;
   settings.suppress_id = suppress_id;
+  settings.ids_below = ids_below;
   settings.wants_log_prob = true;
   return settings;
 }
@@ -362,7 +364,8 @@ std::tuple<Tensor, Tensor> decoder_write(Tensor ids, Tensor uniforms, std::vecto
                                          Tensor cache, Tensor lengths, int64_t num_layers, int64_t num_heads,
                                          bool norm_first, std::string activation, double eps, double temperature,
                                          int64_t top_k, double top_p, double min_p, double repetition_penalty,
-                                         int64_t suppress_id, OptionalTensor seen, std::vector<int64_t> stop_ids) {
+                                         int64_t suppress_id, int64_t ids_below, OptionalTensor seen,
+                                         std::vector<int64_t> stop_ids) {
   const char* op = "decoder_write";
   if (ids.dim() != 1 || ids.size(0) < 1) fail(op, ": ids has shape ", shape_of(ids), "; (B) is needed");
   if (uniforms.dim() != 2 || uniforms.size(1) < 1)
@@ -377,7 +380,8 @@ std::tuple<Tensor, Tensor> decoder_write(Tensor ids, Tensor uniforms, std::vecto
   request.ids = static_cast<const int64_t*>(data_of(first));
   request.uniforms = static_cast<const double*>(data_of(numbers));
   request.steps = steps;
-  request.settings = settings_of(op, temperature, top_k, top_p, min_p, repetition_penalty, suppress_id, d.classes);
+  request.settings =
+      settings_of(op, temperature, top_k, top_p, min_p, repetition_penalty, suppress_id, ids_below, d.classes);
   request.seen = repetition_penalty == 1 ? nullptr : seen_of(op, seen, batch, d.classes);
   request.stop_ids = std::move(stop_ids);
   request.tokens = static_cast<int64_t*>(data_of(tokens));
@@ -409,14 +413,15 @@ Tensor decoder_step(Tensor ids, std::vector<Tensor> weights, Tensor positions, T
 }
 
 std::tuple<Tensor, Tensor> draw_tokens(Tensor logits, Tensor uniforms, double temperature, int64_t top_k, double top_p,
-                                       double min_p, double repetition_penalty, int64_t suppress_id,
+                                       double min_p, double repetition_penalty, int64_t suppress_id, int64_t ids_below,
                                        OptionalTensor seen) {
   const char* op = "draw_tokens";
   if (logits.dim() != 2) fail(op, ": logits has shape ", shape_of(logits), "; (B, V) is needed");
   const int64_t batch = logits.size(0), classes = logits.size(1);
   const Tensor rows = on_cpu(op, "logits", logits, ScalarType::Float, {batch, classes});
   const Tensor numbers = on_cpu(op, "uniforms", uniforms, ScalarType::Double, {batch});
-  const Draw settings = settings_of(op, temperature, top_k, top_p, min_p, repetition_penalty, suppress_id, classes);
+  const Draw settings =
+      settings_of(op, temperature, top_k, top_p, min_p, repetition_penalty, suppress_id, ids_below, classes);
   const bool* marks = repetition_penalty == 1 ? nullptr : seen_of(op, seen, batch, classes);
   const Tensor tokens = empty({batch}, ScalarType::Long), log_probs = empty({batch}, ScalarType::Float);
   const Scratch scratch(static_cast<size_t>(batch * classes) * sizeof(float));

@@ -32,7 +32,7 @@ float largest(const float* x, int64_t n) {
 
 void draw(Draw& d) {
   constexpr float inf = std::numeric_limits<float>::infinity();
-  const int64_t n = d.classes;
+  int64_t n = d.classes;
   float* const x = d.scores;
   d.token = -1;
   float most = largest(d.logits, n);
@@ -47,6 +47,7 @@ void draw(Draw& d) {
     d.token = token;
     if (d.wants_log_prob) d.log_prob = static_cast<float>(static_cast<double>(d.logits[token] - most) - log_sum);
   };
+  n = d.ids_below;
   if (d.seen != nullptr) {
     const float penalty = static_cast<float>(d.repetition_penalty);
     for (int64_t i = 0; i < n; ++i)

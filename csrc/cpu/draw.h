@@ -11,6 +11,7 @@ struct Draw {
   int64_t top_k;       // 0: all
   double top_p, min_p, repetition_penalty;
   int64_t suppress_id;  // -1: none
+  int64_t ids_below;    // only these are drawn; at least 1, at most classes
   const bool* seen;     // (classes): the tokens that repetition_penalty applies to; null: none
   double uniform;       // in [0, 1): selects the token
   float* scores;        // memory for `classes` floats

@@ -27,7 +27,7 @@ from tinyllm._internal import words
 from tinyllm.config.model import SimpleLLMConfig
 from tinyllm.config.saved import read_config, save_config
 from tinyllm.evaluation import evaluate_texts
-from tinyllm.generation import Cached, decoder, generate, stream_text
+from tinyllm.generation import TokenStream, choice, generate, stream_text
 from tinyllm.model import SimpleLLM
 from tinyllm.runs.folder import best_step
 from tinyllm.runs.load import save_model
@@ -294,7 +294,7 @@ def test_what_is_drawn_and_where_it_stops(run: Path, here: Here, tmp_path: Path)
 def test_a_model_that_is_not_causal_is_said_in_one_line(
     run: Path, here: Here, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(decoder, "_has_warned", False)
+    monkeypatch.setattr(choice, "_has_warned", False)
     path = run / "config.json"
     config = json.loads(path.read_text())
     config["model"]["causal"] = False
@@ -309,17 +309,17 @@ def test_ctrl_c_leaves_the_text_that_is_there(
     run: Path, here: Here, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = here(*WRITE, "--prompt", "the fox", cwd=tmp_path)[1]
-    step, calls = Cached.step, 0
+    following, calls = TokenStream.__next__, 0
 
-    def interrupted(made: Cached, tokens: torch.Tensor) -> torch.Tensor:
+    def interrupted(stream: TokenStream) -> Any:
         nonlocal calls
         calls += 1
-        if calls == 3:
+        if calls == 4:
             raise KeyboardInterrupt
-        return step(made, tokens)
+        return following(stream)
 
     before = signal.getsignal(signal.SIGINT)
-    monkeypatch.setattr(Cached, "step", interrupted)
+    monkeypatch.setattr(TokenStream, "__next__", interrupted)
     status, out, err = here(*WRITE, "--prompt", "the fox", "--num-samples", 2)
     signal.signal(signal.SIGINT, before)
     assert (status, err) == (130, "tinyllm: interrupted\n")
@@ -522,3 +522,53 @@ def test_the_training_that_led_to_a_single_validation_is_seen(tmp_path: Path, mo
     low, high = figures[0].axes[0].get_ylim()
     assert low < 2 + 8 / 40  # where the training ends
     assert high > 3
+
+
+@pytest.mark.parametrize("weights", ["bf16", "int8", "int4"])
+def test_a_quantised_run_writes(run: Path, here: Here, tmp_path: Path, weights: str) -> None:
+    out = tmp_path / weights
+    (tmp_path / "held.txt").write_text(TEXT * 3)
+    held_out = ["--data", tmp_path / "held.txt"]
+    status, shown, err = here("quantize", "--run", run, "--weights", weights, "--out", out, *held_out)
+    assert (status, err) == (0, "")
+    found = re.fullmatch(r"perplexity  ([\d.]+) before, ([\d.]+) after: [-+][\d.]+ %\nweights .*\n", shown)
+    assert found is not None
+    assert float(found[2]) <= float(found[1]) * (1.03 if weights == "int4" else 1.001)
+    assert {path.name for path in out.iterdir()} == {"config.json", "model.safetensors", "tokenizer.json"}
+    by_file = here(*WRITE, "--prompt", "the fox", "--run", out)
+    by_option = here(*WRITE, "--prompt", "the fox", "--weights", weights)
+    assert by_file[0] == by_option[0] == 0
+    assert by_file[1] == by_option[1]
+    again = here("quantize", "--run", run, "--weights", weights, "--out", out)
+    assert again[0] == 2
+    assert "is not empty" in again[2]
+    other = "int8" if weights == "int4" else "int4"
+    status, _, err = here(*WRITE, "--prompt", "the fox", "--run", out, "--weights", other)
+    assert status == 2
+    assert f"weights is {other!r}; {out} has them as {weights!r} already" in err
+
+
+def test_a_quantised_run_that_is_damaged(run: Path, here: Here, tmp_path: Path) -> None:
+    out = tmp_path / "small"
+    assert here("quantize", "--run", run, "--weights", "int8", "--out", out)[0] == 0
+    config = json.loads((out / "config.json").read_text())
+    for change, reason in (
+        ({"weights": "int4"}, "are stored as 'int8'; its config.json says 'int4'"),
+        ({"model": config["model"] | {"embedding_dim": 2 * config["model"]["embedding_dim"]}}, "are not those of its"),
+        ({"model": config["model"] | {"num_layers": 5}}, "are not those of its config.json"),
+    ):
+        (out / "config.json").write_text(json.dumps(config | change))
+        status, _, err = here(*WRITE, "--prompt", "the fox", "--run", out)
+        assert status == 2
+        assert reason in err
+    (out / "config.json").write_text(json.dumps(config))
+    whole = (out / "model.safetensors").read_bytes()
+    (out / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    status, _, err = here(*WRITE, "--prompt", "the fox", "--run", out)
+    assert status == 2
+    assert "is not a safetensors file, or is truncated" in err
+    for weights in ("float32", "int3"):
+        status, _, err = here("quantize", "--run", run, "--weights", weights, "--out", tmp_path / "none")
+        assert status == 2
+        assert f"weights is {weights!r}; allowed are bf16, int8, int4" in err
+    assert not (tmp_path / "none").exists()

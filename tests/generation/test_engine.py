@@ -121,6 +121,8 @@ def test_a_model_of_bfloat16_is_computed_in_float32() -> None:
         Sampling(0.9, top_k=20, top_p=0.9, min_p=0.02, repetition_penalty=1.4, suppress_id=7),
         Sampling(0.0, repetition_penalty=2.0),
         Sampling(1.0, top_k=150, top_p=0.95),
+        Sampling(1.5, ids_below=20),
+        Sampling(0.0, ids_below=20),
     ],
     ids=str,
 )
@@ -241,4 +243,4 @@ def test_the_operators_check_their_arguments() -> None:
     with pytest.raises((RuntimeError, ValueError), match="a count is 3"):
         raw.decoder_read(torch.tensor([[1, 2]]), counts, weights, positions, cache, zero, *settings)
     with pytest.raises((RuntimeError, ValueError), match=r"top_p 0, .* out of range"):
-        raw.decoder_write(ids, torch.zeros(1, 2, dtype=torch.float64), *good[1:], 1.0, 0, 0.0, 0.0, 1.0, -1, None, [])
+        raw.decoder_write(ids, torch.zeros(1, 2, dtype=torch.float64), *good[1:], 1.0, 0, 0.0, 0.0, 1.0, -1, VOCAB, None, [])

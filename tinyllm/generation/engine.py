@@ -72,6 +72,7 @@ class Engine:
         if cache_dtype not in (None, torch.float32, torch.bfloat16):
             raise ValueError(f"cache_dtype is {cache_dtype}; it must be torch.float32 or torch.bfloat16")
         self._weights, self._positions, self._settings = operands
+        self._classes = config.vocab_size
         self._chunk = check_int("chunk", chunk, 1)
         self._held: list[list[int]] = [[] for _ in range(batch_size)]
         head_dim = config.embedding_dim // config.num_heads
@@ -171,6 +172,7 @@ class Engine:
             0.0 if sampling.min_p is None else sampling.min_p,
             sampling.repetition_penalty,
             -1 if sampling.suppress_id is None else sampling.suppress_id,
+            min(sampling.ids_below or self._classes, self._classes),
         )
         drawn, logprobs = self._call(
             torch.ops.tinyllm.decoder_write,

@@ -24,6 +24,8 @@ class Sampling:
 
     Args:
         suppress_id: never draw this token.
+        ids_below: draw ids below this alone; of a model with more ids than its tokenizer, whose others stand for no
+            text.
         repetition_penalty: above 0. Logits of tokens that the prompt or the text has already are divided by it where
             they are positive and multiplied by it elsewhere: above 1 it discourages them (Keskar et al., 2019, "CTRL").
         temperature: divides the logits: below 1 bolder on likely tokens, above 1 more varied; 0 always takes the
@@ -44,6 +46,7 @@ class Sampling:
     min_p: float | None = None
     repetition_penalty: float = 1.0
     suppress_id: int | None = None
+    ids_below: int | None = None
 
     def __post_init__(self) -> None:
         _check("temperature", self.temperature, "0 or a positive number", lambda x: 0 <= x < math.inf)
@@ -56,6 +59,8 @@ class Sampling:
         _check("repetition_penalty", self.repetition_penalty, "a positive number", lambda x: 0 < x < math.inf)
         if self.suppress_id is not None:
             check_int("suppress_id", self.suppress_id, 0)
+        if self.ids_below is not None:
+            check_int("ids_below", self.ids_below, 1)
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """Raise ValueError if an argument does not fit a vocabulary of this size."""
@@ -99,6 +104,9 @@ def draw(
     if seen is not None and sampling.repetition_penalty != 1:
         penalty = sampling.repetition_penalty
         scores = torch.where(seen, torch.where(scores > 0, scores / penalty, scores * penalty), scores)
+    if sampling.ids_below is not None and sampling.ids_below < raw.size(-1):
+        rest = raw.new_full((raw.size(0), raw.size(-1) - sampling.ids_below), -math.inf)
+        scores = torch.cat([scores[:, : sampling.ids_below], rest], dim=-1)
     if sampling.suppress_id is not None:
         scores = scores.index_fill(-1, torch.tensor([sampling.suppress_id], device=scores.device), -math.inf)
     top = scores.amax(dim=-1)

@@ -157,7 +157,11 @@ def _tokens(
     top_k: int | None,
     options: dict[str, Any],
 ) -> TokenStream:
-    own: dict[str, Any] = {"stop_id": tokenizer.end_of_text_id, "suppress_id": tokenizer.unknown_id}
+    own: dict[str, Any] = {
+        "stop_id": tokenizer.end_of_text_id,
+        "suppress_id": tokenizer.unknown_id,
+        "ids_below": min(tokenizer.vocab_size, model.config.vocab_size),
+    }
     return iter_tokens(model, ids, max_new_tokens, temperature, top_k, **own, **options)
 
 

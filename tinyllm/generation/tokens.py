@@ -35,6 +35,7 @@ def generate(
     generator: torch.Generator | None = None,
     stop_id: int | Sequence[int] | None = None,
     suppress_id: int | None = None,
+    ids_below: int | None = None,
     return_logprobs: bool = False,
     overflow: str = "slide",
     cache_dtype: torch.dtype | None = None,
@@ -56,6 +57,7 @@ def generate(
         generator: instead of `seed`, a generator of the caller's, from which the rows draw in turn.
         stop_id: stop after this token, or any of these, such as the tokenizer's `end_of_text_id`.
         suppress_id: never draw this token, such as the tokenizer's `unknown_id`, which stands for no text.
+        ids_below: see `Sampling`.
         return_logprobs: also return the log-probabilities of the new tokens.
         overflow: what to do at the model's max_seq_len, for positions cannot slide along with the text. "slide": the
             last half of the context is read again, and writing goes on (a model without a cache takes the last
@@ -90,6 +92,7 @@ def generate(
         generator=generator,
         stop_id=stop_id,
         suppress_id=suppress_id,
+        ids_below=ids_below,
         return_logprobs=True,
         overflow=overflow,
         cache_dtype=cache_dtype,
@@ -125,6 +128,7 @@ def iter_tokens(
     generator: torch.Generator | None = None,
     stop_id: int | Sequence[int] | None = None,
     suppress_id: int | None = None,
+    ids_below: int | None = None,
     return_logprobs: bool = False,
     overflow: str = "slide",
     cache_dtype: torch.dtype | None = None,
@@ -139,7 +143,7 @@ def iter_tokens(
     vocab_size, max_seq_len = model.config.vocab_size, model.config.max_seq_len
     prompts, layout = _prompts(model, ids)
     check_int("max_new_tokens", max_new_tokens, 0)
-    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, suppress_id)
+    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, suppress_id, ids_below)
     sampling.check_vocabulary(vocab_size)
     check_choice("overflow", overflow, ("slide", "stop"))
     generators = _generators(seed, generator, len(prompts))

@@ -218,7 +218,8 @@ def read_weights(
             problems.append(f"{name} has dtype {tensor.dtype}; a floating one of 16 to 64 bits is needed")
         else:
             found = _to_ours(tensor, part)
-            wrong = [value for value in map(not_finite, found.values()) if value is not None]
+            # As float32, in which a float64 may be infinite.
+            wrong = [value for x in found.values() if (value := not_finite(x.float())) is not None]
             problems += [f"{name} holds {wrong[0]}"] if wrong else []
             if config.tie_embeddings and _EMBEDDING in found:
                 if copy is not None and not torch.equal(stored[copy].read(), found[_EMBEDDING]):
