@@ -536,7 +536,7 @@ def test_a_quantised_run_writes(run: Path, here: Here, tmp_path: Path, weights: 
     assert float(found[2]) <= float(found[1]) * (1.03 if weights == "int4" else 1.001)
     assert {path.name for path in out.iterdir()} == {"config.json", "model.safetensors", "tokenizer.json"}
     by_file = here(*WRITE, "--prompt", "the fox", "--run", out)
-    by_option = here(*WRITE, "--prompt", "the fox", "--weights", weights)
+    by_option = here(*WRITE, "--prompt", "the fox", "--weights", weights, cwd=tmp_path)
     assert by_file[0] == by_option[0] == 0
     assert by_file[1] == by_option[1]
     again = here("quantize", "--run", run, "--weights", weights, "--out", out)
