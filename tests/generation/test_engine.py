@@ -242,5 +242,6 @@ def test_the_operators_check_their_arguments() -> None:
     counts = torch.tensor([3])
     with pytest.raises((RuntimeError, ValueError), match="a count is 3"):
         raw.decoder_read(torch.tensor([[1, 2]]), counts, weights, positions, cache, zero, *settings)
+    uniforms = torch.zeros(1, 2, dtype=torch.float64)
     with pytest.raises((RuntimeError, ValueError), match=r"top_p 0, .* out of range"):
-        raw.decoder_write(ids, torch.zeros(1, 2, dtype=torch.float64), *good[1:], 1.0, 0, 0.0, 0.0, 1.0, -1, VOCAB, None, [])
+        raw.decoder_write(ids, uniforms, *good[1:], 1.0, 0, 0.0, 0.0, 1.0, -1, VOCAB, None, [])

@@ -14,6 +14,7 @@ from tinyllm import ops
 from tinyllm._info import format_info
 from tinyllm.ops import dispatch
 from tinyllm.ops.backends import cpp, cuda, triton
+from tinyllm.ops.decoder import DECODER
 
 
 def python(code, **environment):
@@ -301,6 +302,11 @@ def on_a_gpu(name, dtype=torch.float32, **options):
         "cross_entropy": lambda: ops.cross_entropy(ones(3, 64), ones(3, dtype=torch.long)),
         "linear_cross_entropy": lambda: ops.linear_cross_entropy(ones(3, 64), ones(9, 64), ones(3, dtype=torch.long)),
         "adamw": lambda: ops.adamw_norm([ones(3, 64)]),
+        "decoder": lambda: dispatch.choose(DECODER, ones(3, 64)),
+        "quantize_weight": lambda: ops.quantize_weight(ones(3, 64), "int8"),
+        "quantized_linear": lambda: ops.quantized_linear(
+            ones(3, 64), ops.QuantizedWeight(ones(3, 64, dtype=torch.bfloat16), None, 64)
+        ),
     }
     with FakeTensorMode(), mock.patch.object(dispatch, "_choose", chosen), pytest.raises(ChosenError):
         calls[name]()
@@ -336,7 +342,8 @@ def test_what_serves_on_a_gpu(cuda_build):
     assert (on_a_gpu("attention"), on_a_gpu("attention", torch.bfloat16)) == ("triton", "cuda")
     assert on_a_gpu("attention", torch.bfloat16, dropout_p=0.1) == "triton"
     assert on_a_gpu("linear_cross_entropy") == "triton"
-    for name in ("linear", "feed_forward", "transformer_block", "transformer"):
+    products = ("linear", "feed_forward", "transformer_block", "transformer", "quantize_weight", "quantized_linear")
+    for name in (*products, "decoder"):
         assert on_a_gpu(name) == "reference"
 
 

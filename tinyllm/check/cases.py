@@ -7,9 +7,7 @@ element; what lies between its elements is NaN. A call follows from its dtype an
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -17,85 +15,12 @@ import torch
 from torch import Tensor
 
 from tinyllm import ops, reference
+from tinyllm.check.draw import Case, Draw, Function, both
+from tinyllm.check.model_cases import decoder, transformer, transformer_block
 from tinyllm.ops._random import draw_rng, dropout_factors
+from tinyllm.ops.quantized_linear import KINDS
 
-Function = Callable[..., "Tensor | tuple[Tensor, ...]"]
 _ACTIVATIONS = tuple(reference.ACTIVATIONS)
-
-
-@dataclass(frozen=True)
-class Case:
-    """One call of an operator.
-
-    Attributes:
-        text: its shapes and options.
-        ours, theirs: the call of `tinyllm.ops` and that of `tinyllm.reference`, as functions of `inputs`.
-        inputs: floating tensors, of which gradients are taken, or None.
-        depth: how many kernels work one after the other, each of which rounds.
-        differentiable: whether the outputs have gradients, as all but those of an optimizer's step do.
-    """
-
-    text: str
-    ours: Function
-    theirs: Function
-    inputs: Sequence[Tensor | None]
-    depth: int = 1
-    differentiable: bool = True
-
-
-class Draw:
-    """Draws sizes, options and tensors for a call."""
-
-    def __init__(self, seed: int, dtype: torch.dtype, device: str, backend: str) -> None:
-        self.dtype, self.device, self.backend = dtype, device, backend
-        self.random = random.Random(seed)
-        self.numbers = torch.Generator().manual_seed(seed)
-        self.seed = seed
-
-    def chance(self, probability: float) -> bool:
-        return self.random.random() < probability
-
-    def one_of(self, *choices: Any) -> Any:
-        return self.random.choice(choices)
-
-    def size(self, most: int) -> int:
-        """Draw a size from 1 to `most`: often tiny, often a multiple of 16, which fills whole vectors."""
-        sixteens = 16 * self.random.randint(1, max(1, most // 16))
-        found: int = self.one_of(
-            1, 2, 3, self.random.randint(1, 9), sixteens, *self.random.choices(range(1, most + 1), k=3)
-        )
-        return min(found, most)
-
-    def floats(self, *shape: int, scale: float = 1.0) -> Tensor:
-        return self.laid_out(torch.randn(shape, generator=self.numbers, dtype=torch.float64).mul(scale).to(self.dtype))
-
-    def perhaps(self, *shape: int) -> Tensor | None:
-        return self.floats(*shape) if self.chance(0.6) else None
-
-    def ints(self, below: int, *shape: int, dtypes: Sequence[torch.dtype] = (torch.int64,)) -> Tensor:
-        return self.laid_out(torch.randint(below, shape, generator=self.numbers).to(self.one_of(*dtypes)))
-
-    def laid_out(self, values: Tensor) -> Tensor:
-        """Return the values in memory that ends with the last of them."""
-        order = list(range(values.dim()))
-        if self.chance(0.3):
-            self.random.shuffle(order)
-        strides, step = [0] * values.dim(), self.one_of(1, 1, 1, 1, 2, 3)
-        for i in reversed(order):
-            strides[i] = step
-            step = step * max(1, values.size(i)) + self.one_of(0, 0, 0, 1, 5)
-        offset = self.one_of(0, 0, 1, 2, 3)
-        last = sum((size - 1) * stride for size, stride in zip(values.shape, strides, strict=True))
-        memory = torch.empty(offset + max(0, last + 1 if values.numel() else 0), dtype=values.dtype, device=self.device)
-        memory.fill_(float("nan") if values.is_floating_point() else 1)
-        return memory.as_strided(values.shape, strides, offset).copy_(values)
-
-
-def _both(function: str, text: str, inputs: Sequence[Tensor | None], call: Callable[..., Any], **options: Any) -> Case:
-    """Return `call(module's function, *inputs)` of both modules."""
-    return Case(
-        text, partial(call, getattr(ops, function)), partial(call, getattr(reference, function)), inputs, **options
-    )
 
 
 def _norm(name: str, draw: Draw) -> Case:
@@ -118,7 +43,7 @@ def _norm(name: str, draw: Draw) -> Case:
         inputs.append(bias)
     if name == "add_layer_norm":
         inputs.append(draw.floats(*shape))
-    return _both(name, text, inputs, call)
+    return both(name, text, inputs, call)
 
 
 def _embedding(draw: Draw) -> Case:
@@ -244,7 +169,7 @@ def _linear(draw: Draw) -> Case:
     def call(function: Function, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Any:
         return function(x, weight, bias, activation=activation, residual=residual)
 
-    return _both("linear", text, inputs, call)
+    return both("linear", text, inputs, call)
 
 
 def _feed_forward(draw: Draw) -> Case:
@@ -265,7 +190,7 @@ def _feed_forward(draw: Draw) -> Case:
     def call(function: Function, *tensors: Any) -> Any:
         return function(*tensors[:5], activation=activation, residual=tensors[5])
 
-    return _both("feed_forward", text, inputs, call)
+    return both("feed_forward", text, inputs, call)
 
 
 def _given(inputs: Sequence[Tensor | None], names: str) -> str:
@@ -304,7 +229,7 @@ def _cross_entropy(draw: Draw) -> Case:
         return function(x, target, None if weight is None else weight.to(x.dtype), **options)
 
     text = f"{rows} rows, {classes} classes, {text}{', weight' * (weight is not None)}"
-    return _both("cross_entropy", text, [draw.floats(rows, classes, scale=3.0)], call)
+    return both("cross_entropy", text, [draw.floats(rows, classes, scale=3.0)], call)
 
 
 def _linear_cross_entropy(draw: Draw) -> Case:
@@ -322,65 +247,49 @@ def _linear_cross_entropy(draw: Draw) -> Case:
         return function(x, linear_weight, target, linear_bias=bias, weight=class_weight, **options)
 
     text = f"{rows} rows, {features} -> {classes}, {text}, {_given(inputs, 'input weight bias')}"
-    return _both("linear_cross_entropy", text, inputs, call)
+    return both("linear_cross_entropy", text, inputs, call)
 
 
-def _block_parameters(draw: Draw, width: int, hidden: int, heads: int, bias: bool) -> list[Tensor]:
-    shapes = [(width, width)] * (4 if heads > 1 else 3) + [(hidden, width), (width, hidden)]
-    weights = [draw.floats(*shape, scale=shape[1] ** -0.5) for shape in shapes]
-    weights += [draw.floats(width, scale=0.25).add_(1) for _ in range(2)]
-    return weights + [draw.floats(weight.size(0)) for weight in weights if bias]
+def _levels(draw: Draw, lowest: int, *shape: int) -> Tensor:
+    """Return whole numbers from `lowest` up, of which each 64 of a row have the lowest, so that their scale is 1."""
+    levels = torch.randint(lowest, -lowest, shape, generator=draw.numbers)
+    levels[..., ::64] = lowest
+    return levels.float()
 
 
-def _block_options(draw: Draw) -> tuple[dict[str, Any], int, int]:
-    heads = draw.one_of(1, 1, 2, 3, 4)
-    options = {
-        "num_heads": heads,
-        "causal": draw.chance(0.5),
-        "norm_first": draw.chance(0.5),
-        "activation": draw.one_of("relu", "gelu", "gelu_tanh"),
-    }
-    # Not so narrow that the norms' gradients are nothing but rounding.
-    return options, heads * (3 + draw.size(21)), draw.size(100)
+def _quantize_weight(draw: Draw) -> Case:
+    outputs, columns, kind = draw.size(40), draw.size(draw.one_of(70, 700)), draw.one_of("int8", "int4")
+    weight = _levels(draw, -128 if kind == "int8" else -8, outputs, columns)
+    scale = torch.exp2(torch.randint(-9, 9, (outputs, 1), generator=draw.numbers).float())
+
+    def ours(weight: Tensor) -> Tensor:
+        return ops.quantize_weight(weight.detach(), kind).dequantize()
+
+    text = f"{[outputs, columns]} {kind}"
+    # Nothing has to be rounded.
+    return Case(text, ours, lambda x: x.detach(), [draw.laid_out(weight * scale)], differentiable=False)
 
 
-def _transformer_block(draw: Draw) -> Case:
-    options, width, hidden = _block_options(draw)
-    batch, tokens = draw.size(4), draw.size(70)
-    parameters = _block_parameters(draw, width, hidden, options["num_heads"], draw.chance(0.5))
-    text = f"{[batch, tokens, width]}, hidden {hidden}, {options}"
+def _quantized_linear(draw: Draw) -> Case:
+    shape = (draw.size(20),) if draw.chance(0.7) else (draw.size(3), draw.size(20))
+    outputs, columns = draw.size(90), draw.size(draw.one_of(70, 700))
+    activation, kind = draw.one_of(*_ACTIVATIONS), draw.one_of(*KINDS)
+    weight = ops.quantize_weight(torch.randn(outputs, columns, generator=draw.numbers), kind)
+    # The activations of few rows are rounded to such numbers.
+    x = draw.laid_out(_levels(draw, -127, *shape, columns))
+    text = f"{[*shape, columns]} -> {outputs}, {kind}, {activation}"
 
-    def call(function: Function, x: Tensor, *parameters: Tensor) -> Any:
-        return function(x, parameters, **options)
+    def ours(*inputs: Tensor | None) -> Tensor:
+        x, bias, residual = (None if x is None else x.detach() for x in inputs)
+        assert x is not None
+        return ops.quantized_linear(x, weight, bias, activation=activation, residual=residual)
 
-    inputs = [draw.floats(batch, tokens, width), *parameters]
-    return _both("transformer_block", text, inputs, call, depth=4)
+    def theirs(x: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+        whole = weight.dequantize().to(x.dtype)
+        return reference.linear(x, whole, bias, activation=activation, residual=residual).detach()
 
-
-def _transformer(draw: Draw) -> Case:
-    options, width, hidden = _block_options(draw)
-    batch, tokens, layers, words, bias = (
-        draw.size(3),
-        draw.size(50),
-        draw.one_of(0, 1, 2),
-        1 + draw.size(90),
-        draw.chance(0.5),
-    )
-    ids = draw.ints(words, batch, tokens)
-    target = draw.ints(words, batch, tokens) if draw.chance(0.6) else None
-    parameters = [draw.floats(words, width)]
-    for _ in range(layers):
-        parameters += _block_parameters(draw, width, hidden, options["num_heads"], bias)
-    if options["norm_first"]:
-        parameters += [draw.floats(width, scale=0.25).add_(1)] + [draw.floats(width)] * bias
-    parameters += [draw.floats(words, width, scale=width**-0.5)] + [draw.floats(words)] * bias
-    text = f"{[batch, tokens, width]}, {layers} layers, {words} words, loss {target is not None}, {options}"
-
-    def call(function: Function, positions: Tensor | None, *parameters: Tensor) -> Any:
-        return function(ids, parameters, num_layers=layers, positions=positions, target=target, **options)
-
-    inputs = [draw.perhaps(tokens, width), *parameters]
-    return _both("transformer", text, inputs, call, depth=4 * (layers + 1))
+    inputs = [x, draw.perhaps(outputs), draw.perhaps(*shape, outputs)]
+    return Case(text, ours, theirs, inputs, differentiable=False)
 
 
 def _adamw(draw: Draw) -> Case:
@@ -419,9 +328,12 @@ CASES: dict[str, Callable[[Draw], Case]] = {
     "attention": _attention,
     "linear": _linear,
     "feed_forward": _feed_forward,
-    "transformer_block": _transformer_block,
-    "transformer": _transformer,
+    "transformer_block": transformer_block,
+    "transformer": transformer,
     "cross_entropy": _cross_entropy,
     "linear_cross_entropy": _linear_cross_entropy,
     "adamw": _adamw,
+    "decoder": decoder,
+    "quantize_weight": _quantize_weight,
+    "quantized_linear": _quantized_linear,
 }

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from tinyllm import ops
-from tinyllm.check.cases import CASES, Case, Draw, Function
+from tinyllm.check.cases import CASES
+from tinyllm.check.draw import Case, Draw, Function
 from tinyllm.check.parity import error_and_allowed
 from tinyllm.ops import dispatch
 

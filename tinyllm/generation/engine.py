@@ -13,8 +13,8 @@ from tinyllm._internal.checks import check_int
 from tinyllm.generation.decoder import checked_rows, common_prefix
 from tinyllm.generation.sampling import Sampling
 from tinyllm.model import SimpleLLM
-from tinyllm.ops.backends import cpp
-from tinyllm.ops.dispatch import forced_backend
+from tinyllm.ops.decoder import DECODER
+from tinyllm.ops.dispatch import serves
 
 # A prompt of so few new tokens is read one by one: for more, unpacking all weights once takes less time than reading
 # them for each token.
@@ -82,13 +82,13 @@ class Engine:
     @staticmethod
     def operands(model: nn.Module) -> _fused.DecoderOperands | str:
         """Return what the operators take of a model, or why they do not serve it."""
-        if cpp.unavailable("cpu", forced=False, here=True) is not None or forced_backend("transformer") == "reference":
-            return "there are no compiled kernels"
         if not isinstance(model, SimpleLLM):
             return "it is no SimpleLLM"
         if model.config.max_seq_len == 1:
             return "its context is a single token"
-        return _fused.decoder_operands(model)
+        found = _fused.decoder_operands(model)
+        served = isinstance(found, str) or serves("cpp", DECODER, found.positions)
+        return found if served else "there are no compiled kernels, or other ones are asked for"
 
     @property
     def tokens_a_call(self) -> int:

@@ -5,6 +5,7 @@ adds 40 us to a call where the Function adds 15 and a small kernel takes 5. One 
 all backends, and a second derivative goes through the reference.
 """
 
+from tinyllm.ops import decoder as _decoder  # noqa: F401  # which declares an operator
 from tinyllm.ops._context import active_transform
 from tinyllm.ops.adamw import adamw_norm, adamw_step
 from tinyllm.ops.attention import scaled_dot_product_attention

@@ -128,18 +128,15 @@ def quantize_weight(weight: Tensor, kind: str, *, group_size: int = BLOCK) -> Qu
             f"group_size is {group_size}; it must be a multiple of {BLOCK} that divides the columns, padded to "
             f"{padded_columns(weight.size(1))}"
         )
-    weight = weight.detach()
+    weight, in_features = weight.detach().float(), weight.size(1)
+    quantize = reference.quantize_weight
+    if choose(_QUANTIZE, weight) != "reference":
+        quantize = torch.ops.tinyllm.quantize_weight
     if not bool(weight.isfinite().all()):
         raise ValueError("weight is not finite (nan or inf)")
-    in_features = weight.size(1)
     if kind == "bf16":
         return QuantizedWeight(weight.to(torch.bfloat16, memory_format=torch.contiguous_format), None, in_features)
-    weight, bits = weight.float(), BITS[kind]
-    if choose(_QUANTIZE, weight) == "reference":
-        data, scales = reference.quantize_weight(weight, bits, group_size)
-    else:
-        data, scales = torch.ops.tinyllm.quantize_weight(weight, bits, group_size)
-    return QuantizedWeight(data, scales, in_features)
+    return QuantizedWeight(*quantize(weight, BITS[kind], group_size), in_features)
 
 
 def quantized_linear(

@@ -94,3 +94,5 @@ inline constexpr auto larger = [](auto a, auto b) { return a > b ? a : b; };
 #define _mm512_fpclass_ps_mask(v, classes) tinyllm::emulated::not_finite_mask<float>(v)
 #define _mm512_fpclass_pd_mask(v, classes) tinyllm::emulated::not_finite_mask<double>(v)
 #define _mm_test_epi8_mask(a, b) tinyllm::emulated::test_epi8_mask(a, b)
+#undef _mm512_madd_epi16  // SIMDe 0.7 has that of the masked form
+#define _mm512_madd_epi16(a, b) simde_mm512_madd_epi16(a, b)
