@@ -15,7 +15,8 @@ from collections.abc import Iterator
 import torch
 
 from tinyllm import ops
-from tinyllm.check.cases import CASES, Case, Draw
+from tinyllm.check.cases import CASES
+from tinyllm.check.draw import Case, Draw
 from tinyllm.ops import dispatch
 from tinyllm.ops.backends import cuda
 

@@ -219,7 +219,7 @@ def read_weights(
         else:
             found = _to_ours(tensor, part)
             # As float32, in which a float64 may be infinite.
-            wrong = [value for x in found.values() if (value := not_finite(x.float())) is not None]
+            wrong = [value for value in map(not_finite, (x.float() for x in found.values())) if value is not None]
             problems += [f"{name} holds {wrong[0]}"] if wrong else []
             if config.tie_embeddings and _EMBEDDING in found:
                 if copy is not None and not torch.equal(stored[copy].read(), found[_EMBEDDING]):
