@@ -88,10 +88,6 @@ void define_operators(Library& m) {
   m.def(
       "quantized_linear(Tensor input, Tensor data, Tensor? scales, Tensor? bias, Tensor? residual, str activation)"
       " -> Tensor");
-  // A token for each row of logits (B, V): see cpu/draw.cpp.
-  m.def(
-      "draw_tokens(Tensor logits, Tensor uniforms, float temperature, int top_k, float top_p, float min_p,"
-      " float repetition_penalty, int suppress_id, int ids_below, Tensor? seen) -> (Tensor tokens, Tensor log_probs)");
   // Generation with a cache of keys and values (layers, 2, B, H, length, head_dim); cpu/decoder.cpp says what weights
   // lists. Sequence b has read lengths[b] tokens. decoder_read reads counts[b] of ids (B, T) more, decoder_step one,
   // ids (B); both return the logits (B, V) of what follows. decoder_write reads ids (B), then draws and reads tokens

@@ -410,6 +410,8 @@ def decoder_operands(model: SimpleLLM) -> DecoderOperands | str:
         weights += [_vector(cast(Tensor, layer.bias)) for layer in block if _has_bias(layer)]
     for layer in ends:
         weights += _stored(layer) + ([_vector(cast(Tensor, layer.bias))] if _has_bias(layer) else [])
+    if len(table_rows := {config.vocab_size, *(_rows(module) for module in (table, model.output))}) > 1:
+        return f"embedding, output and config have different vocabularies: {sorted(table_rows)}"
     matrices = [x for x in weights if x.dim() == 2 and x.dtype not in (torch.float32, torch.bfloat16, torch.uint8)]
     if matrices:
         return f"there is a weight of {matrices[0].dtype}"
@@ -424,6 +426,10 @@ def _decoder_layers(block: TransformerBlock) -> list[nn.Module]:
     attention, network = block.attention, block.feed_forward
     projections = [getattr(attention, name) for name in _PROJECTIONS if getattr(attention, name) is not None]
     return [*projections, network[0], network[2], block.norm1, block.norm2]
+
+
+def _rows(module: nn.Module) -> int:
+    return _stored(module)[0].size(0)
 
 
 def _has_bias(module: nn.Module) -> bool:

@@ -24,6 +24,7 @@ from tinyllm.nn import (
     LayerNorm,
     LearnedPositionalEncoding,
     PositionalEncoding,
+    Quantized,
     TransformerBlock,
 )
 
@@ -270,8 +271,10 @@ class SimpleLLM(nn.Module):
         return self.__dict__ | {"_whole": None}  # it is found again; copies and files need not carry it
 
     def num_parameters(self) -> int:
-        """Return the number of weights; tied ones count once."""
-        return sum(parameter.numel() for parameter in self.parameters())
+        """Return the number of weights; tied ones count once, and quantised ones whatever their bits."""
+        quantized = {module.data.data_ptr(): module for module in self.modules() if isinstance(module, Quantized)}
+        stored = sum(math.prod(module.weight.shape) for module in quantized.values())
+        return stored + sum(parameter.numel() for parameter in self.parameters())
 
 
 def init_gpt2_weights(model: SimpleLLM, *, generator: torch.Generator | None = None) -> SimpleLLM:

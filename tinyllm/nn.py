@@ -101,7 +101,7 @@ class Embedding(nn.Module):
         return vectors
 
 
-class _Quantized(nn.Module):
+class Quantized(nn.Module):
     """A module whose weight is an `ops.QuantizedWeight`: its tensors are buffers, which move and are saved with it."""
 
     data: Tensor
@@ -118,7 +118,7 @@ class _Quantized(nn.Module):
         """The weight, (out_features, in_features)."""
         return ops.QuantizedWeight(self.data, self.scales, self.in_features)
 
-    def _apply(self, function: Callable[[Tensor], Tensor], recurse: bool = True) -> _Quantized:
+    def _apply(self, function: Callable[[Tensor], Tensor], recurse: bool = True) -> Quantized:
         """Move the tensors, as `nn.Module` does; but their dtypes stay, whatever dtype a model is cast to."""
         before = dict(self._buffers)
         super()._apply(function, recurse)
@@ -135,7 +135,7 @@ class _Quantized(nn.Module):
 
 
 @_fused.known()
-class QuantizedLinear(_Quantized):
+class QuantizedLinear(Quantized):
     """A linear layer with a weight in 16, 8 or 4 bits: (*, in_features) to (*, out_features); see
     `ops.quantized_linear`. The weight is not trained; gradients of the input and the bias are computed.
 
@@ -165,7 +165,7 @@ class QuantizedLinear(_Quantized):
 
 
 @_fused.known()
-class QuantizedEmbedding(_Quantized):
+class QuantizedEmbedding(Quantized):
     """Token ids (...) to float32 vectors (..., embedding_dim), from a table in 16, 8 or 4 bits.
 
     Args:

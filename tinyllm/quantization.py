@@ -57,18 +57,25 @@ def quantize(model: _Model, weights: str, *, group_size: int = 64) -> _Model:
         ValueError: another name, a group_size that does not fit, or layers that have been replaced.
     """
     check_weights(weights)
-    if weights == "float32":
+    found = weights_of(model)
+    if weights == found:
         return model
+    if found != "float32":
+        raise ValueError(f"model has its weights as {found!r} already; one with float32 weights is needed")
     layers = {name: module for name, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Embedding))}
     others = [name for name, module in layers.items() if type(module) not in (nn.Linear, nn.Embedding)]
     if others or not {_TABLE, _OUTPUT} <= layers.keys():
         raise ValueError(f"model has layers that are not PyTorch's own: {', '.join(others) or 'embedding or output'}")
     done: dict[int, QuantizedWeight] = {}  # by the weight, which several layers may share
     for name, layer in layers.items():
-        key = id(layer.weight)
-        if key not in done:
-            done[key] = ops.quantize_weight(layer.weight, _kind(name, weights), group_size=group_size)
-        _replace(model, name, done[key], cast("nn.Parameter | None", getattr(layer, "bias", None)))
+        if id(layer.weight) not in done:
+            try:
+                found_weight = ops.quantize_weight(layer.weight, _kind(name, weights), group_size=group_size)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
+            done[id(layer.weight)] = found_weight
+    for name, layer in layers.items():  # only now, so that an error leaves the model as it was
+        _replace(model, name, done[id(layer.weight)], cast("nn.Parameter | None", getattr(layer, "bias", None)))
     return model
 
 
@@ -100,10 +107,10 @@ def model_of(kind: type[_Model], config: SimpleLLMConfig, state: Mapping[str, Te
     Args:
         kind: SimpleLLM, or a subclass.
         config: what the model is.
-        state: its tensors; those of a tied embedding may be left out.
+        state: its tensors; of a tied embedding and output either may be left out.
 
     Raises:
-        ValueError: data and scales that are not of one weight.
+        ValueError: data and scales that are not of one weight, or not of the config's.
         RuntimeError: the tensors are not those of the config, as `load_state_dict` says it.
     """
     with without_weights():
@@ -112,8 +119,9 @@ def model_of(kind: type[_Model], config: SimpleLLMConfig, state: Mapping[str, Te
     names = ("weight", "data", "scales")
     if config.tie_embeddings:
         for name in names:
-            if f"{_OUTPUT}.{name}" in state:
-                state.setdefault(f"{_TABLE}.{name}", state[f"{_OUTPUT}.{name}"])
+            for there, other in ((_OUTPUT, _TABLE), (_TABLE, _OUTPUT)):
+                if f"{there}.{name}" in state:
+                    state.setdefault(f"{other}.{name}", state[f"{there}.{name}"])
     for key in [key for key in state if key.endswith(".data")]:
         layer = key.removesuffix(".data")
         try:
@@ -121,12 +129,17 @@ def model_of(kind: type[_Model], config: SimpleLLMConfig, state: Mapping[str, Te
         except AttributeError:
             continue  # load_state_dict will say that it is unknown
         if isinstance(old, (nn.Linear, nn.Embedding)):
-            in_features = old.in_features if isinstance(old, nn.Linear) else old.embedding_dim
+            shape = tuple(old.weight.shape)
             try:
-                weight = QuantizedWeight(state[key], state.get(f"{layer}.scales"), in_features)
+                weight = QuantizedWeight(state[key], state.get(f"{layer}.scales"), shape[1])
             except ValueError as error:
                 raise ValueError(f"{layer}: {error}") from error
+            if weight.shape != shape:
+                raise ValueError(f"{layer} has the shape {weight.shape}; the config says {shape}")
             _replace(model, layer, weight, cast("nn.Parameter | None", getattr(old, "bias", None)))
+    expected = model.state_dict()
+    if wrong := [name for name, x in state.items() if name in expected and x.dtype != expected[name].dtype]:
+        raise ValueError(f"{wrong[0]} is {state[wrong[0]].dtype}; {expected[wrong[0]].dtype} is needed")
     model.load_state_dict(state, assign=True)
     if config.tie_embeddings:
         table, output = cast(Any, model.embedding.embedding), cast(Any, model.output)

@@ -50,6 +50,7 @@ Decoder read_decoder(const char* op, const std::vector<Tensor>& weights, const T
   if (num_layers < 0) fail(op, ": num_layers is ", num_layers, "; it must be at least 0");
   if (positions.dim() != 2) fail(op, ": positions has shape ", shape_of(positions), "; (length, D) is needed");
   const int64_t width = positions.size(1);
+  if (width < 1) fail(op, ": positions has no columns");
   if (num_heads < 1 || width % num_heads != 0 || width / num_heads > 1024)
     fail(op, ": num_heads is ", num_heads, "; it must divide D, ", width, ", into at most 1024 columns");
   BlockSizes& s = d.sizes;
@@ -60,6 +61,7 @@ Decoder read_decoder(const char* op, const std::vector<Tensor>& weights, const T
   s.causal = true;
   s.norm_first = norm_first;
   s.activation = parse_activation(op, activation);
+  if (s.activation == Activation::none) fail(op, ": activation is 'none'; relu, gelu or gelu_tanh is needed");
   s.dtype = DType::f32;
   s.eps1 = s.eps2 = eps;
   s.bias = false;
@@ -75,9 +77,11 @@ Decoder read_decoder(const char* op, const std::vector<Tensor>& weights, const T
   for (int64_t l = 0; l < num_layers; ++l) {
     const Tensor& first = given[static_cast<size_t>(1 + l * s.parameters() + (s.projected ? 4 : 3))].data;
     d.blocks[static_cast<size_t>(l)].hidden = first.dim() > 0 ? first.size(0) : 0;
+    if (d.blocks[static_cast<size_t>(l)].hidden < 1) fail(op, ": the first layer of block ", l, " has no outputs");
   }
   const Tensor& last = given[static_cast<size_t>(count - (has_output_bias ? 2 : 1))].data;
   d.classes = last.dim() > 0 ? last.size(0) : 0;
+  if (d.classes < 1) fail(op, ": the output has no rows");
 
   size_t index = 0;
   const auto bind = [&](Operand& to, const Extents& extents) {
@@ -107,8 +111,6 @@ Decoder read_decoder(const char* op, const std::vector<Tensor>& weights, const T
   if (!positions.is_cpu() || !positions.is_contiguous()) fail(op, ": positions must be contiguous and on the CPU");
   d.positions = static_cast<const float*>(data_of(positions));
   d.most_positions = positions.size(0);
-  d.kept = weights;
-  d.kept.push_back(positions);
 
   const int64_t head_dim = d.head_dim();
   if (cache.scalar_type() != ScalarType::Float) check_dtype(op, "cache", cache, ScalarType::BFloat16);
@@ -128,7 +130,7 @@ Decoder read_decoder(const char* op, const std::vector<Tensor>& weights, const T
   d.cache_bf16 = cache.scalar_type() == ScalarType::BFloat16;
   d.lengths = read_lengths(op, "lengths", lengths, batch);
   for (const int64_t length : d.lengths)
-    if (length < 0 || length + tokens > d.cache_length || length + tokens > d.most_positions)
+    if (length < 0 || length > std::min(d.cache_length, d.most_positions) - tokens)
       fail(op, ": a sequence has read ", length, " tokens and is to read ", tokens, " more; the cache has room for ",
            d.cache_length, ", and there are ", d.most_positions, " positions");
   return d;

@@ -29,7 +29,6 @@ struct Decoder {
   bool cache_bf16;
 
   std::vector<int64_t> lengths;  // the tokens that each sequence has read
-  std::vector<Tensor> kept;      // tensors that the pointers above lead into
 
   int64_t head_dim() const { return sizes.width / sizes.heads; }
   // The keys (0) or values (1) of a layer.

@@ -266,7 +266,8 @@ class Writing {
     draw_of.seen = request_.seen == nullptr ? nullptr : request_.seen + b * d_.classes;
     draw_of.uniform = request_.uniforms[at];
     draw(draw_of);
-    if (draw_of.token < 0) throw std::invalid_argument("the model's logits are not finite (nan or inf)");
+    if (draw_of.token < 0)
+      throw std::invalid_argument("the model's logits are not finite (nan or inf), or no token is left to draw");
     request_.tokens[at] = draw_of.token;
     request_.log_probs[at] = draw_of.log_prob;
     if (request_.seen != nullptr) request_.seen[b * d_.classes + draw_of.token] = true;
@@ -340,7 +341,6 @@ Draw settings_of(const char* op, double temperature, int64_t top_k, double top_p
   settings.repetition_penalty = repetition_penalty;
   settings.suppress_id = suppress_id;
   settings.ids_below = ids_below;
-  settings.wants_log_prob = true;
   return settings;
 }
 
@@ -412,38 +412,11 @@ Tensor decoder_step(Tensor ids, std::vector<Tensor> weights, Tensor positions, T
   return logits;
 }
 
-std::tuple<Tensor, Tensor> draw_tokens(Tensor logits, Tensor uniforms, double temperature, int64_t top_k, double top_p,
-                                       double min_p, double repetition_penalty, int64_t suppress_id, int64_t ids_below,
-                                       OptionalTensor seen) {
-  const char* op = "draw_tokens";
-  if (logits.dim() != 2) fail(op, ": logits has shape ", shape_of(logits), "; (B, V) is needed");
-  const int64_t batch = logits.size(0), classes = logits.size(1);
-  const Tensor rows = on_cpu(op, "logits", logits, ScalarType::Float, {batch, classes});
-  const Tensor numbers = on_cpu(op, "uniforms", uniforms, ScalarType::Double, {batch});
-  const Draw settings =
-      settings_of(op, temperature, top_k, top_p, min_p, repetition_penalty, suppress_id, ids_below, classes);
-  const bool* marks = repetition_penalty == 1 ? nullptr : seen_of(op, seen, batch, classes);
-  const Tensor tokens = empty({batch}, ScalarType::Long), log_probs = empty({batch}, ScalarType::Float);
-  const Scratch scratch(static_cast<size_t>(batch * classes) * sizeof(float));
-  parallel_items(batch, [&](int64_t b) {
-    Draw of = settings;
-    of.logits = static_cast<const float*>(data_of(rows)) + b * classes;
-    of.scores = reinterpret_cast<float*>(scratch.data()) + b * classes;
-    of.seen = marks == nullptr ? nullptr : marks + b * classes;
-    of.uniform = static_cast<const double*>(data_of(numbers))[b];
-    draw(of);
-    static_cast<int64_t*>(data_of(tokens))[b] = of.token;
-    static_cast<float*>(data_of(log_probs))[b] = of.log_prob;
-  });
-  return {tokens, log_probs};
-}
-
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(tinyllm, CPU, m) {
   m.impl("decoder_step", TORCH_BOX(&decoder_step));
   m.impl("decoder_write", TORCH_BOX(&decoder_write));
-  m.impl("draw_tokens", TORCH_BOX(&draw_tokens));
 }
 
 }  // namespace tinyllm::cpu

@@ -38,27 +38,27 @@ void draw(Draw& d) {
   float most = largest(d.logits, n);
   if (!(most < inf)) return;
   std::copy_n(d.logits, n, x);
-  double log_sum = 0;
-  if (d.wants_log_prob) {
-    log_sum = std::log(kernels().exponentials(x, n, most));
-    std::copy_n(d.logits, n, x);
-  }
+  const double log_sum = std::log(kernels().exponentials(x, n, most));
+  std::copy_n(d.logits, n, x);
   const auto found = [&, most](int64_t token) {
     d.token = token;
-    if (d.wants_log_prob) d.log_prob = static_cast<float>(static_cast<double>(d.logits[token] - most) - log_sum);
+    d.log_prob = static_cast<float>(static_cast<double>(d.logits[token] - most) - log_sum);
   };
   n = d.ids_below;
-  if (d.seen != nullptr) {
-    const float penalty = static_cast<float>(d.repetition_penalty);
+  if (d.seen != nullptr)
     for (int64_t i = 0; i < n; ++i)
-      if (d.seen[i]) x[i] = x[i] < 0 ? x[i] * penalty : x[i] / penalty;
-  }
-  if (d.suppress_id >= 0) x[d.suppress_id] = -inf;
+      if (d.seen[i]) x[i] = static_cast<float>(x[i] < 0 ? x[i] * d.repetition_penalty : x[i] / d.repetition_penalty);
+  if (d.suppress_id >= 0 && d.suppress_id < n) x[d.suppress_id] = -inf;
   most = largest(x, n);
-  if (d.temperature == 0 || most == -inf) return found(std::find(x, x + n, most) - x);
-  const float inverse = static_cast<float>(1 / d.temperature);
+  if (!(most > -inf && most < inf)) return;  // none is left, or the penalty made one infinite
+  if (d.temperature == 0) return found(std::find(x, x + n, most) - x);
   // The largest is subtracted first: divided by a small temperature it would overflow.
-  for (int64_t i = 0; i < n; ++i) x[i] = (x[i] - most) * inverse;
+  if (d.temperature > 1e-30 && d.temperature < 1e30) {
+    const float inverse = static_cast<float>(1 / d.temperature);
+    for (int64_t i = 0; i < n; ++i) x[i] = (x[i] - most) * inverse;
+  } else {
+    for (int64_t i = 0; i < n; ++i) x[i] = static_cast<float>(static_cast<double>(x[i] - most) / d.temperature);
+  }
 
   // The kept tokens with their probabilities, up to a factor: all, or those in `kept`, by falling probability, where
   // equal ones are in the order of their ids.

@@ -15,10 +15,9 @@ struct Draw {
   const bool* seen;     // (classes): the tokens that repetition_penalty applies to; null: none
   double uniform;       // in [0, 1): selects the token
   float* scores;        // memory for `classes` floats
-  bool wants_log_prob;
 
   // The results.
-  int64_t token;   // -1 if the logits are not finite
+  int64_t token;   // -1 if the logits are not finite, or none is left
   float log_prob;  // of the model itself, at temperature 1
 };
 

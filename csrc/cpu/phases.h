@@ -8,6 +8,7 @@
 #include <atomic>
 #include <cstdint>
 #include <exception>
+#include <stdexcept>
 #include <thread>
 
 #include "torch_side.h"
@@ -51,6 +52,8 @@ class Phases {
   static uint64_t phase_of(uint64_t state) { return state >> 2 * kBits; }
 
   void set(int64_t items) {
+    // Each thread may count on by one when none is left.
+    if (items > static_cast<int64_t>(kMask / 2)) throw std::length_error("a phase has too many items");
     state_.store(++phase_ << 2 * kBits | static_cast<uint64_t>(items) << kBits, std::memory_order_release);
   }
 
@@ -60,6 +63,7 @@ class Phases {
       if (items_of(state) == 0) return;
       if (item_of(state) < items_of(state)) {
         state = state_.fetch_add(1, std::memory_order_acq_rel);
+        if (items_of(state) == 0) return;  // the last phase has ended since
         if (item_of(state) < items_of(state)) {
           try {
             program_.run(static_cast<int64_t>(item_of(state)));

@@ -320,6 +320,12 @@ inline void dequantize_row(const Weight& w, int64_t row, int64_t first, int64_t 
 inline void pack_weight(const cpu::Matmul& p, int64_t begin, int64_t end) {
   constexpr int64_t kDepth = 256;
   const Weight& w = *p.weight;
+  const auto pack_all = [&](auto* data) {
+    pack_b(data + (p.weight_column + begin) * w.inputs + p.weight_depth, w.inputs, 1, end - begin, p.depth,
+           static_cast<float*>(p.packed) + begin * p.depth, kNR<float> * p.depth, 1.0f);
+  };
+  if (w.kind == WeightKind::f32) return pack_all(static_cast<const float*>(w.data));
+  if (w.kind == WeightKind::bf16) return pack_all(static_cast<const bfloat16*>(w.data));
   float rows[kNR<float> * kDepth];
   for (int64_t c = begin; c < end; c += kNR<float>) {
     const int64_t n = std::min(kNR<float>, end - c);
@@ -361,7 +367,7 @@ inline bfloat16 group_scale(const float* w, int64_t n, float low, float high) {
   for (int64_t i = 0; i < n; ++i)
     if (std::abs(w[i]) > std::abs(most)) most = w[i];
   bfloat16 chosen{0};
-  if (std::abs(most) < 1e-30f) return chosen;
+  if (std::abs(most) < 1e-35f) return chosen;
   float least = std::numeric_limits<float>::infinity();
   const int steps = high > 100.0f ? 3 : 12;  // clipping gains nothing with many levels
   for (const float end : {low, high})
@@ -372,7 +378,7 @@ inline bfloat16 group_scale(const float* w, int64_t n, float low, float high) {
         from_compute(scale, stored);
         if (to_compute(stored) == 0.0f) break;
         const float error = rounding_error(w, n, to_compute(stored), low, high, better);
-        if (error < least) {
+        if (error < least || chosen.bits == 0) {  // also where all errors overflow
           least = error;
           chosen = stored;
         }

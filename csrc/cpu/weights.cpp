@@ -17,6 +17,7 @@ Weight read_weight(const char* op, const char* name, const Tensor& data, const O
   Weight w;
   w.outputs = outputs;
   w.inputs = inputs;
+  if (inputs < 1) fail(op, ": ", name, " has ", inputs, " columns; at least 1 is needed");
   if (!data.is_cpu()) fail(op, ": ", name, " is not on the CPU");
   if (!data.is_contiguous()) fail(op, ": ", name, " is not contiguous");
   w.data = data_of(data);
@@ -49,12 +50,17 @@ Matmul weight_matmul(const Weight& weight, const float* x, int64_t rows, float* 
   return p;
 }
 
+namespace {
+
+// The number of outputs that a thread takes at a time.
 int64_t product_grain(const Weight& weight) {
   constexpr int64_t bytes = 65536, lines = 32;  // whole lines of outputs
   const int64_t outputs = bytes / std::max<int64_t>(1, weight.row_bytes()) / lines * lines;
   // Some chunks for each thread, whatever the number of threads is.
   return std::clamp(outputs, lines, std::max(lines, weight.outputs / 16 / lines * lines));
 }
+
+}  // namespace
 
 void weight_linear(const Weight& weight, const float* x, int64_t rows, const float* bias, Activation activation,
                    const float* residual, float* out) {

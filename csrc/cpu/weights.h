@@ -25,7 +25,4 @@ void weight_dots(const Weight& weight, const float* x, int64_t rows, const float
 void weight_linear(const Weight& weight, const float* x, int64_t rows, const float* bias, Activation activation,
                    const float* residual, float* out);
 
-// The number of outputs that a thread takes at a time.
-int64_t product_grain(const Weight& weight);
-
 }  // namespace tinyllm::cpu

@@ -245,3 +245,29 @@ def test_the_operators_check_their_arguments() -> None:
     uniforms = torch.zeros(1, 2, dtype=torch.float64)
     with pytest.raises((RuntimeError, ValueError), match=r"top_p 0, .* out of range"):
         raw.decoder_write(ids, uniforms, *good[1:], 1.0, 0, 0.0, 0.0, 1.0, -1, VOCAB, None, [])
+
+
+def test_a_kept_decoder_of_quantised_weights_writes_the_same() -> None:
+    model = quantize(larger_model(), "int8")
+    kept = Engine(model, 1, 60)
+    for seed in (1, 2, 3):
+        fresh = generate(model, [1, 2, 3, 4, 5, 6], 30, seed=seed)
+        assert torch.equal(generate(model, [1, 2, 3, 4, 5, 6], 30, seed=seed, decoder=kept), fresh)
+
+
+def test_what_cannot_be_drawn_is_an_error() -> None:
+    model = small_model()
+    with torch.no_grad():
+        model.output.weight.zero_()
+        model.output.bias.zero_()
+    engine = Engine(model, 1, 24)
+    seen = torch.ones(1, VOCAB, dtype=torch.bool)
+    uniforms = torch.zeros(1, 2, dtype=torch.float64)
+    for sampling in (Sampling(0.0, suppress_id=0, ids_below=1), Sampling(1.0, suppress_id=0, ids_below=1)):
+        engine.read([torch.tensor([1])])
+        with pytest.raises(ValueError, match="no token is left to draw"):
+            engine.write(torch.tensor([1]), uniforms, sampling, seen)
+    for sampling in (Sampling(0.0, repetition_penalty=1e-46), Sampling(1e-39), Sampling(1e300, top_p=0.9)):
+        engine.read([torch.tensor([1])])
+        assert (engine.write(torch.tensor([1]), uniforms, sampling, seen).tokens < VOCAB).all()
+

@@ -9,7 +9,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 # As a newcomer meets them.
-_COMMANDS = ("train", "generate", "eval", "runs", "plot", "prepare", "estimate", "info", "check", "bench")
+_COMMANDS = ("train", "generate", "eval", "quantize", "runs", "plot", "prepare", "estimate", "info", "check", "bench")
 
 
 _WORDS = (  # of the library that reads values, and ours

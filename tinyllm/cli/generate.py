@@ -58,7 +58,9 @@ def generate(
     ] = None,
     min_p: Annotated[
         float | None,
-        typer.Option(help="Choose among tokens at least this times as likely as the likeliest, 0 to 1. Default: all."),
+        typer.Option(
+            help="Choose among tokens with at least this fraction of the likeliest one's probability, below 1. Default: all."
+        ),
     ] = None,
     repetition_penalty: Annotated[
         float, typer.Option(help="Above 1: less often what the text has already; 1: as the model expects.")
@@ -102,8 +104,11 @@ def generate(
         # For all samples, which read the same prompt: it is computed once.
         with warnings_in_one_line():
             decoder = make_decoder(model, 1, len(ids) + max_new_tokens)
-        samples = [  # all arguments are checked here, and nothing is written yet
-            stream_text(
+
+        first_seed = seed
+
+        def sample(index: int) -> TextStream:
+            return stream_text(
                 model,
                 tokenizer,
                 ids,
@@ -114,18 +119,27 @@ def generate(
                 min_p=min_p,
                 repetition_penalty=repetition_penalty,
                 stop=stop or (),
-                seed=seed + index,
+                seed=first_seed + index,
                 decoder=decoder,
             )
-            for index in range(num_samples)
-        ]
+
+        sample(0)  # all arguments are checked here, and nothing is written yet
         if unknown := ids.count(-1 if tokenizer.unknown_id is None else tokenizer.unknown_id):
             typer.echo(
                 f"tinyllm: the {tokenizer.kind} tokenizer does not know {unknown:,} of the prompt's "
                 f"{count(len(ids), 'token')}; the model sees its unknown token there",
                 err=True,
             )
-        for index, pieces in enumerate(samples):
+        context = model.config.max_seq_len
+        if len(ids) > context:
+            typer.echo(
+                f"tinyllm: the prompt has {len(ids):,} tokens; the model reads the last {context:,}, its whole context",
+                err=True,
+            )
+        samples = []
+        for index in range(num_samples):
+            pieces = sample(index)
+            samples.append(pieces)
             if num_samples > 1:
                 write(f"--- {index + 1} of {num_samples}, --seed {seed + index} ---\n")
             try:
@@ -136,15 +150,15 @@ def generate(
                 write("\n")
             if pieces.finish_reason == "interrupt":
                 raise KeyboardInterrupt
-        typer.echo(_speed(samples), err=True)
+        typer.echo(_speed(samples, min(len(ids), context)), err=True)
 
 
-def _speed(samples: Sequence[TextStream]) -> str:
+def _speed(samples: Sequence[TextStream], prompt_tokens: int) -> str:
     """Return how fast the prompt was read, by the first sample, and how fast all of them wrote."""
     first, tokens = samples[0], sum(sample.num_tokens for sample in samples)
     decode_seconds = sum(sample.decode_seconds for sample in samples)
     seconds = decode_seconds + sum(sample.prefill_seconds for sample in samples)
-    prefill = first.prompt_tokens / first.prefill_seconds
+    prefill = prompt_tokens / first.prefill_seconds
     line = f"{count(tokens, 'token')}, {seconds:.1f} s; prefill {prefill:,.1f} tokens/s"
     if decode_seconds == 0:  # each sample's first token belongs to reading the prompt
         return line

@@ -31,25 +31,33 @@ def quantize(
             help="Texts to measure the loss of quality on, as for `tinyllm eval`. Default: the run's validation text.",
         ),
     ] = None,
-    group_size: Annotated[int, typer.Option(help="Weights that share a scale, in 64s.")] = 64,
+    group_size: Annotated[
+        int,
+        typer.Option(help="How many weights share a scale: 64, or a multiple of it that divides the layers' widths."),
+    ] = 64,
     checkpoint: Checkpoint = "last",
 ) -> None:
     """Store a trained model's weights in fewer bits, for writing.
 
-    Shows the perplexity before and after. The new folder serves `tinyllm generate --run` and `tinyllm.load_run`.
+    Shows the perplexity before and after, of 1,024 sequences of the run's validation text or of the texts of --data, where
+    there are any. The new folder serves `tinyllm generate --run` and `tinyllm.load_run`.
 
     For example: tinyllm quantize --run runs/tiny-1 --weights int8 --out runs/tiny-int8
     """
     with one_line_errors():
         prepare_process()
-        from tinyllm.quantization import WEIGHTS
+        from tinyllm.quantization import WEIGHTS, weights_of
         from tinyllm.quantization import quantize as quantize_model
         from tinyllm.runs.load import check_new_folder, load_run, save_quantized
 
         if weights not in WEIGHTS[1:]:
             raise ValueError(f"weights is {weights!r}; allowed are {', '.join(WEIGHTS[1:])}")
         check_new_folder(out)
+        if group_size < 64 or group_size % 64:
+            raise ValueError(f"group_size is {group_size}; it must be a multiple of 64")
         found = load_run(run, checkpoint=which(checkpoint))
+        if (stored := weights_of(found.model)) != "float32":
+            raise ValueError(f"{run} has its weights as {stored} already; quantise the original")
         before = _perplexity(found, run, data)
         size = _size(found)
         quantize_model(found.model, weights, group_size=group_size)

@@ -73,6 +73,8 @@ class Engine:
             raise ValueError(f"cache_dtype is {cache_dtype}; it must be torch.float32 or torch.bfloat16")
         self._weights, self._positions, self._settings = operands
         self._classes = config.vocab_size
+        # With quantised weights the activations of a step are rounded: a text would depend on what was read before.
+        self._reads_alike = not any(x.dtype == torch.uint8 for x in self._weights)
         self._chunk = check_int("chunk", chunk, 1)
         self._held: list[list[int]] = [[] for _ in range(batch_size)]
         head_dim = config.embedding_dim // config.num_heads
@@ -114,7 +116,8 @@ class Engine:
                 raise ValueError(f"the prompt for row {row} has {len(text)} tokens; a row holds {capacity}")
             # The last token is computed in any case: its logits are wanted.
             del self._held[row][min(common_prefix(self._held[row], text), len(text) - 1) :]
-            (few if len(text) - len(self._held[row]) <= _FEW_TOKENS else many).append((row, text))
+            new = len(text) - len(self._held[row])
+            (few if new <= _FEW_TOKENS and self._reads_alike else many).append((row, text))
         for row, text in few:
             for token in text[len(self._held[row]) :]:
                 logits[row] = self._call(torch.ops.tinyllm.decoder_step, row, row + 1, torch.tensor([token]))[0]
@@ -165,7 +168,7 @@ class Engine:
         """
         n = uniforms.size(1)
         self._check_room(n)
-        logits_settings = (
+        how = (
             sampling.temperature,
             0 if sampling.top_k is None else sampling.top_k,
             1.0 if sampling.top_p is None else sampling.top_p,
@@ -180,7 +183,7 @@ class Engine:
             self.batch_size,
             tokens.cpu(),
             uniforms,
-            after=(*logits_settings, seen, [*stop_ids]),
+            after=(*how, seen, [*stop_ids]),
         )
         n = int((drawn[0] >= 0).sum())
         for held, first, new in zip(self._held, tokens.tolist(), drawn[:, : n - 1].tolist(), strict=True):

@@ -68,8 +68,8 @@ class Sampling:
             raise ValueError(f"top_k is {self.top_k}; it must be at most the size of the vocabulary, {vocab_size}")
         if self.suppress_id is not None and self.suppress_id >= vocab_size:
             raise ValueError(f"suppress_id is {self.suppress_id}; the model's ids are 0 .. {vocab_size - 1}")
-        if self.suppress_id is not None and vocab_size == 1:
-            raise ValueError(f"suppress_id is {self.suppress_id}, the only id that the model has")
+        if self.suppress_id == 0 and min(vocab_size, self.ids_below or vocab_size) == 1:
+            raise ValueError("suppress_id is 0, the only id that can be drawn")
 
 
 def _check(name: str, value: object, allowed: str, is_allowed: Callable[[float], bool]) -> None:

@@ -283,7 +283,8 @@ class TokenStream(Iterator[Any]):
         if not isinstance(self._decoder, Engine):
             return 0
         # A generator of the caller's has given as many numbers as there are tokens, whenever it is looked at.
-        most = 1 if isinstance(self._generators, torch.Generator) else self._decoder.tokens_a_call
+        one_by_one = isinstance(self._generators, torch.Generator) and self._sampling.temperature > 0
+        most = 1 if one_by_one else self._decoder.tokens_a_call
         left = [
             room - drawn
             for room, drawn, reason in zip(self._room, self.num_tokens, self.finish_reasons, strict=True)

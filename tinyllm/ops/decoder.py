@@ -32,8 +32,3 @@ def _(ids, weights, positions, *others):  # type: ignore[no-untyped-def]
 @register_fake("decoder_write")
 def _(ids, uniforms, *others):  # type: ignore[no-untyped-def]
     return torch.empty_like(uniforms, dtype=torch.int64), torch.empty_like(uniforms, dtype=torch.float32)
-
-
-@register_fake("draw_tokens")
-def _(logits, uniforms, *others):  # type: ignore[no-untyped-def]
-    return logits.new_empty(logits.size(0), dtype=torch.int64), logits.new_empty(logits.size(0))

@@ -132,10 +132,11 @@ def quantize_weight(weight: Tensor, kind: str, *, group_size: int = BLOCK) -> Qu
     quantize = reference.quantize_weight
     if choose(_QUANTIZE, weight) != "reference":
         quantize = torch.ops.tinyllm.quantize_weight
-    if not bool(weight.isfinite().all()):
-        raise ValueError("weight is not finite (nan or inf)")
+    narrow = weight.to(torch.bfloat16, memory_format=torch.contiguous_format) if kind == "bf16" else weight
+    if not bool(narrow.isfinite().all()):
+        raise ValueError(f"weight is not finite (nan or inf), or not as {narrow.dtype}")
     if kind == "bf16":
-        return QuantizedWeight(weight.to(torch.bfloat16, memory_format=torch.contiguous_format), None, in_features)
+        return QuantizedWeight(narrow, None, in_features)
     return QuantizedWeight(*quantize(weight, BITS[kind], group_size), in_features)
 
 

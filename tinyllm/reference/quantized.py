@@ -44,7 +44,7 @@ def quantize_weight(weight: Tensor, bits: int, group_size: int) -> tuple[Tensor,
                 stored = scale.bfloat16().float()
                 q = _rounded(groups, stored, low, high)
                 error = (groups - q * stored).square().sum(-1, keepdim=True)
-                better = (error < least) & (stored != 0)
+                better = ((error < least) | (best == 0)) & (stored != 0)  # also where all errors overflow
                 best, least = torch.where(better, stored, best), torch.where(better, error, least)
                 scale = ((groups * q).sum(-1, keepdim=True) / q.square().sum(-1, keepdim=True)).nan_to_num(
                     0.0, 0.0, 0.0
