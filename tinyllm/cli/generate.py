@@ -59,7 +59,8 @@ def generate(
     min_p: Annotated[
         float | None,
         typer.Option(
-            help="Choose among tokens with at least this fraction of the likeliest one's probability, below 1. Default: all."
+            help="Choose among tokens with at least this fraction, below 1, of the likeliest one's probability. "
+            "Default: all."
         ),
     ] = None,
     repetition_penalty: Annotated[

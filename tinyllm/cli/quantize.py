@@ -39,8 +39,8 @@ def quantize(
 ) -> None:
     """Store a trained model's weights in fewer bits, for writing.
 
-    Shows the perplexity before and after, of 1,024 sequences of the run's validation text or of the texts of --data, where
-    there are any. The new folder serves `tinyllm generate --run` and `tinyllm.load_run`.
+    Shows the perplexity before and after, of 1,024 sequences of the run's validation text or of the texts of --data,
+    where there are any. The new folder serves `tinyllm generate --run` and `tinyllm.load_run`.
 
     For example: tinyllm quantize --run runs/tiny-1 --weights int8 --out runs/tiny-int8
     """
