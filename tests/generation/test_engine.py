@@ -270,4 +270,3 @@ def test_what_cannot_be_drawn_is_an_error() -> None:
     for sampling in (Sampling(0.0, repetition_penalty=1e-46), Sampling(1e-39), Sampling(1e300, top_p=0.9)):
         engine.read([torch.tensor([1])])
         assert (engine.write(torch.tensor([1]), uniforms, sampling, seen).tokens < VOCAB).all()
-
