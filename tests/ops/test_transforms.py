@@ -56,6 +56,13 @@ def class_weight(like: Tensor) -> Tensor:
     return CLASS_WEIGHT.to(like.dtype)
 
 
+def quantized_linear(functions: Any, x: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
+    if functions is ops:
+        return ops.quantized_linear(x, QUANTIZED, bias, activation="gelu", residual=residual)
+    return reference.linear(x, QUANTIZED.dequantize().to(x.dtype), bias, activation="gelu", residual=residual)
+
+
+QUANTIZED = ops.quantize_weight(torch.arange(20.0).view(4, 5) / 7 - 1, "int8")
 QKV = ((2, 2, 3, 2), (2, 2, 4, 2), (2, 2, 4, 2))
 BLOCK = ((2, 3, 4), *[(4, 4)] * 4, (6, 4), (4, 6), (4,), (4,), *[(4,)] * 4, (6,), (4,), (4,), (4,))
 MODEL = ((5, 4), *BLOCK[1:], (4,), (4,), (4, 4), (4,))
@@ -93,6 +100,7 @@ CASES = [
         lambda f, x, w, b, r: f.linear(x, w, b, activation="gelu", residual=r),
         ((2, 3, 5), (4, 5), (4,), (2, 3, 4)),
     ),
+    Case("quantized_linear", "quantized_linear", quantized_linear, ((2, 5, 5), (4,), (2, 5, 4))),  # many rows
     Case(
         "feed_forward",
         "feed_forward",
@@ -224,7 +232,8 @@ TRANSFORMS: dict[str, Callable[[Function, Inputs], Any]] = {
 
 
 def test_every_operator_has_a_case():
-    assert {case.operator for case in CASES} == set(OPERATORS) - {"adamw"}  # which works in place
+    without_gradients = {"adamw", "decoder", "quantize_weight"}
+    assert {case.operator for case in CASES} == set(OPERATORS) - without_gradients
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS)
