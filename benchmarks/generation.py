@@ -49,7 +49,7 @@ SLOW_S = 30.0  # who takes longer is timed once
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured: with which models, providers and numbers of threads, in how many rounds, see `rounds`."""
+    """The models, providers and numbers of threads of a run, and the most rounds, of which `rounds` may take fewer."""
 
     models: Sequence[Model]
     labels: Sequence[str]
@@ -74,8 +74,15 @@ class Plan:
 
 @dataclass
 class Side:
-    """What one provider did in one case: the tokens of its first run, and of each round the seconds until the first
-    token and of a step after it; or why there are none."""
+    """Results of one provider in one case.
+
+    Attributes:
+        tokens: those of the first run.
+        first_s, token_s: of each round, the seconds until the first token, and the mean of a step after it.
+        loads: of each round, the cores that other processes kept busy.
+        peak_bytes: the largest resident memory.
+        failed: why there are no times.
+    """
 
     tokens: list[list[int]] = field(default_factory=list)
     first_s: list[float] = field(default_factory=list)

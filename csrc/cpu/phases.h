@@ -52,33 +52,34 @@ class Phases {
   static uint64_t phase_of(uint64_t state) { return state >> 2 * kBits; }
 
   void set(int64_t items) {
-    // Each thread may count on by one when none is left.
-    if (items > static_cast<int64_t>(kMask / 2)) throw std::length_error("a phase has too many items");
+    if (items > static_cast<int64_t>(kMask)) throw std::length_error("a phase has too many items");
     state_.store(++phase_ << 2 * kBits | static_cast<uint64_t>(items) << kBits, std::memory_order_release);
   }
 
   void work() {
-    for (;;) {
-      uint64_t state = state_.load(std::memory_order_acquire);
-      if (items_of(state) == 0) return;
-      if (item_of(state) < items_of(state)) {
-        state = state_.fetch_add(1, std::memory_order_acq_rel);
-        if (items_of(state) == 0) return;  // the last phase has ended since
-        if (item_of(state) < items_of(state)) {
-          try {
-            program_.run(static_cast<int64_t>(item_of(state)));
-            if (done_.fetch_add(1, std::memory_order_acq_rel) + 1 == items_of(state)) {
-              done_.store(0, std::memory_order_relaxed);
-              set(program_.next());
-            }
-          } catch (...) {
-            stop(std::current_exception());
-          }
-          continue;
+    uint64_t state = state_.load(std::memory_order_acquire);
+    while (items_of(state) > 0) {
+      if (item_of(state) == items_of(state)) {  // all are taken: the phase ends when they are done
+        const uint64_t phase = phase_of(state);
+        for (int spins = 0; phase_of(state) == phase; ++spins) {
+          spins < kSpins ? pause_briefly() : std::this_thread::yield();
+          state = state_.load(std::memory_order_acquire);
         }
+        continue;
       }
-      for (int spins = 0; phase_of(state_.load(std::memory_order_acquire)) == phase_of(state); ++spins)
-        spins < kSpins ? pause_briefly() : std::this_thread::yield();
+      // An item is taken of the state that was seen, or not at all: the phase may have ended since.
+      if (!state_.compare_exchange_weak(state, state + 1, std::memory_order_acq_rel, std::memory_order_acquire))
+        continue;
+      try {
+        program_.run(static_cast<int64_t>(item_of(state)));
+        if (done_.fetch_add(1, std::memory_order_acq_rel) + 1 == items_of(state)) {
+          done_.store(0, std::memory_order_relaxed);
+          set(program_.next());
+        }
+      } catch (...) {
+        stop(std::current_exception());
+      }
+      state = state_.load(std::memory_order_acquire);
     }
   }
 

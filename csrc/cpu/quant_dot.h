@@ -2,8 +2,12 @@
 //
 // Block8 and Block4 hold the weights of a block as they are multiplied; `Input` is the type of the activations then.
 // place says where its element i lies there.
-// dot adds the products to a vector of integers with as many lanes as Vec<float>, of which each lane takes its share.
-// The sums of a block are below 2^24, so that float holds them exactly.
+//
+// On x86, products of unsigned and signed bytes would saturate, while sums of pairs of 16-bit products do not. Block8
+// therefore widens its bytes: the even ones by a mask and the odd ones by a shift, which take less than widening them
+// in their order. Products with the half bytes of Block4 are so small that their 16-bit sums are exact. dot adds the
+// products to a vector of integers with as many lanes as Vec<float>, of which each lane takes its share. The sums of a
+// block are below 2^24, so that float holds them exactly.
 #pragma once
 #include "simd.h"
 #include "weight_args.h"
@@ -18,8 +22,6 @@ struct Ints {
   Vec<float> to_float() const { return {_mm512_cvtepi32_ps(v)}; }
 };
 
-// Unsigned times signed bytes as 16-bit products saturates; sums of pairs of 16-bit numbers do not. The even bytes and
-// the odd ones become 16-bit numbers by a mask and a shift, which take less than widening them in their order.
 struct Block8 {
   using Input = int16_t;
   __m512i w[2];
@@ -35,7 +37,6 @@ struct Block8 {
   }
 };
 
-// At most 2 * 15 * 127, so that the 16-bit sums of pairs are exact.
 struct Block4 {
   using Input = int8_t;
   static int64_t place(int64_t i) { return i; }
@@ -59,8 +60,6 @@ struct Ints {
   Vec<float> to_float() const { return {_mm256_cvtepi32_ps(v)}; }
 };
 
-// Unsigned times signed bytes as 16-bit products saturates; sums of pairs of 16-bit numbers do not. The even bytes and
-// the odd ones become 16-bit numbers by a mask and a shift, which take less than widening them in their order.
 struct Block8 {
   using Input = int16_t;
   __m256i w[4];
@@ -79,7 +78,6 @@ struct Block8 {
   }
 };
 
-// At most 4 * 15 * 127, so that the 16-bit sums are exact.
 struct Block4 {
   using Input = int8_t;
   static int64_t place(int64_t i) { return i; }

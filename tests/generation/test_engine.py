@@ -60,6 +60,21 @@ def test_the_number_of_threads_and_the_batch_change_no_bit(threads: Any, weights
         assert all(map(torch.equal, logprobs, found[0][1]))
 
 
+@pytest.mark.parametrize("count", [2, 4])
+def test_many_short_calls_end(threads: Any, count: int) -> None:
+    """Threads that come late to a region, or leave it late, meet all states of its phases."""
+    threads(count)
+    torch.manual_seed(0)
+    model = SimpleLLM(VOCAB, 64, 128, 2, num_heads=1, causal=True, max_seq_len=2)  # large enough for several threads
+    engine = Engine(model, 1, 2)
+    tokens = torch.tensor([1])
+    engine.read([torch.tensor([2])])
+    expected = engine.step(tokens)
+    for _ in range(10_000):
+        engine.read([torch.tensor([2])])
+        assert torch.equal(engine.step(tokens), expected)
+
+
 def test_regions_within_regions_and_beside_others(threads: Any) -> None:
     """Whatever threads there are, a call ends: the same text comes from several threads of Python at once."""
     model = larger_model()

@@ -212,7 +212,7 @@ def test_truncated_files_are_named(write: Callable[[Path, Tensors], None], keep:
 
 
 class Code:
-    """What unpickling would run."""
+    """Run code while a pickle is loaded."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return os.mkdir, ("executed",)

@@ -214,7 +214,7 @@ def _blocks(model: SimpleLLM) -> list[TransformerBlock]:
 
 
 class _Place(NamedTuple):
-    """Where new tokens come into a cache.
+    """The place of new tokens in a cache.
 
     rows are all rows or some, as an index of the cache; each has `past` tokens already, `end` with the new ones. With
     `lengths`, (B,), there is one new token for each of all rows, which have so many tokens already; past is the most.
