@@ -75,8 +75,8 @@ def test_help(here: Here, tmp_path: Path) -> None:
         "log-interval sample-tokens tensorboard text-column skip-bad init-from no-tensorboard device "
         "devices num-nodes strategy precision micro-batches checkpointing no-checkpointing compile "
         "no-compile workers",
-        "generate": "run prompt max-new-tokens temperature top-k top-p min-p repetition-penalty stop seed checkpoint "
-        "device",
+        "generate": "run prompt prompt-file max-new-tokens num-samples temperature top-k top-p min-p "
+        "repetition-penalty stop seed weights prompt-lookup-num-tokens checkpoint device",
         "bench": "quick only out",
         "eval": "run data text-column skip-bad batch-size checkpoint device",
         "estimate": "preset devices batch-size seq-len num-layers num-heads embedding-dim hidden-dim precision "

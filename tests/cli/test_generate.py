@@ -259,6 +259,7 @@ def test_a_prompt_comes_from_an_option_a_file_or_a_pipe(
         (["--prompt", "the", "--num-samples", 0], None, "--num-samples is 0; it must be at least 1"),
         (["--prompt", "the", "--top-k", 0], None, "error: --top-k is 0; it must be at least 1\n"),
         (["--prompt", "the", "--top-k", 999], None, "error: --top-k is 999; it must be at most the size of the vocab"),
+        (["--prompt", "the", "--prompt-lookup-num-tokens", 0], None, "error: --prompt-lookup-num-tokens is 0; "),
         (["--prompt", "the", "--top-p", 0], None, "error: --top-p is 0.0; it must be above 0 and at most 1\n"),
         (["--prompt", "the", "--min-p", "nan"], None, "error: --min-p is nan; it must be at least 0 and below 1\n"),
         (["--prompt", "the", "--repetition-penalty", 0], None, "error: --repetition-penalty is 0.0; it must be a pos"),
@@ -285,6 +286,8 @@ def test_what_is_drawn_and_where_it_stops(run: Path, here: Here, tmp_path: Path)
     text = "".join(stream_text(model, tokenizer, "the fox", 30, 0.7, seed=1, **options))
     given = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", value)]
     assert here(*command, *given, cwd=tmp_path)[:2] == (0, f"the fox{text}\n")
+    guesses = ["--prompt-lookup-num-tokens", 3]
+    assert here(*command, *given, *guesses)[:2] == (0, f"the fox{text}\n")
     stops = ["--stop", text[9:12], "--stop", text[12:20]]
     status, out, err = here(*command, *given, *stops)
     assert (status, out) == (0, f"the fox{text[: text.index(text[9:12])]}\n")

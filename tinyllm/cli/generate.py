@@ -78,6 +78,12 @@ def generate(
             help="Store the weights in fewer bits: faster, and less exact. Default: as they are there.",
         ),
     ] = None,
+    prompt_lookup_num_tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="Guess up to this many tokens at once, where the text repeats itself: the same text, faster or slower."
+        ),
+    ] = None,
     checkpoint: Checkpoint = "last",
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto: a GPU if there is one.")] = "auto",
 ) -> None:
@@ -121,6 +127,7 @@ def generate(
                 repetition_penalty=repetition_penalty,
                 stop=stop or (),
                 seed=first_seed + index,
+                prompt_lookup_num_tokens=prompt_lookup_num_tokens,
                 decoder=decoder,
             )
 

@@ -4,6 +4,7 @@
 |---------------|------------------------------------------------------------------------------|
 | `sampling.py` | from logits to a token                                                       |
 | `decoder.py`  | from tokens to logits: a model and what it has read                          |
+| `lookup.py`   | guesses at what comes next, from the text itself                             |
 | `tokens.py`   | `generate` and `iter_tokens`: from ids to ids                                |
 | `text.py`     | `stream_text` and `generate_text`: from text to text                         |
 """

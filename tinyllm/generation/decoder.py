@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from tinyllm import _fused, ops
 from tinyllm._internal.checks import check_int
+from tinyllm.generation.sampling import Sampling, draw
 from tinyllm.model import SimpleLLM
 from tinyllm.nn import SelfAttention, TransformerBlock
 
@@ -171,23 +172,48 @@ class Cached:
             x = self._features(ids, _place(rows, begin, ids))
             for row, text in zip(rows, texts, strict=True):  # one chunk after the other, in case of an interruption
                 self._held[row] += text[begin : begin + step]
-        return self._logits(x)
+        return self._logits(x)[:, 0]
 
     @torch.inference_mode()
     def step(self, tokens: Tensor) -> Tensor:
+        self._check_room(1)
         lengths = self.lengths()
         longest = max(lengths)
-        if longest >= self._cache.size(-2):
-            raise ValueError(f"row {lengths.index(longest)} holds {longest} tokens, which is all that it can")
         ids = tokens.to(self._cache.device).unsqueeze(-1)
         place = _Place(slice(None), longest, longest + 1)
         if min(lengths) < longest:
             place = place._replace(lengths=torch.tensor(lengths, device=ids.device))
         with evaluating(self._modules):
-            logits = self._logits(self._features(ids, place))
+            logits = self._logits(self._features(ids, place))[:, 0]
         for held, token in zip(self._held, tokens.tolist(), strict=True):
             held.append(token)
         return logits
+
+    @torch.inference_mode()
+    def verify(
+        self, tokens: Tensor, uniforms: Tensor, sampling: Sampling, seen: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Append to the only row a token and guesses at what follows it, and draw what follows each of them. The row
+        keeps the token and the guesses that were drawn, up to the first that was not.
+
+        A token costs little more than the first one, for the weights are read once for all.
+
+        Args:
+            tokens: int64 (n,), the token and n - 1 guesses.
+            uniforms: float64 (n,), see `sampling.draw`.
+            sampling: how tokens are drawn.
+            seen: bool (n, V), for each of them what the text has up to it. For repetition_penalty.
+
+        Returns:
+            The tokens that were drawn, int64 (m,), m - 1 being the number of guesses that were right, and their
+            log-probabilities, float32 (m,): what one token at a time would give, within rounding.
+        """
+        self._check_room(len(tokens))
+        ids = tokens.to(self._cache.device).unsqueeze(0)
+        with evaluating(self._modules):
+            features = self._features(ids, _place([0], len(self._held[0]), ids))
+            logits = self._logits(features, last=len(tokens))[0]
+        return keep_right(self._held[0], tokens, *draw(logits, sampling, uniforms, seen))
 
     def lengths(self) -> list[int]:
         return [len(held) for held in self._held]
@@ -201,12 +227,22 @@ class Cached:
             x = block.compose(x, partial(_attend, block.attention, cache, place))
         return x
 
-    def _logits(self, x: Tensor | tuple[Tensor, Tensor]) -> Tensor:
-        """Return the last position's logits (n, V) of what the last block gave."""
+    def _logits(self, x: Tensor | tuple[Tensor, Tensor], last: int = 1) -> Tensor:
+        """Return the logits (n, last, V) of the last positions of what the last block gave."""
         model = self._model
-        if model.final_norm is not None:  # a pair is not summed yet: see TransformerBlock
-            x = model.final_norm(x[0][:, -1:], x[1][:, -1:])[0] if isinstance(x, tuple) else model.final_norm(x[:, -1:])
-        return _fused.call_linear(model.output, cast(Tensor, x)[:, -1:])[:, 0].float()
+        if model.final_norm is None:
+            return _fused.call_linear(model.output, cast(Tensor, x)[:, -last:]).float()
+        if isinstance(x, tuple):  # not summed yet: see TransformerBlock
+            normed = model.final_norm(x[0][:, -last:], x[1][:, -last:])[0]
+        else:
+            normed = model.final_norm(x[:, -last:])
+        return _fused.call_linear(model.output, normed).float()
+
+    def _check_room(self, n: int) -> None:
+        lengths, capacity = self.lengths(), self._cache.size(-2)
+        if max(lengths) + n > capacity:
+            row = lengths.index(max(lengths))
+            raise ValueError(f"row {row} holds {max(lengths)} tokens and is to get {n} more; a row holds {capacity}")
 
 
 def _blocks(model: SimpleLLM) -> list[TransformerBlock]:
@@ -292,6 +328,14 @@ def together(keys: Sequence[Hashable], compute: Callable[[list[int]], Tensor]) -
         return parts[0]
     order = torch.tensor([index for group in groups.values() for index in group], device=parts[0].device)
     return torch.cat(parts)[order.argsort()]
+
+
+def keep_right(held: list[int], tokens: Tensor, drawn: Tensor, logprobs: Tensor) -> tuple[Tensor, Tensor]:
+    """Append to what a row holds the token and the guesses that were drawn; return the latter, see `Cached.verify`."""
+    ids = tokens.tolist()
+    n = 1 + common_prefix(ids[1:], drawn.tolist())
+    held += ids[:n]
+    return drawn[:n], logprobs[:n]
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:

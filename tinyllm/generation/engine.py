@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tinyllm import _fused
 from tinyllm._internal.checks import check_int
-from tinyllm.generation.decoder import checked_rows, common_prefix
+from tinyllm.generation.decoder import checked_rows, common_prefix, keep_right
 from tinyllm.generation.sampling import Sampling
 from tinyllm.model import SimpleLLM
 from tinyllm.ops.decoder import DECODER
@@ -120,7 +120,9 @@ class Engine:
             (few if new <= _FEW_TOKENS and self._reads_alike else many).append((row, text))
         for row, text in few:
             for token in text[len(self._held[row]) :]:
-                logits[row] = self._call(torch.ops.tinyllm.decoder_step, row, row + 1, torch.tensor([token]))[0]
+                logits[row] = self._call(
+                    torch.ops.tinyllm.decoder_step, *self._rows(row, row + 1), torch.tensor([token])
+                )[0]
                 self._held[row].append(token)
         for begin, group in _neighbours(many, self._held, self._chunk):
             for row, own in zip(range(begin, begin + len(group)), self._read(begin, group), strict=True):
@@ -135,7 +137,7 @@ class Engine:
             longest = max(map(len, new))
             ids = torch.tensor([own + [0] * (longest - len(own)) for own in new])
             counts = torch.tensor([len(own) for own in new])
-            logits = self._call(torch.ops.tinyllm.decoder_read, begin, end, ids, counts)
+            logits = self._call(torch.ops.tinyllm.decoder_read, *self._rows(begin, end), ids, counts)
             for held, own in zip(self._held[begin:end], new, strict=True):
                 held += own
         return logits
@@ -143,7 +145,8 @@ class Engine:
     def step(self, tokens: Tensor) -> Tensor:
         """See `Decoder.step`."""
         self._check_room(1)
-        logits: Tensor = self._call(torch.ops.tinyllm.decoder_step, 0, self.batch_size, tokens.cpu())
+        rows = self._rows(0, self.batch_size)
+        logits: Tensor = self._call(torch.ops.tinyllm.decoder_step, *rows, tokens.cpu())
         for held, token in zip(self._held, tokens.tolist(), strict=True):
             held.append(token)
         return logits
@@ -168,6 +171,35 @@ class Engine:
         """
         n = uniforms.size(1)
         self._check_room(n)
+        drawn, logprobs = self._draw(tokens, uniforms, sampling, seen, self._cache, self.lengths(), stop_ids)
+        n = int((drawn[0] >= 0).sum())
+        for held, first, new in zip(self._held, tokens.tolist(), drawn[:, : n - 1].tolist(), strict=True):
+            held += [first, *new]
+        return Written(drawn[:, :n], logprobs[:, :n])
+
+    def verify(
+        self, tokens: Tensor, uniforms: Tensor, sampling: Sampling, seen: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """See `Cached.verify`."""
+        n = len(tokens)
+        self._check_room(n)
+        # Rows of one cache, each with one token more than the one before it: the keys and values of all come into the
+        # cache before attention looks at any.
+        lengths = [*range(len(self._held[0]), len(self._held[0]) + n)]
+        cache = self._cache.expand(-1, -1, n, -1, -1, -1)
+        drawn, logprobs = self._draw(tokens, uniforms.unsqueeze(-1), sampling, seen, cache, lengths)
+        return keep_right(self._held[0], tokens, drawn[:, 0], logprobs[:, 0])
+
+    def _draw(
+        self,
+        tokens: Tensor,
+        uniforms: Tensor,
+        sampling: Sampling,
+        seen: Tensor | None,
+        cache: Tensor,
+        lengths: list[int],
+        stop_ids: Sequence[int] = (),
+    ) -> tuple[Tensor, Tensor]:
         how = (
             sampling.temperature,
             0 if sampling.top_k is None else sampling.top_k,
@@ -177,18 +209,9 @@ class Engine:
             -1 if sampling.suppress_id is None else sampling.suppress_id,
             min(sampling.ids_below or self._classes, self._classes),
         )
-        drawn, logprobs = self._call(
-            torch.ops.tinyllm.decoder_write,
-            0,
-            self.batch_size,
-            tokens.cpu(),
-            uniforms,
-            after=(*how, seen, [*stop_ids]),
-        )
-        n = int((drawn[0] >= 0).sum())
-        for held, first, new in zip(self._held, tokens.tolist(), drawn[:, : n - 1].tolist(), strict=True):
-            held += [first, *new]
-        return Written(drawn[:, :n], logprobs[:, :n])
+        operator, after = torch.ops.tinyllm.decoder_write, (*how, seen, [*stop_ids])
+        drawn, logprobs = self._call(operator, cache, lengths, tokens.cpu(), uniforms, after=after)
+        return drawn, logprobs
 
     def _check_room(self, n: int) -> None:
         lengths, capacity = self.lengths(), self._cache.size(-2)
@@ -196,10 +219,14 @@ class Engine:
             row = lengths.index(max(lengths))
             raise ValueError(f"row {row} holds {max(lengths)} tokens and is to get {n} more; a row holds {capacity}")
 
-    def _call(self, operator, begin: int, end: int, *arguments: Tensor, after: tuple = ()):  # type: ignore[no-untyped-def]
-        cache, lengths = self._cache[:, :, begin:end], torch.tensor([len(held) for held in self._held[begin:end]])
+    def _rows(self, begin: int, end: int) -> tuple[Tensor, list[int]]:
+        """Return the cache of some rows, and how many tokens each holds."""
+        return self._cache[:, :, begin:end], self.lengths()[begin:end]
+
+    def _call(self, operator, cache: Tensor, lengths: list[int], *arguments: Tensor, after: tuple = ()):  # type: ignore[no-untyped-def]
+        held = torch.tensor(lengths)
         with torch.inference_mode():
-            return operator(*arguments, self._weights, self._positions, cache, lengths, *self._settings, *after)
+            return operator(*arguments, self._weights, self._positions, cache, held, *self._settings, *after)
 
 
 def _neighbours(

@@ -46,7 +46,8 @@ def stream_text(
         prompt: text, or the ids of one sequence.
         stop: strings at which the text ends. They are found across the borders of tokens, and are not part of the text:
             what may be the beginning of one waits. What the prompt has does not count.
-        options: top_p, min_p, repetition_penalty, seed, generator, overflow, cache_dtype and decoder, as in `generate`.
+        options: top_p, min_p, repetition_penalty, seed, generator, overflow, prompt_lookup_num_tokens, cache_dtype and
+            decoder, as in `generate`.
         others: as in `generate`; all are checked at the call, not at the first piece.
 
     Raises:

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from tinyllm._internal.checks import check_choice, check_int
 from tinyllm.generation.choice import make_decoder
-from tinyllm.generation.decoder import Decoder
+from tinyllm.generation.decoder import Cached, Decoder
 from tinyllm.generation.engine import Engine
+from tinyllm.generation.lookup import Lookup
 from tinyllm.generation.sampling import Sampling, draw
 from tinyllm.model import SimpleLLM
 
@@ -38,6 +39,7 @@ def generate(
     ids_below: int | None = None,
     return_logprobs: bool = False,
     overflow: str = "slide",
+    prompt_lookup_num_tokens: int | None = None,
     cache_dtype: torch.dtype | None = None,
     decoder: Decoder | None = None,
 ) -> Any:
@@ -63,6 +65,10 @@ def generate(
             last half of the context is read again, and writing goes on (a model without a cache takes the last
             max_seq_len tokens each time); of a longer prompt the last max_seq_len tokens are read. "stop": prompt and
             text together have at most max_seq_len tokens.
+        prompt_lookup_num_tokens: of a single prompt; where the text's last two or three tokens have come before, guess
+            up to this many tokens, those that followed there (Saxena, 2023, "Prompt Lookup Decoding"). One pass over
+            the weights computes all guesses, and those are kept that are drawn anyway: the text is the same, within
+            rounding, and one that repeats itself, such as code, is written faster. Default: none.
         cache_dtype: of the keys and values that are kept; default: the model's.
         decoder: one that `make_decoder` made of this model, to be kept from call to call while the weights stay: the
             beginning of a prompt that it has read before is not computed again. One text after the other may use it.
@@ -95,6 +101,7 @@ def generate(
         ids_below=ids_below,
         return_logprobs=True,
         overflow=overflow,
+        prompt_lookup_num_tokens=prompt_lookup_num_tokens,
         cache_dtype=cache_dtype,
         decoder=decoder,
     )
@@ -131,6 +138,7 @@ def iter_tokens(
     ids_below: int | None = None,
     return_logprobs: bool = False,
     overflow: str = "slide",
+    prompt_lookup_num_tokens: int | None = None,
     cache_dtype: torch.dtype | None = None,
     decoder: Decoder | None = None,
 ) -> TokenStream:
@@ -168,7 +176,8 @@ def iter_tokens(
         raise ValueError(f"decoder has {decoder.batch_size} rows; the number of prompts is {len(prompts)}")
     elif decoder.capacity is not None and decoder.capacity < needed:
         raise ValueError(f"decoder holds {decoder.capacity} tokens a row; prompt and text may have {needed}")
-    return TokenStream(model, decoder, prompts, layout, room, sampling, generators, stop_ids, return_logprobs)
+    lookup = None if prompt_lookup_num_tokens is None else _lookup(prompt_lookup_num_tokens, prompts, decoder)
+    return TokenStream(model, decoder, prompts, layout, room, sampling, generators, stop_ids, return_logprobs, lookup)
 
 
 class TokenStream(Iterator[Any]):
@@ -195,6 +204,7 @@ class TokenStream(Iterator[Any]):
         generators: list[torch.Generator] | torch.Generator,
         stop_ids: list[int],
         with_logprobs: bool,
+        lookup: Lookup | None = None,
     ) -> None:
         self.prompts = prompts
         self.layout = layout
@@ -202,7 +212,7 @@ class TokenStream(Iterator[Any]):
         self.finish_reasons: list[str | None] = [None if own > 0 else "length" for own in room]
         self.prefill_seconds = self.decode_seconds = 0.0
         self._decoder, self._room, self._sampling, self._generators = decoder, room, sampling, generators
-        self._stop_ids, self._with_logprobs = stop_ids, with_logprobs
+        self._stop_ids, self._with_logprobs, self._lookup = stop_ids, with_logprobs, lookup
         self._contexts = [prompt[-model.config.max_seq_len :].tolist() for prompt in prompts]
         self._seen: Tensor | None = None
         if sampling.repetition_penalty != 1:
@@ -240,6 +250,9 @@ class TokenStream(Iterator[Any]):
         """Draw the next tokens and their log-probabilities, both (B,), and note which rows they end."""
         if not self._ahead:
             self._ahead.extend(self._draw())
+            if self._lookup is not None:
+                for tokens, _ in self._ahead:
+                    self._lookup.add(int(tokens))
         tokens, logprobs = self._ahead.popleft()
         self._last = tokens
         ended = [reason is not None for reason in self.finish_reasons]
@@ -263,6 +276,8 @@ class TokenStream(Iterator[Any]):
             logits = self._decoder.read([torch.tensor(context) for context in self._contexts])
         else:
             self._make_room(self._last)
+            if guessed := self._guess():
+                return self._verify(self._last, guessed)
             count = self._tokens_ahead()
             if isinstance(self._decoder, Engine) and count > 0:
                 uniforms = self._uniforms(count)
@@ -278,20 +293,54 @@ class TokenStream(Iterator[Any]):
             self._seen.scatter_(-1, tokens.unsqueeze(-1), True)
         return [(tokens, logprobs)]
 
+    def _guess(self) -> list[int]:
+        """Return guesses at what follows the last token: none that are not wanted, nor beyond the decoder's room."""
+        return [] if self._lookup is None else self._lookup.guess()[: self._tokens_left() - 1]
+
+    def _verify(self, last: Tensor, guessed: list[int]) -> Iterable[tuple[Tensor, Tensor]]:
+        """Draw what follows the last token, and what follows each guess, up to the first that is wrong."""
+        count = len(guessed) + 1
+        seen = self._seen
+        if seen is not None:
+            seen = seen.repeat(count, 1)
+            for i, token in enumerate(guessed):
+                seen[i + 1 :, token] = True
+        tokens = torch.cat([last, torch.tensor(guessed, device=last.device)])
+        generator = self._generators if isinstance(self._generators, torch.Generator) else self._generators[0]
+        state = generator.get_state()
+        uniforms = self._uniforms(count)
+        if uniforms is None:
+            uniforms = torch.zeros(1, count, dtype=torch.float64)
+        drawn, logprobs = cast("Cached | Engine", self._decoder).verify(tokens, uniforms[0], self._sampling, seen)
+        stop = next((i + 1 for i, token in enumerate(drawn.tolist()) if token in self._stop_ids), len(drawn))
+        drawn, logprobs = drawn[:stop], logprobs[:stop]
+        # The numbers that were not needed are those of the next tokens.
+        generator.set_state(state)
+        self._uniforms(len(drawn))
+        if self._seen is not None:
+            self._seen[:, drawn] = True
+        self._note(drawn[None, :-1])
+        cast(Lookup, self._lookup).learn(len(guessed), len(drawn) - 1)
+        return zip(drawn.unsqueeze(-1), logprobs.unsqueeze(-1), strict=True)
+
     def _tokens_ahead(self) -> int:
         """Return how many tokens an Engine may draw in a call: none that are not wanted, nor beyond its room."""
         if not isinstance(self._decoder, Engine):
             return 0
-        # A generator of the caller's has given as many numbers as there are tokens, whenever it is looked at.
-        one_by_one = isinstance(self._generators, torch.Generator) and self._sampling.temperature > 0
-        most = 1 if one_by_one else self._decoder.tokens_a_call
+        # A generator of the caller's has given as many numbers as there are tokens, whenever it is looked at; and what
+        # comes after each token may be guessed.
+        drawn_from = isinstance(self._generators, torch.Generator) and self._sampling.temperature > 0
+        one_by_one = drawn_from or self._lookup is not None
+        return min(1 if one_by_one else self._decoder.tokens_a_call, self._tokens_left())
+
+    def _tokens_left(self) -> int:
+        """Return how many more tokens the longest row may get, and the decoder takes."""
         left = [
             room - drawn
             for room, drawn, reason in zip(self._room, self.num_tokens, self.finish_reasons, strict=True)
             if reason is None
         ]
-        capacity = cast(int, self._decoder.capacity) - max(self._decoder.lengths())
-        return min(most, max(left), capacity)
+        return min(max(left), cast(int, self._decoder.capacity) - max(self._decoder.lengths()))
 
     def _note(self, tokens: Tensor) -> None:
         """Add tokens (B, n) to the contexts."""
@@ -341,6 +390,18 @@ def _prompts(model: SimpleLLM, ids: Any) -> tuple[list[Tensor], str]:
     _check_ids("ids", whole, vocab_size)
     layout = "one" if whole.dim() == 1 else "batch"
     return [*whole.to(device, torch.int64).reshape(-1, whole.size(-1))], layout
+
+
+def _lookup(most: int, prompts: list[Tensor], decoder: Decoder) -> Lookup:
+    check_int("prompt_lookup_num_tokens", most, 1)
+    if len(prompts) > 1:
+        raise ValueError(f"prompt_lookup_num_tokens is {most} for {len(prompts)} prompts; it is for a single one")
+    if not isinstance(decoder, (Cached, Engine)):
+        raise ValueError(
+            f"prompt_lookup_num_tokens is {most}; the model computes its whole context for each token "
+            "(it is not causal, or has modules of another kind), which leaves nothing to gain"
+        )
+    return Lookup(prompts[0].tolist(), most)
 
 
 def _are_prompts(ids: Sequence[Any]) -> bool:
