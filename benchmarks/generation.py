@@ -1,13 +1,14 @@
 """Compare how fast language models write: ours with float32, bf16, int8 and int4 weights, Hugging Face's transformers,
 CTranslate2 and llama.cpp.
 
-    python -m benchmarks.generation            all of these; hours
+    python -m benchmarks.generation            all of these; half an hour
+    python -m benchmarks.generation --batch 1 8 --prompts 1 256 960            each with each; hours
     python -m benchmarks.generation --batch 1 --prompts 256 --threads 2        a part; some minutes
     python -m benchmarks.generation --providers tinyllm "CTranslate2, int8"    of some providers
     python -m benchmarks.generation --quick    a first impression, of the tiny model
 
-A whole run writes results/generation/FAMILY.json, the page and the README's table. A part, or a quick run, is printed
-and nothing else; `--out DIR` keeps its JSON.
+A whole run, without options, writes results/generation/FAMILY.json, the page and the README's table. Any other is
+printed and nothing else; `--out DIR` keeps its JSON.
 
 The models are GPT-2s with random weights: what they write makes no sense, and takes as long as sense. All write
 greedily, and the end of the text is switched off. Each provider has a process of its own, see `benchmarks.writers`;
@@ -49,24 +50,33 @@ SLOW_S = 30.0  # who takes longer is timed once
 
 @dataclass(frozen=True)
 class Plan:
-    """The models, providers and numbers of threads of a run, and the most rounds, of which `rounds` may take fewer."""
+    """What a run measures.
+
+    Attributes:
+        threads: numbers of threads; with all but the first the model's fewer cases.
+        most_rounds: of which `rounds` may take fewer.
+        batches, prompts: every pair of these instead of the model's own cases; None: those of its cases.
+    """
 
     models: Sequence[Model]
     labels: Sequence[str]
     threads: Sequence[int]
     most_rounds: int = 5
-    batches: Sequence[int] | None = None  # None: those of the model
+    batches: Sequence[int] | None = None
     prompts: Sequence[int] | None = None
 
-    def cases(self, model: Model) -> list[tuple[int, int]]:
+    def cases(self, model: Model, threads: int) -> list[tuple[int, int]]:
         """Return batch and length of the prompts."""
+        found = model.cases if threads == self.threads[0] else model.on_one_thread
+        if self.batches or self.prompts:
+            batches, prompts = (list(dict.fromkeys(each)) for each in zip(*model.cases, strict=True))
+            found = tuple((batch, length) for length in self.prompts or prompts for batch in self.batches or batches)
         longest = model.context - model.new_tokens
-        lengths = (longest if n is None else min(n, longest) for n in self.prompts or model.prompts)
-        return [(batch, length) for length in lengths for batch in self.batches or model.batches]
+        return [(batch, longest if length is None else min(length, longest)) for batch, length in found]
 
-    def rounds(self, batch: int) -> int:
+    def rounds(self, batch: int, length: int) -> int:
         """Return fewer where each takes long."""
-        return min(self.most_rounds, 5 if batch == 1 else 3)
+        return min(self.most_rounds, 5 if batch * length <= 256 else 3)
 
 
 # ---- What is measured
@@ -237,9 +247,9 @@ def measure(plan: Plan, folder: Path) -> tuple[dict[int, list[dict[str, Any]]], 
                 if REFERENCE in failed:
                     raise WriterError(f"nothing to compare with; {REFERENCE}: {failed[REFERENCE]}")
                 load_s = {label: worker.loaded["load_s"] for label, worker in workers.items()}
-                for batch, length in plan.cases(model):
+                for batch, length in plan.cases(model, threads):
                     before = reader.ask()["bytes_per_s"]
-                    sides = measure_case(workers, model, batch, length, plan.rounds(batch))
+                    sides = measure_case(workers, model, batch, length, plan.rounds(batch, length))
                     bandwidth[threads] = max(bandwidth[threads], before, reader.ask()["bytes_per_s"])
                     sides |= {label: Side(failed=reason) for label, reason in failed.items()}
                     sides = {label: sides[label] for label in plan.labels}
@@ -314,8 +324,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = report.parser_of("generation", __doc__)
     parser.add_argument("--providers", nargs="+", metavar="NAME", help="those whose names begin so, and transformers")
     parser.add_argument("--threads", nargs="+", type=int, metavar="N", help="with so many (default: all cores, and 1)")
-    parser.add_argument("--batch", nargs="+", type=int, metavar="N", help="so many sequences (default: 1 and 8)")
-    parser.add_argument("--prompts", nargs="+", type=int, metavar="N", help="of so many tokens (default: 1, 256, 960)")
+    parser.add_argument("--batch", nargs="+", type=int, metavar="N", help="so many sequences, with each of --prompts")
+    parser.add_argument("--prompts", nargs="+", type=int, metavar="N", help="of so many tokens, with each of --batch")
     options = parser.parse_args(arguments)
     parts = {name: getattr(options, name) for name in ("providers", "threads", "batch", "prompts")}
     for name in ("threads", "batch", "prompts"):

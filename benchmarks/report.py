@@ -333,7 +333,7 @@ INTRO = """# Benchmarks
 
 `tinyllm bench` compares every operator and the model with PyTorch and torch.compile on your machine, in a quarter of an
 hour (`--quick`: a few minutes). It needs `pip install -e '.[test]'`. `make bench` does so for this page, and
-`make train-bench` compares training itself, in ten minutes, and `make generation-bench` writing, in hours. Results
+`make train-bench` compares training itself, in ten minutes, and `make generation-bench` writing, in half an hour. Results
 are stored by the family of the processor, or by the chip; `python -m benchmarks.report --adopt FILE` takes over what
 another machine has measured with `--out`.
 

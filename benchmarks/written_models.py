@@ -17,7 +17,9 @@ class Model:
     """Sizes of a GPT-2, and what is written with it.
 
     Attributes:
-        prompts: their lengths; None is the longest one that leaves room for the new tokens.
+        cases: sizes of the batch and lengths of its prompts; None is the longest one that leaves room for the new
+            tokens.
+        on_one_thread: those that are measured on one thread, too.
     """
 
     name: str
@@ -26,8 +28,8 @@ class Model:
     width: int
     layers: int
     heads: int
-    prompts: tuple[int | None, ...]
-    batches: tuple[int, ...]
+    cases: tuple[tuple[int, int | None], ...]
+    on_one_thread: tuple[tuple[int, int | None], ...]
     new_tokens: int
 
     def step_bytes(self, provider: Provider, batch: int, prompt: int) -> float:
@@ -41,9 +43,9 @@ class Model:
         return matrices / 8 + 4 * vectors + cached * provider.cache_bytes
 
 
-GPT2 = Model("GPT-2 124M", 50_257, 1024, 768, 12, 12, (1, 256, None), (1, 8), 64)
+GPT2 = Model("GPT-2 124M", 50_257, 1024, 768, 12, 12, ((1, 1), (1, 256), (1, None), (8, 256)), ((1, 256),), 64)
 # The sizes of the preset of this name.
-TINY = Model("tiny preset", 4096, 64, 128, 4, 4, (1,), (1,), 63)
+TINY = Model("tiny preset", 4096, 64, 128, 4, 4, ((1, 1),), ((1, 1),), 63)
 MODELS = (GPT2, TINY)
 
 

@@ -66,11 +66,13 @@ def test_the_bytes_of_a_step_are_those_of_weights_and_cache() -> None:
 
 
 def test_prompts_leave_room_for_the_new_tokens() -> None:
-    plan = Plan(MODELS, [REFERENCE], [1])
-    assert set(plan.cases(GPT2)) == {(batch, length) for batch in (1, 8) for length in (1, 256, 960)}
-    assert plan.cases(TINY) == [(1, 1)]
-    part = Plan(MODELS, [REFERENCE], [1], 5, [2], [5000])
-    assert part.cases(GPT2) == [(2, 960)]
+    plan = Plan(MODELS, [REFERENCE], [4, 1])
+    assert plan.cases(GPT2, 4) == [(1, 1), (1, 256), (1, 960), (8, 256)]
+    assert plan.cases(GPT2, 1) == [(1, 256)]
+    assert plan.cases(TINY, 1) == plan.cases(TINY, 4) == [(1, 1)]
+    part = Plan(MODELS, [REFERENCE], [4, 1], 5, [2], [5000])
+    assert part.cases(GPT2, 1) == [(2, 960)]
+    assert Plan(MODELS, [REFERENCE], [4], 5, [2, 3]).cases(GPT2, 4) == [(b, n) for n in (1, 256, 960) for b in (2, 3)]
     prompts = draw_prompts(TINY, 3, 5)
     assert [len(prompt) for prompt in prompts] == [5] * 3
     assert max(map(max, prompts)) < TINY.vocab_size - 1  # no end of the text
@@ -268,7 +270,7 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (whole.models, list(whole.labels), only, quick) == (MODELS, list(PROVIDERS), None, False)
     assert (quick_plan.models, quick_plan.most_rounds, is_quick) == ((TINY,), 1, True)
     assert (part.models, part.labels, part.threads) == ((GPT2,), [REFERENCE, CT2, CT2_INT8], [1])
-    assert part.cases(GPT2) == [(8, 1), (8, 256), (8, 960)]
+    assert part.cases(GPT2, 1) == [(8, 1), (8, 256), (8, 960)]
     assert part_only == "providers ['CTranslate2']; threads [1]; batch [8]"
     for wrong in (["--threads", "0"], ["--providers", "nobody"]):
         with pytest.raises(SystemExit, match="2"):
