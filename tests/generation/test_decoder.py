@@ -313,7 +313,7 @@ def test_what_does_not_fit_is_refused(kind: Any) -> None:
         with pytest.raises(ValueError, match=reason):
             made.read(prompts, rows)
     made.read([one, one.repeat(4)])
-    with pytest.raises(ValueError, match="row 1 holds 4 tokens"):
+    with pytest.raises(ValueError, match="row 1 holds 4 tokens and is to get 1 more; a row holds 4"):
         made.step(torch.tensor([1, 1]))
     with pytest.raises(ValueError, match="max_len is 25; the model's max_seq_len is 24"):
         kind(model, 2, 25)

@@ -95,7 +95,66 @@ class Recompute:
             return cast(Tensor, model(ids)[:, -1].float())
 
 
-class Cached:
+class KeyValueCache:
+    """Memory for the keys and values of B rows, and the tokens that they belong to: what `Cached` and `Engine` share.
+
+    Args:
+        dtype, device: of the keys and values.
+        others: see `Cached`.
+
+    Raises:
+        ValueError: batch_size or chunk is not positive, or max_len not in 1 .. max_seq_len.
+    """
+
+    def __init__(
+        self,
+        model: SimpleLLM,
+        batch_size: int,
+        max_len: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        chunk: int,
+    ) -> None:
+        config = model.config
+        self.batch_size = check_int("batch_size", batch_size, 1)
+        self.capacity: int | None = check_int("max_len", max_len, 1)
+        if max_len > config.max_seq_len:
+            raise ValueError(f"max_len is {max_len}; the model's max_seq_len is {config.max_seq_len}")
+        self._model = model
+        self._chunk = check_int("chunk", chunk, 1)
+        self._held: list[list[int]] = [[] for _ in range(batch_size)]
+        head_dim = config.embedding_dim // config.num_heads
+        shape = (config.num_layers, 2, batch_size, config.num_heads, max_len, head_dim)
+        self._cache = torch.empty(shape, dtype=dtype, device=device)
+
+    def lengths(self) -> list[int]:
+        """Return how many tokens each row holds."""
+        return [len(held) for held in self._held]
+
+    def _texts(self, prompts: Sequence[Tensor], rows: Sequence[int] | None) -> dict[int, list[int]]:
+        """Return the prompt of each row, in the order of `rows`. Raises ValueError if one does not fit."""
+        capacity = self._cache.size(-2)
+        texts: dict[int, list[int]] = {}
+        for row, prompt in zip(checked_rows(self.batch_size, prompts, rows), prompts, strict=True):
+            if len(prompt) > capacity:
+                raise ValueError(f"the prompt for row {row} has {len(prompt)} tokens; a row holds {capacity}")
+            texts[row] = prompt.tolist()
+        return texts
+
+    def _num_kept(self, row: int, text: Sequence[int]) -> int:
+        """Return how many tokens of `text` a row holds already and need not be read again: all but the last, at most,
+        whose logits are wanted."""
+        return min(common_prefix(self._held[row], text), len(text) - 1)
+
+    def _check_room(self, n: int) -> None:
+        """Raise ValueError if there is a row without room for n more tokens."""
+        lengths, capacity = self.lengths(), self._cache.size(-2)
+        if max(lengths) + n > capacity:
+            row = lengths.index(max(lengths))
+            raise ValueError(f"row {row} holds {max(lengths)} tokens and is to get {n} more; a row holds {capacity}")
+
+
+class Cached(KeyValueCache):
     """Decoder that keeps keys and values of what it has read: a token costs one pass over the weights and the cache.
 
     It is for causal SimpleLLMs whose modules are what their classes say, of any floating dtype and on any device;
@@ -124,20 +183,11 @@ class Cached:
     ) -> None:
         if (reason := self.refuses(model)) is not None:
             raise ValueError(f"model has no valid cache: {reason}")
-        config, weight = model.config, next(model.parameters())
-        self.batch_size = check_int("batch_size", batch_size, 1)
-        self.capacity: int | None = check_int("max_len", max_len, 1)
-        if max_len > config.max_seq_len:
-            raise ValueError(f"max_len is {max_len}; the model's max_seq_len is {config.max_seq_len}")
         if cache_dtype is not None and not cache_dtype.is_floating_point:
             raise ValueError(f"cache_dtype is {cache_dtype}; it must be a floating dtype")
-        self._model = model
+        weight = next(model.parameters())
+        super().__init__(model, batch_size, max_len, cache_dtype or weight.dtype, weight.device, chunk)
         self._modules = [*model.modules()]
-        self._chunk = check_int("chunk", chunk, 1)
-        self._held: list[list[int]] = [[] for _ in range(batch_size)]
-        head_dim = config.embedding_dim // config.num_heads
-        shape = (config.num_layers, 2, batch_size, config.num_heads, max_len, head_dim)
-        self._cache = torch.empty(shape, dtype=cache_dtype or weight.dtype, device=weight.device)
 
     @staticmethod
     def refuses(model: nn.Module) -> str | None:
@@ -150,20 +200,15 @@ class Cached:
 
     @torch.inference_mode()
     def read(self, prompts: Sequence[Tensor], rows: Sequence[int] | None = None) -> Tensor:
-        rows = checked_rows(self.batch_size, prompts, rows)
-        texts = [prompt.tolist() for prompt in prompts]
-        keys = []
-        for row, text in zip(rows, texts, strict=True):
-            if len(text) > self._cache.size(-2):
-                raise ValueError(f"the prompt for row {row} has {len(text)} tokens; a row holds {self._cache.size(-2)}")
-            # The last token is computed in any case: its logits are wanted.
-            keys.append((min(common_prefix(self._held[row], text), len(text) - 1), len(text)))
+        texts = self._texts(prompts, rows)
+        order = [*texts]
+        keys = [(self._num_kept(row, text), len(text)) for row, text in texts.items()]
         with evaluating(self._modules):
-            return together(keys, lambda group: self._read([rows[i] for i in group], [texts[i] for i in group]))
+            return together(keys, lambda group: self._read([order[i] for i in group], [texts[order[i]] for i in group]))
 
     def _read(self, rows: list[int], texts: list[list[int]]) -> Tensor:
         """Read equally long texts, of which the rows hold equally many tokens already."""
-        start, end = min(common_prefix(self._held[rows[0]], texts[0]), len(texts[0]) - 1), len(texts[0])
+        start, end = self._num_kept(rows[0], texts[0]), len(texts[0])
         for row in rows:
             del self._held[row][start:]
         step = max(1, self._chunk // len(rows))
@@ -215,9 +260,6 @@ class Cached:
             logits = self._logits(features, last=len(tokens))[0]
         return keep_right(self._held[0], tokens, *draw(logits, sampling, uniforms, seen))
 
-    def lengths(self) -> list[int]:
-        return [len(held) for held in self._held]
-
     def _features(self, ids: Tensor, place: _Place) -> Tensor | tuple[Tensor, Tensor]:
         """Take ids (n, T) into the cache; return what the last block makes of them."""
         model, table = self._model, self._model.positional_encoding.rows(self._cache.size(-2))
@@ -237,12 +279,6 @@ class Cached:
         else:
             normed = model.final_norm(x[:, -last:])
         return _fused.call_linear(model.output, normed).float()
-
-    def _check_room(self, n: int) -> None:
-        lengths, capacity = self.lengths(), self._cache.size(-2)
-        if max(lengths) + n > capacity:
-            row = lengths.index(max(lengths))
-            raise ValueError(f"row {row} holds {max(lengths)} tokens and is to get {n} more; a row holds {capacity}")
 
 
 def _blocks(model: SimpleLLM) -> list[TransformerBlock]:

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tinyllm import _fused
-from tinyllm._internal.checks import check_int
-from tinyllm.generation.decoder import checked_rows, common_prefix, keep_right
+from tinyllm.generation.decoder import KeyValueCache, keep_right
 from tinyllm.generation.sampling import Sampling
 from tinyllm.model import SimpleLLM
 from tinyllm.ops.decoder import DECODER
@@ -31,7 +30,7 @@ class Written(NamedTuple):
     logprobs: Tensor
 
 
-class Engine:
+class Engine(KeyValueCache):
     """Decoder for causal SimpleLLMs on a CPU whose modules are what their classes say: weights of float32, bfloat16,
     int8 and int4, with activations in float32.
 
@@ -64,22 +63,13 @@ class Engine:
         operands = self.operands(model)
         if isinstance(operands, str):
             raise ValueError(f"the engine does not serve the model: {operands}")
-        config = model.config
-        self.batch_size = check_int("batch_size", batch_size, 1)
-        self.capacity: int | None = check_int("max_len", max_len, 1)
-        if max_len > config.max_seq_len:
-            raise ValueError(f"max_len is {max_len}; the model's max_seq_len is {config.max_seq_len}")
         if cache_dtype not in (None, torch.float32, torch.bfloat16):
             raise ValueError(f"cache_dtype is {cache_dtype}; it must be torch.float32 or torch.bfloat16")
+        super().__init__(model, batch_size, max_len, cache_dtype or torch.float32, "cpu", chunk)
         self._weights, self._positions, self._settings = operands
-        self._classes = config.vocab_size
+        self._classes = model.config.vocab_size
         # With quantised weights the activations of a step are rounded: a text would depend on what was read before.
         self._reads_alike = not any(x.dtype == torch.uint8 for x in self._weights)
-        self._chunk = check_int("chunk", chunk, 1)
-        self._held: list[list[int]] = [[] for _ in range(batch_size)]
-        head_dim = config.embedding_dim // config.num_heads
-        shape = (config.num_layers, 2, batch_size, config.num_heads, max_len, head_dim)
-        self._cache = torch.empty(shape, dtype=cache_dtype or torch.float32)
 
     @staticmethod
     def operands(model: nn.Module) -> _fused.DecoderOperands | str:
@@ -99,23 +89,14 @@ class Engine:
         size = sum(x.numel() * x.element_size() for x in self._weights)
         return max(1, min(16, _LARGE_MODEL // max(1, size)))
 
-    def lengths(self) -> list[int]:
-        """Return how many tokens each row holds."""
-        return [len(held) for held in self._held]
-
     def read(self, prompts: Sequence[Tensor], rows: Sequence[int] | None = None) -> Tensor:
         """See `Decoder.read`."""
-        rows = checked_rows(self.batch_size, prompts, rows)
-        texts = [prompt.tolist() for prompt in prompts]
-        capacity = self._cache.size(-2)
+        texts = self._texts(prompts, rows)
         few: list[tuple[int, list[int]]] = []
         many: list[tuple[int, list[int]]] = []
         logits: dict[int, Tensor] = {}
-        for row, text in zip(rows, texts, strict=True):
-            if len(text) > capacity:
-                raise ValueError(f"the prompt for row {row} has {len(text)} tokens; a row holds {capacity}")
-            # The last token is computed in any case: its logits are wanted.
-            del self._held[row][min(common_prefix(self._held[row], text), len(text) - 1) :]
+        for row, text in texts.items():
+            del self._held[row][self._num_kept(row, text) :]
             new = len(text) - len(self._held[row])
             (few if new <= _FEW_TOKENS and self._reads_alike else many).append((row, text))
         for row, text in few:
@@ -127,7 +108,7 @@ class Engine:
         for begin, group in _neighbours(many, self._held, self._chunk):
             for row, own in zip(range(begin, begin + len(group)), self._read(begin, group), strict=True):
                 logits[row] = own
-        return torch.stack([logits[row] for row in rows])
+        return torch.stack([logits[row] for row in texts])
 
     def _read(self, begin: int, texts: list[list[int]]) -> Tensor:
         """Read the texts of neighbouring rows; several ones at once, a single one in chunks."""
@@ -212,12 +193,6 @@ class Engine:
         operator, after = torch.ops.tinyllm.decoder_write, (*how, seen, [*stop_ids])
         drawn, logprobs = self._call(operator, cache, lengths, tokens.cpu(), uniforms, after=after)
         return drawn, logprobs
-
-    def _check_room(self, n: int) -> None:
-        lengths, capacity = self.lengths(), self._cache.size(-2)
-        if max(lengths) + n > capacity:
-            row = lengths.index(max(lengths))
-            raise ValueError(f"row {row} holds {max(lengths)} tokens and is to get {n} more; a row holds {capacity}")
 
     def _rows(self, begin: int, end: int) -> tuple[Tensor, list[int]]:
         """Return the cache of some rows, and how many tokens each holds."""
