@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
+import weakref
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ from torch import Tensor, nn
 
 from tests.generation.models import VOCAB, Scripted, small_model
 from tests.helpers.needs import needs_extension
-from tinyllm.generation import Cached, Decoder, Engine, Recompute, choice, generate, make_decoder
+from tinyllm.generation import Cached, Decoder, Engine, Recompute, choice, generate, iter_tokens, make_decoder
 from tinyllm.model import SimpleLLM
 from tinyllm.ops.backends import cpp
 
@@ -187,6 +189,59 @@ def test_a_decoder_that_is_kept_writes_the_same() -> None:
         generate(model, [[1], [2]], 3, decoder=kept)
     with pytest.raises(ValueError, match="decoder holds 5 tokens a row; prompt and text may have 6"):
         generate(model, [1], 6, decoder=make_decoder(model, 1, 5))
+
+
+@pytest.mark.parametrize("kind", [*CACHES, Recompute])
+def test_a_decoder_is_of_one_model(kind: Any) -> None:
+    model, twin = small_model(), small_model()
+    made = Recompute(model, 1) if kind is Recompute else kind(model, 1, 24)
+    assert made.model is model
+    for write in (generate, iter_tokens):
+        with pytest.raises(ValueError, match=f"decoder is a {kind.__name__} of another model"):
+            write(twin, [1, 2], 3, decoder=made)
+
+
+@pytest.mark.parametrize("kind", [*CACHES, Recompute])
+def test_a_decoder_writes_one_text_at_a_time(kind: Any) -> None:
+    model = small_model()
+    made = Recompute(model, 1) if kind is Recompute else kind(model, 1, 24)
+    one, other = (iter_tokens(model, prompt, 20, seed=0, decoder=made) for prompt in ([1, 2, 3], [4, 5, 6]))
+    next(one)
+    for _ in range(3):
+        next(other)  # whatever the lengths are
+    with pytest.raises(RuntimeError, match="decoder has been used elsewhere since this stream's last token"):
+        next(one)
+    assert next(one, None) is None
+    assert one.finish_reasons == ["error"]
+    made.read(tensors([[7]]))
+    with pytest.raises(RuntimeError, match="decoder has been used elsewhere"):
+        next(other)
+    assert greedy(model, [[4, 5, 6]], 8, made) == greedy(model, [[4, 5, 6]], 8)
+
+
+def test_streams_of_equally_long_texts_are_told_apart() -> None:
+    model = small_model()
+    made = Cached(model, 1, 24)
+    one, other = (iter_tokens(model, prompt, 20, seed=0, decoder=made) for prompt in ([1, 2, 3], [4, 5, 6]))
+    next(one)
+    next(other)
+    with pytest.raises(RuntimeError, match="decoder has been used elsewhere"):
+        next(one)
+    next(other)
+
+
+def test_a_decoder_that_is_kept_holds_no_stream() -> None:
+    model = small_model()
+    made = Cached(model, 1, 24)
+    stream = iter_tokens(model, [1, 2, 3], 20, decoder=made)
+    next(stream)
+    reference = weakref.ref(stream)
+    gc.disable()
+    try:
+        del stream
+        assert reference() is None
+    finally:
+        gc.enable()
 
 
 def test_an_interrupted_prompt_leaves_what_has_been_read(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,7 +39,8 @@ def test_wrong_guesses_make_guesses_shorter() -> None:
 @pytest.fixture(params=[pytest.param(Engine, marks=needs_extension), Cached])
 def decoder(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Return a decoder of `small_model` whose attribute `guesses` lists of each call how many were made, and right."""
-    made = request.param(small_model(), 1, small_model().config.max_seq_len)
+    model = small_model()
+    made = request.param(model, 1, model.config.max_seq_len)
     return counted(made, monkeypatch)
 
 
@@ -55,9 +56,9 @@ def counted(decoder: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     return decoder
 
 
-def check_same(decoder: Any, expected_of: Any = None, **options: Any) -> None:
+def check_same(decoder: Any, **options: Any) -> None:
     """Check that guesses change neither tokens nor log-probabilities."""
-    model = expected_of or small_model()
+    model = decoder.model
     found = generate(model, [1, 2, 3, 1, 2], 60, decoder=decoder, prompt_lookup_num_tokens=4, **options)
     expected = generate(model, [1, 2, 3, 1, 2], 60, **options)
     if options.get("return_logprobs"):
@@ -99,7 +100,7 @@ def test_a_stop_id_among_the_guesses_ends_the_text(decoder: Any) -> None:
 
 @pytest.mark.parametrize("seeded", [False, True])
 def test_a_generator_of_the_callers_has_given_as_many_numbers_as_without(decoder: Any, seeded: bool) -> None:
-    model, states, texts = small_model(), [], []
+    model, states, texts = decoder.model, [], []
     for guesses in ({}, {"decoder": decoder, "prompt_lookup_num_tokens": 4}):
         generator = torch.Generator().manual_seed(3) if seeded else None
         torch.manual_seed(3)
@@ -127,9 +128,9 @@ def test_quantised_weights(weights: str, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_streams_give_each_token(decoder: Any) -> None:
-    stream = iter_tokens(small_model(), [1, 2, 1, 2], 15, temperature=0, decoder=decoder, prompt_lookup_num_tokens=4)
+    stream = iter_tokens(decoder.model, [1, 2, 1, 2], 15, temperature=0, decoder=decoder, prompt_lookup_num_tokens=4)
     tokens = [int(token) for token in stream]
-    assert tokens == generate(small_model(), [1, 2, 1, 2], 15, temperature=0).tolist()[4:]
+    assert tokens == generate(decoder.model, [1, 2, 1, 2], 15, temperature=0).tolist()[4:]
     assert stream.finish_reasons == ["length"]
     assert stream.num_tokens == [15]
 

@@ -24,10 +24,16 @@ class Decoder(Protocol):
         batch_size: B.
         capacity: the most tokens that a row can hold: whoever writes on has to `read` fewer ones again. None: a row
             forgets its first ones by itself.
+        used_by: a mark of the stream that writes with it; None before the first one. Streams set it.
     """
 
     batch_size: int
     capacity: int | None
+    used_by: object
+
+    @property
+    def model(self) -> nn.Module:
+        """The model."""
 
     def read(self, prompts: Sequence[Tensor], rows: Sequence[int] | None = None) -> Tensor:
         """Make prompts the contexts of rows. What a row holds already of the prompt's beginning need not be computed.
@@ -62,8 +68,8 @@ class Recompute:
     capacity: int | None = None
 
     def __init__(self, model: nn.Module, batch_size: int) -> None:
-        self.batch_size = batch_size
-        self._model = model
+        self.model, self.batch_size = model, batch_size
+        self.used_by: object = None
         self._max_seq_len: int = model.config.max_seq_len  # type: ignore[union-attr, assignment]
         self._device = next(model.parameters()).device
         self._contexts = [torch.empty(0, dtype=torch.int64, device=self._device)] * batch_size
@@ -88,7 +94,7 @@ class Recompute:
 
     def _last(self, ids: Tensor) -> Tensor:
         """Return the last position's logits: (B, T) to (B, V)."""
-        model = self._model
+        model = self.model
         with torch.inference_mode(), evaluating(model.modules()):
             if isinstance(model, SimpleLLM) and _fused.calls_features_and_output(model):
                 return _fused.call_linear(model.output, model.features(ids)[:, -1:])[:, 0].float()
@@ -120,7 +126,8 @@ class KeyValueCache:
         self.capacity: int | None = check_int("max_len", max_len, 1)
         if max_len > config.max_seq_len:
             raise ValueError(f"max_len is {max_len}; the model's max_seq_len is {config.max_seq_len}")
-        self._model = model
+        self.model = model
+        self.used_by: object = None
         self._chunk = check_int("chunk", chunk, 1)
         self._held: list[list[int]] = [[] for _ in range(batch_size)]
         head_dim = config.embedding_dim // config.num_heads
@@ -262,7 +269,7 @@ class Cached(KeyValueCache):
 
     def _features(self, ids: Tensor, place: _Place) -> Tensor | tuple[Tensor, Tensor]:
         """Take ids (n, T) into the cache; return what the last block makes of them."""
-        model, table = self._model, self._model.positional_encoding.rows(self._cache.size(-2))
+        model, table = self.model, self.model.positional_encoding.rows(self._cache.size(-2))
         own = table[place.past : place.end] if place.lengths is None else table[place.lengths].unsqueeze(1)
         x: Tensor | tuple[Tensor, Tensor] = model.embedding(ids) + own
         for block, cache in zip(_blocks(model), self._cache, strict=True):
@@ -271,7 +278,7 @@ class Cached(KeyValueCache):
 
     def _logits(self, x: Tensor | tuple[Tensor, Tensor], last: int = 1) -> Tensor:
         """Return the logits (n, last, V) of the last positions of what the last block gave."""
-        model = self._model
+        model = self.model
         if model.final_norm is None:
             return _fused.call_linear(model.output, cast(Tensor, x)[:, -last:]).float()
         if isinstance(x, tuple):  # not summed yet: see TransformerBlock

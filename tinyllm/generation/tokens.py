@@ -71,7 +71,8 @@ def generate(
             rounding, and one that repeats itself, such as code, is written faster. Default: none.
         cache_dtype: of the keys and values that are kept; default: the model's.
         decoder: one that `make_decoder` made of this model, to be kept from call to call while the weights stay: the
-            beginning of a prompt that it has read before is not computed again. One text after the other may use it.
+            beginning of a prompt that it has read before is not computed again. One text after the other may use it: a
+            stream that goes on after another use of its decoder raises RuntimeError.
 
     Returns:
         int64, the prompt with its continuation, on the model's device: (T + new,) or (B, T + new). A row that has
@@ -172,6 +173,10 @@ def iter_tokens(
     needed = min(max(needed, max(map(len, prompts))), max_seq_len)
     if decoder is None:
         decoder = make_decoder(model, len(prompts), needed, cache_dtype=cache_dtype)
+    elif decoder.model is not model:
+        raise ValueError(
+            f"decoder is a {type(decoder).__name__} of another model; it must be one that was made of this very model"
+        )
     elif decoder.batch_size != len(prompts):
         raise ValueError(f"decoder has {decoder.batch_size} rows; the number of prompts is {len(prompts)}")
     elif decoder.capacity is not None and decoder.capacity < needed:
@@ -219,6 +224,8 @@ class TokenStream(Iterator[Any]):
             self._seen = torch.zeros(len(prompts), model.config.vocab_size, dtype=torch.bool, device=prompts[0].device)
             for seen, prompt in zip(self._seen, prompts, strict=True):
                 seen[prompt] = True
+        self._mark = object()  # by which the decoder knows its stream, without holding it
+        self._lengths: list[int] = []  # of the decoder's rows, as this stream has left them
         self._ahead: deque[tuple[Tensor, Tensor]] = deque()  # drawn, and not asked for yet
         self._last: Tensor | None = None  # the tokens drawn last, which the decoder has not read
 
@@ -248,8 +255,16 @@ class TokenStream(Iterator[Any]):
 
     def _step(self) -> tuple[Tensor, Tensor]:
         """Draw the next tokens and their log-probabilities, both (B,), and note which rows they end."""
+        if self._last is None:
+            self._decoder.used_by = self._mark
+        elif self._decoder.used_by is not self._mark or self._decoder.lengths() != self._lengths:
+            raise RuntimeError(
+                "decoder has been used elsewhere since this stream's last token; write one text after the other, or "
+                "make a decoder for each"
+            )
         if not self._ahead:
             self._ahead.extend(self._draw())
+            self._lengths = self._decoder.lengths()
             if self._lookup is not None:
                 for tokens, _ in self._ahead:
                     self._lookup.add(int(tokens))
