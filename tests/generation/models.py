@@ -62,3 +62,16 @@ class Fixed(Scripted):
 
     def forward(self, ids: Tensor) -> Tensor:
         return self.logits.expand(*ids.shape, -1)
+
+
+class Interrupted(Scripted):
+    """A model during whose call after so many others Ctrl-C comes. Its script is for all rows."""
+
+    def __init__(self, script: list[int], vocab_size: int, calls: int) -> None:
+        super().__init__(script, vocab_size)
+        self.calls = calls
+
+    def forward(self, ids: Tensor) -> Tensor:
+        if len(self.shown) == self.calls:
+            raise KeyboardInterrupt
+        return super().forward(ids)

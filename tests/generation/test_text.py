@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.generation.models import Rows, Scripted
+from tests.generation.models import Interrupted, Rows, Scripted
 from tinyllm.generation import TextStream, encode_prompt, generate_text, stream_text
 from tinyllm.model import SimpleLLM
 from tinyllm.tokenizer import BPETokenizer, CharTokenizer, WordTokenizer
@@ -216,17 +216,35 @@ def test_the_end_and_the_counts() -> None:
 
 
 def test_ctrl_c_ends_the_stream_and_what_is_there_stays() -> None:
-    class Interrupted(Scripted):
-        def forward(self, ids: Tensor) -> Tensor:
-            if len(self.shown) == 3:
-                raise KeyboardInterrupt
-            return super().forward(ids)
-
-    model: Any = Interrupted(BYTES.encode("abst"), BYTES.vocab_size)
+    model: Any = Interrupted(BYTES.encode("abst"), BYTES.vocab_size, 3)
     written = stream_text(model, BYTES, "x", 10, stop="stop")
     assert [*written] == ["a", "b"]  # the s may have been the beginning of a stop
     assert (written.finish_reason, written.num_tokens) == ("interrupt", 3)
     assert next(written, None) is None
+
+
+@pytest.mark.parametrize("calls", range(5))
+def test_ctrl_c_ends_a_batch_as_it_ends_a_stream(calls: int) -> None:
+    def interrupted() -> Any:
+        return Interrupted(BYTES.encode("é sto"), BYTES.vocab_size, calls)
+
+    expected = "".join(stream_text(interrupted(), BYTES, "x", 10, stop="stop"))
+    assert expected == ("" if calls < 2 else "é " if calls > 2 else "é")
+    assert generate_text(interrupted(), BYTES, "x", 10, stop="stop") == expected
+    assert generate_text(interrupted(), BYTES, ["x", "y"], 10, stop="stop") == [expected] * 2
+
+
+def test_ctrl_c_leaves_texts_that_had_ended_whole() -> None:
+    class Both(Rows):
+        def forward(self, ids: Tensor) -> Tensor:
+            if ids.shape[1] == 5:
+                raise KeyboardInterrupt
+            return super().forward(ids)
+
+    assert BYTES.end_of_text_id is not None
+    scripts = [[0, *BYTES.encode(text), BYTES.end_of_text_id, 0] for text in ("as", "abcs")]
+    model: Any = Both(scripts, BYTES.vocab_size)
+    assert generate_text(model, BYTES, ["xy"] * 2, 9, stop="stop") == ["as", "abc"]
 
 
 # Batches

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.generation.models import VOCAB, Fixed, Rows, Scripted, small_model
+from tests.generation.models import VOCAB, Fixed, Interrupted, Rows, Scripted, small_model
 from tinyllm.generation import generate, iter_tokens
 from tinyllm.model import SimpleLLM
 
@@ -204,18 +204,25 @@ def test_a_row_may_be_ended_by_its_reader() -> None:
 
 
 def test_an_exception_ends_the_stream() -> None:
-    class Interrupted(Scripted):
-        def forward(self, ids: Tensor) -> Tensor:
-            if len(self.shown) == 1:
-                raise KeyboardInterrupt
-            return super().forward(ids)
-
-    stream = iter_tokens(Interrupted([1, 2, 3], 5), [0], 3)  # type: ignore[arg-type]
+    stream = iter_tokens(Interrupted([1, 2, 3], 5, 1), [0], 3)  # type: ignore[arg-type]
     assert int(next(stream)) == 1
     with pytest.raises(KeyboardInterrupt):
         next(stream)
     assert next(stream, None) is None
     assert stream.finish_reasons == ["interrupt"]
+
+
+@pytest.mark.parametrize("calls", [0, 1, 3])
+def test_ctrl_c_leaves_the_tokens_that_are_there(calls: int) -> None:
+    def write(ids: Any, **options: Any) -> Any:
+        return generate(Interrupted([1, 2, 3, 4], 5, calls), ids, 4, **options)  # type: ignore[arg-type]
+
+    new = [1, 2, 3][:calls]
+    assert write([0]).tolist() == [0, *new]
+    assert write([[0], [3]]).tolist() == [[0, *new], [3, *new]]
+    texts, logprobs = write([torch.tensor([0])] * 2, return_logprobs=True)
+    assert [text.tolist() for text in texts] == [[0, *new]] * 2
+    assert [own.tolist() for own in logprobs] == [[0.0] * calls] * 2
 
 
 # Log-probabilities

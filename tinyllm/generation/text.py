@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from typing import Any, overload
 
 import torch
@@ -81,7 +82,7 @@ def generate_text(
     """Continue one prompt, or a batch of prompts together; return the new text of each, without its prompt.
 
     Args, Raises: as `stream_text`. Prompts may be of any lengths; with a seed the one at place b gets the text that it
-    gets alone with seed + b.
+    gets alone with seed + b. Ctrl-C ends the texts where they are, as it ends a stream: it raises no KeyboardInterrupt.
     """
     stops = _stops(stop)
     ids = [encode_prompt(tokenizer, prompt) for prompt in ([prompts] if isinstance(prompts, str) else prompts)]
@@ -89,14 +90,16 @@ def generate_text(
     rows = [_Text(tokenizer, own, stops) for own in ids]
     texts = [""] * len(rows)
     going = [*range(len(rows))]
-    for drawn in tokens:
-        drawn = drawn.tolist()
-        for row in going:
-            texts[row] += rows[row].add(drawn[row])
-            if rows[row].found_stop:
-                tokens.end(row, "stop_string")
-        going = [row for row in going if tokens.finish_reasons[row] is None]
-    texts = [text + row.rest() for text, row in zip(texts, rows, strict=True)]
+    with suppress(KeyboardInterrupt):
+        for drawn in tokens:
+            drawn = drawn.tolist()
+            for row in going:
+                texts[row] += rows[row].add(drawn[row])
+                if rows[row].found_stop:
+                    tokens.end(row, "stop_string")
+                if tokens.finish_reasons[row] is not None:
+                    texts[row] += rows[row].rest()
+            going = [row for row in going if tokens.finish_reasons[row] is None]
     return texts[0] if isinstance(prompts, str) else texts
 
 

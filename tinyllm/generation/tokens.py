@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from numbers import Number
 from typing import Any, cast
 
@@ -47,6 +48,8 @@ def generate(
 
     Keys and values of what the model has read are kept, see `Cached`, so that a token takes one pass over the weights.
     A model that is not causal, as the article's is, has none to keep: it computes the whole context for each token.
+
+    Ctrl-C ends the texts where they are: it raises no KeyboardInterrupt, and the tokens drawn so far are returned.
 
     Args:
         model: any SimpleLLM; it runs in eval mode and keeps the mode that it was in.
@@ -106,7 +109,10 @@ def generate(
         cache_dtype=cache_dtype,
         decoder=decoder,
     )
-    steps = [*stream]
+    steps = []
+    with suppress(KeyboardInterrupt):
+        for step in stream:
+            steps.append(step)  # one by one, so that what is there stays
     rows = len(stream.prompts)
     device = stream.prompts[0].device
     new = torch.stack([tokens for tokens, _ in steps], -1) if steps else torch.empty(0, dtype=torch.int64)
@@ -147,7 +153,7 @@ def iter_tokens(
 
     A row that has ended yields the (first) stop id, or -1 where there is none. With return_logprobs each token comes
     in a pair with its log-probability, float32 of the same shape. Arguments are checked at the call, not at the first
-    token.
+    token. Ctrl-C raises KeyboardInterrupt, and ends the stream.
     """
     vocab_size, max_seq_len = model.config.vocab_size, model.config.max_seq_len
     prompts, layout = _prompts(model, ids)
