@@ -35,6 +35,23 @@ def test_an_empty_prompt_for_bytes_and_characters() -> None:
         encode_prompt(CharTokenizer.from_texts(["ab"]), "xyz")
 
 
+@pytest.mark.parametrize(
+    ("prompts", "error", "reason"),
+    [
+        ([], ValueError, r"prompts is \[\]; it must have at least one prompt"),
+        (None, TypeError, "prompts is None; it must be a str, or a list of them"),
+        (["a", 3], TypeError, r"prompts is \['a', 3\]; it must be a str, or a list of them"),
+        (b"ab", TypeError, "prompts is b'ab'; it must be a str, or a list of them"),
+    ],
+)
+def test_prompts_that_are_none(prompts: Any, error: Any, reason: str) -> None:
+    with pytest.raises(error, match=reason):
+        generate_text(Scripted([1], BYTES.vocab_size), BYTES, prompts, 1)  # type: ignore[arg-type]
+    if not isinstance(prompts, list):
+        with pytest.raises(error, match=reason.replace("prompts", "prompt").replace("a list of them", "the token ids")):
+            stream(BYTES, [1], prompts)
+
+
 # Text in pieces
 
 
@@ -184,7 +201,8 @@ def test_a_stop_in_the_prompt_does_not_count() -> None:
     [
         ("", ValueError, "stop has the string ''"),
         (["a", ""], ValueError, "the string ''"),
-        ([3], TypeError, "stop has 3"),
+        ([3], TypeError, r"stop is \[3\]; it must be a str, or a list of them"),
+        (3, TypeError, "stop is 3; it must be a str, or a list of them"),
     ],
 )
 def test_stop_strings_that_are_none(stop: Any, error: Any, reason: str) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -125,6 +127,23 @@ def test_stopped_rows_of_a_batch_are_filled_up() -> None:
         ([torch.tensor([1]), torch.tensor([])], {}, ValueError, r"ids\[1\] has shape \(0,\)"),
         ([[1], [1.5, 2]], {}, TypeError, r"ids\[1\] has dtype torch.float32"),
         ([1], {"seed": 1, "generator": torch.Generator()}, ValueError, "not both"),
+        ([1], {"generator": 3}, TypeError, "generator is 3; it must be a torch.Generator"),
+        ([1], {"max_new_tokens": True}, TypeError, "max_new_tokens is True; it must be an integer"),
+        ([1], {"max_new_tokens": 1.5}, TypeError, "max_new_tokens is 1.5; it must be an integer"),
+        ("def", {}, TypeError, r"ids is 'def'; it must be token ids, .* \(generate_text takes text\)"),
+        (["def"], {}, TypeError, r"ids is \['def'\]; .*generate_text takes text"),
+        (["def", "if"], {}, TypeError, r"ids\[0\] is 'def'; .*generate_text takes text"),
+        (None, {}, TypeError, "ids is None; it must be token ids"),
+        ({1, 2}, {}, TypeError, "ids is {1, 2}; it must be token ids"),
+        ([1, [2]], {}, TypeError, r"ids is \[1, \[2\]\]; it must be token ids"),
+        ([[1], None], {}, TypeError, r"ids is \[\[1\], None\]; it must be token ids"),
+        ([[]], {}, ValueError, r"ids has shape \(1, 0\)"),
+        ([[], [1]], {}, ValueError, r"ids\[0\] has shape \(0,\); each prompt must be \(T,\), with at least one token"),
+        *(
+            ([1], {name: value}, TypeError, re.escape(f"{name} is {value!r}; it must be an integer, or a list of"))
+            for name in ("seed", "stop_id")
+            for value in ("5", b"5", 1.5, True, {1, 2}, torch.tensor([1, 2]), [1.5], [True], ["a"], [[1]])
+        ),
     ],
 )
 def test_bad_arguments_are_refused_at_the_call(model: SimpleLLM, ids, options, error, reason) -> None:
@@ -133,6 +152,13 @@ def test_bad_arguments_are_refused_at_the_call(model: SimpleLLM, ids, options, e
         generate(model, ids, **options)
     with pytest.raises(error, match=reason):
         iter_tokens(model, ids, **options)  # nothing drawn yet
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.uint8, torch.tensor])
+def test_integers_of_other_libraries_are_integers(model: SimpleLLM, kind: Any) -> None:
+    expected = generate(model, [1, 2], 4, seed=3, stop_id=5)
+    assert torch.equal(generate(model, [kind(1), kind(2)], kind(4), seed=kind(3), stop_id=kind(5)), expected)
+    assert torch.equal(generate(model, [1, 2], 4, seed=[kind(3)], stop_id=[kind(5)]), expected)
 
 
 # Batches

@@ -4,20 +4,34 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 
 def check_int(name: str, value: object, minimum: int) -> int:
     """Return `value` as an int; it may be of any integer type but bool. TypeError, ValueError."""
     try:
-        if isinstance(value, bool):
-            raise TypeError
-        number = operator.index(value)  # type: ignore[arg-type]
+        number = _index(value)
     except TypeError:
         raise TypeError(f"{name} is {value!r}; it must be an integer of at least {minimum}") from None
     if number < minimum:
         raise ValueError(f"{name} is {number}; it must be at least {minimum}")
     return number
+
+
+def check_ints(name: str, value: object) -> int | list[int]:
+    """Return an integer, or a sequence of them, as an int or a list of ints. TypeError."""
+    try:
+        if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
+            return [_index(number) for number in value]
+        return _index(value)
+    except TypeError:
+        raise TypeError(f"{name} is {value!r}; it must be an integer, or a list of integers") from None
+
+
+def _index(value: object) -> int:
+    if isinstance(value, bool):
+        raise TypeError
+    return operator.index(value)  # type: ignore[arg-type]
 
 
 def check_probability(name: str, value: object) -> float:

@@ -190,7 +190,7 @@ class Cached(KeyValueCache):
     ) -> None:
         if (reason := self.refuses(model)) is not None:
             raise ValueError(f"model has no valid cache: {reason}")
-        if cache_dtype is not None and not cache_dtype.is_floating_point:
+        if cache_dtype is not None and not getattr(cache_dtype, "is_floating_point", False):
             raise ValueError(f"cache_dtype is {cache_dtype}; it must be a floating dtype")
         weight = next(model.parameters())
         super().__init__(model, batch_size, max_len, cache_dtype or weight.dtype, weight.device, chunk)

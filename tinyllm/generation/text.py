@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import reprlib
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
 from typing import Any, overload
 
@@ -54,6 +55,8 @@ def stream_text(
     Raises:
         TypeError, ValueError: the prompt has no known token, a stop string is empty, or an argument is out of range.
     """
+    if isinstance(prompt, bytes) or not isinstance(prompt, Iterable):
+        raise TypeError(f"prompt is {prompt!r}; it must be a str, or the token ids of one")
     ids = encode_prompt(tokenizer, prompt) if isinstance(prompt, str) else [*prompt]
     return TextStream(
         tokenizer, ids, _tokens(model, tokenizer, ids, max_new_tokens, temperature, top_k, options), _stops(stop)
@@ -85,7 +88,9 @@ def generate_text(
     gets alone with seed + b. Ctrl-C ends the texts where they are, as it ends a stream: it raises no KeyboardInterrupt.
     """
     stops = _stops(stop)
-    ids = [encode_prompt(tokenizer, prompt) for prompt in ([prompts] if isinstance(prompts, str) else prompts)]
+    ids = [encode_prompt(tokenizer, prompt) for prompt in _strings("prompts", prompts)]
+    if not ids:
+        raise ValueError(f"prompts is {prompts!r}; it must have at least one prompt")
     tokens = _tokens(model, tokenizer, [torch.tensor(own) for own in ids], max_new_tokens, temperature, top_k, options)
     rows = [_Text(tokenizer, own, stops) for own in ids]
     texts = [""] * len(rows)
@@ -169,13 +174,18 @@ def _tokens(
     return iter_tokens(model, ids, max_new_tokens, temperature, top_k, **own, **options)
 
 
+def _strings(name: str, value: str | Sequence[str]) -> list[str]:
+    """Return a str, or several, as a list. TypeError."""
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, Collection) or not all(isinstance(text, str) for text in texts):
+        raise TypeError(f"{name} is {reprlib.repr(value)}; it must be a str, or a list of them")
+    return [*texts]
+
+
 def _stops(stop: str | Sequence[str]) -> list[str]:
-    stops = [stop] if isinstance(stop, str) else [*stop]
-    for text in stops:
-        if not isinstance(text, str):
-            raise TypeError(f"stop has {text!r}; each must be a str")
-        if not text:
-            raise ValueError("stop has the string ''; it must have at least one character")
+    stops = _strings("stop", stop)
+    if "" in stops:
+        raise ValueError("stop has the string ''; it must have at least one character")
     return stops
 
 

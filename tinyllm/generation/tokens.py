@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import reprlib
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from contextlib import suppress
-from numbers import Number
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from tinyllm._internal.checks import check_choice, check_int
+from tinyllm._internal.checks import check_choice, check_int, check_ints
 from tinyllm.generation.choice import make_decoder
 from tinyllm.generation.decoder import Cached, Decoder
 from tinyllm.generation.engine import Engine
@@ -85,7 +85,7 @@ def generate(
         the model's own, in nats, whatever temperature and the like made of them.
 
     Raises:
-        TypeError: `ids` are not integers, or an argument is no number.
+        TypeError: `ids` are not integers, or an argument is not of its type.
         ValueError: an argument is out of range, both `seed` and `generator` are given, or a prompt is longer than
             max_seq_len and overflow "stop".
     """
@@ -157,12 +157,13 @@ def iter_tokens(
     """
     vocab_size, max_seq_len = model.config.vocab_size, model.config.max_seq_len
     prompts, layout = _prompts(model, ids)
-    check_int("max_new_tokens", max_new_tokens, 0)
+    max_new_tokens = check_int("max_new_tokens", max_new_tokens, 0)
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, suppress_id, ids_below)
     sampling.check_vocabulary(vocab_size)
     check_choice("overflow", overflow, ("slide", "stop"))
     generators = _generators(seed, generator, len(prompts))
-    stop_ids = [] if stop_id is None else [*stop_id] if isinstance(stop_id, Sequence) else [stop_id]
+    stops = [] if stop_id is None else check_ints("stop_id", stop_id)
+    stop_ids = stops if isinstance(stops, list) else [stops]
     for index in stop_ids:
         if not 0 <= index < vocab_size:
             raise ValueError(f"stop_id is {index}; the model's ids are 0 .. {vocab_size - 1}")
@@ -397,15 +398,15 @@ def _prompts(model: SimpleLLM, ids: Any) -> tuple[list[Tensor], str]:
     """Return prompts, each int64 (T,) on the model's device, checked, and their layout, see `TokenStream`."""
     device = next(model.parameters()).device
     vocab_size = model.config.vocab_size
-    if not isinstance(ids, Tensor) and _are_prompts(ids):
-        prompts, layout = [torch.as_tensor(prompt) for prompt in ids], "list"
+    if _are_prompts(ids):
+        prompts, layout = [_tensor(f"ids[{index}]", prompt) for index, prompt in enumerate(ids)], "list"
         for index, prompt in enumerate(prompts):
             if prompt.dim() != 1 or len(prompt) == 0:
                 shape = tuple(prompt.shape)
                 raise ValueError(f"ids[{index}] has shape {shape}; each prompt must be (T,), with at least one token")
             _check_ids(f"ids[{index}]", prompt, vocab_size)
         return [prompt.to(device, torch.int64) for prompt in prompts], layout
-    whole = torch.as_tensor(ids)
+    whole = _tensor("ids", ids)
     if whole.numel() == 0 or whole.dim() not in (1, 2):
         raise ValueError(f"ids has shape {tuple(whole.shape)}; it must be (T,) or (B, T), with at least one token")
     _check_ids("ids", whole, vocab_size)
@@ -425,12 +426,23 @@ def _lookup(most: int, prompts: list[Tensor], decoder: Decoder) -> Lookup:
     return Lookup(prompts[0].tolist(), most)
 
 
-def _are_prompts(ids: Sequence[Any]) -> bool:
+def _are_prompts(ids: Any) -> bool:
     """Return whether `ids` are prompts that no tensor stands for: of different lengths, or tensors themselves."""
+    if not isinstance(ids, Sequence):
+        return False
     if any(isinstance(prompt, Tensor) and prompt.dim() > 0 for prompt in ids):
         return True
-    single = any(isinstance(prompt, (Number, Tensor)) for prompt in ids)
-    return not single and len({len(prompt) for prompt in ids}) > 1
+    several = all(isinstance(prompt, Sized) and not isinstance(prompt, Tensor) for prompt in ids)
+    return several and len({*map(len, ids)}) > 1
+
+
+def _tensor(name: str, ids: Any) -> Tensor:
+    try:
+        return torch.as_tensor(ids)
+    except (TypeError, ValueError, RuntimeError):  # whatever it is that torch stumbles over
+        raise TypeError(
+            f"{name} is {reprlib.repr(ids)}; it must be token ids, which are integers (generate_text takes text)"
+        ) from None
 
 
 def _check_ids(name: str, ids: Tensor, vocab_size: int) -> None:
@@ -447,16 +459,16 @@ def _generators(
     seed: int | Sequence[int] | None, generator: torch.Generator | None, rows: int
 ) -> list[torch.Generator] | torch.Generator:
     """Return a generator for each row, or one for all."""
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator is {generator!r}; it must be a torch.Generator")
     if seed is None:
         return torch.default_generator if generator is None else generator
     if generator is not None:
         raise ValueError("pass seed or generator, not both")
-    if isinstance(seed, Sequence):
-        seeds = [*seed]
-        if len(seeds) != rows:
-            raise ValueError(f"seed has {len(seeds)} seeds; the number of prompts is {rows}")
-    else:
-        seeds = [seed + row for row in range(rows)]
+    given = check_ints("seed", seed)
+    seeds = given if isinstance(given, list) else [given + row for row in range(rows)]
+    if len(seeds) != rows:
+        raise ValueError(f"seed has {len(seeds)} seeds; the number of prompts is {rows}")
     for number in seeds:
         if not 0 <= number < 2**63:
             raise ValueError(f"seed is {number}; it must be at least 0 and below 2**63")
