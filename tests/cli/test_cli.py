@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+import typer
 
 from tests.helpers.runs import Here
 from tinyllm import cli
@@ -77,18 +78,21 @@ def test_help(here: Here, tmp_path: Path) -> None:
         "no-compile workers",
         "generate": "run prompt prompt-file max-new-tokens num-samples temperature top-k top-p min-p "
         "repetition-penalty stop seed weights prompt-lookup-num-tokens checkpoint device",
+        "quantize": "run weights out data group-size checkpoint",
         "bench": "quick only out",
         "eval": "run data text-column skip-bad batch-size checkpoint device",
         "estimate": "preset devices batch-size seq-len num-layers num-heads embedding-dim hidden-dim precision "
         "checkpointing device-memory peak-tflops mfu",
         "info": "help",
+        "check": "help",
         "prepare": "data out tokenizer vocab-size tokenizer-sample text-column workers shard-size val-fraction "
         "skip-bad seed overwrite check",
         "plot": "out x split overwrite",
         "runs": "json sort",
     }
+    assert {*flags} == {*typer.main.get_command(cli.app).commands}  # type: ignore[attr-defined]
+    assert sorted(re.findall(r"^  ([a-z]+) ", commands, re.MULTILINE)) == sorted(flags)
     for command, names in flags.items():
-        assert command in commands
         status, out, _ = here(command, "--help", cwd=tmp_path)
         assert status == 0
         assert not [name for name in names.split() if f"--{name}" not in out]
