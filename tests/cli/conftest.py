@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.preparing import finished, save_tokenizer, unfinish
-from tests.helpers.runs import TEXT, small
+from tests.helpers.runs import TEXT, small, untrained_run
 from tinyllm.training.trainer import train
 
 
@@ -31,3 +31,9 @@ def prepared(tmp_path_factory: pytest.TempPathFactory, tokenizer: Path) -> Path:
 @pytest.fixture
 def unfinished(prepared: Path, tmp_path: Path) -> Path:
     return unfinish(prepared, tmp_path / "unfinished")
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """Make a run that was never trained, with two checkpoints; the command line finds it as "run"."""
+    return untrained_run(tmp_path / "run", "char")

@@ -1,4 +1,4 @@
-"""Tests of the commands that use a run: generate, eval, runs and plot."""
+"""Tests of the commands that use a run: generate and eval."""
 
 from __future__ import annotations
 
@@ -20,51 +20,20 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.helpers import runs
-from tests.helpers.runs import Here
-from tests.runs.test_plot import line, run_folder
+from tests.helpers.runs import FOX, Here, untrained_run
 from tinyllm import _info, evaluation, load_run
 from tinyllm._internal import words
-from tinyllm.config.model import SimpleLLMConfig
 from tinyllm.config.saved import read_config, save_config
 from tinyllm.evaluation import evaluate_texts
 from tinyllm.generation import TokenStream, choice, generate, stream_text
 from tinyllm.model import SimpleLLM
 from tinyllm.runs.folder import best_step
-from tinyllm.runs.load import save_model
 from tinyllm.runs.metrics import read_metrics
-from tinyllm.runs.plot import plot_comparison, plot_run
-from tinyllm.tokenizer import BPETokenizer, CharTokenizer, WordTokenizer, load_tokenizer, train_tokenizer
+from tinyllm.tokenizer import BPETokenizer, CharTokenizer, WordTokenizer, load_tokenizer
 from tinyllm.tokenizer.formats import load_vocabulary
 from tinyllm.training.recorder import _keep_samples
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-TEXT = "the quick brown fox jumps over the lazy dog\n"
-CHARS = {"preset": "tiny", "tokenizer": "char", "steps": 100, "batch_size": 2, "seq_len": 8}
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> Path:
-    """Make a run that was never trained, with two checkpoints; the command line finds it as "run"."""
-    return make_run(tmp_path / "run", "char")
-
-
-def make_run(folder: Path, kind: str) -> Path:
-    tokenizer = train_tokenizer(kind, [TEXT], 300 if kind == "bpe" else None)
-    torch.manual_seed(0)
-    config = SimpleLLMConfig(tokenizer.vocab_size, 8, 16, 1, causal=True, max_seq_len=16)
-    model = SimpleLLM.from_config(config)
-    for step in (10, 20):
-        checkpoint = folder / "checkpoints" / f"step-{step:08d}"
-        checkpoint.mkdir(parents=True)
-        save_model(model, checkpoint)
-        (checkpoint / "state.json").write_text(json.dumps({"best_step": 10}))
-    save_config({"model": config.to_dict(), "training": {}}, folder)
-    tokenizer.save(folder / "tokenizer.json")
-    save_model(model, folder)
-    (folder / "metrics.jsonl").write_text(json.dumps(line(1)) + "\n")
-    (folder / "samples.jsonl").write_text(json.dumps({"step": 1, "prompt": "a", "text": "b"}) + "\n")
-    return folder
 
 
 def change_weights(path: Path, change: Callable[[str, torch.Tensor], None]) -> None:
@@ -88,7 +57,7 @@ def test_weights_that_are_not_finite_end_every_command(value: float, run: Path, 
             tensor.view(-1)[5] = value
 
     change_weights(run / "model.safetensors", damage)
-    (tmp_path / "text.txt").write_text(TEXT)
+    (tmp_path / "text.txt").write_text(FOX)
     for command in (["eval", "--data", "text.txt"], ["generate", "--prompt", "the"]):
         status, out, err = here(*command, "--run", "run", cwd=tmp_path)
         assert (status, out) == (2, "")
@@ -106,7 +75,7 @@ def test_finite_weights_that_overflow_end_eval_and_generate(run: Path, here: Her
             tensor.fill_(3e38)
 
     change_weights(run / "model.safetensors", damage)
-    (tmp_path / "text.txt").write_text(TEXT)
+    (tmp_path / "text.txt").write_text(FOX)
     status, out, err = here("eval", "--run", "run", "--data", "text.txt", cwd=tmp_path)
     assert (status, out) == (2, "")
     assert is_one_error(err)
@@ -394,21 +363,21 @@ def test_d_one_document_is_singular_and_takes_no_plural(run: Path, here: Here, t
 def test_d_an_unknown_first_token_counts_as_the_bytes_it_stands_for(
     kind: str, text: str, num_bytes: int, tmp_path: Path
 ) -> None:
-    model, tokenizer, _ = load_run(make_run(tmp_path / "run", kind))
+    model, tokenizer, _ = load_run(untrained_run(tmp_path / "run", kind))
     found = evaluate_texts(model, tokenizer, [text])
     assert (found.num_bytes, found.unknown) == (num_bytes, 0)
 
 
 def test_d_eval_shows_its_progress(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     model, tokenizer, _ = load_run(run)
-    evaluate_texts(model, tokenizer, [TEXT], show_progress=True)
+    evaluate_texts(model, tokenizer, [FOX], show_progress=True)
     assert capsys.readouterr().err == ""  # it took less than two seconds
 
     tqdm = evaluation.tqdm
     monkeypatch.setattr(evaluation, "tqdm", lambda **options: tqdm(**{**options, "delay": 0, "mininterval": 0}))
-    evaluate_texts(model, tokenizer, [TEXT], show_progress=True)
-    assert f"{len(TEXT) - 1} tokens predicted" in capsys.readouterr().err
-    evaluate_texts(model, tokenizer, [TEXT])
+    evaluate_texts(model, tokenizer, [FOX], show_progress=True)
+    assert f"{len(FOX) - 1} tokens predicted" in capsys.readouterr().err
+    evaluate_texts(model, tokenizer, [FOX])
     assert capsys.readouterr().err == ""
 
 
@@ -446,132 +415,3 @@ def test_encode_of_what_is_no_text_names_its_argument() -> None:
         for text in (None, 3, b"a"):
             with pytest.raises(TypeError, match=re.escape(f"text is {text!r}; it must be a str")):
                 tokenizer.encode(text)  # type: ignore[arg-type]
-
-
-# Pictures
-
-
-@pytest.fixture
-def drawn(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
-    """Return the texts of the figure that was drawn last, and the rectangles that they fill."""
-    from matplotlib.figure import Figure
-    from matplotlib.text import Text
-
-    found: list[tuple[str, Any]] = []
-    draw, draw_figure = Text.draw, Figure.draw
-
-    def anew(figure: Any, renderer: Any) -> None:  # a figure is drawn twice, the first time to find its layout
-        found.clear()
-        draw_figure(figure, renderer)
-
-    def noted(text: Any, renderer: Any, *rest: Any, **more: Any) -> None:
-        draw(text, renderer, *rest, **more)
-        if text.get_visible() and text.get_text():
-            found.append((text.get_text(), text.get_window_extent(renderer)))
-
-    monkeypatch.setattr(Figure, "draw", anew)
-    monkeypatch.setattr(Text, "draw", noted)
-    return found
-
-
-def overlapping(texts: list[tuple[str, Any]]) -> list[tuple[str, str]]:
-    return [
-        (one, other)
-        for (one, box), (other, its) in itertools.combinations(texts, 2)
-        if min(box.x1, its.x1) - max(box.x0, its.x0) > 1 and min(box.y1, its.y1) - max(box.y0, its.y0) > 1
-    ]
-
-
-def metrics(steps: int, interval: int, shift: float = 0.0) -> list[dict[str, Any]]:
-    train = [line(step, loss=2 + shift + 8 / step) for step in range(1, steps + 1)]
-    return train + [line(step, "val", 2.2 + shift + 8 / step) for step in range(interval, steps + 1, interval)]
-
-
-@pytest.mark.parametrize("split", ["both", "val", "train"])
-@pytest.mark.parametrize("x", ["step", "tokens", "time"])
-@pytest.mark.parametrize("names", [("a", "b"), ("long_name_" * 9, "W" * 60, "c"), tuple(map(str, range(40)))])
-def test_no_text_of_a_comparison_is_drawn_over_another(
-    names: tuple[str, ...], x: Any, split: Any, tmp_path: Path, drawn: list[tuple[str, Any]]
-) -> None:
-    runs = []
-    for index, name in enumerate(names):  # other tokenizers and texts, and one run without validation
-        changes: dict[str, Any] = {"training": CHARS, "data": {"name": "another"}} if index % 2 else {}
-        runs.append(run_folder(tmp_path / name, metrics(40, 41 if index == 1 else 10, index / 9), **changes))
-    plot_comparison(runs, tmp_path / "p.png", x=x, split=split)
-    shown = dict(drawn)
-    note = shown["The tokenizers and texts differ:\nthese losses do not compare."]
-    legend = shown["with the last loss" + ";\nthin: training, smoothed" * (split == "both")]
-    assert note.x1 < legend.x0  # below which lie the legend's lines
-    assert overlapping(drawn) == []
-    for text, box in drawn:  # 150 dots an inch
-        assert 0 <= box.x0 < box.x1 <= 9.5 * 150, text
-        assert box.y0 >= 0, text
-
-
-def test_nor_of_a_runs_picture(tmp_path: Path, drawn: list[tuple[str, Any]]) -> None:
-    run = run_folder(tmp_path / "run", [*metrics(300, 20), line(301, loss=1e6), line(302, loss=None, skipped=3)])
-    plot_run(run / "metrics.jsonl", tmp_path / "p.png", title="W" * 90)
-    assert len(drawn) > 20
-    assert overlapping(drawn) == []
-
-
-def test_the_training_that_led_to_a_single_validation_is_seen(tmp_path: Path, monkeypatch) -> None:
-    from tinyllm.runs import plot
-
-    figures: list[Any] = []
-    monkeypatch.setattr(plot, "_save", lambda figure, out: figures.append(figure))
-    runs = [run_folder(tmp_path / name, metrics(40, 40)) for name in "ab"]
-    plot_comparison(runs, tmp_path / "p.png")
-    low, high = figures[0].axes[0].get_ylim()
-    assert low < 2 + 8 / 40  # where the training ends
-    assert high > 3
-
-
-@pytest.mark.parametrize("weights", ["bf16", "int8", "int4"])
-def test_a_quantised_run_writes(run: Path, here: Here, tmp_path: Path, weights: str) -> None:
-    out = tmp_path / weights
-    (tmp_path / "held.txt").write_text(TEXT * 3)
-    held_out = ["--data", tmp_path / "held.txt"]
-    status, shown, err = here("quantize", "--run", run, "--weights", weights, "--out", out, *held_out)
-    assert (status, err) == (0, "")
-    found = re.fullmatch(r"perplexity  ([\d.]+) before, ([\d.]+) after: [-+][\d.]+ %\nweights .*\n", shown)
-    assert found is not None
-    assert float(found[2]) <= float(found[1]) * (1.03 if weights == "int4" else 1.001)
-    assert {path.name for path in out.iterdir()} == {"config.json", "model.safetensors", "tokenizer.json"}
-    by_file = here(*WRITE, "--prompt", "the fox", "--run", out)
-    by_option = here(*WRITE, "--prompt", "the fox", "--weights", weights, cwd=tmp_path)
-    assert by_file[0] == by_option[0] == 0
-    assert by_file[1] == by_option[1]
-    again = here("quantize", "--run", run, "--weights", weights, "--out", out)
-    assert again[0] == 2
-    assert "is not empty" in again[2]
-    other = "int8" if weights == "int4" else "int4"
-    status, _, err = here(*WRITE, "--prompt", "the fox", "--run", out, "--weights", other)
-    assert status == 2
-    assert f"weights is {other!r}; {out} has them as {weights!r} already" in err
-
-
-def test_a_quantised_run_that_is_damaged(run: Path, here: Here, tmp_path: Path) -> None:
-    out = tmp_path / "small"
-    assert here("quantize", "--run", run, "--weights", "int8", "--out", out)[0] == 0
-    config = json.loads((out / "config.json").read_text())
-    for change, reason in (
-        ({"weights": "int4"}, "are stored as 'int8'; its config.json says 'int4'"),
-        ({"model": config["model"] | {"embedding_dim": 2 * config["model"]["embedding_dim"]}}, "are not those of its"),
-        ({"model": config["model"] | {"num_layers": 5}}, "are not those of its config.json"),
-    ):
-        (out / "config.json").write_text(json.dumps(config | change))
-        status, _, err = here(*WRITE, "--prompt", "the fox", "--run", out)
-        assert status == 2
-        assert reason in err
-    (out / "config.json").write_text(json.dumps(config))
-    whole = (out / "model.safetensors").read_bytes()
-    (out / "model.safetensors").write_bytes(whole[: len(whole) // 2])
-    status, _, err = here(*WRITE, "--prompt", "the fox", "--run", out)
-    assert status == 2
-    assert "is not a safetensors file, or is truncated" in err
-    for weights in ("float32", "int3"):
-        status, _, err = here("quantize", "--run", run, "--weights", weights, "--out", tmp_path / "none")
-        assert status == 2
-        assert f"weights is {weights!r}; allowed are bf16, int8, int4" in err
-    assert not (tmp_path / "none").exists()
