@@ -101,6 +101,12 @@ def weights_of(model: SimpleLLM) -> str:
     return "int4" if "int4" in kinds else kinds.pop() if kinds else "float32"
 
 
+def group_size_of(model: SimpleLLM) -> int | None:
+    """Return how many weights of a model share a scale; None where they have none, as those of 32 and 16 bits."""
+    sizes = (module.weight.group_size for module in model.modules() if isinstance(module, QuantizedLinear))
+    return max((size for size in sizes if size is not None), default=None)
+
+
 def model_of(kind: type[_Model], config: SimpleLLMConfig, state: Mapping[str, Tensor]) -> _Model:
     """Return a model with the tensors of a state_dict themselves, stored as they are there.
 

@@ -62,7 +62,9 @@ def quantize(
         size = _size(found)
         quantize_model(found.model, weights, group_size=group_size)
         after = _perplexity(found, run, data)
-        save_quantized(found.model, found.tokenizer, out)
+        preset = found.config.get("training", {}).get("preset")
+        made_from = {"run": str(run), "checkpoint": which(checkpoint), "preset": preset}
+        save_quantized(found.model, found.tokenizer, out, made_from=made_from)
         if before is not None and after is not None:
             typer.echo(f"perplexity  {before:.3f} before, {after:.3f} after: {100 * (after / before - 1):+.2f} %")
         typer.echo(f"weights     {size / 1e6:,.1f} MB before, {_size(found) / 1e6:,.1f} MB after, in {out}")

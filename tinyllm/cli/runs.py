@@ -36,6 +36,7 @@ _SORTED: dict[str, tuple[Callable[[RunInfo], Any], bool]] = {
 }
 _COLOURS = {
     "finished": "green",
+    "quantised": "green",
     "running": "cyan",
     "running?": "cyan",
     "interrupted": "yellow",
@@ -57,7 +58,8 @@ def list_runs(
     """List runs with their steps, losses, speed and state.
 
     The losses are the last and the best validation loss. A run that has not done all its steps is running, interrupted
-    (its weights are saved) or killed (the steps since its last checkpoint are lost).
+    (its weights are saved) or killed (the steps since its last checkpoint are lost). A folder of tinyllm quantize is
+    listed with how its weights are stored.
 
     For example: tinyllm runs --sort best
     """
@@ -82,12 +84,13 @@ def _show(found: list[RunInfo], sort: str) -> None:
     console = Console(width=shutil.get_terminal_size().columns if terminal else 1000, highlight=False, markup=False)
     # From a narrow terminal, one after the other; but not what the runs are sorted by.
     kept = {"speed": "tokens/s"}.get(sort, sort if sort != "when" else "")
-    dropped = [name for name in ("tokens/s", "parameters", "preset", "when", "best") if name != kept]
-    table = _table(found, set())
+    dropped = [name for name in ("tokens/s", "parameters", "preset", "when", "best", "weights") if name != kept]
+    unused = {"weights"} if all(run.weights in (None, "float32") for run in found) else set()
+    table = _table(found, unused)
     for count in range(1, len(dropped) + 1):
         if console.measure(table, options=console.options.update(max_width=10_000)).maximum <= console.width:
             break
-        table = _table(found, set(dropped[:count]))
+        table = _table(found, unused.union(dropped[:count]))
     with console.capture() as capture:
         console.print(table)
     write("".join(line.rstrip() + "\n" for line in capture.get().splitlines()))
@@ -103,6 +106,7 @@ def _table(found: list[RunInfo], without: set[str]) -> Table:
     columns: dict[str, Callable[[RunInfo], str]] = {
         "run": lambda run: str(run.path),
         "preset": lambda run: run.preset or "",
+        "weights": lambda run: run.weights or "",
         "parameters": lambda run: "" if run.parameters is None else short_number(run.parameters),
         "steps": lambda run: "" if run.step is None else f"{run.step:,}/{run.steps:,}",
         "loss": lambda run: _loss(run.val_loss),
@@ -111,7 +115,7 @@ def _table(found: list[RunInfo], without: set[str]) -> Table:
         "when": lambda run: "" if run.when is None else datetime.fromtimestamp(run.when).strftime("%Y-%m-%d %H:%M"),
         "state": lambda run: run.state,
     }
-    left = {"run", "preset", "when", "state"}
+    left = {"run", "preset", "weights", "when", "state"}
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     shown = {name: cell for name, cell in columns.items() if name not in without}
     for name in shown:

@@ -1,6 +1,8 @@
 """The run folder: what a training leaves behind, and what `load_run` needs to bring it back.
 
-    config.json        model (SimpleLLMConfig), training (TrainConfig), data, versions, products (who multiplies)
+    config.json        model (SimpleLLMConfig), training (TrainConfig), data, versions, products (who multiplies); of
+                       `tinyllm quantize`, whose folders have only this, tokenizer.json and model.safetensors: model,
+                       weights, group_size (weights that share a scale), made_from (run, checkpoint, preset)
     tokenizer.json     see tinyllm.tokenizer
     model.safetensors  the weights of the last checkpoint; tied ones are stored once
     checkpoints/       what a training needs to go on, see tinyllm.training.checkpoint
@@ -24,6 +26,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from tinyllm._internal.files import replacing
 from tinyllm._internal.locks import LOCK_FILE, is_owned
@@ -196,13 +199,21 @@ def weights_in(checkpoint: Path) -> Path:
 
 
 def is_run(folder: Path) -> bool:
-    """Return whether a training wrote `folder`: it has a metrics.jsonl, or a config.json with a "training" object."""
+    """Return whether a training or `tinyllm quantize` wrote `folder`.
+
+    It has a metrics.jsonl, or a config.json with a "training" object, or one that says how the weights are stored.
+    """
     if (folder / METRICS_FILE).is_file():
         return True
     if not (folder / CONFIG_FILE).is_file():
         return False
     try:
-        read_config(folder)
+        config = read_config(folder, parts=["model"])
     except (OSError, ValueError):
         return False
-    return True
+    return isinstance(config.get("training"), dict) or is_quantised(config)
+
+
+def is_quantised(config: dict[str, Any]) -> bool:
+    """Return whether a config.json is that of a folder that `tinyllm quantize` wrote."""
+    return "training" not in config and isinstance(config.get("weights"), str)

@@ -5,6 +5,7 @@ running?     it may be so, but the folder's file system cannot lock files
 finished     all steps that were asked for are done
 interrupted  not all, and its weights were saved after its last line: nothing is lost
 killed       not all, and the steps since the last save, if any, are lost
+quantised    no training: `tinyllm quantize` wrote it
 broken       a file that a run needs is missing, or is not what it should be
 """
 
@@ -19,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from tinyllm._internal.locks import is_owned
-from tinyllm.config.saved import CONFIG_FILE, read_config
-from tinyllm.runs.folder import METRICS_FILE, MODEL_FILE, checkpoints, is_run
+from tinyllm.config.saved import CONFIG_FILE, existing_file, read_config
+from tinyllm.runs.folder import METRICS_FILE, MODEL_FILE, checkpoints, is_quantised, is_run
 from tinyllm.runs.metrics import read_metrics
 
 
@@ -33,6 +34,7 @@ class RunInfo:
         state: see the top of this file.
         problem: why it is broken; None if it is not.
         preset: the model's size.
+        weights: how they are stored: "float32", "bf16", "int8" or "int4".
         parameters: how many numbers its model learns; tied ones once.
         step: steps done.
         steps: steps asked for.
@@ -50,6 +52,7 @@ class RunInfo:
     state: str
     problem: str | None = None
     preset: str | None = None
+    weights: str | None = None
     parameters: int | None = None
     step: int | None = None
     steps: int | None = None
@@ -69,8 +72,7 @@ class RunInfo:
 def find_runs(directories: Sequence[str | os.PathLike[str]]) -> list[Path]:
     """Return the run folders among and below `directories`, each once, in the order of their names.
 
-    A run folder has a metrics.jsonl, or a config.json with a "training" object. What lies below one is its own. Hidden
-    folders are passed over.
+    What a run folder is says `is_run`. What lies below one is its own. Hidden folders are passed over.
 
     Raises:
         FileNotFoundError, NotADirectoryError: one of `directories` is not there, or is a file.
@@ -109,10 +111,22 @@ def describe_run(folder: str | os.PathLike[str]) -> RunInfo:
     folder = Path(folder)
     when = next((_changed(folder / name) for name in (METRICS_FILE, CONFIG_FILE) if (folder / name).exists()), None)
     try:
-        config = read_config(folder)
-        training = config["training"]
+        config = read_config(folder, parts=["model"])
+        if is_quantised(config):
+            existing_file(folder, MODEL_FILE)
+            made_from = config.get("made_from")
+            return RunInfo(
+                folder,
+                "quantised",
+                preset=made_from.get("preset") if isinstance(made_from, dict) else None,
+                weights=config["weights"],
+                parameters=count_parameters(config["model"]),
+                when=when,
+            )
+        training = read_config(folder)["training"]  # whose error says that there is none
         known: dict[str, Any] = {
             "preset": str(training.get("preset", "")) or None,
+            "weights": "float32",
             "parameters": count_parameters(config["model"]),
             "steps": training.get("steps"),
             "when": when,

@@ -17,7 +17,7 @@ from tinyllm.config.saved import CONFIG_FILE, existing_file, read_config, save_c
 from tinyllm.model import SimpleLLM
 from tinyllm.pretrained import gpt2
 from tinyllm.pretrained.tensors import new_safetensors_file, not_finite
-from tinyllm.quantization import check_weights, model_of, quantize, weights_of
+from tinyllm.quantization import check_weights, group_size_of, model_of, quantize, weights_of
 from tinyllm.runs.folder import MODEL_FILE, TOKENIZER_FILE, best_step, checkpoints, weights_in
 from tinyllm.tokenizer import Tokenizer, load_tokenizer, load_vocabulary
 
@@ -51,8 +51,20 @@ def check_new_folder(directory: str | os.PathLike[str]) -> Path:
     return path
 
 
-def save_quantized(model: SimpleLLM, tokenizer: Tokenizer, directory: str | os.PathLike[str]) -> None:
+def save_quantized(
+    model: SimpleLLM,
+    tokenizer: Tokenizer,
+    directory: str | os.PathLike[str],
+    *,
+    made_from: dict[str, Any] | None = None,
+) -> None:
     """Write a model with weights in fewer bits, and its tokenizer, to a new directory, for `load_run`.
+
+    Args:
+        model: one whose weights `tinyllm.quantization.quantize` has stored.
+        tokenizer: the model's.
+        directory: a name that is not taken, or an empty directory.
+        made_from: what config.json is to say of the original.
 
     Raises:
         FileExistsError, NotADirectoryError: something is there.
@@ -65,7 +77,8 @@ def save_quantized(model: SimpleLLM, tokenizer: Tokenizer, directory: str | os.P
     with new_safetensors_file(path / MODEL_FILE) as temporary:
         save_file({name: tensor.contiguous() for name, tensor in state.items()}, temporary, metadata={"format": "pt"})
     tokenizer.save(path / TOKENIZER_FILE)
-    save_config({"model": model.config.to_dict(), "weights": weights_of(model)}, path)
+    config = {"model": model.config.to_dict(), "weights": weights_of(model), "group_size": group_size_of(model)}
+    save_config({**config, "made_from": made_from or {}}, path)
 
 
 Which = int | Literal["last", "best"]
@@ -105,7 +118,7 @@ def load_model(
     else:
         path = existing_file(directory, MODEL_FILE)
     if there_as != "float32":
-        return _stored_model(_described(config_path, config), path, there_as).to(device).eval()
+        return _stored_model(_described(config_path, config), path, whole).to(device).eval()
     try:
         model = SimpleLLM.from_config(_described(config_path, config))
     except (MemoryError, RuntimeError) as error:
@@ -133,8 +146,9 @@ def _described(path: Path, config: dict[str, Any]) -> SimpleLLMConfig:
         raise ValueError(f"{path} does not describe a model: {error}") from error
 
 
-def _stored_model(config: SimpleLLMConfig, path: Path, weights: str) -> SimpleLLM:
-    """Load a model that `tinyllm quantize` has written; its tensors are those of the mapped file."""
+def _stored_model(config: SimpleLLMConfig, path: Path, whole: dict[str, Any]) -> SimpleLLM:
+    """Load a model that `tinyllm quantize` has written, with the whole config.json; its tensors are those of the mapped
+    file."""
     with path.open("rb"):
         pass
     try:
@@ -145,8 +159,11 @@ def _stored_model(config: SimpleLLMConfig, path: Path, weights: str) -> SimpleLL
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"the weights in {path} are not those of its {CONFIG_FILE}: {reason}") from error
-    if (found := weights_of(model)) != weights:
-        raise ValueError(f"the weights in {path} are stored as {found!r}; its {CONFIG_FILE} says {weights!r}")
+    if (found := weights_of(model)) != whole["weights"]:
+        raise ValueError(f"the weights in {path} are stored as {found!r}; its {CONFIG_FILE} says {whole['weights']!r}")
+    size = group_size_of(model)
+    if (said := whole.get("group_size", size)) != size:
+        raise ValueError(f"the weights in {path} share a scale in groups of {size}; its {CONFIG_FILE} says {said}")
     _check_finite(model, path)
     return model
 
