@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
 from typing import Any
@@ -91,6 +92,10 @@ def test_stop_id() -> None:
 def test_stopped_rows_of_a_batch_are_filled_up() -> None:
     out = generate(Rows([[2, 1, 1, 1], [3, 3, 2, 1]], 5), [[0], [0]], 10, stop_id=2)  # type: ignore[arg-type]
     assert out.tolist() == [[0, 2, 2, 2], [0, 3, 3, 2]]
+
+
+def test_both_functions_take_the_same_arguments() -> None:
+    assert inspect.signature(generate).parameters == inspect.signature(iter_tokens).parameters
 
 
 # Refusals

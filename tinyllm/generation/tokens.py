@@ -89,26 +89,8 @@ def generate(
         ValueError: an argument is out of range, both `seed` and `generator` are given, or a prompt is longer than
             max_seq_len and overflow "stop".
     """
-    stream = iter_tokens(
-        model,
-        ids,
-        max_new_tokens,
-        temperature,
-        top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        seed=seed,
-        generator=generator,
-        stop_id=stop_id,
-        suppress_id=suppress_id,
-        ids_below=ids_below,
-        return_logprobs=True,
-        overflow=overflow,
-        prompt_lookup_num_tokens=prompt_lookup_num_tokens,
-        cache_dtype=cache_dtype,
-        decoder=decoder,
-    )
+    arguments = locals()  # those of iter_tokens, by the same names
+    stream = iter_tokens(**{**arguments, "return_logprobs": True})
     steps = []
     with suppress(KeyboardInterrupt):
         for step in stream:
