@@ -277,6 +277,13 @@ def test_a_batch_of_texts_stops_in_each_row_by_itself() -> None:
     assert generate_text(model, BYTES, ["xyz"] * 3, 1) == ["a", "a", "\ufffd"]
 
 
+def test_a_prompt_that_fills_the_context_gets_no_text() -> None:
+    tokenizer = CharTokenizer.from_texts(["ab"])  # without an end of text, with which to fill rows up
+    model = SimpleLLM(tokenizer.vocab_size, 8, 16, 1, causal=True, max_seq_len=4)
+    texts = generate_text(model, tokenizer, ["abab", "a"], 9, seed=0, overflow="stop")
+    assert [*map(len, texts)] == [0, 3]
+
+
 def test_a_batch_of_texts_is_each_alone() -> None:
     torch.manual_seed(0)
     tokenizer = CharTokenizer.from_texts(["abcdefgh"])

@@ -94,7 +94,7 @@ def generate_text(
     tokens = _tokens(model, tokenizer, [torch.tensor(own) for own in ids], max_new_tokens, temperature, top_k, options)
     rows = [_Text(tokenizer, own, stops) for own in ids]
     texts = [""] * len(rows)
-    going = [*range(len(rows))]
+    going = [row for row in range(len(rows)) if tokens.finish_reasons[row] is None]
     with suppress(KeyboardInterrupt):
         for drawn in tokens:
             drawn = drawn.tolist()

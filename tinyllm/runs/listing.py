@@ -72,7 +72,7 @@ class RunInfo:
 def find_runs(directories: Sequence[str | os.PathLike[str]]) -> list[Path]:
     """Return the run folders among and below `directories`, each once, in the order of their names.
 
-    What a run folder is says `is_run`. What lies below one is its own. Hidden folders are passed over.
+    `is_run` says what a run folder is. What lies below one is its own. Hidden folders are passed over.
 
     Raises:
         FileNotFoundError, NotADirectoryError: one of `directories` is not there, or is a file.
