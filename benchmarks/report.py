@@ -333,9 +333,9 @@ INTRO = """# Benchmarks
 
 `tinyllm bench` compares every operator and the model with PyTorch and torch.compile on your machine, in a quarter of an
 hour (`--quick`: a few minutes). It needs `pip install -e '.[test]'`. `make bench` does so for this page, and
-`make train-bench` compares training itself, in ten minutes, and `make generation-bench` writing, in half an hour. Results
-are stored by the family of the processor, or by the chip; `python -m benchmarks.report --adopt FILE` takes over what
-another machine has measured with `--out`.
+`make train-bench` compares training itself, in ten minutes, and `make generation-bench` writing, in half an hour.
+Results are stored by the family of the processor, or by the chip; `python -m benchmarks.report --adopt FILE` takes over
+what another machine has measured with `--out`.
 
 - A result is verified before it is timed: its error against float64 may be at most twice that of eager PyTorch, plus
   two rounding steps. Where one rounding can move the result by much, a ReLU's gradient at 0 or elements that dropout

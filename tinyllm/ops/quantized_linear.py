@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from tinyllm import reference
 from tinyllm._internal.checks import check_choice, check_int
+from tinyllm._internal.finite import not_finite
 from tinyllm.ops._context import autocast_dtype, needs_grad
 from tinyllm.ops.dispatch import Kernels, Operator, choose, register_fake
 from tinyllm.reference import ACTIVATIONS
@@ -133,8 +134,8 @@ def quantize_weight(weight: Tensor, kind: str, *, group_size: int = BLOCK) -> Qu
     if choose(_QUANTIZE, weight) != "reference":
         quantize = torch.ops.tinyllm.quantize_weight
     narrow = weight.to(torch.bfloat16, memory_format=torch.contiguous_format) if kind == "bf16" else weight
-    if not bool(narrow.isfinite().all()):
-        raise ValueError(f"weight is not finite (nan or inf), or not as {narrow.dtype}")
+    if (wrong := not_finite(narrow)) is not None:
+        raise ValueError(f"weight holds {wrong} as {narrow.dtype}; it must be finite")
     if kind == "bf16":
         return QuantizedWeight(narrow, None, in_features)
     return QuantizedWeight(*quantize(weight, BITS[kind], group_size), in_features)

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from tinyllm._internal.checks import check_choice, check_heads, check_int, check_positive, check_probability
 from tinyllm._internal.files import replacing, write_text
+from tinyllm._internal.finite import not_finite
 from tinyllm.config.model import SimpleLLMConfig
-from tinyllm.pretrained.tensors import SAFETENSORS_FILE, new_safetensors_file, not_finite, stored_tensors
+from tinyllm.pretrained.tensors import SAFETENSORS_FILE, new_safetensors_file, stored_tensors
 from tinyllm.tokenizer import BPETokenizer, Tokenizer
 
 CONFIG_FILE = "config.json"
@@ -217,10 +218,10 @@ def read_weights(
         elif tensor.dtype not in _FLOATS:
             problems.append(f"{name} has dtype {tensor.dtype}; a floating one of 16 to 64 bits is needed")
         else:
-            found = _to_ours(tensor, part)
             # As float32, in which a float64 may be infinite.
-            wrong = [value for value in map(not_finite, (x.float() for x in found.values())) if value is not None]
-            problems += [f"{name} holds {wrong[0]}"] if wrong else []
+            if (wrong := not_finite(tensor.float())) is not None:
+                problems.append(f"{name} holds {wrong}")
+            found = _to_ours(tensor, part)
             if config.tie_embeddings and _EMBEDDING in found:
                 if copy is not None and not torch.equal(stored[copy].read(), found[_EMBEDDING]):
                     problems.append(f"{copy} is not the embedding's, though tie_word_embeddings says so")

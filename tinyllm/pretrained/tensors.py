@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import pickle
 import re
 import zipfile
@@ -106,15 +105,6 @@ def _in_pickle(path: Path) -> dict[str, Callable[[], Tensor]]:
     if wrong := [repr(name) for name, value in content.items() if not isinstance(value, Tensor)]:
         raise ValueError(f"{path} has {', '.join(wrong)}, which are not tensors")
     return {str(name): partial(content.__getitem__, name) for name in content}
-
-
-def not_finite(tensor: Tensor) -> float | None:
-    """Return a value of a floating tensor that is nan or infinite, if there is one."""
-    if tensor.numel() == 0:
-        return None
-    # Of nan, aminmax makes nan; unlike isfinite it needs no memory.
-    ends: list[float] = torch.stack(torch.aminmax(tensor)).tolist()
-    return next((value for value in ends if not math.isfinite(value)), None)
 
 
 @contextmanager

@@ -12,11 +12,12 @@ from safetensors.torch import load_file, save_file
 from safetensors.torch import load_model as load_safetensors
 from safetensors.torch import save_model as save_safetensors
 
+from tinyllm._internal.finite import not_finite
 from tinyllm.config.model import SimpleLLMConfig
 from tinyllm.config.saved import CONFIG_FILE, existing_file, read_config, save_config
 from tinyllm.model import SimpleLLM
 from tinyllm.pretrained import gpt2
-from tinyllm.pretrained.tensors import new_safetensors_file, not_finite
+from tinyllm.pretrained.tensors import new_safetensors_file
 from tinyllm.quantization import check_weights, group_size_of, model_of, quantize, weights_of
 from tinyllm.runs.folder import MODEL_FILE, TOKENIZER_FILE, best_step, checkpoints, weights_in
 from tinyllm.tokenizer import Tokenizer, load_tokenizer, load_vocabulary
