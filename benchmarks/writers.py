@@ -72,16 +72,25 @@ class Provider:
         return f"{self.name}, {self.weights}"
 
 
+def convert_tinyllm(folder: Path, weights: str) -> None:
+    if weights == FLOAT32:
+        return
+    from tinyllm.quantization import quantize
+    from tinyllm.runs.load import load_run, save_quantized
+
+    run = load_run(folder)
+    save_quantized(quantize(run.model, weights), run.tokenizer, folder / f"tinyllm-{weights}")
+
+
 def open_tinyllm(folder: Path, weights: str) -> Load:
     import torch
 
-    import tinyllm
     from tinyllm.generation import iter_tokens
-
-    models: Any = tinyllm.SimpleLLM
+    from tinyllm.model import SimpleLLM
+    from tinyllm.runs.load import load_model
 
     def load() -> Write:
-        model = models.from_pretrained(folder, weights=weights)
+        model = SimpleLLM.from_pretrained(folder) if weights == FLOAT32 else load_model(folder / f"tinyllm-{weights}")
 
         def write(prompts: Prompts, new_tokens: int, on_step: Callable[[], None]) -> list[list[int]]:
             steps = []
@@ -217,6 +226,7 @@ def open_llama(folder: Path, weights: str) -> Load:
     return load
 
 
+_OURS = ("tinyllm", "tinyllm", open_tinyllm, convert_tinyllm)
 _TRANSFORMERS = ("transformers", "transformers")
 _CTRANSLATE2 = ("ctranslate2", "ctranslate2", open_ctranslate2, convert_ctranslate2)
 _LLAMA = ("llama-cpp-python gguf", "llama_cpp", open_llama, convert_llama)
@@ -225,7 +235,7 @@ PROVIDERS = {
     for provider in (
         # First: its tokens are what the others' are compared with.
         Provider(TRANSFORMERS, FLOAT32, *_TRANSFORMERS, open_transformers),
-        *(Provider(OURS, weights, "tinyllm", "tinyllm", open_tinyllm) for weights in (FLOAT32, BF16, INT8, INT4)),
+        *(Provider(OURS, weights, *_OURS) for weights in (FLOAT32, BF16, INT8, INT4)),
         Provider(TRANSFORMERS, BF16, *_TRANSFORMERS, open_transformers, cache_bytes=2),
         Provider(COMPILED, FLOAT32, *_TRANSFORMERS, open_compiled),
         Provider(CTRANSLATE2, FLOAT32, *_CTRANSLATE2),
