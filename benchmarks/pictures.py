@@ -1,4 +1,4 @@
-"""The pictures of the results: the speed-up in every row, and attention over the length of the sequence."""
+"""The pictures of the results: the speed-up in every row, attention over the length of the sequence, and writing."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ from tinyllm._internal.files import replacing
 
 from .report import SECTIONS, Results, factor, machine_line, ours_by_benchmark
 from .row import OURS_ALL
+from .written_models import BITS
 
 
 def draw(kind: str, found: Mapping[str, Results], folder: Path) -> list[Path]:
-    """Draw KIND-speedups.png, and for each family whose results have lengths KIND-FAMILY-attention.png.
+    """Draw KIND-speedups.png, of generation KIND-writing.png, and for each family whose results have lengths
+    KIND-FAMILY-attention.png.
 
     Args:
         kind: a key of `report.KINDS`; trainings have no pictures.
@@ -34,6 +36,9 @@ def draw(kind: str, found: Mapping[str, Results], folder: Path) -> list[Path]:
     if kind != "training" and any(map(ours_by_benchmark, found.values())):
         paths.append(folder / f"{kind}-speedups.png")
         draw_speedups(found, paths[-1])
+    if kind == "generation" and any(map(_written, found.values())):
+        paths.append(folder / f"{kind}-writing.png")
+        draw_writing(found, paths[-1])
     for family, results in found.items():
         if _over_length(results):
             paths.append(folder / f"{kind}-{family}-attention.png")
@@ -88,6 +93,37 @@ def draw_speedups(found: Mapping[str, Results], path: Path) -> None:
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(axis="y", length=0)
     figure.legend(loc="outside lower center", frameon=False, fontsize=8)
+    save_figure(figure, path, found)
+
+
+def _written(results: Results) -> list[Mapping[str, Any]]:
+    """Return what writes in the case that the README shows, the fewest weights last."""
+    shown = next((row for row in results["rows"] if row["section"] == "writing" and row["headline"]), None)
+    if shown is None:
+        return []
+    case = ("section", "model", "batch", "prompt")
+    rows = [row for row in results["rows"] if "median_s" in row and all(row[key] == shown[key] for key in case)]
+    return sorted(rows, key=lambda row: -BITS[row["weights"]])
+
+
+def draw_writing(found: Mapping[str, Results], path: Path) -> None:
+    """Draw how many tokens a second each engine writes, a panel for each family and a bar for each kind of weights."""
+    panels = {family: rows for family, results in found.items() if (rows := _written(results))}
+    figure = figure_of(10, 1.2 + 0.28 * sum(1.5 + len(rows) for rows in panels.values()))
+    heights = [1.5 + len(rows) for rows in panels.values()]
+    grid = figure.subplots(len(panels), 1, squeeze=False, gridspec_kw={"height_ratios": heights})[:, 0]
+    for axes, (family, rows) in zip(grid, panels.items(), strict=True):
+        names = [f"{row['provider']}, {row['weights']}" for row in rows]
+        rates = [row["tokens"] / row["median_s"] for row in rows]
+        bars = axes.barh(names, rates, color=["C0" if row["provider"] in OURS_ALL else "#bbbbbb" for row in rows])
+        axes.bar_label(bars, [f"{rate:,.0f}" for rate in rates], padding=3, fontsize=8)
+        axes.invert_yaxis()
+        axes.tick_params(axis="y", length=0, labelsize=8)
+        axes.tick_params(axis="x", labelsize=8)
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        axes.set_title(f"{machine_line(found[family])}; {found[family]['date'][:10]}", fontsize=8, color="#555555")
+        model, prompt, new = rows[0]["model"], rows[0]["prompt"], rows[0]["new_tokens"]
+    grid[-1].set_xlabel(f"tokens a second that {model} writes, {new} after a prompt of {prompt}", fontsize=9)
     save_figure(figure, path, found)
 
 

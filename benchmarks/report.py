@@ -377,6 +377,9 @@ def render_page() -> str:
         picture = PICTURES / f"{kind}-speedups.png"
         if picture.exists():
             lines += [f"![Speed-up over the fastest peer]({picture.relative_to(PAGE.parent)})", ""]
+        picture = PICTURES / f"{kind}-writing.png"
+        if picture.exists():
+            lines += [f"![Tokens a second of each engine]({picture.relative_to(PAGE.parent)})", ""]
         if len(found) > 1:
             lines += ["### Side by side", "", "Our time, and the factor to the fastest peer.", "", *side_by_side(found)]
             lines += [""]

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import generation, generation_tables, machine, report, writers
+from benchmarks import generation, generation_tables, machine, pictures, report, writers
 from benchmarks.generation import Plan, Side
 from benchmarks.gpt2_gguf import gguf_name, write_gguf
 from benchmarks.workers import Worker, WriterError
@@ -258,6 +258,15 @@ def test_the_page_and_the_readme(monkeypatch: pytest.MonkeyPatch, results: dict[
     assert "| tiny preset writes after B1 T2, float32 weights | 10.0 ms, 2.00x |" in headline
     assert "int8 weights | 5.00 ms, 0.80x |" in headline  # a peer is faster
     assert "CTranslate2" in headline
+
+
+def test_pictures(results: dict[str, Any], tmp_path: Path) -> None:
+    drawn = pictures.draw("generation", {"abacus": results, "slide-rule": results}, tmp_path)
+    assert drawn == [tmp_path / "generation-speedups.png", tmp_path / "generation-writing.png"]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn)
+    for row in results["rows"]:
+        row["headline"] = False
+    assert pictures.draw("generation", {"abacus": results}, tmp_path) == drawn[:1]
 
 
 def test_the_command(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -52,7 +52,7 @@ def test_pictures_are_those_of_the_stored_results() -> None:
         assert f"({report.PICTURES.name}/{path.name})" in page
         kind, _, rest = path.stem.partition("-")
         shown = report.stored(kind)
-        shown = shown if rest == "speedups" else shown[rest.removesuffix("-attention")]
+        shown = shown if rest in ("speedups", "writing") else shown[rest.removesuffix("-attention")]
         assert f"Source\0{pictures.digest(shown)}".encode() in path.read_bytes(), "run `python -m benchmarks.report`"
 
 
