@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import textwrap
 from importlib import metadata
 from typing import Any
 
@@ -164,11 +165,12 @@ def _hardware(rows: dict[str, dict[str, Any]]) -> list[str]:
         for part in filter(None, (row, row["rest"])):
             if part["hardware"]:
                 operators.setdefault(part["hardware"], {}).setdefault(part["backend"], []).append(operator)
-    return [
-        line
-        for remark, backends in operators.items()
-        for line in (f"{remark}:", *(f"{'':<21}{name:<11}{', '.join(found)}" for name, found in backends.items()))
-    ]
+    lines = []
+    for remark, backends in operators.items():
+        lines.append(f"{remark}:")
+        for name, found in backends.items():
+            lines += textwrap.wrap(f"{'':<21}{name:<11}{', '.join(found)}", 120, subsequent_indent=" " * 32)
+    return lines
 
 
 def _reasons(why_not: dict[str, str], known: str | None) -> list[str]:

@@ -33,7 +33,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from kernels import attention, cross_entropy, embedding, launch, layer_norm, losses, random, tuning
+from kernels import attention, cross_entropy, embedding, launch, layer_norm, losses, quantized_linear, random, tuning
 from tests.building.machine_code import (
     ARCHITECTURES,
     HEADER,
@@ -162,12 +162,38 @@ def _embedding_cases() -> Iterator[tuple[str, Call]]:
         yield f"embedding bwd dropout {name}", lambda a=backward: embedding.embedding_bwd(*a, 0.1, rng)
 
 
+def _quantized_cases() -> Iterator[tuple[str, Call]]:
+    ids, outputs = torch.zeros(8, dtype=torch.int64), 4096
+    for kind, bits in (("bf16", 16), ("int8", 8), ("int4", 4)):
+        for columns in (768, 4096) if bits == 8 else (768,):
+            data = tensor(outputs, columns * min(bits, 8) // 8, dtype=torch.bfloat16 if bits == 16 else torch.uint8)
+            scales = None if bits == 16 else tensor(outputs, columns // 64)
+            for dtype in (torch.bfloat16, torch.float32):
+                for rows in (1, 4):
+                    x, bias = tensor(rows, columns, dtype=dtype), tensor(outputs, dtype=dtype)
+                    name = f"{kind} {columns}, {rows} of {str(dtype).removeprefix('torch.')}"
+                    call = (x, data, scales, bias, None, "gelu_tanh")
+                    yield f"quantized_linear {name}", lambda a=call: quantized_linear.quantized_linear(*a)
+            many = (
+                tensor(17, columns, dtype=torch.float32),
+                data[:64],
+                None if scales is None else scales[:64],
+                None,
+                None,
+                "none",
+            )
+            yield f"quantized_linear {kind} {columns}, many", lambda a=many: quantized_linear.quantized_linear(*a)
+            table = (ids, data, scales, columns, torch.bfloat16)
+            yield f"quantized_embedding {kind} {columns}", lambda a=table: quantized_linear.quantized_embedding(*a)
+
+
 # File of kernels -> cases, each a name and a call of a launcher. One more case is one more line.
 CASES: dict[str, list[tuple[str, Call]]] = {
     "layer_norm": [*_norm_cases()],
     "attention": [*_attention_cases()],
     "cross_entropy": [*_loss_cases()],
     "embedding": [*_embedding_cases()],
+    "quantized_linear": [*_quantized_cases()],
     "random": [("dropout_factors", lambda: random.dropout_factors(torch.zeros(2, dtype=torch.int64), 64, 256, 0.1))],
 }
 
@@ -181,6 +207,7 @@ MATRIX_UNITS = Claim(
     arches=(90,),
     cases="causal bfloat16 D128",
 )
+WIDE_LOADS = Claim("loads 16 bytes at a time", lambda k: k.wide("LDG") + k.wide("LDGSTS") > 0)
 AHEAD = Claim("loads the next rows while it works (LDGSTS)", lambda k: k.wide("LDGSTS") > 0)
 
 # Kernel -> what must hold wherever it is compiled.
@@ -189,6 +216,8 @@ CLAIMS: dict[str, list[Claim]] = {
     "layer_norm.forward_wide_kernel": [WIDE],
     "layer_norm.backward_kernel": [WIDE, AHEAD],
     "layer_norm.backward_wide_kernel": [WIDE],
+    "quantized_linear.few_rows_kernel": [WIDE_LOADS],
+    "quantized_linear.unpack_kernel": [WIDE],
     "attention.forward.forward_kernel": [MATRIX_UNITS],
     "attention.backward.queries_kernel": [MATRIX_UNITS],
     "attention.backward_keys.keys_kernel": [MATRIX_UNITS],

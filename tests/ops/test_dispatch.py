@@ -307,6 +307,9 @@ def on_a_gpu(name, dtype=torch.float32, **options):
         "quantized_linear": lambda: ops.quantized_linear(
             ones(3, 64), ops.QuantizedWeight(ones(3, 64, dtype=torch.bfloat16), None, 64)
         ),
+        "quantized_embedding": lambda: ops.quantized_embedding(
+            ones(3, dtype=torch.long), ops.QuantizedWeight(ones(3, 64, dtype=torch.bfloat16), None, 64), dtype=dtype
+        ),
     }
     with FakeTensorMode(), mock.patch.object(dispatch, "_choose", chosen), pytest.raises(ChosenError):
         calls[name]()
@@ -341,9 +344,10 @@ def test_what_serves_on_a_gpu(cuda_build):
         assert (on_a_gpu(name), on_a_gpu(name, torch.float64)) == ("cuda", "triton")
     assert (on_a_gpu("attention"), on_a_gpu("attention", torch.bfloat16)) == ("triton", "cuda")
     assert on_a_gpu("attention", torch.bfloat16, dropout_p=0.1) == "triton"
-    assert on_a_gpu("linear_cross_entropy") == "triton"
-    products = ("linear", "feed_forward", "transformer_block", "transformer", "quantize_weight", "quantized_linear")
-    for name in (*products, "decoder"):
+    for name in ("linear_cross_entropy", "quantized_linear", "quantized_embedding"):
+        assert on_a_gpu(name) == "triton"
+    assert on_a_gpu("quantized_linear", torch.bfloat16) == "triton"
+    for name in ("linear", "feed_forward", "transformer_block", "transformer", "quantize_weight", "decoder"):
         assert on_a_gpu(name) == "reference"
 
 
@@ -362,8 +366,8 @@ def test_a_limit_that_info_states_is_the_one_that_calls_meet(cuda_build):
 def test_a_library_without_some_kernels(cuda_build, monkeypatch):
     monkeypatch.setattr(cuda, "has", lambda name: not name.startswith("rms_norm"))
     says = "this build of the CUDA library has no kernel for it"
-    assert cuda.provide("rms_norm", "layer_norm") == says
-    assert cuda.provide("layer_norm", "layer_norm") is None
+    assert cuda.provide(("rms_norm_fwd", "rms_norm_bwd"), "layer_norm") == says
+    assert cuda.provide(("layer_norm_fwd", "layer_norm_bwd"), "layer_norm") is None
     monkeypatch.setitem(dispatch.OPERATORS["rms_norm"].kernels, "cuda", says)
     assert on_a_gpu("rms_norm") == "triton"
     with ops.backend("cuda"), pytest.raises(dispatch.CannotServeError, match=f"cuda: {says}; triton: can serve it"):

@@ -19,6 +19,7 @@ from tinyllm.check.draw import Case, Draw, Function, both
 from tinyllm.check.model_cases import decoder, transformer, transformer_block
 from tinyllm.ops._random import draw_rng, dropout_factors
 from tinyllm.ops.quantized_linear import KINDS
+from tinyllm.reference.quantized import BITS
 
 _ACTIVATIONS = tuple(reference.ACTIVATIONS)
 
@@ -270,12 +271,38 @@ def _quantize_weight(draw: Draw) -> Case:
     return Case(text, ours, lambda x: x.detach(), [draw.laid_out(weight * scale)], differentiable=False)
 
 
+def _stored(draw: Draw, kind: str, rows: int, columns: int) -> ops.QuantizedWeight:
+    """Return a random weight, quantised by PyTorch, since not every backend quantises."""
+    weight = torch.randn(rows, columns, generator=draw.numbers)
+    data, scales = (weight.bfloat16(), None) if kind == "bf16" else reference.quantize_weight(weight, BITS[kind], 64)
+    return ops.QuantizedWeight(data.to(draw.device), None if scales is None else scales.to(draw.device), columns)
+
+
+def _meant(weight: ops.QuantizedWeight) -> Tensor:
+    return reference.dequantize_weight(weight.data, weight.scales, weight.in_features)
+
+
+def _quantized_embedding(draw: Draw) -> Case:
+    rows, columns, kind = draw.size(90), draw.size(draw.one_of(70, 700)), draw.one_of(*KINDS)
+    ids = draw.ints(rows, draw.size(5), draw.size(20), dtypes=(torch.int64, torch.int32))
+    weight = _stored(draw, kind, rows, columns)
+
+    # It takes nothing floating: the input is for its dtype alone.
+    return Case(
+        f"ids {list(ids.shape)}, weight {[rows, columns]} {kind}",
+        lambda like: ops.quantized_embedding(ids, weight, dtype=like.dtype),
+        lambda like: _meant(weight)[ids.long()].to(like.dtype),
+        [torch.zeros(0, dtype=draw.dtype, device=draw.device)],
+        differentiable=False,
+    )
+
+
 def _quantized_linear(draw: Draw) -> Case:
     shape = (draw.size(20),) if draw.chance(0.7) else (draw.size(3), draw.size(20))
     outputs, columns = draw.size(90), draw.size(draw.one_of(70, 700))
     activation, kind = draw.one_of(*_ACTIVATIONS), draw.one_of(*KINDS)
-    weight = ops.quantize_weight(torch.randn(outputs, columns, generator=draw.numbers), kind)
-    # The activations of few rows are rounded to such numbers.
+    weight = _stored(draw, kind, outputs, columns)
+    # The activations of few rows are rounded to such numbers on a CPU.
     x = draw.laid_out(_levels(draw, -127, *shape, columns))
     text = f"{[*shape, columns]} -> {outputs}, {kind}, {activation}"
 
@@ -285,7 +312,7 @@ def _quantized_linear(draw: Draw) -> Case:
         return ops.quantized_linear(x, weight, bias, activation=activation, residual=residual)
 
     def theirs(x: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
-        whole = weight.dequantize().to(x.dtype)
+        whole = _meant(weight).to(x.dtype)
         return reference.linear(x, whole, bias, activation=activation, residual=residual).detach()
 
     inputs = [x, draw.perhaps(outputs), draw.perhaps(*shape, outputs)]
@@ -336,4 +363,5 @@ CASES: dict[str, Callable[[Draw], Case]] = {
     "decoder": decoder,
     "quantize_weight": _quantize_weight,
     "quantized_linear": _quantized_linear,
+    "quantized_embedding": _quantized_embedding,
 }

@@ -79,9 +79,8 @@ class Kernels:
 class Operator:
     """The declaration of an operator: for each backend its `Kernels`, or the reason why it has none.
 
-    Raw operators are called after the name: <name>_fwd and <name>_bwd.
-
     Args:
+        raw: the raw operators of the kernels; default: <name>_fwd and <name>_bwd.
         refuses: is called with what `choose` is given, and returns why no kernel of any backend serves a call; None
             where one may.
     """
@@ -94,13 +93,15 @@ class Operator:
         cuda: Kernels | str,
         triton: Kernels | str,
         refuses: Callable[..., str | None] | None = None,
+        raw: tuple[str, ...] | None = None,
     ) -> None:
         self.name = name
+        raw = (f"{name}_fwd", f"{name}_bwd") if raw is None else raw
         self.refuses = refuses
         self.kernels = {"cpp": cpp, "cuda": cuda, "triton": triton}
         for backend, kernels in self.kernels.items():
             if isinstance(kernels, Kernels):
-                self.kernels[backend] = MODULES[backend].provide(name, kernels.source or name) or kernels
+                self.kernels[backend] = MODULES[backend].provide(raw, kernels.source or name) or kernels
         OPERATORS[name] = self
 
     def unavailable(

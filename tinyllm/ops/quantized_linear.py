@@ -13,13 +13,11 @@ from tinyllm import reference
 from tinyllm._internal.checks import check_choice, check_int
 from tinyllm._internal.finite import not_finite
 from tinyllm.ops._context import autocast_dtype, needs_grad
-from tinyllm.ops.dispatch import Kernels, Operator, choose, register_fake
+from tinyllm.ops.dispatch import NOT_DOUBLE, Kernels, Operator, choose, kernels, register_fake, serves
 from tinyllm.reference import ACTIVATIONS
 from tinyllm.reference.quantized import BITS, BLOCK, padded_columns
 
 KINDS = ("bf16", "int8", "int4")
-
-_LEFT_TO_PYTORCH = "weights are unpacked and multiplied by PyTorch"
 
 
 def _refuses(input: Tensor, *others: Tensor | None) -> str | None:
@@ -32,9 +30,17 @@ _QUANTIZE = Operator(
 _LINEAR = Operator(
     "quantized_linear",
     cpp=Kernels((torch.float32,)),
-    cuda=_LEFT_TO_PYTORCH,
-    triton=_LEFT_TO_PYTORCH,
+    cuda="Triton's kernel serves it",
+    triton=Kernels(NOT_DOUBLE),
     refuses=_refuses,
+    raw=("quantized_linear",),
+)
+_EMBEDDING = Operator(
+    "quantized_embedding",
+    cpp=Kernels((torch.float32,)),
+    cuda="Triton's kernel serves it",
+    triton=Kernels(NOT_DOUBLE, source="quantized_linear"),
+    raw=("quantized_embedding",),
 )
 
 
@@ -151,12 +157,15 @@ def quantized_linear(
 ) -> Tensor:
     """Compute activation(input weight^T + bias) + residual with a weight in fewer bits.
 
-    Up to 8 rows of input are multiplied with int8 and int4 weights as integers: each block of 64 activations of a row
-    is rounded to 8 bits with a scale of its own, and the products of a block are exact. More rows, and gradients, meet
-    the weight unpacked to float32, with the activations as they are.
+    On a CPU up to 8 rows of input are multiplied with int8 and int4 weights as integers: each block of 64 activations
+    of a row is rounded to 8 bits with a scale of its own, and the products of a block are exact. More rows, and
+    gradients, meet the weight unpacked to float32, with the activations as they are.
+
+    On a GPU activations always stay as they are. Up to 16 rows meet the exact weights; for more, these are unpacked in
+    input's dtype, and multiplied as PyTorch does it in that.
 
     Args:
-        input: (*, in_features), floating. It is computed in float32, in float64 if it is that.
+        input: (*, in_features), floating. Sums are float32, float64 if it is that.
         weight: (out_features, in_features), see `quantize_weight`. It has no gradient.
         bias: (out_features), or None.
         activation: "none", "relu", "gelu" (with erf) or "gelu_tanh".
@@ -182,29 +191,37 @@ def quantized_linear(
         if tensor is not None and tuple(tensor.shape) != shape:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}; {shape} is needed")
     dtype = autocast_dtype(input) or input.dtype
-    compute = torch.promote_types(input.dtype, torch.float32)
+    keeps_dtype = serves("triton", _LINEAR, input, bias, residual)  # its kernel widens what it has loaded
+    compute = input.dtype if keeps_dtype else torch.promote_types(input.dtype, torch.float32)
     input = input.to(compute)
     bias, residual = (None if x is None else x.to(compute) for x in (bias, residual))
-    if choose(_LINEAR, input, bias, residual) != "reference":
-        out: Tensor = torch.ops.tinyllm.quantized_linear(input, weight.data, weight.scales, bias, residual, activation)
+    backend = choose(_LINEAR, input, bias, residual)
+    if backend != "reference":
+        operator = kernels(backend).quantized_linear
+        out: Tensor = operator(input, weight.data, weight.scales, bias, residual, activation)
         return out.to(dtype)
     with torch.autocast(input.device.type, enabled=False):
         whole = weight.dequantize().to(input.dtype)
         return reference.linear(input, whole, bias, activation=activation, residual=residual).to(dtype)
 
 
-def quantized_embedding(input: Tensor, weight: QuantizedWeight) -> Tensor:
-    """Look up rows of a weight in fewer bits: ids (*) to float32 (*, in_features).
+def quantized_embedding(input: Tensor, weight: QuantizedWeight, *, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Look up rows of a weight in fewer bits: ids (*), int32 or int64, to (*, in_features) of a floating dtype.
 
     Raises:
-        IndexError: an id is out of range.
+        IndexError: an id is out of range. Not on a GPU: the id's row is NaN there.
     """
+    backend = choose(_EMBEDDING, weight.data.new_empty(0, dtype=dtype))
+    if backend == "triton":
+        operator = kernels(backend).quantized_embedding
+        out: Tensor = operator(input, weight.data, weight.scales, weight.in_features, dtype)
+        return out
     rows = QuantizedWeight(
         F.embedding(input.flatten(), weight.data),
         None if weight.scales is None else F.embedding(input.flatten(), weight.scales),
         weight.in_features,
     )
-    return rows.dequantize().view(*input.shape, weight.in_features)
+    return rows.dequantize().view(*input.shape, weight.in_features).to(dtype)
 
 
 @register_fake("quantize_weight")
@@ -217,6 +234,11 @@ def _(weight, bits, group_size):  # type: ignore[no-untyped-def]
 @register_fake("dequantize_weight")
 def _(data, scales, inputs):  # type: ignore[no-untyped-def]
     return data.new_empty(data.size(0), inputs, dtype=torch.float32)
+
+
+@register_fake("quantized_embedding")
+def _(input, data, scales, inputs, dtype):  # type: ignore[no-untyped-def]
+    return data.new_empty(*input.shape, inputs, dtype=dtype)
 
 
 @register_fake("quantized_linear")

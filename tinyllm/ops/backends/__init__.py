@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 from tinyllm.ops.backends import cpp, cuda, triton
@@ -24,9 +25,9 @@ class Backend(Protocol):
             here: count what this installation lacks.
         """
 
-    def provide(self, operator: str, source: str) -> str | None:
-        """Return why this build has no kernels for an operator that is declared now, None where it has. Triton's
-        launchers in the file `source` become raw operators here."""
+    def provide(self, raw: Sequence[str], source: str) -> str | None:
+        """Return why this build lacks one of the raw operators of an operator that is declared now, None where it has
+        them. Triton's launchers of these names in the file `source` become raw operators here."""
 
     def has(self, name: str) -> bool:
         """Return whether there is a kernel for a raw operator, such as layer_norm_fwd."""

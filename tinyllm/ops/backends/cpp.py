@@ -7,6 +7,7 @@ import importlib
 import json
 import shlex
 import warnings
+from collections.abc import Sequence
 from importlib import metadata
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -98,7 +99,7 @@ def unavailable(device_type: str, forced: bool, here: bool) -> str | None:
     return None
 
 
-def provide(operator: str, source: str) -> str | None:
+def provide(raw: Sequence[str], source: str) -> str | None:
     """Return None: a build has all C++ kernels, or none."""
     return None
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -46,10 +47,10 @@ def unavailable(device_type: str, forced: bool, here: bool) -> str | None:
     return why_not
 
 
-def provide(operator: str, source: str) -> str | None:
+def provide(raw: Sequence[str], source: str) -> str | None:
     """Return why a library that is there has no kernels for an operator, as a build of some of its sources has not."""
     there = emulated or why_not is None
-    if not there or (has(f"{operator}_fwd") and has(f"{operator}_bwd")):
+    if not there or all(map(has, raw)):
         return None
     return "this build of the CUDA library has no kernel for it"
 
@@ -57,6 +58,8 @@ def provide(operator: str, source: str) -> str | None:
 def has(name: str) -> bool:
     """Return whether there is a kernel for a raw operator."""
     if not emulated and why_not is not None:
+        return False
+    if not hasattr(operators(), name):  # of those that only Triton has, nothing is declared
         return False
     key = "CPU" if emulated else "CUDA"
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"{operators().name}::{name}", key)

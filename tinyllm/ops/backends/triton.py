@@ -10,7 +10,7 @@ import functools
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -44,9 +44,9 @@ def unavailable(device_type: str, forced: bool, here: bool) -> str | None:
     return why_not if here else None
 
 
-def provide(operator: str, source: str) -> str | None:
+def provide(raw: Sequence[str], source: str) -> str | None:
     """Define the raw operators of an operator from its launchers in kernels/<source>.py; see `Backend`."""
-    define(source, f"{operator}_fwd", f"{operator}_bwd")
+    define(source, *raw)
     return None
 
 
