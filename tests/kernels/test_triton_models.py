@@ -6,7 +6,9 @@ import torch.nn.functional as F
 
 from tests.helpers.backends import BACKENDS, on
 from tinyllm import SimpleLLM, ops
+from tinyllm.generation import GraphedCache
 from tinyllm.ops import dispatch
+from tinyllm.quantization import quantize
 
 pytestmark = [on("triton"), pytest.mark.usefixtures("backend")]
 draw, DEVICE = BACKENDS["triton"].draw, BACKENDS["triton"].device
@@ -50,6 +52,20 @@ def test_a_model_gives_what_it_gives_on_plain_pytorch(size, monkeypatch):
         theirs = run()
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, atol=2e-5, rtol=2e-4)
+
+
+@pytest.mark.parametrize("weights", ["float32", "int8"])
+def test_a_decoder_reads_and_writes_as_on_plain_pytorch(weights):
+    torch.manual_seed(0)
+    with ops.backend("reference"):
+        model = quantize(SimpleLLM(**SIZES["gpt"] | {"num_layers": 1}).to(DEVICE).eval(), weights)
+    prompts, found = [torch.arange(2), torch.arange(1)], []
+    for backend in (("triton", *KERNELS), ("reference",)):
+        made = GraphedCache(model, 2, 12)
+        with ops.backend(*backend):
+            found.append([made.read(prompts), *(made.step(torch.tensor([i, 7 * i])) for i in range(2))])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=2e-4)
 
 
 def _calls():

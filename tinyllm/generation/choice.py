@@ -8,6 +8,7 @@ from typing import cast
 import torch
 from torch import nn
 
+from tinyllm.generation.cuda_graph import GraphedCache
 from tinyllm.generation.decoder import Cached, Decoder, Recompute
 from tinyllm.generation.engine import Engine
 from tinyllm.model import SimpleLLM
@@ -30,7 +31,8 @@ def make_decoder(model: nn.Module, batch_size: int, max_len: int, *, cache_dtype
         return Engine(model, batch_size, min(max_len, model.config.max_seq_len), cache_dtype=cache_dtype)
     if Cached.refuses(model) is None:
         model = cast(SimpleLLM, model)
-        return Cached(model, batch_size, min(max_len, model.config.max_seq_len), cache_dtype=cache_dtype)
+        kind = GraphedCache if next(model.parameters()).is_cuda else Cached
+        return kind(model, batch_size, min(max_len, model.config.max_seq_len), cache_dtype=cache_dtype)
     if isinstance(model, SimpleLLM) and not model.config.causal:
         _warn_once()
     return Recompute(model, batch_size)

@@ -201,7 +201,7 @@ class Cached(KeyValueCache):
         """Return why a model has no valid cache; None if it has one."""
         if not isinstance(model, SimpleLLM) or not _fused.is_as_its_classes_say(model):
             return "it is no SimpleLLM whose modules are called as their classes say"
-        if not all(block.attention.causal for block in _blocks(model)):
+        if not all(block.attention.causal for block in blocks_of(model)):
             return "it is not causal: each token changes what came before it"
         return "its context is a single token" if model.config.max_seq_len == 1 else None
 
@@ -271,8 +271,8 @@ class Cached(KeyValueCache):
         """Take ids (n, T) into the cache; return what the last block makes of them."""
         model, table = self.model, self.model.positional_encoding.rows(self._cache.size(-2))
         own = table[place.past : place.end] if place.lengths is None else table[place.lengths].unsqueeze(1)
-        x: Tensor | tuple[Tensor, Tensor] = model.embedding(ids) + own
-        for block, cache in zip(_blocks(model), self._cache, strict=True):
+        x: Tensor | tuple[Tensor, Tensor] = model.embedding(ids).to(own.dtype) + own
+        for block, cache in zip(blocks_of(model), self._cache, strict=True):
             x = block.compose(x, partial(_attend, block.attention, cache, place))
         return x
 
@@ -288,7 +288,7 @@ class Cached(KeyValueCache):
         return _fused.call_linear(model.output, normed).float()
 
 
-def _blocks(model: SimpleLLM) -> list[TransformerBlock]:
+def blocks_of(model: SimpleLLM) -> list[TransformerBlock]:
     return cast("list[TransformerBlock]", [*model.transformer_blocks])
 
 

@@ -17,6 +17,8 @@ from torch import Tensor
 
 from tinyllm._internal.checks import check_int
 
+NOT_FINITE = "the model's logits are not finite (nan or inf): its training diverged, or its weights are damaged"
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -98,6 +100,19 @@ def draw(
     Raises:
         ValueError: a logit is NaN or infinite (-inf stands for a token that cannot be), or no token is left.
     """
+    if sampling.temperature != 0 and uniforms is None:
+        raise ValueError("uniforms is None; above temperature 0 each row needs a number in [0, 1)")
+    tokens, logprobs, finite = draw_unchecked(logits, sampling, uniforms, seen)
+    if not bool(finite):
+        raise ValueError(NOT_FINITE)
+    return tokens, logprobs
+
+
+def draw_unchecked(
+    logits: Tensor, sampling: Sampling, uniforms: Tensor | None, seen: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Do what `draw` does without looking at any number on the host, which would wait for a GPU. The last result says
+    whether the logits are finite, bool (); if not, the others mean nothing, and tokens may be V."""
     raw = logits.float()
     total = raw.logsumexp(dim=-1)
     scores = raw
@@ -108,24 +123,23 @@ def draw(
         rest = raw.new_full((raw.size(0), raw.size(-1) - sampling.ids_below), -math.inf)
         scores = torch.cat([scores[:, : sampling.ids_below], rest], dim=-1)
     if sampling.suppress_id is not None:
-        scores = scores.index_fill(-1, torch.tensor([sampling.suppress_id], device=scores.device), -math.inf)
+        scores = scores.clone()
+        scores[:, sampling.suppress_id] = -math.inf
     top = scores.amax(dim=-1)
     # A NaN or an infinity anywhere in a row is one in its sum: there is no need to look at all of them once more.
-    if not bool((total.isfinite() & top.isfinite()).all()):
-        raise ValueError(
-            "the model's logits are not finite (nan or inf): its training diverged, or its weights are damaged"
-        )
+    finite = (total.isfinite() & top.isfinite()).all()
     if sampling.temperature == 0:
         tokens = scores.argmax(dim=-1)
     else:
-        if uniforms is None:
-            raise ValueError("uniforms is None; above temperature 0 each row needs a number in [0, 1)")
+        assert uniforms is not None
         weights = _weights(scores.double() - top.double().unsqueeze(-1), sampling)
         sums = weights.cumsum(dim=-1)
         # Below the total for every number below 1: the largest weight is 1, so that rounding cannot reach it.
         part = uniforms.to(sums.device) * sums[:, -1]
         tokens = torch.searchsorted(sums, part.unsqueeze(-1), right=True).squeeze(-1)
-    return tokens, raw.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - total
+    # Without finite weights there may be none at which the sum exceeds its part.
+    own = raw.gather(-1, tokens.clamp(max=raw.size(-1) - 1).unsqueeze(-1)).squeeze(-1)
+    return tokens, own - total, finite
 
 
 def _weights(scores: Tensor, sampling: Sampling) -> Tensor:

@@ -14,12 +14,14 @@ from torch import Tensor
 
 from tinyllm._internal.checks import check_choice, check_int, check_ints
 from tinyllm.generation.choice import make_decoder
+from tinyllm.generation.cuda_graph import GraphedCache
 from tinyllm.generation.decoder import Cached, Decoder
 from tinyllm.generation.engine import Engine
 from tinyllm.generation.lookup import Lookup
 from tinyllm.generation.sampling import Sampling, draw
 from tinyllm.model import SimpleLLM
 
+_WRITERS = (Engine, GraphedCache)  # decoders that draw by themselves
 _NO_TOKEN = -1  # of a row that has ended where there is no stop id to fill up with
 
 
@@ -283,7 +285,7 @@ class TokenStream(Iterator[Any]):
             if guessed := self._guess():
                 return self._verify(self._last, guessed)
             count = self._tokens_ahead()
-            if isinstance(self._decoder, Engine) and count > 0:
+            if isinstance(self._decoder, _WRITERS) and count > 0:
                 uniforms = self._uniforms(count)
                 if uniforms is None:
                     uniforms = torch.zeros(len(self.prompts), count, dtype=torch.float64)
@@ -328,8 +330,8 @@ class TokenStream(Iterator[Any]):
         return zip(drawn.unsqueeze(-1), logprobs.unsqueeze(-1), strict=True)
 
     def _tokens_ahead(self) -> int:
-        """Return how many tokens an Engine may draw in a call: none that are not wanted, nor beyond its room."""
-        if not isinstance(self._decoder, Engine):
+        """Return how many tokens a decoder may draw in a call: none that are not wanted, nor beyond its room."""
+        if not isinstance(self._decoder, _WRITERS):
             return 0
         # A generator of the caller's has given as many numbers as there are tokens, whenever it is looked at; and what
         # comes after each token may be guessed.

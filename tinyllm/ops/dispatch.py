@@ -255,6 +255,12 @@ def forced_backend(operator: str) -> str | None:
     return _forced if not _forced_operators or operator in _forced_operators else None
 
 
+def forced() -> tuple[str | None, tuple[str, ...]]:
+    """Return the backend that an enclosing `backend(...)` forces, None outside one, and for which operators; none: for
+    all."""
+    return _forced, _forced_operators
+
+
 def last_backend() -> str | None:
     """Return the backend that served the latest operator call of this process outside torch.compile; None before the
     first."""
