@@ -142,7 +142,7 @@ tests() {
         shift 2
     done
     stage "$name" "$limit" "$python" -m pytest -q -ra -p no:cacheprovider ${options[@]+"${options[@]}"} \
-        -m "$backend" tests/ops tests/kernels
+        -m "$backend" tests/ops tests/kernels tests/generation/test_cuda_graph.py
 }
 
 sanitizer=$(command -v compute-sanitizer)

@@ -123,10 +123,10 @@ class PlainLLM(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """Return the logits (B, T, V) of int64 ids (B, T)."""
-        logits: Tensor = self.lm_head(self._features(ids))
+        logits: Tensor = self.lm_head(self.features(ids))
         return logits
 
-    def _features(self, ids: Tensor, cache: Tensor | None = None, past: int = 0) -> Tensor:
+    def features(self, ids: Tensor, cache: Tensor | None = None, past: int = 0) -> Tensor:
         x = self.wte(ids) + self.wpe.weight[past : past + ids.size(1)]
         x = F.dropout(x, self.config.dropout, self.training)
         for index, block in enumerate(self.h):
@@ -147,7 +147,7 @@ class PlainLLM(nn.Module):
         cache = self.wte.weight.new_empty(shape) if config.causal else None
         generator, past = torch.Generator().manual_seed(seed), 0
         for _ in range(max_new_tokens):
-            logits = self.lm_head(self._features(ids[:, past:], cache, past)[:, -1])
+            logits = self.lm_head(self.features(ids[:, past:], cache, past)[:, -1])
             past = ids.size(1) if config.causal else 0
             if temperature == 0:
                 token = logits.argmax(-1, keepdim=True)

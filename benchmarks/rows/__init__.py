@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from ..row import Row, Target
-from . import attention, embedding, launch, linear, losses, model, norms, optimizer
+from . import attention, embedding, launch, linear, losses, model, norms, optimizer, writing
 
 
 def rows(target: Target) -> list[Row]:
@@ -14,7 +14,7 @@ def rows(target: Target) -> list[Row]:
     Those of a GPU come in the order in which they are to be measured, as time may run out there: the rows of the
     headline first, and one of each section before a second one of any.
     """
-    files = [embedding, norms, attention, linear, losses, optimizer, model]
+    files = [embedding, norms, attention, linear, losses, optimizer, writing, model]
     found = [row for file in [*files, launch] for row in file.rows(target)]
     if not target.gpu:
         return found

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU the script measures, for minutes")
+TESTS = "tests/ops tests/kernels tests/generation/test_cuda_graph.py"  # what it runs
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu_check.sh"
 
 
@@ -122,8 +123,8 @@ def test_where_there_is_a_gpu_and_nvcc_both_backends_are_built_tested_and_watche
     assert re.search(r"MAX_JOBS=\d+\nTINYLLM_CUDA=1\nTINYLLM_EXT=1\nTORCH_CUDA_ARCH_LIST=9\.0a\n", said)
     for text in (
         "what serves what",
-        "no:cacheprovider -m triton tests/ops tests/kernels with 1 compiling",
-        "--timeout=20 --timeout-method=thread -m cuda tests/ops tests/kernels with 1 compiling",
+        f"no:cacheprovider -m triton {TESTS} with 1 compiling",
+        f"--timeout=20 --timeout-method=thread -m cuda {TESTS} with 1 compiling",
         "watched by memcheck\ncache off: 1",
     ):
         assert text in said

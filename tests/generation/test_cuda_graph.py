@@ -49,6 +49,11 @@ def test_logits_are_those_of_recomputation(options: dict[str, Any]) -> None:
         tokens = torch.tensor([(step * 5 + row) % VOCAB for row in range(4)])
         torch.testing.assert_close(made.step(tokens), plain.step(tokens), **TOLERANCE)
     assert made.lengths() == plain.lengths()
+    last = made.step(tokens)
+    made.forget_last()
+    torch.testing.assert_close(made.step(tokens), last, rtol=0, atol=0)
+    made.forget_last()
+    assert made.lengths() == plain.lengths()
     with pytest.raises(ValueError, match=r"row 0 holds 11 tokens and is to get 14 more; a row holds 24"):
         made.write(tokens, torch.zeros(4, 14, dtype=torch.float64), Sampling(temperature=0))
 

@@ -118,6 +118,11 @@ class GraphedCache(Cached):
             held.append(token)
         return self._next_logits.clone()
 
+    def forget_last(self) -> None:
+        """Take back the token that each row has read last, so that another may come in its place."""
+        for held in self._held:
+            held.pop()
+
     @torch.inference_mode()
     def write(
         self,
