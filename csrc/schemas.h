@@ -28,13 +28,17 @@ void define_operators(Library& m) {
   m.def(
       "embedding_bwd(Tensor grad, Tensor input, SymInt num_embeddings, int? padding_idx, bool weight_grad,"
       " bool positions_grad, float dropout_p=0., Tensor? rng=None) -> (Tensor grad_weight, Tensor grad_positions)");
-  // lse is (B, H, T), or (2, B, H, T) with an additive mask: then lse[1] is the rounding error of lse[0].
+  // lse is (B, H, T), or (2, B, H, T) with an additive mask: then lse[1] is the rounding error of lse[0]. key_lengths
+  // and causal_offset are (B): with is_causal, query i of sequence b sees keys 0 ... causal_offset[b] + i, of which
+  // there are key_lengths[b].
   m.def(
       "attention_fwd(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, bool is_causal, float scale,"
-      " float dropout_p=0., Tensor? rng=None, Tensor? key_lengths=None) -> (Tensor out, Tensor lse)");
+      " float dropout_p=0., Tensor? rng=None, Tensor? key_lengths=None, Tensor? causal_offset=None)"
+      " -> (Tensor out, Tensor lse)");
   m.def(
       "attention_bwd(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor out, Tensor lse,"
-      " bool is_causal, float scale, float dropout_p=0., Tensor? rng=None, Tensor? key_lengths=None)"
+      " bool is_causal, float scale, float dropout_p=0., Tensor? rng=None, Tensor? key_lengths=None,"
+      " Tensor? causal_offset=None)"
       " -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)");
   m.def("dropout_factors(Tensor rng, SymInt rows, SymInt columns, float p) -> Tensor");
   // reduction is 0 (none), 1 (mean) or 2 (sum), as in PyTorch. grad_input is empty unless with_grad.

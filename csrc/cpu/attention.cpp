@@ -74,22 +74,40 @@ Attention arguments(const char* op, const Tensor& query, const Tensor& key, cons
   return a;
 }
 
-// Converts key_lengths, int32 or int64, to int64 and lets `a` point to it; the result must outlive the kernels.
-std::vector<int64_t> lengths_of(const char* op, const OptionalTensor& key_lengths, const Tensor& query, Attention& a) {
-  if (!key_lengths) return {};
-  check_device(op, "key_lengths", *key_lengths, query);
-  check_shape(op, "key_lengths", *key_lengths, {a.batch});
-  const Tensor t = as_contiguous(*key_lengths);
-  std::vector<int64_t> lengths(static_cast<size_t>(a.batch));
+// Converts a tensor (B) of int32 or int64 to numbers of keys, 0 ... a.keys.
+std::vector<int64_t> key_counts(const char* op, const char* name, const Tensor& of_sequences, const Tensor& query,
+                                const Attention& a) {
+  check_device(op, name, of_sequences, query);
+  check_shape(op, name, of_sequences, {a.batch});
+  const Tensor t = as_contiguous(of_sequences);
+  std::vector<int64_t> counts(static_cast<size_t>(a.batch));
   if (t.scalar_type() == ScalarType::Int)
-    std::copy_n(static_cast<const int32_t*>(data_of(t)), a.batch, lengths.begin());
+    std::copy_n(static_cast<const int32_t*>(data_of(t)), a.batch, counts.begin());
   else if (t.scalar_type() == ScalarType::Long)
-    std::copy_n(static_cast<const int64_t*>(data_of(t)), a.batch, lengths.begin());
+    std::copy_n(static_cast<const int64_t*>(data_of(t)), a.batch, counts.begin());
   else
-    fail(op, ": key_lengths has dtype ", torch::headeronly::toString(t.scalar_type()), "; int32 or int64 is needed");
-  a.key_lengths = lengths.data();
-  return lengths;  // A move or an elided copy, so that the pointer stays valid.
+    fail(op, ": ", name, " has dtype ", torch::headeronly::toString(t.scalar_type()), "; int32 or int64 is needed");
+  for (int64_t& count : counts) count = std::clamp<int64_t>(count, 0, a.keys);
+  return counts;
 }
+
+// What `a` points to for each sequence; it must outlive the kernels.
+struct Sequences {
+  std::vector<int64_t> key_lengths, causal_offset;
+
+  Sequences(const char* op, const OptionalTensor& lengths, const OptionalTensor& offset, const Tensor& query,
+            Attention& a) {
+    if (lengths) {
+      key_lengths = key_counts(op, "key_lengths", *lengths, query, a);
+      a.key_lengths = key_lengths.data();
+    }
+    if (offset) {
+      if (!a.causal) fail(op, ": causal_offset is given; it needs is_causal");
+      causal_offset = key_counts(op, "causal_offset", *offset, query, a);
+      a.causal_offset = causal_offset.data();
+    }
+  }
+};
 
 // Sets lse and, behind it in the same tensor if there is an additive mask, lse_rest.
 void set_lse(Attention& a, const Tensor& lse) {
@@ -100,9 +118,9 @@ void set_lse(Attention& a, const Tensor& lse) {
 
 std::tuple<Tensor, Tensor> attention_fwd(Tensor query, Tensor key, Tensor value, OptionalTensor attn_mask,
                                          bool is_causal, double scale, double dropout_p, OptionalTensor rng,
-                                         OptionalTensor key_lengths) {
+                                         OptionalTensor key_lengths, OptionalTensor causal_offset) {
   Attention a = arguments("attention", query, key, value, attn_mask, is_causal, scale, dropout_p, rng);
-  const std::vector<int64_t> lengths = lengths_of("attention", key_lengths, query, a);
+  const Sequences sequences("attention", key_lengths, causal_offset, query, a);
   const Tensor out = empty_heads(query, a.batch, a.heads, a.queries, a.value_dim);
   std::vector<int64_t> lse_shape{a.batch, a.heads, a.queries};
   if (a.mask_kind == MaskKind::additive) lse_shape.insert(lse_shape.begin(), 2);
@@ -116,10 +134,10 @@ std::tuple<Tensor, Tensor> attention_fwd(Tensor query, Tensor key, Tensor value,
 std::tuple<Tensor, Tensor, Tensor> attention_bwd(Tensor grad, Tensor query, Tensor key, Tensor value,
                                                  OptionalTensor attn_mask, Tensor out, Tensor lse, bool is_causal,
                                                  double scale, double dropout_p, OptionalTensor rng,
-                                                 OptionalTensor key_lengths) {
+                                                 OptionalTensor key_lengths, OptionalTensor causal_offset) {
   const char* op = "attention_bwd";
   Attention a = arguments(op, query, key, value, attn_mask, is_causal, scale, dropout_p, rng);
-  const std::vector<int64_t> lengths = lengths_of(op, key_lengths, query, a);
+  const Sequences sequences(op, key_lengths, causal_offset, query, a);
   for (const auto& [name, t] : {std::pair{"grad", &grad}, std::pair{"out", &out}}) {
     check_device(op, name, *t, query);
     check_dtype(op, name, *t, query.scalar_type());
@@ -158,8 +176,12 @@ std::unique_ptr<char[]> new_partials(DType dtype, Attention& a) {
 
 // Whether keys and values are used so few times that packing them would not pay.
 bool is_decoding(const Attention& a) {
-  return a.keys >= 64 && a.queries > 0 && !a.causal && a.key.column == 1 && a.value.column == 1 &&
-         a.heads / std::max<int64_t>(a.kv_heads, 1) * a.queries <= 8;
+  if (a.keys < 64 || a.queries == 0 || a.key.column != 1 || a.value.column != 1 ||
+      a.heads / std::max<int64_t>(a.kv_heads, 1) * a.queries > 8)
+    return false;
+  int64_t most = 0;  // the most keys that the last query of a sequence sees
+  for (int64_t b = 0; b < a.batch; ++b) most = std::max(most, visible(a, b, a.queries - 1, 0, a.keys));
+  return most >= 64;
 }
 
 void attention_decode(DType dtype, Attention a) {

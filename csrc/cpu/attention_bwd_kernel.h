@@ -170,8 +170,8 @@ inline void backward_block(const Attention& a, const BackwardBuffers<T>& buf, in
   }
   for (int64_t g = 0; g < count; g += kMR) {
     const int64_t m = std::min<int64_t>(kMR, count - g), key = keys.begin + g;
-    // With a causal mask, queries before the first key of the group contribute nothing.
-    const int64_t skip = a.causal ? std::clamp<int64_t>(first + g - q0, 0, rows) : 0;
+    // Queries that do not see the first key of the group contribute nothing.
+    const int64_t skip = std::clamp<int64_t>(first_query(a, b, first + g) - q0, 0, rows);
     if (skip == rows) break;
     const int64_t at = skip * buf.score_row + g;
     gemm<S>(m, a.value_dim, rows - skip, {buf.probs + at, 1, buf.score_row},
@@ -229,7 +229,9 @@ void attention_bwd(const Attention& a, int64_t b, int64_t kv_head, int64_t range
     buf.finite = all_finite(buf.keys, block_keys * buf.row) && all_finite(buf.values_t, panels_of_keys * a.value_dim);
     std::fill(buf.grad_key, buf.grad_key + block_keys * buf.row, S(0));
     std::fill(buf.grad_value, buf.grad_value + block_keys * buf.value_row, S(0));
-    for (int64_t i = query_blocks - 1; i >= (a.causal ? k0 / kQueryBlock : 0); --i)
+    const int64_t seeing = first_query(a, b, k0);
+    const int64_t first_block = seeing < a.queries ? seeing / kQueryBlock : query_blocks;
+    for (int64_t i = query_blocks - 1; i >= first_block; --i)
       for (int64_t g = 0; g < group; ++g) {
         const int64_t h = kv_head * group + g, q0 = i * kQueryBlock, rows = std::min(kQueryBlock, a.queries - q0);
         const int64_t turn = (query_blocks - 1 - i) * group + g;
@@ -244,7 +246,7 @@ void attention_bwd(const Attention& a, int64_t b, int64_t kv_head, int64_t range
         }
         backward_block<T>(a, buf, b, h, q0, rows, k0, block_keys, whole_rows ? nullptr : delta);
         // The queries see no later key, so their dQ is complete.
-        if (k0 + block >= (a.causal ? std::min(keys, q0 + rows) : keys))
+        if (k0 + block >= visible(a, b, q0 + rows - 1, 0, keys))
           for (int64_t r = q0; r < q0 + rows; ++r)
             unpack_row(row_of<S>(a.query_sums, b, h, r), static_cast<S>(a.scale), a.head_dim,
                        const_cast<T*>(row_of<T>(a.grad_query, b, h, r)), a.grad_query.column);

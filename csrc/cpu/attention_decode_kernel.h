@@ -94,12 +94,13 @@ inline void decode_values(const T* value, int64_t value_row, const compute_t<T>*
   for (int i = 0; i < N; ++i) (V::load(out + i * V::size) + sums[i]).store(out + i * V::size);
 }
 
-// Replaces the scores of n keys by 2^(score - max), followed by zeros up to a whole vector.
+// Replaces the scores of the first `seen` of n keys by 2^(score - max), and those behind them, up to a whole vector, by
+// zeros.
 template <class S>
-inline void decode_softmax(S* scores, int64_t n, S& row_max, S& row_sum) {
+inline void decode_softmax(S* scores, int64_t seen, int64_t n, S& row_max, S& row_sum) {
   using V = Vec<S>;
   constexpr S inf = std::numeric_limits<S>::infinity();
-  const int64_t whole = hide_rest(scores, n);
+  const int64_t whole = hide_rest(scores, seen);
   V vmax = V::set1(-inf), vsum = V::zero();
   for (int64_t j = 0; j < whole; j += V::size) vmax = max(vmax, V::load(scores + j));
   row_max = vmax.max_element();
@@ -110,6 +111,7 @@ inline void decode_softmax(S* scores, int64_t n, S& row_max, S& row_sum) {
     vsum = vsum + p;
   }
   row_sum = vsum.sum();
+  std::fill(scores + whole, scores + round_up_to_vector<S>(n), S(0));
 }
 
 // Q is the type of queries and outputs, T that of keys and values.
@@ -118,7 +120,8 @@ void attention_decode(const Attention& a, int64_t b, int64_t kv_head, int64_t ra
   using S = compute_t<T>;
   using V = Vec<S>;
   const int64_t group = a.heads / a.kv_heads, rows = group * a.queries;
-  const int64_t begin = range * a.range_keys, n = std::clamp<int64_t>(keys_of(a, b) - begin, 0, a.range_keys);
+  const int64_t begin = range * a.range_keys, of_range = std::clamp<int64_t>(keys_of(a, b) - begin, 0, a.range_keys);
+  const int64_t n = visible(a, b, a.queries - 1, begin, of_range);  // those that the last query sees
   DecodeBuffers<T> buf;
   const cpu::Scratch scratch(buf.layout(nullptr, a, rows));
   buf.layout(scratch.data(), a, rows);
@@ -133,11 +136,12 @@ void attention_decode(const Attention& a, int64_t b, int64_t kv_head, int64_t ra
   });
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t h = kv_head * group + r / a.queries, row = r % a.queries, padded = round_up_to_vector<S>(n);
+    const int64_t seen = visible(a, b, row, begin, n);
     S* scores = buf.scores + r * buf.score_row;
     S* partial = decode_partial<S>(a, b, kv_head, range, r);
     S* statistics = partial + a.partial_row - 2;
-    if (a.mask_kind != MaskKind::none) apply_mask<T>(a, b, h, row, begin, n, scores);
-    decode_softmax(scores, n, statistics[0], statistics[1]);
+    if (a.mask_kind != MaskKind::none) apply_mask<T>(a, b, h, row, begin, seen, scores);
+    decode_softmax(scores, seen, n, statistics[0], statistics[1]);
     if (a.dropout.p > 0) multiply(scores, row_factors(a, b, h, row, begin, padded, buf.factors), padded);
     std::fill(partial, statistics, S(0));
   }

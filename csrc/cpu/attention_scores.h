@@ -17,6 +17,7 @@
 namespace tinyllm::TINYLLM_ISA {
 
 using cpu::Attention;
+using cpu::first_query;
 using cpu::keys_of;
 using cpu::MaskKind;
 using cpu::Strided;

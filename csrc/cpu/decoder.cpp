@@ -213,7 +213,7 @@ void attend(const Decoder& d, const Reading& r, int64_t layer, int64_t tokens, c
   a.head_dim = a.value_dim = head_dim;
   a.scale = 1.0 / std::sqrt(static_cast<double>(head_dim));
   a.causal = true;
-  a.past = d.lengths.data();
+  a.causal_offset = d.lengths.data();
   a.key_lengths = key_lengths.data();
   a.query = {r.query, tokens * width, head_dim, width, 1};
   a.key = d.cache_bf16 ? as_floats(d, keys, seen, r.keys) : keys;

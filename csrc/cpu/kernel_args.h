@@ -63,9 +63,9 @@ struct Attention {
   int64_t queries, keys;
   int64_t head_dim, value_dim;
   double scale;
-  bool causal;                 // query i of sequence b sees keys 0 ... past[b] + i
-  const int64_t* past;         // null: 0; forward only
-  const int64_t* key_lengths;  // sequence b has the keys 0 ... key_lengths[b] - 1; null: all keys
+  bool causal;                   // query i of sequence b sees keys 0 ... causal_offset[b] + i
+  const int64_t* causal_offset;  // null: 0
+  const int64_t* key_lengths;    // sequence b has the keys 0 ... key_lengths[b] - 1; null: all keys
   Strided query, key, value, mask;
   MaskKind mask_kind;
   // Applies to the softmax weights, as element (b, h, t, s) of (batch, heads, queries, keys rounded up to 64).
@@ -103,10 +103,17 @@ inline int64_t keys_of(const Attention& a, int64_t b) {
   return a.key_lengths == nullptr ? a.keys : std::clamp<int64_t>(a.key_lengths[b], 0, a.keys);
 }
 
+// The number of keys before the one that the causal mask lets the first query of sequence b see last.
+inline int64_t offset_of(const Attention& a, int64_t b) { return a.causal_offset == nullptr ? 0 : a.causal_offset[b]; }
+
 // The number of keys of [first, first + count) that the causal mask lets query `row` of sequence b see.
 inline int64_t visible(const Attention& a, int64_t b, int64_t row, int64_t first, int64_t count) {
-  const int64_t past = a.past == nullptr ? 0 : a.past[b];
-  return a.causal ? std::clamp<int64_t>(past + row + 1 - first, 0, count) : count;
+  return a.causal ? std::clamp<int64_t>(offset_of(a, b) + row + 1 - first, 0, count) : count;
+}
+
+// The first query of sequence b that the causal mask lets see a key.
+inline int64_t first_query(const Attention& a, int64_t b, int64_t key) {
+  return a.causal ? std::max<int64_t>(0, key - offset_of(a, b)) : 0;
 }
 
 // The keys that a thread packs at a time: whole panels of every instruction set.

@@ -44,7 +44,8 @@ Tensor empty_heads(const Device& device, const Tensor& like) {
 }
 
 void check_call(const char* op, const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& mask,
-                double scale, double dropout_p, const OptionalTensor& key_lengths) {
+                double scale, double dropout_p, const OptionalTensor& key_lengths,
+                const OptionalTensor& causal_offset) {
   if (query.dim() != 4 || key.dim() != 4 || value.dim() != 4)
     fail(op, ": query, key and value must have 4 dimensions, not ", query.dim(), ", ", key.dim(), " and ", value.dim());
   if (query.scalar_type() != ScalarType::BFloat16 && query.scalar_type() != ScalarType::Half)
@@ -66,6 +67,7 @@ void check_call(const char* op, const Tensor& query, const Tensor& key, const Te
   if (mask) fail(op, ": attn_mask is given; the CUDA C++ kernels take None");
   if (dropout_p != 0.0) fail(op, ": dropout_p is ", dropout_p, "; the CUDA C++ kernels take 0");
   if (!(scale > 0.0)) fail(op, ": scale is ", scale, "; the CUDA C++ kernels take positive ones");
+  if (causal_offset) fail(op, ": causal_offset is given; the CUDA C++ kernels take None");
   if (key_lengths) {
     check_device(op, "key_lengths", *key_lengths, query);
     check_shape(op, "key_lengths", *key_lengths, {batch});
@@ -101,8 +103,8 @@ Inputs inputs_of(const Tensor& query, const Tensor& key, const Tensor& value, co
 
 std::tuple<Tensor, Tensor> attention_fwd(Tensor query, Tensor key, Tensor value, OptionalTensor attn_mask,
                                          bool is_causal, double scale, double dropout_p, OptionalTensor,
-                                         OptionalTensor key_lengths) {
-  check_call("attention", query, key, value, attn_mask, scale, dropout_p, key_lengths);
+                                         OptionalTensor key_lengths, OptionalTensor causal_offset) {
+  check_call("attention", query, key, value, attn_mask, scale, dropout_p, key_lengths, causal_offset);
   const Device device(query);
   const Tensor out = empty_heads(device, query);
   const std::vector<int64_t> lse_sizes{query.size(0), query.size(1), query.size(2)};
@@ -122,9 +124,9 @@ std::tuple<Tensor, Tensor> attention_fwd(Tensor query, Tensor key, Tensor value,
 std::tuple<Tensor, Tensor, Tensor> attention_bwd(Tensor grad, Tensor query, Tensor key, Tensor value,
                                                  OptionalTensor attn_mask, Tensor out, Tensor lse, bool is_causal,
                                                  double scale, double dropout_p, OptionalTensor,
-                                                 OptionalTensor key_lengths) {
+                                                 OptionalTensor key_lengths, OptionalTensor causal_offset) {
   const char* const op = "attention_bwd";
-  check_call(op, query, key, value, attn_mask, scale, dropout_p, key_lengths);
+  check_call(op, query, key, value, attn_mask, scale, dropout_p, key_lengths, causal_offset);
   for (const auto& [name, t] : {std::pair{"grad", &grad}, std::pair{"out", &out}}) {
     check_device(op, name, *t, query);
     check_dtype(op, name, *t, query.scalar_type());

@@ -38,8 +38,9 @@ def attention_fwd(
     dropout_p: float = 0.0,
     rng: Tensor | None = None,
     key_lengths: Tensor | None = None,
+    causal_offset: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    call = _Call(query, key, value, attn_mask, is_causal, scale, dropout_p, rng, key_lengths)
+    call = _Call(query, key, value, attn_mask, is_causal, scale, dropout_p, rng, key_lengths, causal_offset)
     out = _heads_inside(query, value.size(-1))
     shape = (2, *query.shape[:3]) if call.additive else query.shape[:3]
     saved = torch.empty(shape, dtype=torch.float32, device=query.device)
@@ -57,7 +58,7 @@ def attention_fwd(
         sources = call.sources(tile, (query, width.d), (key, width.d), (value, width.dv))
         grid = (cdiv(call.queries, tile.rows) * width.chunks * call.batch * call.heads,)
         forward_kernel[grid](
-            *sources, query, key, value, attn_mask, call.key_lengths, rng, out, *lse, *call.strides(query, key, value),
+            *sources, query, key, value, attn_mask, *call.sequences, rng, out, *lse, *call.strides(query, key, value),
             *out.stride()[:3], *call.sizes(), *call.numbers(), CHUNKS=width.chunks, SCALE_FIRST=scale <= 0,
             **call.constants(tile, width),
         )  # fmt: skip
@@ -79,8 +80,9 @@ def attention_bwd(
     dropout_p: float = 0.0,
     rng: Tensor | None = None,
     key_lengths: Tensor | None = None,
+    causal_offset: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    call = _Call(query, key, value, attn_mask, is_causal, scale, dropout_p, rng, key_lengths, grad)
+    call = _Call(query, key, value, attn_mask, is_causal, scale, dropout_p, rng, key_lengths, causal_offset, grad)
     grad_query = _heads_inside(query, query.size(-1))
     grad_key, grad_value = _heads_inside(key, key.size(-1)), _heads_inside(value, value.size(-1))
     if lse.numel() == 0 or key.size(1) * call.keys == 0:
@@ -104,7 +106,7 @@ def attention_bwd(
         sources = call.sources(tile, (query, d), (key, d), (value, dv), (grad, dv))
         grid = (cdiv(call.keys, tile.columns) * chunks * call.batch * call.heads // call.group,)
         keys_kernel[grid](
-            *sources, attn_mask, call.key_lengths, rng, *statistics, delta, grad_key, grad_value, *strides,
+            *sources, attn_mask, *call.sequences, rng, *statistics, delta, grad_key, grad_value, *strides,
             *grad_key.stride()[:3], *grad_value.stride()[:3], *call.sizes(), *numbers, CHUNKS=chunks,
             **call.constants(tile, keys_width),
         )  # fmt: skip
@@ -114,7 +116,7 @@ def attention_bwd(
         sources = call.sources(tile, (query, d), (key, d), (value, dv), (grad, dv))
         grid = (cdiv(call.queries, tile.rows) * chunks * call.batch * call.heads,)
         queries_kernel[grid](
-            *sources, query, key, value, grad, attn_mask, call.key_lengths, rng, *statistics, delta, grad_query,
+            *sources, query, key, value, grad, attn_mask, *call.sequences, rng, *statistics, delta, grad_query,
             *strides, *grad_query.stride()[:3], *call.sizes(), *numbers, CHUNKS=chunks, **call.constants(tile,
             queries_width),
         )  # fmt: skip
@@ -137,7 +139,7 @@ def _decode(call: _Call, width: configs.Widths, out: Tensor, lse: tuple[Tensor, 
     statistics = torch.empty((2, splits, *lse[0].shape), dtype=torch.float32, device=query.device)
     _, k, v = call.sources(tile, (query, width.d), (key, width.d), (value, width.dv))
     decode_kernel[(groups, splits)](  # a grid has room for 65,535 along its second dimension
-        query, k, v, call.mask, call.key_lengths, call.rng, parts, statistics, *call.strides(query, key, value),
+        query, k, v, call.mask, *call.sequences, call.rng, parts, statistics, *call.strides(query, key, value),
         call.batch, *call.sizes(), *call.numbers(), split, SCALE_FIRST=call.scale <= 0, **call.constants(tile, width),
     )  # fmt: skip
     join_kernel[(lse[0].numel(),)](
@@ -160,11 +162,13 @@ class _Call:
         dropout_p: float,
         rng: Tensor | None,
         key_lengths: Tensor | None,
+        causal_offset: Tensor | None,
         grad: Tensor | None = None,
     ) -> None:
         self.query, self.key, self.value = query, key, value
         self.mask, self.rng = attn_mask, rng
-        self.key_lengths = None if key_lengths is None else key_lengths.contiguous()
+        # What each sequence has of its own.
+        self.sequences = [None if x is None else x.contiguous() for x in (key_lengths, causal_offset)]
         self.batch, self.heads, self.queries, self.head_dim = query.shape
         self.keys, self.value_dim = key.size(2), value.size(3)
         self.group = max(1, self.heads // max(1, key.size(1)))

@@ -28,6 +28,7 @@ from .tiles import (
     finite,
     hide,
     load_rows,
+    of_sequence,
     product,
 )
 
@@ -87,7 +88,7 @@ def queries_pass(
     chunk,
     begin,
     end,
-    row,
+    last_key,
     row_inside,
     mask_rows,
     mask_column,
@@ -149,7 +150,7 @@ def queries_pass(
                 )  # fmt: skip
                 scores = product(qc, tl.trans(kc), scores, PRECISION)
         scores *= scale
-        scores = hide(scores, mask_rows, mask_column, row, row_inside, column, keys, CAUSAL, EDGE, MASK)
+        scores = hide(scores, mask_rows, mask_column, last_key, row_inside, column, keys, CAUSAL, EDGE, MASK)
         hidden = scores == float("-inf")
         weights = tl.exp2(scores - row_lse[:, None])
         if CHUNKS == 1:
@@ -215,6 +216,7 @@ def queries_rows(
     first_statistic,
     queries,
     visible,
+    offset,
     keys,
     head_dim,
     value_dim,
@@ -245,11 +247,12 @@ def queries_rows(
     row = first + tl.arange(0, ROWS)
     wide_row = row.to(tl.int64)
     row_inside = row < queries
+    last_key = offset + row
     end = visible
     full = visible
     if CAUSAL:
-        end = tl.minimum(visible, first + ROWS)
-        full = tl.minimum(visible, first + 1)
+        end = tl.minimum(visible, offset + first + ROWS)
+        full = tl.minimum(visible, offset + first + 1)
     full = full // COLUMNS * COLUMNS
     mask_rows = row
     if MASK != NO_MASK:
@@ -266,15 +269,14 @@ def queries_rows(
         full = 0
     else:
         grad_q = queries_pass(
-            grad_q, q, g, row_lse, row_delta, query, key, value, grad, rng, batch, head, kv_head, first,
-            chunk, 0, full, row, row_inside, mask_rows, mask_column, statistic, q_row, q_column, k_row, k_column, v_row,
-            v_column, g_row, g_column, queries, visible, keys, head_dim, value_dim, scale, threshold, kept_scale, ROWS,
-            COLUMNS, D, DV, CHUNKS, CHECK_D, CHECK_DV, CAUSAL, False, MASK, DROPOUT, DESCRIPTORS, PRECISION, LENGTHS,
-            False,
+            grad_q, q, g, row_lse, row_delta, query, key, value, grad, rng, batch, head, kv_head, first, chunk, 0, full,
+            last_key, row_inside, mask_rows, mask_column, statistic, q_row, q_column, k_row, k_column, v_row, v_column,
+            g_row, g_column, queries, visible, keys, head_dim, value_dim, scale, threshold, kept_scale, ROWS, COLUMNS,
+            D, DV, CHUNKS, CHECK_D, CHECK_DV, CAUSAL, False, MASK, DROPOUT, DESCRIPTORS, PRECISION, LENGTHS, False,
         )  # fmt: skip
     grad_q = queries_pass(
         grad_q, q, g, row_lse, row_delta, query, key, value, grad, rng, batch, head, kv_head, first, chunk,
-        full, end, row, row_inside, mask_rows, mask_column, statistic, q_row, q_column, k_row, k_column, v_row,
+        full, end, last_key, row_inside, mask_rows, mask_column, statistic, q_row, q_column, k_row, k_column, v_row,
         v_column, g_row, g_column, queries, visible, keys, head_dim, value_dim, scale, threshold, kept_scale, ROWS,
         COLUMNS, D, DV, CHUNKS, CHECK_D, CHECK_DV, CAUSAL, True, MASK, DROPOUT, DESCRIPTORS, PRECISION, LENGTHS, AGAIN,
     )  # fmt: skip
@@ -304,6 +306,7 @@ def queries_kernel(
     plain_grad,  # likewise
     mask,  # (B, H, queries, keys), bool or floating, or None
     key_lengths,  # (B), or None
+    causal_offset,  # (B), or None: with CAUSAL, query i sees keys 0 ... causal_offset + i
     rng,  # (2), or None
     lse,  # (B, H, queries)
     lse_rest,  # (B, H, queries), or None
@@ -369,10 +372,9 @@ def queries_kernel(
         key += wide_batch * k_batch + wide_kv_head * k_head
         value += wide_batch * v_batch + wide_kv_head * v_head
         grad += wide_batch * g_batch + wide_head * g_head
-    visible = keys
     LENGTHS: tl.constexpr = key_lengths is not None
-    if LENGTHS:
-        visible = tl.maximum(tl.minimum(tl.load(key_lengths + batch), keys), 0).to(tl.int32)
+    visible = of_sequence(key_lengths, batch, keys, keys)
+    offset = of_sequence(causal_offset, batch, keys, 0)
     if MASK != NO_MASK:
         mask += wide_batch * mask_batch + wide_head * mask_head
     grad_query += wide_batch * dq_batch + wide_head * dq_head
@@ -381,8 +383,8 @@ def queries_kernel(
     again = queries_rows(
         query, key, value, grad, mask, rng, lse, lse_rest, delta, grad_query, batch, head, kv_head, first, chunk, q_row,
         q_column, k_row, k_column, v_row, v_column, g_row, g_column, mask_row, mask_column, dq_row, statistic, queries,
-        visible, keys, head_dim, value_dim, scale, plain_scale, threshold, kept_scale, ROWS, COLUMNS, D, DV, CHUNKS,
-        CHECK_D, CHECK_DV, CAUSAL, MASK, DROPOUT, DESCRIPTORS, PRECISION, LENGTHS, False,
+        visible, offset, keys, head_dim, value_dim, scale, plain_scale, threshold, kept_scale, ROWS, COLUMNS, D, DV,
+        CHUNKS, CHECK_D, CHECK_DV, CAUSAL, MASK, DROPOUT, DESCRIPTORS, PRECISION, LENGTHS, False,
     )  # fmt: skip
     if CAUSAL or MASK == BOOLEAN:  # noqa: SIM102 - known when it is compiled
         if again:  # in tiles so small that the registers are those of the first time
@@ -394,7 +396,7 @@ def queries_kernel(
                 queries_rows(
                     plain_query, plain_key, plain_value, plain_grad, mask, rng, lse, lse_rest, delta, grad_query, batch,
                     head, kv_head, few, chunk, q_row, q_column, k_row, k_column, v_row, v_column, g_row, g_column,
-                    mask_row, mask_column, dq_row, statistic, queries, visible, keys, head_dim, value_dim, scale,
-                    plain_scale, threshold, kept_scale, ROWS_AGAIN, COLUMNS_AGAIN, D, DV, CHUNKS, CHECK_D, CHECK_DV,
-                    CAUSAL, MASK, DROPOUT, False, PRECISION, LENGTHS, True,
+                    mask_row, mask_column, dq_row, statistic, queries, visible, offset, keys, head_dim, value_dim,
+                    scale, plain_scale, threshold, kept_scale, ROWS_AGAIN, COLUMNS_AGAIN, D, DV, CHUNKS, CHECK_D,
+                    CHECK_DV, CAUSAL, MASK, DROPOUT, False, PRECISION, LENGTHS, True,
                 )  # fmt: skip

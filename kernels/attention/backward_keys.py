@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from ..random import kept_elements
-from .tiles import ADDITIVE, BOOLEAN, NO_MASK, hide, load_rows, product
+from .tiles import ADDITIVE, BOOLEAN, NO_MASK, hide, load_rows, of_sequence, product
 
 
 @triton.jit
@@ -43,6 +43,7 @@ def keys_pass(
     g_row,
     g_column,
     queries,
+    offset,
     keys,  # visible ones
     all_keys,
     head_dim,
@@ -68,7 +69,7 @@ def keys_pass(
     column = first_key + tl.arange(0, COLUMNS)
     for first in range(begin, end, ROWS):
         row = first + tl.arange(0, ROWS)
-        row_inside = row < queries
+        row_inside, last_key = row < queries, offset + row
         q = load_rows(
             query, batch, head, first, chunk * D, queries, head_dim, q_row, q_column, ROWS, D, CHECK_D, DESCRIPTORS
         )
@@ -94,7 +95,9 @@ def keys_pass(
             mask_rows = mask_head_rows + row.to(tl.int64) * mask_row
         if MASK == ADDITIVE:
             scores = tl.trans(
-                hide(tl.trans(scores), mask_rows, mask_column, row, row_inside, column, keys, False, False, ADDITIVE)
+                hide(
+                    tl.trans(scores), mask_rows, mask_column, last_key, row_inside, column, keys, False, False, ADDITIVE
+                )
             )
         # Where there is no query, or one that sees no key, nothing may come of it: exp2(... - inf) is 0.
         row_lse = tl.load(lse + statistic + row, row_inside, other=float("inf"))
@@ -107,7 +110,7 @@ def keys_pass(
         if EDGE or MASK == BOOLEAN:
             scores = tl.trans(
                 hide(
-                    tl.trans(scores), mask_rows, mask_column, row, row_inside, column, keys,
+                    tl.trans(scores), mask_rows, mask_column, last_key, row_inside, column, keys,
                     CAUSAL, EDGE, NO_MASK if MASK == ADDITIVE else MASK,
                 )
             )  # fmt: skip
@@ -148,6 +151,7 @@ def keys_kernel(
     grad,  # descriptor, or pointer to (B, H, queries, value_dim)
     mask,  # (B, H, queries, keys), bool or floating, or None
     key_lengths,  # (B), or None
+    causal_offset,  # (B), or None: with CAUSAL, query i sees keys 0 ... causal_offset + i
     rng,  # (2), or None
     lse,  # (B, H, queries)
     lse_rest,  # (B, H, queries), or None
@@ -215,11 +219,10 @@ def keys_kernel(
     if not DESCRIPTORS:
         key += wide_batch * k_batch + wide_kv_head * k_head
         value += wide_batch * v_batch + wide_kv_head * v_head
-    visible = keys
-    if key_lengths is not None:
-        visible = tl.maximum(tl.minimum(tl.load(key_lengths + batch), keys), 0).to(tl.int32)
+    visible = of_sequence(key_lengths, batch, keys, keys)
+    offset = of_sequence(causal_offset, batch, keys, 0)
     if CAUSAL:
-        visible = tl.minimum(visible, queries)
+        visible = tl.minimum(visible, offset + queries)
     k = load_rows(key, batch, kv_head, first_key, 0, keys, head_dim, k_row, k_column, COLUMNS, D, CHECK_D, DESCRIPTORS)
     v = load_rows(
         value, batch, kv_head, first_key, 0, keys, value_dim, v_row, v_column, COLUMNS, DV, CHECK_DV, DESCRIPTORS
@@ -233,8 +236,8 @@ def keys_kernel(
     begin = 0
     edge = 0
     if CAUSAL:
-        begin = tl.minimum(first_key // ROWS * ROWS, end)
-        edge = tl.minimum(tl.cdiv(first_key + COLUMNS, ROWS) * ROWS, end)
+        begin = tl.minimum(tl.maximum(first_key - offset, 0) // ROWS * ROWS, end)
+        edge = tl.minimum(tl.cdiv(tl.maximum(first_key + COLUMNS - offset, 0), ROWS) * ROWS, end)
     for member in range(0, group):
         head = kv_head * group + member
         wide_head = wide_kv_head * group + member
@@ -250,16 +253,16 @@ def keys_kernel(
             grad_k, grad_v = keys_pass(
                 grad_k, grad_v, k, v, head_query, key, value, head_grad, rng, lse, lse_rest, delta, batch, head,
                 kv_head, first_key, chunk, begin, edge, mask_head_rows, mask_row, mask_column, statistic, q_row,
-                q_column, k_row, k_column, v_row, v_column, g_row, g_column, queries, visible, keys, head_dim,
+                q_column, k_row, k_column, v_row, v_column, g_row, g_column, queries, offset, visible, keys, head_dim,
                 value_dim, scale, threshold, kept_scale, ROWS, COLUMNS, D, DV, CHUNKS, CHECK_D, CHECK_DV, CAUSAL, True,
                 MASK, DROPOUT, DESCRIPTORS, PRECISION,
             )  # fmt: skip
         grad_k, grad_v = keys_pass(
             grad_k, grad_v, k, v, head_query, key, value, head_grad, rng, lse, lse_rest, delta, batch, head, kv_head,
             first_key, chunk, edge, end, mask_head_rows, mask_row, mask_column, statistic, q_row, q_column, k_row,
-            k_column, v_row, v_column, g_row, g_column, queries, visible, keys, head_dim, value_dim, scale, threshold,
-            kept_scale, ROWS, COLUMNS, D, DV, CHUNKS, CHECK_D, CHECK_DV, CAUSAL, False, MASK, DROPOUT, DESCRIPTORS,
-            PRECISION,
+            k_column, v_row, v_column, g_row, g_column, queries, offset, visible, keys, head_dim, value_dim, scale,
+            threshold, kept_scale, ROWS, COLUMNS, D, DV, CHUNKS, CHECK_D, CHECK_DV, CAUSAL, False, MASK, DROPOUT,
+            DESCRIPTORS, PRECISION,
         )  # fmt: skip
     row = first_key + tl.arange(0, COLUMNS)
     # A key that no query sees took part in no score, but in this tile's sums.

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .forward import attend
-from .tiles import BOOLEAN, NO_MASK, any_nan, store_log_total
+from .tiles import BOOLEAN, NO_MASK, any_nan, of_sequence, store_log_total
 
 
 @triton.jit
@@ -19,6 +19,7 @@ def decode_kernel(
     value,  # descriptor, or pointer to (B, H / group, keys, value_dim)
     mask,  # (B, H, queries, keys), bool or floating, or None
     key_lengths,  # (B), or None
+    causal_offset,  # (B), or None: with CAUSAL, query i sees keys 0 ... causal_offset + i
     rng,  # (2), or None
     parts,  # (splits, B, H, queries, value_dim), float32
     statistics,  # (2, splits, B, H, queries): maximum of the scores, sum of exp2 of what they are below it
@@ -81,10 +82,10 @@ def decode_kernel(
         row_inside[:, None] & (d < head_dim)[None, :],
         other=0.0,
     )
-    visible = keys
     LENGTHS: tl.constexpr = key_lengths is not None
-    if LENGTHS:
-        visible = tl.maximum(tl.minimum(tl.load(key_lengths + batch), keys), 0).to(tl.int32)
+    visible = of_sequence(key_lengths, batch, keys, keys)
+    offset = of_sequence(causal_offset, batch, keys, 0)
+    last_key = offset + row
     begin = part * split
     end = tl.minimum(begin + split, visible)
     mask_rows = row
@@ -98,24 +99,24 @@ def decode_kernel(
     if not CAUSAL:
         full = tl.maximum(begin + (end - begin) // COLUMNS * COLUMNS, begin)
         accumulated, total, maximum = attend(
-            accumulated, total, maximum, q, query, key, value, rng, batch, kv_head, kv_head, 0, 0, begin, full, row,
-            row_inside, mask_rows, mask_column, statistic, q_row, q_column, k_row, k_column, v_row, v_column, queries,
-            visible, keys, head_dim, value_dim, scale, threshold, ROWS, COLUMNS, D, DV, 1, CHECK_D, CHECK_DV, CAUSAL,
-            False, MASK, DROPOUT, SCALE_FIRST, DESCRIPTORS, PRECISION, LENGTHS,
+            accumulated, total, maximum, q, query, key, value, rng, batch, kv_head, kv_head, 0, 0, begin, full,
+            last_key, row_inside, mask_rows, mask_column, statistic, q_row, q_column, k_row, k_column, v_row, v_column,
+            queries, visible, keys, head_dim, value_dim, scale, threshold, ROWS, COLUMNS, D, DV, 1, CHECK_D, CHECK_DV,
+            CAUSAL, False, MASK, DROPOUT, SCALE_FIRST, DESCRIPTORS, PRECISION, LENGTHS,
         )  # fmt: skip
     else:
-        end = tl.minimum(end, queries)
+        end = tl.minimum(end, offset + queries)
     accumulated, total, maximum = attend(
-        accumulated, total, maximum, q, query, key, value, rng, batch, kv_head, kv_head, 0, 0, full, end, row,
+        accumulated, total, maximum, q, query, key, value, rng, batch, kv_head, kv_head, 0, 0, full, end, last_key,
         row_inside, mask_rows, mask_column, statistic, q_row, q_column, k_row, k_column, v_row, v_column, queries,
-        visible, keys, head_dim, value_dim, scale, threshold, ROWS, COLUMNS, D, DV, 1, CHECK_D, CHECK_DV, CAUSAL,
-        True, MASK, DROPOUT, SCALE_FIRST, DESCRIPTORS, PRECISION, LENGTHS,
+        visible, keys, head_dim, value_dim, scale, threshold, ROWS, COLUMNS, D, DV, 1, CHECK_D, CHECK_DV, CAUSAL, True,
+        MASK, DROPOUT, SCALE_FIRST, DESCRIPTORS, PRECISION, LENGTHS,
     )  # fmt: skip
     if CAUSAL or MASK == BOOLEAN:  # noqa: SIM102 - known when it is compiled
         if any_nan(accumulated, row_inside):
             accumulated, total, maximum = attend(
                 tl.zeros_like(accumulated), tl.zeros_like(total), tl.full([ROWS], float("-inf"), tl.float32), q, query,
-                key, value, rng, batch, kv_head, kv_head, 0, 0, begin, end, row, row_inside, mask_rows,
+                key, value, rng, batch, kv_head, kv_head, 0, 0, begin, end, last_key, row_inside, mask_rows,
                 mask_column, statistic, q_row, q_column, k_row, k_column, v_row, v_column, queries, visible, keys,
                 head_dim, value_dim, scale, threshold, ROWS, COLUMNS, D, DV, 1, CHECK_D, CHECK_DV, CAUSAL, True,
                 MASK, DROPOUT, SCALE_FIRST, DESCRIPTORS, PRECISION, LENGTHS, True,

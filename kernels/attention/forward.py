@@ -26,6 +26,7 @@ from .tiles import (
     finite,
     hide,
     load_rows,
+    of_sequence,
     product,
     store_log_total,
 )
@@ -48,7 +49,7 @@ def attend(
     first_value_column,
     begin,
     end,
-    row,
+    last_key,
     row_inside,
     mask_rows,
     mask_column_stride,
@@ -122,14 +123,14 @@ def attend(
         # a NaN of a hidden key's -inf.
         if MASK == ADDITIVE or SCALE_FIRST:
             scores *= scale
-            scores = hide(scores, mask_rows, mask_column_stride, row, row_inside, column, keys, CAUSAL, EDGE, MASK)
+            scores = hide(scores, mask_rows, mask_column_stride, last_key, row_inside, column, keys, CAUSAL, EDGE, MASK)
             new_maximum = tl.maximum(maximum, tl.max(scores, 1))
         else:
-            scores = hide(scores, mask_rows, mask_column_stride, row, row_inside, column, keys, CAUSAL, EDGE, MASK)
+            scores = hide(scores, mask_rows, mask_column_stride, last_key, row_inside, column, keys, CAUSAL, EDGE, MASK)
             new_maximum = tl.maximum(maximum, tl.max(scores, 1) * scale)
         visible = scores != float("-inf")
         shift = new_maximum
-        if MASK != NO_MASK:  # a row that has seen no key yet: -inf - -inf would be NaN
+        if MASK != NO_MASK or (CAUSAL and EDGE):  # a row that has seen no key yet: -inf - -inf would be NaN
             shift = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
         if MASK == ADDITIVE or SCALE_FIRST:
             weights = tl.exp2(scores - shift[:, None])
@@ -183,6 +184,7 @@ def forward_rows(
     heads,
     queries,
     visible,
+    offset,
     keys,
     head_dim,
     value_dim,
@@ -212,11 +214,12 @@ def forward_rows(
     row = first + tl.arange(0, ROWS)
     wide_row = row.to(tl.int64)
     row_inside = row < queries
+    last_key = offset + row
     end = visible
     full = visible
     if CAUSAL:
-        end = tl.minimum(visible, first + ROWS)
-        full = tl.minimum(visible, first + 1)
+        end = tl.minimum(visible, offset + first + ROWS)
+        full = tl.minimum(visible, offset + first + 1)
     full = full // COLUMNS * COLUMNS
     mask_rows = row
     if MASK != NO_MASK:
@@ -231,15 +234,15 @@ def forward_rows(
     else:
         accumulated, total, maximum = attend(
             accumulated, total, maximum, q, query, key, value, rng, batch, head, kv_head, first, chunk * DV, 0, full,
-            row, row_inside, mask_rows, mask_column, dropout_row, q_row, q_column, k_row, k_column, v_row, v_column,
-            queries, visible, keys, head_dim, value_dim, scale, threshold, ROWS, COLUMNS, D, DV, CHUNKS, CHECK_D,
-            CHECK_DV, CAUSAL, False, MASK, DROPOUT, SCALE_FIRST, DESCRIPTORS, PRECISION, LENGTHS, False,
+            last_key, row_inside, mask_rows, mask_column, dropout_row, q_row, q_column, k_row, k_column, v_row,
+            v_column, queries, visible, keys, head_dim, value_dim, scale, threshold, ROWS, COLUMNS, D, DV, CHUNKS,
+            CHECK_D, CHECK_DV, CAUSAL, False, MASK, DROPOUT, SCALE_FIRST, DESCRIPTORS, PRECISION, LENGTHS, False,
         )  # fmt: skip
     accumulated, total, maximum = attend(
-        accumulated, total, maximum, q, query, key, value, rng, batch, head, kv_head, first, chunk * DV, full, end, row,
-        row_inside, mask_rows, mask_column, dropout_row, q_row, q_column, k_row, k_column, v_row, v_column, queries,
-        visible, keys, head_dim, value_dim, scale, threshold, ROWS, COLUMNS, D, DV, CHUNKS, CHECK_D, CHECK_DV, CAUSAL,
-        True, MASK, DROPOUT, SCALE_FIRST, DESCRIPTORS, PRECISION, LENGTHS, AGAIN,
+        accumulated, total, maximum, q, query, key, value, rng, batch, head, kv_head, first, chunk * DV, full, end,
+        last_key, row_inside, mask_rows, mask_column, dropout_row, q_row, q_column, k_row, k_column, v_row, v_column,
+        queries, visible, keys, head_dim, value_dim, scale, threshold, ROWS, COLUMNS, D, DV, CHUNKS, CHECK_D, CHECK_DV,
+        CAUSAL, True, MASK, DROPOUT, SCALE_FIRST, DESCRIPTORS, PRECISION, LENGTHS, AGAIN,
     )  # fmt: skip
 
     again = False
@@ -270,6 +273,7 @@ def forward_kernel(
     plain_value,  # likewise
     mask,  # (B, H, queries, keys), bool or floating, or None
     key_lengths,  # (B), or None
+    causal_offset,  # (B), or None: with CAUSAL, query i sees keys 0 ... causal_offset + i
     rng,  # (2), or None
     out,  # (B, H, queries, value_dim), columns next to each other
     lse,  # (B, H, queries): log2 of the sum of exp2 of the scores
@@ -330,10 +334,9 @@ def forward_kernel(
         key += wide_batch * k_batch + wide_kv_head * k_head
         value += wide_batch * v_batch + wide_kv_head * v_head
 
-    visible = keys
     LENGTHS: tl.constexpr = key_lengths is not None
-    if LENGTHS:
-        visible = tl.maximum(tl.minimum(tl.load(key_lengths + batch), keys), 0).to(tl.int32)
+    visible = of_sequence(key_lengths, batch, keys, keys)
+    offset = of_sequence(causal_offset, batch, keys, 0)
     if MASK != NO_MASK:
         mask += wide_batch * mask_batch + wide_head * mask_head
     out += wide_batch * out_batch + wide_head * out_head
@@ -343,8 +346,8 @@ def forward_kernel(
     first = block * ROWS
     again = forward_rows(
         query, key, value, mask, rng, out, lse, lse_rest, batch, head, kv_head, first, chunk, q_row, q_column, k_row,
-        k_column, v_row, v_column, mask_row, mask_column, out_row, heads, queries, visible, keys, head_dim, value_dim,
-        scale, threshold, kept_scale, ROWS, COLUMNS, D, DV, CHUNKS, CHECK_D, CHECK_DV, CAUSAL, MASK, DROPOUT,
+        k_column, v_row, v_column, mask_row, mask_column, out_row, heads, queries, visible, offset, keys, head_dim,
+        value_dim, scale, threshold, kept_scale, ROWS, COLUMNS, D, DV, CHUNKS, CHECK_D, CHECK_DV, CAUSAL, MASK, DROPOUT,
         SCALE_FIRST, DESCRIPTORS, PRECISION, LENGTHS, False,
     )  # fmt: skip
     if CAUSAL or MASK == BOOLEAN:  # noqa: SIM102 - known when it is compiled
@@ -356,7 +359,7 @@ def forward_kernel(
                 forward_rows(
                     plain_query, plain_key, plain_value, mask, rng, out, lse, lse_rest, batch, head, kv_head, few,
                     chunk, q_row, q_column, k_row, k_column, v_row, v_column, mask_row, mask_column, out_row, heads,
-                    queries, visible, keys, head_dim, value_dim, scale, threshold, kept_scale, ROWS_AGAIN,
+                    queries, visible, offset, keys, head_dim, value_dim, scale, threshold, kept_scale, ROWS_AGAIN,
                     COLUMNS_AGAIN, D, DV, CHUNKS, CHECK_D, CHECK_DV, CAUSAL, MASK, DROPOUT, SCALE_FIRST, False,
                     PRECISION, LENGTHS, True,
                 )  # fmt: skip

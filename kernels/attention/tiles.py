@@ -69,6 +69,20 @@ def product(a, b, accumulated, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def of_sequence(
+    numbers,  # (B), int32 or int64, or None
+    batch,
+    keys,
+    otherwise,
+):
+    """Return a sequence's number of keys, within 0 ... keys; `otherwise` where there are no such numbers."""
+    number = otherwise
+    if numbers is not None:
+        number = tl.maximum(tl.minimum(tl.load(numbers + batch), keys), 0).to(tl.int32)
+    return number
+
+
+@triton.jit
 def clear_rows(tile, row, rows):
     """Return the tile with 0 in the rows from `rows` on."""
     return tl.where((row < rows)[:, None], tile, 0.0).to(tile.dtype)
@@ -111,7 +125,7 @@ def hide(
     scores,  # (ROWS, COLUMNS), to be added to in base 2
     mask_rows,  # (ROWS) pointers to the rows of the mask; unused without one
     mask_column_stride,
-    row,  # (ROWS): which query each row is
+    last_key,  # (ROWS): up to which key each query sees; unused unless CAUSAL
     row_inside,  # (ROWS): whether there is such a query
     column,  # (COLUMNS): which key
     keys,
@@ -135,7 +149,7 @@ def hide(
     if EDGE:
         visible = (column < keys)[None, :]
         if CAUSAL:
-            visible = visible & (column[None, :] <= row[:, None])
+            visible = visible & (column[None, :] <= last_key[:, None])
         scores = tl.where(visible, scores, float("-inf"))
     return scores
 

@@ -101,12 +101,12 @@ def _attention_cases() -> Iterator[tuple[str, Call]]:
 
         return call
 
-    def with_lengths(q: Tensor, causal: bool) -> Call:
-        lengths = torch.zeros(q.size(0), dtype=torch.int64)
+    def with_numbers(q: Tensor, causal: bool, *names: str) -> Call:
+        numbers = dict.fromkeys(names, torch.zeros(q.size(0), dtype=torch.int64))
 
         def call() -> None:
-            out, lse = attention.attention_fwd(q, q, q, None, causal, 0.1, key_lengths=lengths)
-            attention.attention_bwd(q, q, q, q, None, out, lse, causal, 0.1, key_lengths=lengths)
+            out, lse = attention.attention_fwd(q, q, q, None, causal, 0.1, **numbers)
+            attention.attention_bwd(q, q, q, q, None, out, lse, causal, 0.1, **numbers)
 
         return call
 
@@ -125,10 +125,15 @@ def _attention_cases() -> Iterator[tuple[str, Call]]:
         yield f"causal float32 D{size}", both(tensor(2, heads, rows, size, dtype=torch.float32))
     for size, causal in ((64, False), (128, True)):
         case = f"{'causal ' if causal else ''}key lengths bfloat16 D{size}"
-        yield case, with_lengths(tensor(2, heads, rows, size), causal)
+        yield case, with_numbers(tensor(2, heads, rows, size), causal, "key_lengths")
+    for size in (64, 128):
+        yield f"causal offset bfloat16 D{size}", with_numbers(tensor(2, heads, rows, size), True, "causal_offset")
     for dtype in (torch.bfloat16, torch.float32):
         few, keys = tensor(2, 32, 1, 64, dtype=dtype), tensor(2, 8, 4096, 64, dtype=dtype)
         arguments = (few, keys, keys, None, False, 0.1)
+        offset = torch.zeros(2, dtype=torch.int64)
+        behind = (few.expand(-1, -1, 4, -1), keys, keys, None, True, 0.1, 0.0, None, None, offset)
+        yield f"four queries {str(dtype).removeprefix('torch.')} D64", lambda a=behind: attention.attention_fwd(*a)
         yield f"one query {str(dtype).removeprefix('torch.')} D64", lambda a=arguments: attention.attention_fwd(*a)
 
 

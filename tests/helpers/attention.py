@@ -49,6 +49,13 @@ def hide(mask, visible):
     return mask & visible if mask.dtype == torch.bool else mask.masked_fill(~visible, -math.inf)
 
 
+def below_diagonal(queries, keys, causal_offset=0, device="cpu"):
+    """Return which keys each query sees, with a causal mask."""
+    if isinstance(causal_offset, torch.Tensor):
+        causal_offset = causal_offset.clamp(0, keys)[:, None, None, None]
+    return torch.arange(keys, device=device) <= torch.arange(queries, device=device)[:, None] + causal_offset
+
+
 def exact(q, k, v, mask=None, key_lengths=None, **arguments):
     """Compute the reference, which has no key lengths."""
     if mask is not None and mask.is_floating_point():
@@ -74,14 +81,17 @@ def allowed_steps(backend, dtype, largest_score=16):
     return {"steps": lost + steps, "output_steps": lost + 2}
 
 
-def compare(backend, inputs, mask=None, is_causal=False, key_lengths=None, largest_score=16, **arguments):
+def compare(
+    backend, inputs, mask=None, is_causal=False, key_lengths=None, causal_offset=0, largest_score=16, **arguments
+):
     """Compare ours with PyTorch's function and the reference, outputs and gradients."""
     (queries, keys), device = (inputs[0].size(-2), inputs[1].size(-2)), backend.device
     torchs_mask, seeing = mask, 1
+    shifted = isinstance(causal_offset, torch.Tensor) or causal_offset > 0
     if key_lengths is not None:
         torchs_mask = hide(torchs_mask, torch.arange(keys, device=device) < key_lengths[:, None, None, None])
-    if is_causal and torchs_mask is not None:  # PyTorch's takes one or the other
-        torchs_mask = hide(torchs_mask, torch.ones(queries, keys, dtype=torch.bool, device=device).tril())
+    if is_causal and (torchs_mask is not None or shifted):  # PyTorch's takes one or the other
+        torchs_mask = hide(torchs_mask, below_diagonal(queries, keys, causal_offset, device))
     if key_lengths is not None:  # a row that sees nothing is 0 by contract, NaN or 0 in PyTorch
         seeing = torchs_mask.any(-1, keepdim=True)
         torchs_mask = torchs_mask | ~seeing
@@ -90,10 +100,11 @@ def compare(backend, inputs, mask=None, is_causal=False, key_lengths=None, large
         causal = is_causal and torchs_mask is None
         return F.scaled_dot_product_attention(q, k, v, torchs_mask, is_causal=causal, **arguments) * seeing
 
+    own = {"is_causal": is_causal, "causal_offset": causal_offset, **arguments}
     check_parity(
-        lambda q, k, v: attention(q, k, v, mask, is_causal=is_causal, key_lengths=key_lengths, **arguments),
+        lambda q, k, v: attention(q, k, v, mask, key_lengths=key_lengths, **own),
         torchs,
-        lambda q, k, v: exact(q, k, v, mask, key_lengths, is_causal=is_causal, **arguments),
+        lambda q, k, v: exact(q, k, v, mask, key_lengths, **own),
         inputs,
         **allowed_steps(backend, inputs[0].dtype, largest_score),
     )

@@ -146,6 +146,8 @@ def test_cuda_graph(backend, queries):
     ({"scale": 0.0}, "scale is 0; .* take positive ones"),
     ({"scale": -1.0}, "scale is -1; .* take positive ones"),
     ({"scale": math.nan}, "scale is nan; .* take positive ones"),
+    ({"is_causal": True, "causal_offset": torch.ones(1, dtype=torch.int64, device=DEVICE)},
+     "causal_offset is given; .* take None"),
     ({"key_lengths": torch.ones(2, dtype=torch.int64, device=DEVICE)}, r"key_lengths has shape \[2\]; \[1\] is needed"),
     ({"key_lengths": torch.ones(1, dtype=torch.int16, device=DEVICE)}, "key_lengths has dtype Short; Int or Long"),
 ])  # fmt: skip

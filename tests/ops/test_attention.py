@@ -364,6 +364,14 @@ class TestWhereNoKernelServes:
     ({"key_lengths": torch.tensor([1.0, 2.0])}, TypeError, "key_lengths has dtype torch.float32"),
     ({"key_lengths": torch.tensor([1, 2, 3])}, ValueError, r"key_lengths has shape \[3\]"),
     ({"key_lengths": torch.tensor([1, 2], device="meta")}, ValueError, "key_lengths is on meta"),
+    ({"causal_offset": 1.0, "is_causal": True}, TypeError, r"causal_offset is 1.0; an int or a tensor"),
+    ({"causal_offset": True, "is_causal": True}, TypeError, "causal_offset is True; an int or a tensor"),
+    ({"causal_offset": -1, "is_causal": True}, ValueError, "causal_offset is -1; it must be at least 0"),
+    ({"causal_offset": 3}, ValueError, "causal_offset is 3; without is_causal it must be 0"),
+    ({"causal_offset": torch.tensor([1, 2])}, ValueError, "without is_causal it must be 0"),
+    ({"causal_offset": torch.tensor([1.0, 2.0]), "is_causal": True}, TypeError, "causal_offset has dtype torch.fl"),
+    ({"causal_offset": torch.tensor(1), "is_causal": True}, ValueError, r"causal_offset has shape \[\]"),
+    ({"causal_offset": torch.tensor([1, 2], device="meta"), "is_causal": True}, ValueError, "causal_offset is on meta"),
 ])  # fmt: skip
 @on("cpp")
 def test_bad_input(backend, change, error, says):
@@ -380,3 +388,5 @@ def test_a_raw_call_with_bad_shapes_is_refused(backend):
     out, lse = backend.raw.attention_fwd(q, k, v, None, False, 1.0)
     with pytest.raises((ValueError, RuntimeError), match="lse has shape"):
         backend.raw.attention_bwd(out, q, k, v, None, out, lse[:, :, :2], False, 1.0)
+    with pytest.raises((ValueError, RuntimeError), match="causal_offset is given; it needs is_causal"):
+        backend.raw.attention_fwd(q, k, v, None, False, 1.0, causal_offset=torch.tensor([1]))

@@ -11,6 +11,8 @@ from tests.helpers.backends import cases, on
 from tests.ops.parity import assert_equal, assert_same_bits, check_parity, outputs_and_gradients
 from tinyllm import ops
 
+FULL, CAUSAL, BEHIND_40 = {}, {"is_causal": True}, {"is_causal": True, "causal_offset": 40}
+
 
 def dropping(seed, p, **arguments):
     """Return attention that drops the same weights at each call."""
@@ -47,25 +49,25 @@ def test_the_fraction_kept_and_the_expectation(backend, shape, p):
 
 
 @cases(
-    "shape kv_heads kind is_causal dtype",
+    "shape kv_heads kind causal dtype",
     cpp=[
-        (shape, shape[1], kind, is_causal, dtype)
-        for shape in [(2, 3, 70, 131, 24), (1, 2, 70, 131, 8)]
-        for kind, is_causal in (("none", False), ("none", True), ("bool", False))
+        (shape, shape[1], kind, causal, dtype)
+        for shape in [(2, 3, 70, 131, 24), (1, 2, 70, 131, 8), (1, 2, 3, 700, 8)]
+        for kind, causal in (("none", FULL), ("none", CAUSAL), ("bool", FULL), ("none", BEHIND_40))
         for dtype in (F64, F32)
     ],
-    triton=product([(2, 4, 2, 90, 8), (1, 4, 70, 90, 8)], [2], ["none"], [False, True], [F32]),
+    triton=product([(2, 4, 2, 90, 8), (1, 4, 70, 90, 8)], [2], ["none"], [FULL, CAUSAL, BEHIND_40], [F32]),
 )
-def test_forward_backward_and_double_backward_with_the_same_mask(backend, shape, kv_heads, kind, is_causal, dtype):
+def test_forward_backward_and_double_backward_with_the_same_mask(backend, shape, kv_heads, kind, causal, dtype):
     inputs = make(backend, *shape, dtype, kv_heads)
-    options = {"attn_mask": draw_mask(backend, kind, *shape[2:4]), "is_causal": is_causal, "enable_gqa": True}
+    options = {"attn_mask": draw_mask(backend, kind, *shape[2:4]), "enable_gqa": True, **causal}
     factors = factors_of(*(x.to(WIDEST[backend.name]) for x in inputs[:2]), 7, 0.3, **options)
     if backend.name == "triton":  # read in float32
         factors = torch.where(factors > 0, 1 / 0.7, 0.0)
 
     def theirs(q, k, v):
         mask = options["attn_mask"]
-        return exact(q, k, v, mask, is_causal=is_causal, enable_gqa=True, weight_factors=factors.to(q.dtype))
+        return exact(q, k, v, mask, enable_gqa=True, weight_factors=factors.to(q.dtype), **causal)
 
     ours = dropping(7, 0.3, **options)
     check_parity(ours, theirs, theirs, inputs, **allowed_steps(backend, dtype))

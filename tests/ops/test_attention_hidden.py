@@ -97,21 +97,26 @@ def test_behind_key_lengths(backend, shape, kv_heads, lengths, is_causal, dtype,
     assert_untouched(backend, inputs, hidden, garbage, is_causal=is_causal, key_lengths=lengths)
 
 
-# Causal: nobody sees the keys from the number of queries on.
+# Causal: nobody sees the keys from the number of queries, and of tokens before them, on.
 @cases(
-    "shape dtype additive garbage",
-    cpp=product([(1, 2, q, 70, 16) for q in (5, 33)], [F32], [False, True], [NAN]),
-    triton=[
-        *(((1, 2, queries, 45, size), dtype, False, None) for queries, (dtype, size) in product([3, 20], KINDS)),
-        ((1, 2, 20, 45, 16), F32, True, None),
+    "shape offset dtype additive garbage",
+    cpp=[
+        *product([(1, 2, q, 70, 16) for q in (5, 33)], [0, 9], [F32], [False, True], [NAN]),
+        *product([(1, 2, q, 700, 16) for q in (3, 33)], [65, 600], [F32], [False], [NAN]),
     ],
-    **on_cuda(product([(1, 2, q, 290, d) for q in (1, 50, 150) for d in (64, 128)], [BF16], [False], GARBAGE)),
+    triton=[
+        *(((1, 2, queries, 45, size), 0, dtype, False, None) for queries, (dtype, size) in product([3, 20], KINDS)),
+        *(((1, 2, queries, 75, size), 35, dtype, False, None) for queries, (dtype, size) in product([3, 20], KINDS)),
+        ((1, 2, 20, 45, 16), 0, F32, True, None),
+    ],
+    **on_cuda(product([(1, 2, q, 290, d) for q in (1, 50, 150) for d in (64, 128)], [0], [BF16], [False], GARBAGE)),
 )
-def test_behind_the_last_query(backend, shape, dtype, additive, garbage):
+def test_behind_the_last_query(backend, shape, offset, dtype, additive, garbage):
     *_, queries, keys, _ = shape
-    hidden = (torch.arange(keys, device=backend.device) >= queries)[None]
-    mask = backend.draw(queries, keys, seed=4) if additive else None
-    assert_untouched(backend, make(backend, *shape, dtype, kv_heads=1), hidden, garbage, mask=mask, is_causal=True)
+    hidden = (torch.arange(keys, device=backend.device) >= offset + queries)[None]
+    options = {"is_causal": True, "causal_offset": offset}
+    options["mask"] = backend.draw(queries, keys, seed=4) if additive else None
+    assert_untouched(backend, make(backend, *shape, dtype, kv_heads=1), hidden, garbage, **options)
 
 
 @cases("garbage", **on_cpu(GARBAGE))
@@ -171,16 +176,19 @@ def test_documents_do_not_touch_each_other(backend, is_causal, dtype, size):
         assert not found[0][..., ~others, :].isfinite().any()
 
 
-@cases("garbage", **on_cpu([NAN, INF]))
-@pytest.mark.parametrize("length", [1, 8, 67, 300])
-def test_above_the_causal_diagonal(backend, length, garbage):
+@cases(
+    "garbage length offset",
+    **on_cpu(product([NAN, INF], [1, 8, 67, 300], [0, 130])),
+    triton=[(NAN, 6, 130), (INF, 40, 5)],
+)
+def test_above_the_causal_diagonal(backend, garbage, length, offset):
     """Queries before the first bad key are untouched, to its very neighbour; those from it on see it and are not."""
-    inputs, bad = make(backend, 1, 2, length, length, 16, F32), length // 2
-    hidden = (torch.arange(length) >= bad)[None]
+    inputs, bad = make(backend, 1, 2, length, offset + length, 16, F32), length // 2
+    hidden = (torch.arange(offset + length, device=backend.device) >= offset + bad)[None]
     grad = backend.draw(*inputs[0].shape, seed=6)
     grad[..., bad:, :] = 0.0
     spoilt = inputs[0], *(spoil(x, hidden, garbage) for x in inputs[1:])
-    found, expected = (call(x, grad, is_causal=True)[:2] for x in (spoilt, inputs))
+    found, expected = (call(x, grad, is_causal=True, causal_offset=offset)[:2] for x in (spoilt, inputs))
     torch.testing.assert_close([x[..., :bad, :] for x in found], [x[..., :bad, :] for x in expected])
     assert not found[0][..., bad:, :].isfinite().any()
 

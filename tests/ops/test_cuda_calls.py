@@ -66,6 +66,9 @@ def test_what_cuda_cpp_does_not_take(emulated):
     refused("attn_mask is given; the kernel takes no attn_mask", attend, x, x, x, mask)
     refused("dropout_p is 0.1; the kernel takes no dropout", attend, x, x, x, dropout_p=0.1)
     refused("scale is -1.0; the kernel takes scale above 0", attend, x, x, x, scale=-1.0)
+    refused(
+        "causal_offset is given; the kernel takes no causal_offset", attend, x, x, x, is_causal=True, causal_offset=1
+    )
     refused("no kernel for torch.float32", attend, x.float(), x.float(), x.float())
     assert emulated == []
 

@@ -344,6 +344,8 @@ def test_what_serves_on_a_gpu(cuda_build):
         assert (on_a_gpu(name), on_a_gpu(name, torch.float64)) == ("cuda", "triton")
     assert (on_a_gpu("attention"), on_a_gpu("attention", torch.bfloat16)) == ("triton", "cuda")
     assert on_a_gpu("attention", torch.bfloat16, dropout_p=0.1) == "triton"
+    assert on_a_gpu("attention", torch.bfloat16, is_causal=True, causal_offset=1) == "triton"
+    assert on_a_gpu("attention", torch.bfloat16, is_causal=True, causal_offset=2) == "cuda"  # which hides nothing
     for name in ("linear_cross_entropy", "quantized_linear", "quantized_embedding"):
         assert on_a_gpu(name) == "triton"
     assert on_a_gpu("quantized_linear", torch.bfloat16) == "triton"

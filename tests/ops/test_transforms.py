@@ -93,6 +93,18 @@ CASES = [
         ((2, 4, 3, 2), *QKV[1:]),
     ),
     Case("attention_lengths", "attention", attention_of_lengths, QKV),
+    Case(
+        "attention_offset",
+        "attention",
+        lambda f, q, k, v: f.scaled_dot_product_attention(q, k, v, is_causal=True, causal_offset=1),
+        QKV,
+    ),
+    Case(
+        "attention_offsets",
+        "attention",
+        lambda f, q, k, v: f.scaled_dot_product_attention(q, k, v, is_causal=True, causal_offset=KEY_LENGTHS - 2),
+        QKV,
+    ),
     Case("linear", "linear", lambda f, x, w, b: f.linear(x, w, b), ((2, 3, 5), (4, 5), (4,))),
     Case(
         "linear_gelu_residual",

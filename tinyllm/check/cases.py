@@ -90,6 +90,10 @@ def _attention(draw: Draw) -> Case:
     kind = draw.one_of("none", "none", "none", "bool", "bool", "additive")
     causal, dropout_p = draw.chance(0.4), draw.one_of(0.0, 0.0, 0.0, 0.2)
     lengths = draw.ints(keys + 1, batch, dtypes=(torch.int64, torch.int32)) if draw.chance(0.2) else None
+    offset: int | Tensor = 0
+    if causal and draw.chance(0.5):  # as where new tokens follow those of a cache
+        each = draw.ints(keys + 1, batch, dtypes=(torch.int64, torch.int32))
+        offset = draw.one_of(int(each[0]), max(0, keys - queries), each)
     mask = None
     if kind != "none":
         shape = [batch, heads, queries, keys]
@@ -112,7 +116,9 @@ def _attention(draw: Draw) -> Case:
     # Keys and values that no query may see hold anything at all.
     visible = torch.ones(batch, heads, queries, keys, dtype=torch.bool, device=draw.device)
     if causal:
-        visible = visible.tril()
+        first = offset[:, None, None, None] if isinstance(offset, Tensor) else offset
+        query_index, key_index = (torch.arange(n, device=draw.device) for n in (queries, keys))
+        visible = visible & (key_index <= query_index[:, None] + first)
     if lengths is not None:
         visible &= (torch.arange(keys, device=draw.device) < lengths[:, None])[:, None, None]
     if mask is not None and kind == "bool":
@@ -123,7 +129,8 @@ def _attention(draw: Draw) -> Case:
         x.masked_fill_(unseen, garbage)
     text = (
         f"B {batch}, H {heads}, Hkv {kv_heads}, T {queries}, S {keys}, D {head_dim}, Dv {value_dim}, mask {kind}, "
-        f"causal {causal}, dropout {dropout_p}, key_lengths {lengths is not None}, unseen {garbage}"
+        f"causal {causal}, causal_offset {offset}, dropout {dropout_p}, key_lengths {lengths is not None}, "
+        f"unseen {garbage}"
     )
     given = mask
     if given is not None and kind == "bool":  # any byte but 0 is true
@@ -133,7 +140,15 @@ def _attention(draw: Draw) -> Case:
     def ours(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         torch.manual_seed(draw.seed)
         return ops.scaled_dot_product_attention(
-            query, key, value, given, dropout_p, causal, enable_gqa=group > 1, key_lengths=lengths
+            query,
+            key,
+            value,
+            given,
+            dropout_p,
+            causal,
+            enable_gqa=group > 1,
+            key_lengths=lengths,
+            causal_offset=offset,
         )
 
     def theirs(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -149,7 +164,7 @@ def _attention(draw: Draw) -> Case:
             else:
                 seen = mask & visible if kind == "bool" else mask.masked_fill(~visible, float("-inf"))
         return reference.scaled_dot_product_attention(
-            query, key, value, seen, 0.0, causal, enable_gqa=group > 1, weight_factors=factors
+            query, key, value, seen, 0.0, causal, enable_gqa=group > 1, causal_offset=offset, weight_factors=factors
         )
 
     return Case(text, ours, theirs, inputs)

@@ -29,7 +29,7 @@ MOST_HEAD_DIM = 1024  # of the C++ kernel
 _CUDA_HEAD_DIMS = (64, 128)
 
 
-def _refuses(query: Tensor, value: Tensor, attn_mask: Tensor | None, dropout_p: float, scale: float) -> str | None:
+def _refuses(query: Tensor, value: Tensor, attn_mask: Tensor | None, *_: Any) -> str | None:
     if attn_mask is not None and needs_grad(attn_mask):
         return "attn_mask requires a gradient; the kernel gives none"
     return None
@@ -57,8 +57,9 @@ ATTENTION = Operator(
         (
             Limit(f"head_dim {' or '.join(map(str, _CUDA_HEAD_DIMS))}", _another_width),
             Limit("no attn_mask", lambda q, v, mask, *_: None if mask is None else "attn_mask is given"),
-            Limit("no dropout", lambda q, v, mask, p, scale: f"dropout_p is {p}" if p > 0.0 else None),
-            Limit("scale above 0", lambda q, v, mask, p, scale: None if scale > 0.0 else f"scale is {scale}"),
+            Limit("no dropout", lambda q, v, mask, p, *_: f"dropout_p is {p}" if p > 0.0 else None),
+            Limit("scale above 0", lambda q, v, mask, p, scale, _: None if scale > 0.0 else f"scale is {scale}"),
+            Limit("no causal_offset", lambda *call: None if call[-1] is None else "causal_offset is given"),
         ),
     ),
     triton=Kernels(NOT_DOUBLE, note="heads of any width, above 256 (float32: 64) in chunks"),
@@ -77,15 +78,16 @@ def scaled_dot_product_attention(
     enable_gqa: bool = False,
     *,
     key_lengths: Tensor | None = None,
+    causal_offset: int | Tensor = 0,
 ) -> Tensor:
     """Compute softmax(query key^T * scale + mask) value, as `torch.nn.functional.scaled_dot_product_attention`.
 
-    The (queries x keys) matrix is never stored (Dao 2023, "FlashAttention-2"). `is_causal` lets query i see keys 0..i:
-    the diagonal starts in the top left corner, whatever the numbers of queries and keys:
+    The (queries x keys) matrix is never stored (Dao 2023, "FlashAttention-2"). `is_causal` lets query i see keys 0 ...
+    causal_offset + i: by default the diagonal starts in the top left corner, whatever the numbers of queries and keys:
 
-        4 queries, 2 keys    2 queries, 4 keys
-             1 0                 1 0 0 0
-             1 1                 1 1 0 0
+        4 queries, 2 keys    2 queries, 4 keys    2 queries, 4 keys, causal_offset 1
+             1 0                 1 0 0 0              1 1 0 0
+             1 1                 1 1 0 0              1 1 1 0
              1 1
              1 1
 
@@ -111,14 +113,18 @@ def scaled_dot_product_attention(
             b only the keys 0 ... key_lengths[b] - 1 take part; lengths below 0 count as 0, above S as S. On a GPU no
             work is done for the others, and the host need not know the numbers: they may change between the replays of
             a CUDA graph.
+        causal_offset: how many tokens come before the first query, as the keys of a cache do where a long text is read
+            in chunks. An int, or where sequences differ a tensor as key_lengths is, with the same bounds. It needs
+            is_causal.
 
     Returns:
         (*, H, T, Dv) of query's dtype; a query that sees no key gives 0, not NaN. Scores are accumulated in float32
         (float64 for float64).
 
     Raises:
-        TypeError: dtypes that are not floating or differ, a mask or key_lengths of another dtype.
-        ValueError: shapes that do not fit, tensors on different devices, dropout_p outside [0, 1].
+        TypeError: dtypes that are not floating or differ, a mask, key_lengths or causal_offset of another type.
+        ValueError: shapes that do not fit, tensors on different devices, dropout_p outside [0, 1], a negative
+            causal_offset, or one without is_causal.
     """
     dtype = autocast_dtype(query)
     if dtype is not None and query.dtype != torch.float64:  # which autocast leaves alone
@@ -129,19 +135,27 @@ def scaled_dot_product_attention(
         _check(query, key, value, dropout_p, enable_gqa)
         query, key, value = _broadcast(query, key, value, enable_gqa)
     _check_mask(attn_mask, query, key)
-    _check_lengths(key_lengths, query)
+    if key_lengths is not None:
+        _check_of_sequences("key_lengths", key_lengths, query)
+    offset = None
+    if type(causal_offset) is not int or causal_offset != 0:
+        offset = _checked_offset(causal_offset, is_causal, query)
+        if not isinstance(offset, Tensor) and offset >= key.size(-2) - 1:  # which hides nothing
+            is_causal, offset = False, None
     if scale is None:
         scale = 1.0 / math.sqrt(query.size(-1)) if query.size(-1) > 0 else 1.0
-    backend = choose(ATTENTION, query, value, attn_mask, dropout_p, scale)
+    backend = choose(ATTENTION, query, value, attn_mask, dropout_p, scale, offset)
     if backend == "reference":
         if key_lengths is not None:
             attn_mask = _mask_of_lengths(key_lengths, attn_mask, key.size(-2))
-        return _plain(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+        return _plain(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, offset)
     rng = draw_rng(query.device) if dropout_p > 0.0 else None
+    if offset is not None and not isinstance(offset, Tensor):
+        offset = torch.full(query.shape[:-3], offset, dtype=torch.int64, device=query.device)
     options = (is_causal, scale, dropout_p, backend)
     if needs_grad(query, key, value):
-        return record(_Attention, query, key, value, attn_mask, rng, key_lengths, options)
-    return _forward(query, key, value, attn_mask, rng, key_lengths, options)[0]
+        return record(_Attention, query, key, value, attn_mask, rng, key_lengths, offset, options)
+    return _forward(query, key, value, attn_mask, rng, key_lengths, offset, options)[0]
 
 
 def _plain(
@@ -153,16 +167,23 @@ def _plain(
     is_causal: bool,
     scale: float,
     enable_gqa: bool,
+    offset: int | Tensor | None,
 ) -> Tensor:
     """Run PyTorch's operator where it may serve, else the reference: so with a mask, for what it hides may hold NaN."""
     whole = query.numel() > 0 and key.numel() > 0 and query.dim() == 4
     flash = scale > 0.0 or not is_causal  # else PyTorch's kernel on CPUs gives NaN
-    if attn_mask is None and whole and flash and left_to_pytorch(ATTENTION, query):
+    if attn_mask is None and offset is None and whole and flash and left_to_pytorch(ATTENTION, query):
         out: Tensor = F.scaled_dot_product_attention(
             query, key, value, None, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
         return out
-    return reference.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    return reference.scaled_dot_product_attention(
+        query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, causal_offset=_or_zero(offset)
+    )
+
+
+def _or_zero(offset: int | Tensor | None) -> int | Tensor:
+    return 0 if offset is None else offset
 
 
 def _alike(query: Tensor, key: Tensor, value: Tensor) -> bool:
@@ -218,18 +239,28 @@ def _check_mask(attn_mask: Tensor | None, query: Tensor, key: Tensor) -> None:
         raise ValueError(f"attn_mask has shape {list(attn_mask.shape)}; it must broadcast to {wanted}")
 
 
-def _check_lengths(key_lengths: Tensor | None, query: Tensor) -> None:
-    if key_lengths is None:
-        return
-    if key_lengths.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"key_lengths has dtype {key_lengths.dtype}; int32 or int64 is needed")
-    if key_lengths.device != query.device:
-        raise ValueError(f"key_lengths is on {key_lengths.device}; it must be on query's device, {query.device}")
-    if query.dim() < 4 or key_lengths.shape != query.shape[:-3]:
+def _check_of_sequences(name: str, numbers: Tensor, query: Tensor) -> None:
+    if numbers.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name} has dtype {numbers.dtype}; int32 or int64 is needed")
+    if numbers.device != query.device:
+        raise ValueError(f"{name} is on {numbers.device}; it must be on query's device, {query.device}")
+    if query.dim() < 4 or numbers.shape != query.shape[:-3]:
         raise ValueError(
-            f"key_lengths has shape {list(key_lengths.shape)}; query's, {list(query.shape)}, without (heads, T, D) is "
-            "needed, of at least one dimension"
+            f"{name} has shape {list(numbers.shape)}; query's, {list(query.shape)}, without (heads, T, D) is needed, "
+            "of at least one dimension"
         )
+
+
+def _checked_offset(causal_offset: int | Tensor, is_causal: bool, query: Tensor) -> int | Tensor:
+    if isinstance(causal_offset, Tensor):
+        _check_of_sequences("causal_offset", causal_offset, query)
+    elif isinstance(causal_offset, bool) or not isinstance(causal_offset, (int, torch.SymInt)):
+        raise TypeError(f"causal_offset is {causal_offset!r}; an int or a tensor is needed")
+    elif causal_offset < 0:
+        raise ValueError(f"causal_offset is {causal_offset}; it must be at least 0")
+    if not is_causal:
+        raise ValueError(f"causal_offset is {causal_offset}; without is_causal it must be 0")
+    return causal_offset
 
 
 def _mask_of_lengths(key_lengths: Tensor, attn_mask: Tensor | None, keys: int) -> Tensor:
@@ -277,6 +308,7 @@ def _forward(
     attn_mask: Tensor | None,
     rng: Tensor | None,
     key_lengths: Tensor | None,
+    causal_offset: Tensor | None,
     options: _Options,
 ) -> tuple[Tensor, Tensor]:
     if attn_mask is not None:
@@ -291,14 +323,18 @@ def _forward(
         scale,
         dropout_p,
         rng,
-        *_rest(key_lengths),
+        *_rest(query, key_lengths, causal_offset),
     )
     return _shape_back(out, query, value.size(-1)), lse
 
 
-def _rest(key_lengths: Tensor | None) -> tuple[Tensor, ...]:
-    """Return the last arguments of a raw operator, which not every build has."""
-    return () if key_lengths is None else (key_lengths.reshape(-1),)
+def _rest(query: Tensor, key_lengths: Tensor | None, causal_offset: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Return the last arguments of a raw operator, as far as they are given: a number for each sequence."""
+    if key_lengths is not None:
+        key_lengths = key_lengths.reshape(-1)
+    if causal_offset is None:
+        return () if key_lengths is None else (key_lengths,)
+    return key_lengths, causal_offset.reshape(-1).expand(_four_dims(query).size(0))
 
 
 def _shape_back(x: Tensor, like: Tensor, columns: int) -> Tensor:
@@ -316,7 +352,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         (grad,) = grads
-        query, key, value, attn_mask, rng, key_lengths, out, lse = ctx.saved_tensors
+        query, key, value, attn_mask, rng, key_lengths, causal_offset, out, lse = ctx.saved_tensors
         is_causal, scale, dropout_p, backend = ctx.options
         if differs_from_kernels(grad):
             if key_lengths is not None:
@@ -328,13 +364,22 @@ class _Attention(torch.autograd.Function):
                 factors = dropout_factors(backend, rng, math.prod(shape[:-1]), shape[-1], dropout_p).view(shape)
             found = grads_by_reference(
                 lambda q, k, v: reference.scaled_dot_product_attention(
-                    q, k, v, attn_mask, 0.0, is_causal, scale, gqa, weight_factors=factors
+                    q,
+                    k,
+                    v,
+                    attn_mask,
+                    0.0,
+                    is_causal,
+                    scale,
+                    gqa,
+                    causal_offset=_or_zero(causal_offset),
+                    weight_factors=factors,
                 ),
                 (query, key, value),
                 ctx.needs_input_grad[:3],
                 (grad,),
             )
-            return *found, *(None,) * 4
+            return *found, *(None,) * 5
         if attn_mask is not None:
             attn_mask = _four_dims(attn_mask.expand(*query.shape[:-1], key.size(-2)))
         grads = kernels(backend).attention_bwd(
@@ -346,9 +391,9 @@ class _Attention(torch.autograd.Function):
             scale,
             dropout_p,
             rng,
-            *_rest(key_lengths),
+            *_rest(query, key_lengths, causal_offset),
         )
-        return *(_shape_back(g, x, x.size(-1)) for g, x in zip(grads, (query, key, value), strict=True)), *(None,) * 4
+        return *(_shape_back(g, x, x.size(-1)) for g, x in zip(grads, (query, key, value), strict=True)), *(None,) * 5
 
 
 def _heads_inside(x: Tensor, columns: int) -> Tensor:
@@ -358,7 +403,7 @@ def _heads_inside(x: Tensor, columns: int) -> Tensor:
 
 
 @register_fake("attention_fwd")
-def _(query, key, value, attn_mask, is_causal, scale, dropout_p=0.0, rng=None, key_lengths=None):  # type: ignore[no-untyped-def]
+def _(query, key, value, attn_mask, is_causal, scale, dropout_p=0.0, rng=None, key_lengths=None, causal_offset=None):  # type: ignore[no-untyped-def]
     additive = attn_mask is not None and attn_mask.dtype != torch.bool
     lse_shape = (2, *query.shape[:3]) if additive else query.shape[:3]  # with what rounding took from it
     lse = query.new_empty(lse_shape, dtype=torch.promote_types(query.dtype, torch.float32))
@@ -366,5 +411,8 @@ def _(query, key, value, attn_mask, is_causal, scale, dropout_p=0.0, rng=None, k
 
 
 @register_fake("attention_bwd")
-def _(grad, query, key, value, attn_mask, out, lse, is_causal, scale, dropout_p=0.0, rng=None, key_lengths=None):  # type: ignore[no-untyped-def]
+def _(  # type: ignore[no-untyped-def]
+    grad, query, key, value, attn_mask, out, lse, is_causal, scale,
+    dropout_p=0.0, rng=None, key_lengths=None, causal_offset=None,
+):  # fmt: skip
     return tuple(_heads_inside(x, x.size(-1)) for x in (query, key, value))

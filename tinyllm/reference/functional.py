@@ -100,9 +100,12 @@ def scaled_dot_product_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
     *,
+    causal_offset: int | Tensor = 0,
     weight_factors: Tensor | None = None,
 ) -> Tensor:
     """Compute softmax(query key^T * scale + mask) value, with the whole (queries x keys) matrix in memory.
+
+    With is_causal, query i sees keys 0 ... causal_offset + i; a tensor has a number for each sequence, or one for all.
 
     What a query may not see (above the causal diagonal, hidden by a bool mask, or by -inf in an additive one) may hold
     infinities and NaN. A query that sees one of those while others are hidden from it gives NaN, and
@@ -120,7 +123,12 @@ def scaled_dot_product_attention(
     key, value = key.to(compute), value.to(compute)
     visible = None
     if is_causal:
-        visible = query.new_ones((query.size(-2), key.size(-2)), dtype=torch.bool).tril()
+        if isinstance(causal_offset, Tensor):
+            causal_offset = causal_offset.clamp(0, key.size(-2))
+            if causal_offset.dim() > 0:
+                causal_offset = causal_offset[..., None, None, None]  # beside (heads, queries, keys)
+        query_index, key_index = (torch.arange(x.size(-2), device=x.device) for x in (query, key))
+        visible = key_index <= query_index[:, None] + causal_offset
     if attn_mask is not None:
         seen = attn_mask if attn_mask.dtype == torch.bool else attn_mask != -math.inf
         visible = seen if visible is None else seen & visible
