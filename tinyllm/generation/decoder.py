@@ -297,42 +297,35 @@ class _Place(NamedTuple):
 
     rows are all rows or some, as an index of the cache; each has `past` tokens already, `end` with the new ones. With
     `lengths`, (B,), there is one new token for each of all rows, which have so many tokens already; past is the most.
-    `mask`: which keys a query may see, bool (T, end), for several tokens behind others.
     """
 
     rows: slice | Tensor
     past: int
     end: int
     lengths: Tensor | None = None
-    mask: Tensor | None = None
 
 
 def _place(rows: list[int], past: int, ids: Tensor) -> _Place:
     """Return the place of ids (n, T) in rows that have `past` tokens."""
-    end = past + ids.size(1)
     # What a slice selects is not copied.
     follow = all(row == rows[0] + i for i, row in enumerate(rows))
     index = slice(rows[0], rows[0] + len(rows)) if follow else torch.tensor(rows, device=ids.device)
-    if past == 0 or ids.size(1) == 1:
-        return _Place(index, past, end)
-    token = torch.arange(end, device=ids.device)
-    return _Place(index, past, end, mask=token <= token[past:, None])
+    return _Place(index, past, past + ids.size(1))
 
 
 def _attend(attention: SelfAttention, cache: Tensor, place: _Place, x: Tensor) -> Tensor:
     """Return the attention of x (n, T, D) over a layer's cache, (2, B, H, max_len, head_dim), which x comes into."""
     query, key, value = attention.heads(x)
-    new, (rows, past, end, lengths, mask) = torch.stack([key, value]), place
+    new, (rows, past, end, lengths) = torch.stack([key, value]), place
     if lengths is not None:
         each = torch.arange(len(lengths), device=x.device)
         cache[:, each, :, lengths] = new[:, :, :, 0].transpose(0, 1).to(cache.dtype)  # the two indices come first
         key, value = cache[:, :, :, :end].to(query.dtype)
         return attention.join(ops.scaled_dot_product_attention(query, key, value, key_lengths=lengths + 1))
     cache[:, rows, :, past:end] = new.to(cache.dtype)
-    if past == 0:
-        return attention.join(ops.scaled_dot_product_attention(query, key, value, is_causal=True))
-    key, value = cache[:, rows, :, :end].to(query.dtype)
-    return attention.join(ops.scaled_dot_product_attention(query, key, value, mask))
+    if past > 0:
+        key, value = cache[:, rows, :, :end].to(query.dtype)
+    return attention.join(ops.scaled_dot_product_attention(query, key, value, is_causal=True, causal_offset=past))
 
 
 @contextmanager
