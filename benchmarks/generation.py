@@ -45,7 +45,7 @@ from .workers import Worker, WriterError
 from .writers import FLOAT32, OURS, PROVIDERS, READ, REFERENCE, Provider
 from .written_models import BITS, GPT2, MODELS, TINY, Model, draw_prompts, make_model
 
-SLOW_S = 30.0  # who takes longer is timed once
+SLOW_S = 30.0  # who takes longer is timed once, and left out of the model's cases that follow
 
 
 @dataclass(frozen=True)
@@ -100,6 +100,11 @@ class Side:
     loads: list[float] = field(default_factory=list)
     peak_bytes: int | None = None
     failed: str | None = None
+
+    def slowest_s(self, model: Model) -> float:
+        """Return the most seconds that reading and writing took together, 0 where there are no times."""
+        times = (a + (model.new_tokens - 1) * b for a, b in zip(self.first_s, self.token_s, strict=True))
+        return max(times, default=0.0)
 
     def note(self, answer: Mapping[str, Any], others: float | None) -> None:
         self.first_s.append(answer["first_s"])
@@ -158,7 +163,7 @@ def measure_case(workers: Mapping[str, Worker], model: Model, batch: int, length
                 order.remove(label)
                 continue
             sides[label].note(answer, others.cores())
-            if answer["first_s"] + (model.new_tokens - 1) * answer["token_s"] > SLOW_S:
+            if sides[label].slowest_s(model) > SLOW_S:
                 order.remove(label)
     return sides
 
@@ -232,7 +237,7 @@ def measure(plan: Plan, folder: Path) -> tuple[dict[int, list[dict[str, Any]]], 
     for number, model in enumerate(plan.models):
         home = folder / str(number)
         make_model(model, home)
-        not_there = convert(plan.labels, home)
+        not_there = convert(plan.labels, home)  # and, later, who has been too slow
         for threads in plan.threads:
             with ExitStack() as processes:
                 reader = processes.enter_context(Worker(READ, home, threads))
@@ -250,9 +255,13 @@ def measure(plan: Plan, folder: Path) -> tuple[dict[int, list[dict[str, Any]]], 
                 for batch, length in plan.cases(model, threads):
                     before = reader.ask()["bytes_per_s"]
                     sides = measure_case(workers, model, batch, length, plan.rounds(batch, length))
+                    for label, side in sides.items():
+                        seconds = side.slowest_s(model)
+                        if seconds > SLOW_S and label != REFERENCE:
+                            del workers[label]
+                            failed[label] = not_there[label] = f"left out: {seconds:.0f} s for B{batch} T{length}"
                     bandwidth[threads] = max(bandwidth[threads], before, reader.ask()["bytes_per_s"])
-                    sides |= {label: Side(failed=reason) for label, reason in failed.items()}
-                    sides = {label: sides[label] for label in plan.labels}
+                    sides = {label: sides.get(label) or Side(failed=failed[label]) for label in plan.labels}
                     new = rows_of(sides, model, batch, length, threads, load_s)
                     print(progress(new), flush=True)
                     rows[threads] += new

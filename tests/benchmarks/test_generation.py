@@ -129,6 +129,33 @@ def test_who_is_slow_is_timed_once() -> None:
     assert len(sides[REFERENCE].token_s) == 1
 
 
+def test_who_has_been_slow_is_left_out_of_what_follows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    class Process(Scripted):
+        def __init__(self, label: str, folder: Path, threads: int) -> None:
+            self.label, self.loaded = label, {"load_s": 1.0}
+
+        def __enter__(self) -> Process:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+        def ask(self, **request: Any) -> dict[str, Any]:
+            if self.label == writers.READ:
+                return {"bytes_per_s": 1e9}
+            return an_answer([[1]] * len(request["prompts"]), generation.SLOW_S if self.label in slow else 0.1)
+
+    slow = {REFERENCE, OURS_INT8}
+    monkeypatch.setattr(generation, "Worker", Process)
+    monkeypatch.setattr(generation, "make_model", lambda model, folder: None)
+    monkeypatch.setattr(generation, "convert", lambda labels, folder: {})
+    model = dataclasses.replace(TINY, cases=((1, 1), (2, 1)), on_one_thread=((2, 1),))
+    rows, _ = generation.measure(Plan((model,), (REFERENCE, OURS_INT8, CT2), (2, 1), 1), tmp_path)
+    failed = {(t, row["provider"], row["batch"]): row["failed"] for t in rows for row in rows[t] if "failed" in row}
+    why = "left out: 1861 s for B1 T1"
+    assert failed == {(2, OURS, 2): why, (1, OURS, 2): why}
+
+
 # ---- The processes
 
 
