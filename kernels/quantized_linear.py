@@ -251,7 +251,7 @@ def _few_rows(
     while together > 1 and cdiv(out_features, together) < PROGRAMS * multiprocessors(input):
         together //= 2
     few_rows_kernel[(cdiv(out_features, together) * cdiv(input.size(0), rows),)](
-        input, data.contiguous(), scales, None if bias is None else bias.contiguous(), residual, out, input.stride(0),
+        input, *_contiguous(data, scales, bias), residual, out, input.stride(0),
         input.size(0), out_features, input.size(1), *_sizes(data, scales, input.size(1)),
         BITS=bits, ACTIVATION=activation, ROWS=rows, N=together, P=pieces,
         **launch_options(max(1, min(4, together * pieces // 64))),
@@ -290,9 +290,14 @@ def _unpack(ids: Tensor | None, data: Tensor, scales: Tensor | None, out: Tensor
     rows = UNPACK_TILE // pieces if ids is None else 1  # few ids are not to leave most multiprocessors idle
     grid = cdiv(out.size(0), rows), cdiv(data.size(1) * data.element_size(), pieces * PIECE.value)
     unpack_kernel[grid](
-        ids, data.contiguous(), scales, out, out.size(0), data.size(0), out.size(1), *_sizes(data, scales, out.size(1)),
+        ids, *_contiguous(data, scales), out, out.size(0), data.size(0), out.size(1),
+        *_sizes(data, scales, out.size(1)),
         BITS=_bits(data, out.size(1)), ROWS=rows, P=pieces, **launch_options(4 if rows > 1 else 1),
     )  # fmt: skip
+
+
+def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if tensor is None else tensor.contiguous() for tensor in tensors]
 
 
 def _pieces(data: Tensor) -> int:

@@ -77,7 +77,7 @@ def _row(target: Target, weights: str) -> Row:
         direction=FORWARD,
         shape=f"{'/'.join(map(str, sizes))} B1 past {length} V{vocab_size}",
         # Every weight, and every key and value.
-        work=parameters * (2 if weights == "bf16" else 1 + 2 / 64) + 2 * layers * width * 256 * 2,
+        work=parameters * (2 if weights == "bf16" else 1 + 2 / 64) + 2 * layers * width * length * 2,
         unit=BYTES,
         build=build,
         ours=(OURS, TRITON),

@@ -91,7 +91,7 @@ std::vector<int64_t> key_counts(const char* op, const char* name, const Tensor& 
   return counts;
 }
 
-// What `a` points to for each sequence; it must outlive the kernels.
+// The numbers of each sequence that `a` points to; they must outlive the kernels.
 struct Sequences {
   std::vector<int64_t> key_lengths, causal_offset;
 
@@ -174,14 +174,11 @@ std::unique_ptr<char[]> new_partials(DType dtype, Attention& a) {
   return memory;
 }
 
-// Whether keys and values are used so few times that packing them would not pay.
+// Whether keys and values are used so few times that packing them would not pay. A function of shapes alone: causal
+// queries without an offset see as few keys as there are queries.
 bool is_decoding(const Attention& a) {
-  if (a.keys < 64 || a.queries == 0 || a.key.column != 1 || a.value.column != 1 ||
-      a.heads / std::max<int64_t>(a.kv_heads, 1) * a.queries > 8)
-    return false;
-  int64_t most = 0;  // the most keys that the last query of a sequence sees
-  for (int64_t b = 0; b < a.batch; ++b) most = std::max(most, visible(a, b, a.queries - 1, 0, a.keys));
-  return most >= 64;
+  return a.keys >= 64 && a.queries > 0 && !(a.causal && a.causal_offset == nullptr) && a.key.column == 1 &&
+         a.value.column == 1 && a.heads / std::max<int64_t>(a.kv_heads, 1) * a.queries <= 8;
 }
 
 void attention_decode(DType dtype, Attention a) {
@@ -201,9 +198,11 @@ void attention_decode(DType dtype, Attention a) {
 
 }  // namespace
 
-void attention_forward(DType dtype, const Attention& arguments) {
-  if (is_decoding(arguments)) return attention_decode(dtype, arguments);
-  Attention a = arguments;
+void attention_forward(DType dtype, const Attention& a) {
+  is_decoding(a) ? attention_decode(dtype, a) : attention_in_blocks(dtype, a);
+}
+
+void attention_in_blocks(DType dtype, Attention a) {
   const Kernels& table = kernels();
   const auto kernel = table.attention_fwd[dtype];
   // A head is one item if there are enough heads for all threads; otherwise its queries are split. The splits share the

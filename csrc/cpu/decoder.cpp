@@ -220,7 +220,7 @@ void attend(const Decoder& d, const Reading& r, int64_t layer, int64_t tokens, c
   a.value = d.cache_bf16 ? as_floats(d, values, seen, r.values) : values;
   a.out = {r.attended, tokens * width, head_dim, width, 1};
   a.lse = r.lse;
-  attention_forward(DType::f32, a);
+  attention_in_blocks(DType::f32, a);
 }
 
 Matmul layer(const Affine<Operand>& w, const float* x, int64_t rows, float* out) {

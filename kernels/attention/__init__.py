@@ -167,7 +167,7 @@ class _Call:
     ) -> None:
         self.query, self.key, self.value = query, key, value
         self.mask, self.rng = attn_mask, rng
-        # What each sequence has of its own.
+        # A number for each sequence.
         self.sequences = [None if x is None else x.contiguous() for x in (key_lengths, causal_offset)]
         self.batch, self.heads, self.queries, self.head_dim = query.shape
         self.keys, self.value_dim = key.size(2), value.size(3)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from contextlib import nullcontext
 from itertools import pairwise
 from typing import Any
@@ -9,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.generation.models import VOCAB, small_model
 from tests.helpers.backends import ON_GPU
@@ -72,10 +75,12 @@ def test_texts_are_those_of_recomputation(options: dict[str, Any], sampling: dic
             other = generate(*arguments, **sampling, stop_id=stop_id, return_logprobs=True, decoder=kept)
             assert [text.tolist() for text in found[0]] == [text.tolist() for text in other[0]]
             torch.testing.assert_close(found[1], other[1], **TOLERANCE)
-    within = generate(*arguments[:2], 19, **sampling)
-    assert [text.tolist() for text in generate(*arguments[:2], 19, **sampling, decoder=Recompute(model, 1))] == [
-        text.tolist() for text in within
-    ]
+    # Within max_seq_len, as no row is read again there.
+    found, expected = (
+        generate(model, tensors(PROMPTS), 19, **sampling, decoder=decoder)
+        for decoder in (GraphedCache(model, len(PROMPTS), 24), Recompute(model, len(PROMPTS)))
+    )
+    assert [text.tolist() for text in found] == [text.tolist() for text in expected]
 
 
 def test_what_was_drawn_is_held_up_to_where_all_rows_have_stopped() -> None:
@@ -138,6 +143,34 @@ def test_weights_in_fewer_bits(weights: str) -> None:
     assert [text.tolist() for text in found] == [text.tolist() for text in other]
 
 
+class NoAnswers(TorchDispatchMode):
+    """Refuses what has the host wait for a tensor's values."""
+
+    ASKING = ("_local_scalar_dense", "nonzero", "masked_select", "repeat_interleave", "unique", "equal", "is_nonzero")
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        masks = name in ("index", "index_put", "index_put_") and any(
+            x is not None and x.dtype in (torch.bool, torch.uint8) for x in args[1]
+        )
+        assert not masks, f"{name} with a mask"
+        assert not name.startswith(self.ASKING), name
+        return func(*args, **(kwargs or {}))
+
+
+def test_what_has_the_host_wait_is_refused() -> None:
+    x = torch.tensor([1, 0])
+    for ask in (
+        lambda: bool(x[0]),
+        lambda: x[x > 0],
+        lambda: torch.where(x > 0),
+        lambda: x.repeat_interleave(x),
+        x[0].item,
+    ):
+        with pytest.raises(AssertionError), NoAnswers():
+            ask()
+
+
 def test_the_host_asks_for_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
     # Else nothing could be captured.
     model = small_model(norm_first=True)
@@ -147,15 +180,37 @@ def test_the_host_asks_for_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = torch.zeros(2, VOCAB, dtype=torch.bool)
     made.write(torch.tensor([1, 2]), torch.zeros(2, 2, dtype=torch.float64), sampling, seen, [3])
     assert made._writing is not None
-    step = made._writing[1].step
+    drawing = made._writing[1]
 
-    def ask(*_: Any) -> None:
-        raise AssertionError("the host asks for a tensor's value")
+    def ask(_: Tensor) -> None:
+        raise AssertionError("tolist")
 
-    for name in ("item", "tolist", "__bool__", "__int__", "__float__", "__index__", "nonzero"):
-        monkeypatch.setattr(Tensor, name, ask)
-    with torch.inference_mode():
-        step()
+    monkeypatch.setattr(Tensor, "tolist", ask)  # which reads a CPU's memory without being dispatched
+    with torch.inference_mode(), NoAnswers():
+        drawing.step(made)
+
+
+def test_nothing_keeps_a_decoder_that_is_no_longer_used() -> None:
+    model = small_model()
+    made = GraphedCache(model, 1, 24)
+    generate(model, [1, 2], 4, seed=0, decoder=made)
+    made.step(torch.tensor([1]))
+    there = weakref.ref(made)
+    gc.disable()
+    try:
+        del made
+        assert there() is None
+    finally:
+        gc.enable()
+
+
+def test_a_cache_of_another_dtype_rounds_keys_and_values_alone() -> None:
+    model = small_model()
+    made, plain = (kind(model, 1, 24, cache_dtype=torch.bfloat16) for kind in (GraphedCache, Cached))
+    for decoder in (made, plain):
+        decoder.read([torch.tensor([1, 2, 3])])
+    token = torch.tensor([4])
+    torch.testing.assert_close(made.step(token), plain.step(token), **TOLERANCE)
 
 
 def test_what_changes_the_kernels_is_captured_anew() -> None:
@@ -173,9 +228,9 @@ def test_what_changes_the_kernels_is_captured_anew() -> None:
 
 def test_a_function_is_called_where_there_is_no_gpu() -> None:
     calls: list[int] = []
-    replayed = Replayed(lambda: calls.append(1), torch.device("cpu"))
-    assert not replayed.prepare()
-    replayed()
+    graph = Replayed(torch.device("cpu"))
+    assert not graph.prepare(lambda: calls.append(0))
+    graph.run(lambda: calls.append(1))
     assert calls == [1]
 
 
@@ -195,9 +250,9 @@ def test_a_replayed_text_is_the_one_that_is_called(
     assert isinstance(made, GraphedCache)
     found = generate(model, prompts, 30, **sampling, stop_id=0, decoder=made)
     assert made._writing is not None
-    assert made._writing[1].step._graph is not None
+    assert made._writing[1].graph._graph is not None
     again = generate(model, prompts, 30, **sampling, stop_id=0, decoder=made)
-    monkeypatch.setattr(Replayed, "prepare", lambda self: False)
+    monkeypatch.setattr(Replayed, "prepare", lambda self, function: False)
     other = generate(model, prompts, 30, **sampling, stop_id=0, decoder=GraphedCache(model, 4, 24))
     for text, same, called in zip(found, again, other, strict=True):
         assert torch.equal(text, called)

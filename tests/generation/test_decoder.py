@@ -228,6 +228,9 @@ def test_streams_of_equally_long_texts_are_told_apart() -> None:
     with pytest.raises(RuntimeError, match="decoder has been used elsewhere"):
         next(one)
     next(other)
+    made.read(tensors([[7] * made.lengths()[0]]))  # no stream, and as long
+    with pytest.raises(RuntimeError, match="decoder has been used elsewhere"):
+        next(other)
 
 
 def test_a_decoder_that_is_kept_holds_no_stream() -> None:

@@ -75,6 +75,21 @@ def test_many_short_calls_end(threads: Any, count: int) -> None:
         assert torch.equal(engine.step(tokens), expected)
 
 
+@pytest.mark.parametrize(("kept", "new"), [(100, 6), (10, 6), (100, 20)])
+def test_a_prompt_that_is_read_on_does_not_depend_on_the_other_rows(kept: int, new: int) -> None:
+    model = larger_model()
+    text = torch.randint(200, (kept + new,))
+    found = []
+    for others in ([], [(100, 126)], [(3, 5), (20, 30)]):
+        engine = Engine(model, 1 + len(others), 600)
+        for i, _ in enumerate(("read", "read on")):
+            lengths = [(kept, kept + new)[i], *(pair[i] for pair in others)]
+            longer = [text[:1].expand(length) if row else text[:length] for row, length in enumerate(lengths)]
+            logits = engine.read(longer)
+        found.append(logits[0])
+    assert all(torch.equal(found[0], logits) for logits in found[1:])
+
+
 def test_regions_within_regions_and_beside_others(threads: Any) -> None:
     """Whatever threads there are, a call ends: the same text comes from several threads of Python at once."""
     model = larger_model()

@@ -112,6 +112,18 @@ def test_a_generator_of_the_callers_has_given_as_many_numbers_as_without(decoder
     assert torch.equal(*states)
 
 
+def test_greedy_guesses_leave_generators_alone(decoder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    verify, drawn = decoder.verify, []
+
+    def draw_beside(*args: Any) -> Any:
+        drawn.append(float(torch.rand(())))
+        return verify(*args)
+
+    monkeypatch.setattr(decoder, "verify", draw_beside)
+    generate(decoder.model, [1, 2, 1, 2], 15, temperature=0, decoder=decoder, prompt_lookup_num_tokens=4)
+    assert len(set(drawn)) == len(drawn) > 1
+
+
 @needs_extension
 @pytest.mark.parametrize("weights", ["bf16", "int8", "int4"])
 def test_quantised_weights(weights: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,5 +154,5 @@ def test_what_is_refused() -> None:
             generate(model, [1], 4, prompt_lookup_num_tokens=most)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="prompt_lookup_num_tokens is 3 for 2 prompts; it is for a single one"):
         generate(model, [[1], [2]], 4, prompt_lookup_num_tokens=3)
-    with pytest.raises(ValueError, match="computes its whole context for each token"):
+    with pytest.raises(ValueError, match="prompt_lookup_num_tokens is 3 with a Recompute"):
         generate(Scripted([1], VOCAB), [1], 4, prompt_lookup_num_tokens=3)  # type: ignore[arg-type]

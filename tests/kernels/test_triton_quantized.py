@@ -61,6 +61,16 @@ def test_products_are_those_of_the_numbers_that_are_meant(
         check(weight, x, None, None, "none")
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_second_row_of_a_weight(backend: Backend, kind: str) -> None:
+    whole = stored(kind, 6, 130)
+    weight = QuantizedWeight(whole.data[::2], None if whole.scales is None else whole.scales[::2], 130)
+    for rows in (3, FEW + 1):
+        check(weight, draw(rows, 130, seed=1), None, None, "none")
+    ids = torch.tensor([2, 0], device=DEVICE)
+    assert torch.equal(ops.quantized_embedding(ids, weight), meant(weight)[ids])
+
+
 @pytest.mark.parametrize("activation", list(reference.ACTIVATIONS))
 @pytest.mark.parametrize("rows", [3, FEW + 1])
 def test_bias_activation_and_residual(backend: Backend, rows: int, activation: str) -> None:

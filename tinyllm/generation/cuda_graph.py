@@ -30,20 +30,21 @@ _LARGE_MODEL = 2 << 30
 
 
 class Replayed:
-    """A function that reads and writes tensors which stay where they are: on a GPU it is captured in a CUDA graph, and
-    each call replays that; elsewhere it is called.
+    """The CUDA graph of a function that reads and writes tensors which stay where they are; without a GPU it is called.
+
+    It does not hold the function, whose owner holds this object: a cycle would keep the owner's memory.
 
     Args:
-        function: takes no arguments, and asks the device for no number.
-        device: where it works.
+        device: where the function works.
     """
 
-    def __init__(self, function: Callable[[], None], device: torch.device) -> None:
-        self._function, self._device = function, device
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._graph: torch.cuda.CUDAGraph | None = None
 
-    def prepare(self) -> bool:
-        """Capture the function if that is still to be done; return whether it has run, and its tensors have changed."""
+    def prepare(self, function: Callable[[], None]) -> bool:
+        """Capture the function, which asks the device for no number, if that is still to be done; return whether it has
+        run, and its tensors have changed."""
         if self._device.type != "cuda" or self._graph is not None:
             return False
         with torch.cuda.device(self._device):
@@ -51,17 +52,18 @@ class Replayed:
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
-                self._function()
+                function()
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                self._function()
+                function()
         self._graph = graph
         return True
 
-    def __call__(self) -> None:
+    def run(self, function: Callable[[], None]) -> None:
+        """Replay what was captured of the function, or call it."""
         if self._graph is None:
-            self._function()
+            function()
             return
         with torch.cuda.device(self._device):
             self._graph.replay()
@@ -107,13 +109,13 @@ class GraphedCache(Cached):
         self._check_room(1)
         key = self._how_called()
         if self._reading is None or self._reading[0] != key:
-            self._reading = key, Replayed(self._read_next, self._cache.device)
+            self._reading = key, Replayed(self._cache.device)
         step = self._reading[1]
         with evaluating(self._modules):
             self._begin(tokens)
-            if step.prepare():
+            if step.prepare(self._read_next):
                 self._begin(tokens)
-            step()
+            step.run(self._read_next)
         for held, token in zip(self._held, tokens.tolist(), strict=True):
             held.append(token)
         return self._next_logits.clone()
@@ -141,14 +143,18 @@ class GraphedCache(Cached):
         self._check_room(n)
         key = (*self._how_called(), sampling, seen is None, tuple(stop_ids))
         if self._writing is None or self._writing[0] != key or self._writing[1].most < n:
-            self._writing = key, _Drawing(self, max(n, _MOST_TOKENS), sampling, seen is not None, stop_ids)
+            logits = self._next_logits
+            self._writing = key, _Drawing(logits, max(n, _MOST_TOKENS), sampling, seen is not None, stop_ids)
         drawing = self._writing[1]
+        step = partial(drawing.step, self)
         with evaluating(self._modules):
-            drawing.begin(tokens, uniforms, seen)
-            if drawing.step.prepare():
-                drawing.begin(tokens, uniforms, seen)
+            self._begin(tokens)
+            drawing.begin(uniforms, seen)
+            if drawing.graph.prepare(step):
+                self._begin(tokens)
+                drawing.begin(uniforms, seen)
             for _ in range(n):
-                drawing.step()
+                drawing.graph.run(step)
         # Copies also where they lie on the CPU: the next tokens come into the same tensors.
         drawn, logprobs = (x[:, :n].to("cpu", copy=True) for x in (drawing.drawn, drawing.logprobs))
         if not bool(drawing.finite):
@@ -176,9 +182,8 @@ class GraphedCache(Cached):
         query, key, value = attention.heads(x)
         new = torch.stack([key, value])[:, :, :, 0].transpose(0, 1)
         cache[:, self._each_row, :, self._lengths] = new.to(cache.dtype)  # the two indices come first
-        # In the cache's dtype, so that it is read as it is.
-        found = ops.scaled_dot_product_attention(query.to(cache.dtype), *cache, key_lengths=self._lengths + 1)
-        return attention.join(found.to(x.dtype))
+        keys, values = cache.to(query.dtype)
+        return attention.join(ops.scaled_dot_product_attention(query, keys, values, key_lengths=self._lengths + 1))
 
     def _read_next(self) -> None:
         self._next_logits.copy_(self.advance())
@@ -203,29 +208,26 @@ class _Drawing:
         drawn, logprobs: (B, most), of the steps since `begin`.
         finite: bool (), whether all logits since then were.
         seen: bool (B, V), see `sampling.draw`, or None.
-        step: does one step.
+        graph: that of `step`.
     """
 
-    def __init__(
-        self, decoder: GraphedCache, most: int, sampling: Sampling, penalised: bool, stop_ids: Sequence[int]
-    ) -> None:
+    def __init__(self, logits: Tensor, most: int, sampling: Sampling, penalised: bool, stop_ids: Sequence[int]) -> None:
         self.most = most
-        self._decoder, self._sampling = decoder, sampling
-        device, rows = decoder._cache.device, decoder.batch_size
+        self._sampling = sampling
+        device, rows = logits.device, logits.size(0)
         self.drawn = torch.zeros(rows, most, dtype=torch.int64, device=device)
         self.logprobs = torch.zeros(rows, most, device=device)
         self.finite = torch.ones((), dtype=torch.bool, device=device)
         self.seen: Tensor | None = None
         if penalised:
-            self.seen = torch.zeros(decoder._next_logits.shape, dtype=torch.bool, device=device)
+            self.seen = torch.zeros_like(logits, dtype=torch.bool)
         self._uniforms = torch.zeros(rows, most, dtype=torch.float64, device=device)
         self._column = torch.zeros(1, dtype=torch.int64, device=device)
         self._stopped = torch.zeros(rows, dtype=torch.bool, device=device)
         self._stop_ids = torch.tensor([*stop_ids], dtype=torch.int64, device=device)
-        self.step = Replayed(self._step, device)
+        self.graph = Replayed(device)
 
-    def begin(self, tokens: Tensor, uniforms: Tensor, seen: Tensor | None) -> None:
-        self._decoder._begin(tokens)
+    def begin(self, uniforms: Tensor, seen: Tensor | None) -> None:
         self._uniforms[:, : uniforms.size(1)].copy_(uniforms)
         self._column.zero_()
         self._stopped.zero_()
@@ -233,8 +235,8 @@ class _Drawing:
         if self.seen is not None and seen is not None:
             self.seen.copy_(seen)
 
-    def _step(self) -> None:
-        decoder = self._decoder
+    def step(self, decoder: GraphedCache) -> None:
+        """Have the decoder read a token, and draw the next one."""
         logits = decoder.advance()
         uniforms = self._uniforms.index_select(1, self._column)[:, 0]
         tokens, logprobs, finite = draw_unchecked(logits, self._sampling, uniforms, self.seen)

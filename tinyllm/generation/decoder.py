@@ -24,7 +24,8 @@ class Decoder(Protocol):
         batch_size: B.
         capacity: the most tokens that a row can hold: whoever writes on has to `read` fewer ones again. None: a row
             forgets its first ones by itself.
-        used_by: a mark of the stream that writes with it; None before the first one. Streams set it.
+        used_by: a mark of the stream that has used it last; None after any other use. Streams set it, and all methods
+            that change what is held take it away.
     """
 
     batch_size: int
@@ -75,12 +76,13 @@ class Recompute:
         self._contexts = [torch.empty(0, dtype=torch.int64, device=self._device)] * batch_size
 
     def read(self, prompts: Sequence[Tensor], rows: Sequence[int] | None = None) -> Tensor:
-        rows = checked_rows(self.batch_size, prompts, rows)
+        rows, self.used_by = checked_rows(self.batch_size, prompts, rows), None
         for row, prompt in zip(rows, prompts, strict=True):
             self._contexts[row] = prompt[-self._max_seq_len :].to(self._device)
         return self._logits(rows)
 
     def step(self, tokens: Tensor) -> Tensor:
+        self.used_by = None
         for row, token in enumerate(tokens.to(self._device).unsqueeze(-1)):
             self._contexts[row] = torch.cat([self._contexts[row], token])[-self._max_seq_len :]
         return self._logits(range(self.batch_size))
@@ -139,8 +141,9 @@ class KeyValueCache:
         return [len(held) for held in self._held]
 
     def _texts(self, prompts: Sequence[Tensor], rows: Sequence[int] | None) -> dict[int, list[int]]:
-        """Return the prompt of each row, in the order of `rows`. Raises ValueError if one does not fit."""
-        capacity = self._cache.size(-2)
+        """Begin to read: return the prompt of each row, in the order of `rows`. Raises ValueError if one does not
+        fit."""
+        capacity, self.used_by = self._cache.size(-2), None
         texts: dict[int, list[int]] = {}
         for row, prompt in zip(checked_rows(self.batch_size, prompts, rows), prompts, strict=True):
             if len(prompt) > capacity:
@@ -154,8 +157,9 @@ class KeyValueCache:
         return min(common_prefix(self._held[row], text), len(text) - 1)
 
     def _check_room(self, n: int) -> None:
-        """Raise ValueError if there is a row without room for n more tokens."""
+        """Begin to append n tokens: raise ValueError if there is a row without room for them."""
         lengths, capacity = self.lengths(), self._cache.size(-2)
+        self.used_by = None
         if max(lengths) + n > capacity:
             row = lengths.index(max(lengths))
             raise ValueError(f"row {row} holds {max(lengths)} tokens and is to get {n} more; a row holds {capacity}")

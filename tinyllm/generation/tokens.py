@@ -10,7 +10,7 @@ from contextlib import suppress
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tinyllm._internal.checks import check_choice, check_int, check_ints
 from tinyllm.generation.choice import make_decoder
@@ -61,7 +61,8 @@ def generate(
         temperature, top_k, top_p, min_p, repetition_penalty: see `Sampling`.
         seed: for the same draw every time: a row's text depends on its own seed alone, whatever else is in the batch.
             Row b gets seed + b, or of B seeds the one at b. None draws from torch's global generator.
-        generator: instead of `seed`, a generator of the caller's, from which the rows draw in turn.
+        generator: instead of `seed`, a generator of the caller's, from which the rows draw in turn; for several tokens
+            at once where these are guessed.
         stop_id: stop after this token, or any of these, such as the tokenizer's `end_of_text_id`.
         suppress_id: never draw this token, such as the tokenizer's `unknown_id`, which stands for no text.
         ids_below: see `Sampling`.
@@ -164,6 +165,8 @@ def iter_tokens(
     needed = min(max(needed, max(map(len, prompts))), max_seq_len)
     if decoder is None:
         decoder = make_decoder(model, len(prompts), needed, cache_dtype=cache_dtype)
+    elif not isinstance(getattr(decoder, "model", None), nn.Module):
+        raise TypeError(f"decoder is {decoder!r}; it must be one that make_decoder has made of the model")
     elif decoder.model is not model:
         raise ValueError(
             f"decoder is a {type(decoder).__name__} of another model; it must be one that was made of this very model"
@@ -246,20 +249,19 @@ class TokenStream(Iterator[Any]):
 
     def _step(self) -> tuple[Tensor, Tensor]:
         """Draw the next tokens and their log-probabilities, both (B,), and note which rows they end."""
-        if self._last is None:
-            self._decoder.used_by = self._mark
-        elif self._decoder.used_by is not self._mark or self._decoder.lengths() != self._lengths:
+        mine = self._decoder.used_by is self._mark and self._decoder.lengths() == self._lengths
+        if self._last is not None and not mine:
             raise RuntimeError(
                 "decoder has been used elsewhere since this stream's last token; write one text after the other, or "
                 "make a decoder for each"
             )
         if not self._ahead:
             self._ahead.extend(self._draw())
-            self._lengths = self._decoder.lengths()
+            self._decoder.used_by, self._lengths = self._mark, self._decoder.lengths()
             if self._lookup is not None:
                 for tokens, _ in self._ahead:
                     self._lookup.add(int(tokens))
-        tokens, logprobs = self._ahead.popleft()
+        tokens, logprobs = (x.cpu() for x in self._ahead.popleft())  # where the host looks at them anyway
         self._last = tokens
         ended = [reason is not None for reason in self.finish_reasons]
         for row, token in enumerate(tokens.tolist()):
@@ -311,18 +313,20 @@ class TokenStream(Iterator[Any]):
             seen = seen.repeat(count, 1)
             for i, token in enumerate(guessed):
                 seen[i + 1 :, token] = True
-        tokens = torch.cat([last, torch.tensor(guessed, device=last.device)])
-        generator = self._generators if isinstance(self._generators, torch.Generator) else self._generators[0]
-        state = generator.get_state()
-        uniforms = self._uniforms(count)
-        if uniforms is None:
-            uniforms = torch.zeros(1, count, dtype=torch.float64)
-        drawn, logprobs = cast("Cached | Engine", self._decoder).verify(tokens, uniforms[0], self._sampling, seen)
+        tokens = torch.cat([last, torch.tensor(guessed)])
+        uniforms = torch.zeros(count, dtype=torch.float64)
+        if self._sampling.temperature > 0:
+            # Those that are not needed are the numbers of the next tokens. One by one, as without guesses: a GPU's
+            # generator gives others for several at once.
+            generator = self._generators if isinstance(self._generators, torch.Generator) else self._generators[0]
+            state = generator.get_state()
+            uniforms = torch.cat([cast(Tensor, self._uniforms(1))[0] for _ in range(count)])
+            generator.set_state(state)
+        drawn, logprobs = cast("Cached | Engine", self._decoder).verify(tokens, uniforms, self._sampling, seen)
         stop = next((i + 1 for i, token in enumerate(drawn.tolist()) if token in self._stop_ids), len(drawn))
         drawn, logprobs = drawn[:stop], logprobs[:stop]
-        # The numbers that were not needed are those of the next tokens.
-        generator.set_state(state)
-        self._uniforms(len(drawn))
+        for _ in range(len(drawn)):
+            self._uniforms(1)
         if self._seen is not None:
             self._seen[:, drawn] = True
         self._note(drawn[None, :-1])
@@ -404,8 +408,8 @@ def _lookup(most: int, prompts: list[Tensor], decoder: Decoder) -> Lookup:
         raise ValueError(f"prompt_lookup_num_tokens is {most} for {len(prompts)} prompts; it is for a single one")
     if not isinstance(decoder, (Cached, Engine)):
         raise ValueError(
-            f"prompt_lookup_num_tokens is {most}; the model computes its whole context for each token "
-            "(it is not causal, or has modules of another kind), which leaves nothing to gain"
+            f"prompt_lookup_num_tokens is {most} with a {type(decoder).__name__}; guesses need a decoder that keeps "
+            "what it has read, which models have that are causal and made of tinyllm's own modules"
         )
     return Lookup(prompts[0].tolist(), most)
 
@@ -432,7 +436,7 @@ def _tensor(name: str, ids: Any) -> Tensor:
 def _check_ids(name: str, ids: Tensor, vocab_size: int) -> None:
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         raise TypeError(f"{name} has dtype {ids.dtype}; token ids are integers")
-    low, high = int(ids.min()), int(ids.max())
+    low, high = (int(end) for end in ids.to(torch.int64).aminmax())
     if low < 0 or high >= vocab_size:
         raise ValueError(
             f"{name} has the token id {low if low < 0 else high}; the model's ids are 0 .. {vocab_size - 1}"

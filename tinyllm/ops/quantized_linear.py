@@ -209,8 +209,11 @@ def quantized_embedding(input: Tensor, weight: QuantizedWeight, *, dtype: torch.
     """Look up rows of a weight in fewer bits: ids (*), int32 or int64, to (*, in_features) of a floating dtype.
 
     Raises:
+        TypeError: input has another dtype.
         IndexError: an id is out of range. Not on a GPU: the id's row is NaN there.
     """
+    if input.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"input has dtype {input.dtype}; ids are int32 or int64")
     backend = choose(_EMBEDDING, weight.data.new_empty(0, dtype=dtype))
     if backend == "triton":
         operator = kernels(backend).quantized_embedding

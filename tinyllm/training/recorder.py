@@ -19,7 +19,7 @@ from tinyllm._internal.files import write_text
 from tinyllm.config.model import SimpleLLMConfig
 from tinyllm.config.training import TrainConfig
 from tinyllm.data.batches import TokenDataset
-from tinyllm.generation import generate
+from tinyllm.generation import iter_tokens
 from tinyllm.runs.folder import CURVE_FILE, METRICS_FILE, SAMPLES_FILE, TABLE_FILE, TENSORBOARD
 from tinyllm.runs.metrics import keep_metrics, read_metrics
 from tinyllm.runs.plot import plot_run
@@ -186,16 +186,16 @@ class Recorder:
         if self._config.sample_tokens == 0 or not (self._writes or self._config.strategy == "fsdp"):
             return
         prompt = text[0][0][:_PROMPT_TOKENS]
-        ids = generate(
+        tokens = iter_tokens(  # which an interruption ends as it ends a step
             module,  # type: ignore[arg-type]
             prompt.to(self._engine.device),
             self._config.sample_tokens,
             _SAMPLE_TEMPERATURE,
             seed=self._config.seed,
             suppress_id=tokenizer.unknown_id,
-        ).tolist()
-        line = {"step": step, "prompt": tokenizer.decode(ids[: len(prompt)])}
-        line["text"] = tokenizer.decode(ids[len(prompt) :])
+        )
+        new = [int(token) for token in tokens]
+        line = {"step": step, "prompt": tokenizer.decode(prompt.tolist()), "text": tokenizer.decode(new)}
         if self._writes:
             self._try(lambda: _append(self._out / SAMPLES_FILE, json.dumps(line, ensure_ascii=False)))
 
