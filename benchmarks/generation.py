@@ -45,7 +45,7 @@ from .workers import Worker, WriterError
 from .writers import FLOAT32, OURS, PROVIDERS, READ, REFERENCE, Provider
 from .written_models import BITS, GPT2, MODELS, TINY, Model, draw_prompts, make_model
 
-SLOW_S = 30.0  # who takes longer is timed once, and left out of the model's cases that follow
+SLOW_S = 30.0  # who takes longer is timed once, and left out of the model's cases that are as large
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Plan:
     """What a run measures.
 
     Attributes:
-        threads: numbers of threads; with all but the first the model's fewer cases.
+        threads: numbers of threads; with all but the most the model's fewer cases.
         most_rounds: of which `rounds` may take fewer.
         batches, prompts: every pair of these instead of the model's own cases; None: those of its cases.
     """
@@ -67,7 +67,7 @@ class Plan:
 
     def cases(self, model: Model, threads: int) -> list[tuple[int, int]]:
         """Return batch and length of the prompts."""
-        found = model.cases if threads == self.threads[0] else model.on_one_thread
+        found = model.cases if threads == max(self.threads) else model.on_one_thread
         if self.batches or self.prompts:
             batches, prompts = (list(dict.fromkeys(each)) for each in zip(*model.cases, strict=True))
             found = tuple((batch, length) for length in self.prompts or prompts for batch in self.batches or batches)
@@ -237,7 +237,8 @@ def measure(plan: Plan, folder: Path) -> tuple[dict[int, list[dict[str, Any]]], 
     for number, model in enumerate(plan.models):
         home = folder / str(number)
         make_model(model, home)
-        not_there = convert(plan.labels, home)  # and, later, who has been too slow
+        not_there = convert(plan.labels, home)
+        too_slow: dict[str, tuple[int, str]] = {}  # the size of the case, and why it is left out of larger ones
         for threads in plan.threads:
             with ExitStack() as processes:
                 reader = processes.enter_context(Worker(READ, home, threads))
@@ -254,14 +255,15 @@ def measure(plan: Plan, folder: Path) -> tuple[dict[int, list[dict[str, Any]]], 
                 load_s = {label: worker.loaded["load_s"] for label, worker in workers.items()}
                 for batch, length in plan.cases(model, threads):
                     before = reader.ask()["bytes_per_s"]
-                    sides = measure_case(workers, model, batch, length, plan.rounds(batch, length))
+                    size = batch * length
+                    able = {x: workers[x] for x in workers if x not in too_slow or size < too_slow[x][0]}
+                    sides = measure_case(able, model, batch, length, plan.rounds(batch, length))
                     for label, side in sides.items():
-                        seconds = side.slowest_s(model)
-                        if seconds > SLOW_S and label != REFERENCE:
-                            del workers[label]
-                            failed[label] = not_there[label] = f"left out: {seconds:.0f} s for B{batch} T{length}"
+                        if (seconds := side.slowest_s(model)) > SLOW_S and label != REFERENCE:
+                            too_slow[label] = size, f"left out: {seconds:.0f} s for B{batch} T{length}"
                     bandwidth[threads] = max(bandwidth[threads], before, reader.ask()["bytes_per_s"])
-                    sides = {label: sides.get(label) or Side(failed=failed[label]) for label in plan.labels}
+                    reasons = {**{label: why for label, (_, why) in too_slow.items()}, **failed}
+                    sides = {label: sides.get(label) or Side(failed=reasons[label]) for label in plan.labels}
                     new = rows_of(sides, model, batch, length, threads, load_s)
                     print(progress(new), flush=True)
                     rows[threads] += new

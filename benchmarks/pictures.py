@@ -10,6 +10,7 @@ from typing import Any
 
 from tinyllm._internal.files import replacing
 
+from .generation_tables import WRITING
 from .report import SECTIONS, Results, factor, machine_line, ours_by_benchmark
 from .row import OURS_ALL
 from .written_models import BITS
@@ -97,8 +98,8 @@ def draw_speedups(found: Mapping[str, Results], path: Path) -> None:
 
 
 def _written(results: Results) -> list[Mapping[str, Any]]:
-    """Return what writes in the case that the README shows, the fewest weights last."""
-    shown = next((row for row in results["rows"] if row["section"] == "writing" and row["headline"]), None)
+    """Return the rows of the case that the README shows, those with weights of the fewest bits last."""
+    shown = next((row for row in results["rows"] if row["section"] == WRITING and row["headline"]), None)
     if shown is None:
         return []
     case = ("section", "model", "batch", "prompt")

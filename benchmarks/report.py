@@ -49,7 +49,7 @@ SECTIONS = {
     generation_tables.READING: "Reading a prompt",
     generation_tables.WRITING: "Writing a token",
 }
-MOST_SLOWER = 7  # rows in which a peer is faster that the README shows
+MOST_SLOWER = 2  # rows in which a peer is faster that the README shows
 
 Results = Mapping[str, Any]
 RowFacts = Mapping[str, Any]
@@ -411,7 +411,7 @@ def _headline_table(found: Mapping[str, Results]) -> str:
             if row["section"] == "engine":  # our own model beside itself
                 continue
             slowest[name] = min(slowest.get(name, factor(row)), factor(row))
-            if row.get("headline") or row["section"] in ("char", "goal", "gpt2"):
+            if row.get("headline") or row["section"] in ("goal", "gpt2"):
                 shown.append(name)
     slower = sorted((name for name in slowest if slowest[name] < 1), key=slowest.__getitem__)
     lines = side_by_side(found, [*shown, *slower[:MOST_SLOWER]])
@@ -423,7 +423,6 @@ def _headline_table(found: Mapping[str, Results]) -> str:
     lines += [
         f"that one is faster: in {len(slower)} of the {len(slowest)} rows measured. {which} close the table.",
         "B sequences of T tokens, H heads of D columns; a model: width/feed-forward width/layers, V tokens known.",
-        LINEAR_NOTE,
     ]
     if any(row["section"] == generation_tables.WRITING for results in found.values() for row in results["rows"]):
         lines.append("Writing is compared with CTranslate2 and llama.cpp too, with weights as wide as ours or wider.")
