@@ -26,9 +26,10 @@ def make_decoder(model: nn.Module, batch_size: int, max_len: int, *, cache_dtype
     For a SimpleLLM that is not causal, as the article's is, a warning says once a process that nothing can be kept.
     """
     # In order of speed: the first that serves the model is taken.
-    if cache_dtype in (None, torch.float32, torch.bfloat16) and not isinstance(Engine.operands(model), str):
+    if cache_dtype in (None, torch.float32, torch.bfloat16) and not isinstance(found := Engine.operands(model), str):
         model = cast(SimpleLLM, model)
-        return Engine(model, batch_size, min(max_len, model.config.max_seq_len), cache_dtype=cache_dtype)
+        length = min(max_len, model.config.max_seq_len)
+        return Engine(model, batch_size, length, cache_dtype=cache_dtype, operands=found)
     if Cached.refuses(model) is None:
         model = cast(SimpleLLM, model)
         kind = GraphedCache if next(model.parameters()).is_cuda else Cached

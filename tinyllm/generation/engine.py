@@ -46,6 +46,7 @@ class Engine(KeyValueCache):
             embedding_dim numbers; its memory is taken now, and touched when it is used.
         cache_dtype: float32 (the default) or bfloat16, which has half the bytes.
         chunk: how many tokens, of all rows together, are read at once: bounds the memory of a long prompt.
+        operands: what the method of this name has returned for the model, if that is known already.
 
     Raises:
         ValueError: it does not serve the model, or an argument is out of range.
@@ -59,14 +60,15 @@ class Engine(KeyValueCache):
         *,
         cache_dtype: torch.dtype | None = None,
         chunk: int = 1024,
+        operands: _fused.DecoderOperands | None = None,
     ) -> None:
-        operands = self.operands(model)
-        if isinstance(operands, str):
-            raise ValueError(f"the engine does not serve the model: {operands}")
+        found = self.operands(model) if operands is None else operands
+        if isinstance(found, str):
+            raise ValueError(f"the engine does not serve the model: {found}")
         if cache_dtype not in (None, torch.float32, torch.bfloat16):
             raise ValueError(f"cache_dtype is {cache_dtype}; it must be torch.float32 or torch.bfloat16")
         super().__init__(model, batch_size, max_len, cache_dtype or torch.float32, "cpu", chunk)
-        self._weights, self._positions, self._settings = operands
+        self._weights, self._positions, self._settings = found
         self._classes = model.config.vocab_size
         # With quantised weights the activations of a step are rounded: a text would depend on what was read before.
         self._reads_alike = not any(x.dtype == torch.uint8 for x in self._weights)
