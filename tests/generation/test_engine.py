@@ -70,7 +70,7 @@ def test_many_short_calls_end(threads: Any, count: int) -> None:
     tokens = torch.tensor([1])
     engine.read([torch.tensor([2])])
     expected = engine.step(tokens)
-    for _ in range(10_000):
+    for _ in range(1_000):
         engine.read([torch.tensor([2])])
         assert torch.equal(engine.step(tokens), expected)
 
