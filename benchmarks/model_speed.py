@@ -22,7 +22,7 @@ from torch import Tensor
 from tinyllm import info, tune_allocator
 from tinyllm.config.saved import CONFIG_FILE
 from tinyllm.data.batches import val_loader
-from tinyllm.generation import generate
+from tinyllm.generation import iter_tokens
 from tinyllm.model import SimpleLLM
 from tinyllm.ops.backends import cpp
 from tinyllm.runs.load import load_run
@@ -85,7 +85,7 @@ def comparison(run: Path, rounds: int | None = None) -> str:
     new_tokens = min(NEW_TOKENS, model.config.max_seq_len - prompt.size(1))
     steps = {name: _training_step(copy.deepcopy(each), training, inputs, targets) for name, each in models.items()}
     writing = {
-        OURS: partial(generate, model, prompt, new_tokens, seed=0),
+        OURS: lambda: [*iter_tokens(model, prompt, new_tokens, seed=0)],  # Ctrl-C ends it as it ends the other
         PLAIN: partial(plain.generate, prompt, new_tokens),
     }
     _, step_times = take_turns(steps, SECONDS, rounds)

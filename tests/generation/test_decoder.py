@@ -115,6 +115,10 @@ def test_a_cache_in_another_dtype(kind: Any) -> None:
     made.read(tensors([[1, 2, 3]]))
     torch.testing.assert_close(made.step(torch.tensor([4])), whole(model, [[1, 2, 3, 4]]), rtol=0.0, atol=0.05)
     assert len(generate(model, [1, 2], 5, seed=0, cache_dtype=torch.bfloat16)) == 7
+    with pytest.raises(TypeError, match=r"cache_dtype is 'half'; it must be a torch\.dtype"):
+        generate(model, [1, 2], 5, decoder=made, cache_dtype="half")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="decoder is 3; it must be one that make_decoder has made"):
+        generate(model, [1, 2], 5, decoder=3)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"cache_dtype is torch.int8; it must be "):
         kind(model, 1, 24, cache_dtype=torch.int8)
 

@@ -142,6 +142,8 @@ def iter_tokens(
     """
     vocab_size, max_seq_len = model.config.vocab_size, model.config.max_seq_len
     prompts, layout = _prompts(model, ids)
+    if cache_dtype is not None and not isinstance(cache_dtype, torch.dtype):
+        raise TypeError(f"cache_dtype is {cache_dtype!r}; it must be a torch.dtype")
     max_new_tokens = check_int("max_new_tokens", max_new_tokens, 0)
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, suppress_id, ids_below)
     sampling.check_vocabulary(vocab_size)
