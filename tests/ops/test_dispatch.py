@@ -387,7 +387,7 @@ def test_the_width_of_rows_is_what_the_library_says_of_the_gpu(cuda_build, monke
 def test_info_on_a_cuda_build(cuda_build):
     row = dispatch.OPERATORS["attention"].describe("cuda")
     assert (row["backend"], row["dtypes"]) == ("cuda", ["bfloat16", "float16"])
-    assert row["shapes"] == "head_dim 64 or 128, no attn_mask, no dropout, scale above 0"
+    assert row["shapes"] == "head_dim 64 or 128, no attn_mask, no dropout, scale above 0, no causal_offset"
     assert row["rest"]["backend"] == "triton"
     assert row["rest"]["dtypes"] == ["float32", "bfloat16", "float16"]
     row = dispatch.OPERATORS["cross_entropy"].describe("cuda")
