@@ -50,7 +50,7 @@ SLOW_S = 30.0  # who takes longer is timed once, and left out of the model's cas
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run measures.
+    """The cases, providers and rounds of a run.
 
     Attributes:
         threads: numbers of threads; with all but the most the model's fewer cases.

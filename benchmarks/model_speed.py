@@ -84,7 +84,7 @@ def comparison(run: Path, rounds: int | None = None) -> str:
     prompt = inputs[:1, : max(1, model.config.max_seq_len // 2)]
     new_tokens = min(NEW_TOKENS, model.config.max_seq_len - prompt.size(1))
     steps = {name: _training_step(copy.deepcopy(each), training, inputs, targets) for name, each in models.items()}
-    writing = {
+    writing: dict[str, Callable[[], object]] = {
         OURS: lambda: [*iter_tokens(model, prompt, new_tokens, seed=0)],  # Ctrl-C ends it as it ends the other
         PLAIN: partial(plain.generate, prompt, new_tokens),
     }
