@@ -37,8 +37,8 @@ inline S* decode_partial(const Attention& a, int64_t b, int64_t kv_head, int64_t
   return static_cast<S*>(a.partials) + (((b * a.kv_heads + kv_head) * a.ranges + range) * rows + row) * a.partial_row;
 }
 
-// Computes the scores of n <= Vec::size keys for every row. Each key accumulates one vector of sums; a transpose then
-// reduces all of them at once. The depth is processed in chunks of kKC as in gemm.h.
+// Computes the scores of n <= Vec::size keys for every row. Each key accumulates one vector of sums, all of which
+// are then reduced at once. The depth is processed in chunks of kKC as in gemm.h.
 template <class T>
 inline void decode_scores(const Attention& a, const DecodeBuffers<T>& buf, const T* key, int64_t n, int64_t rows,
                           compute_t<T>* scores) {
@@ -64,10 +64,8 @@ inline void decode_scores(const Attention& a, const DecodeBuffers<T>& buf, const
           for (int64_t i = 0; i < n; ++i) sums[i] = fma(load_n<V>(key + i * a.key.row + begin + d, inside), q, sums[i]);
         });
       }
-      transpose(sums);
-      for (int step = V::size / 2; step > 0; step /= 2)
-        for (int i = 0; i < step; ++i) sums[i] = sums[i] + sums[i + step];
-      (begin == 0 ? sums[0] : sums[0] + V::load(scores)).store(scores);
+      const V sum = sum_each(sums);
+      (begin == 0 ? sum : sum + V::load(scores)).store(scores);
       begin += depth;
     } while (begin < a.head_dim);
   }

@@ -2,13 +2,14 @@
 //
 // Each weight is read once for all sequences, and the time is that of reading it. A token takes five phases a layer and
 // two more (phases.h): queries, keys and values | attention | projection | first layer | second layer, then the logits,
-// then drawing. Threads take outputs of a phase in chunks. What lies between two phases (norms, the activations in the
-// form that the next weights need) is so little that one thread does it while the others wait.
+// then drawing. Each thread has outputs of a phase of its own. What lies between two phases (norms, the activations in
+// the form that the next weights need) is so little that one thread does it while the others wait.
 //
 // An output does not depend on which thread computes it, nor on the other sequences.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
+#include <atomic>
 #include <memory>
 #include <tuple>
 
@@ -45,6 +46,7 @@ class Writing {
     partial_row_ = divide_up(d.head_dim(), vector) * vector + std::max<int64_t>(vector, 2);
     stopped_.assign(static_cast<size_t>(d.sizes.batch), false);
     key_lengths_.resize(static_cast<size_t>(d.sizes.batch));
+    ranges_ = std::make_unique<Range[]>(static_cast<size_t>(threads));
     memory_ = std::make_unique<Scratch>(layout(nullptr));
     layout(memory_->data());
     for (int64_t b = 0; b < d.sizes.batch; ++b) read(b, request.ids[b]);
@@ -53,10 +55,11 @@ class Writing {
 
   int64_t items() const { return items_; }
 
-  void run(int64_t item) {
+  void run(int64_t item, int64_t thread) {
     if (part_ == Part::attention) return attend(item);
     if (part_ == Part::draw) return draw_token(item);
-    int64_t begin = cuts_[static_cast<size_t>(item)], end = cuts_[static_cast<size_t>(item + 1)];
+    const size_t piece = take_piece(thread);
+    int64_t begin = cuts_[piece], end = cuts_[piece + 1];
     for (const WeightProduct& p : products_) {  // the part of each
       const int64_t outputs = p.weight.outputs, last = std::min(end, outputs);
       if (begin < last) table_.weight_product[static_cast<int>(p.weight.kind)](p, std::max<int64_t>(begin, 0), last);
@@ -155,19 +158,32 @@ class Writing {
     products_.push_back({.weight = weight, .x = &forms, .bias = w.bias.vector, .out = out, .out_row = weight.outputs});
     return products_.back();
   }
-  // Divides the outputs of the phase's products, one behind the other: most of them into one part for each thread,
-  // which a prefetcher can follow for long, then the rest into small parts for whoever is done first.
+  // Divides the outputs of the phase's products, one behind the other, into a range for each thread. A thread takes
+  // most of its own range as one piece, then the rest in small ones, so that prefetchers follow a single stream, then
+  // what is left of the others'.
   void divide() {
     constexpr int64_t line = 16;  // outputs of a cache line
     int64_t outputs = 0;
     for (const WeightProduct& p : products_) outputs += p.weight.outputs;
-    const int64_t large = threads_ == 1 ? outputs : outputs * 3 / (4 * threads_) / line * line;
-    const int64_t rest = outputs - large * threads_;
-    const int64_t small = std::max(line, divide_up(rest, 4 * threads_ * line) * line);
     cuts_.assign(1, 0);
-    for (int64_t t = 0; t < threads_ && large > 0; ++t) cuts_.push_back(cuts_.back() + large);
-    while (cuts_.back() < outputs) cuts_.push_back(std::min(outputs, cuts_.back() + small));
+    for (int64_t t = 0; t < threads_; ++t) {
+      const int64_t end = t + 1 == threads_ ? outputs : outputs * (t + 1) / threads_ / line * line;
+      const int64_t size = end - cuts_.back(), small = divide_up(size, 16 * line) * line;
+      ranges_[t].next.store(cuts_.size() - 1, std::memory_order_relaxed);
+      if (threads_ == 1 && size > 0) cuts_.push_back(end);
+      if (const int64_t large = size * 3 / 4 / line * line; threads_ > 1 && large > 0)
+        cuts_.push_back(cuts_.back() + large);
+      while (cuts_.back() < end) cuts_.push_back(std::min(end, cuts_.back() + small));
+      ranges_[t].end = cuts_.size() - 1;
+    }
     items_ = static_cast<int64_t>(cuts_.size()) - 1;
+  }
+  // There are as many pieces as items.
+  size_t take_piece(int64_t thread) {
+    for (int64_t t = thread;; t = (t + 1) % threads_) {
+      const size_t piece = ranges_[t].next.fetch_add(1, std::memory_order_relaxed);
+      if (piece < ranges_[t].end) return piece;
+    }
   }
 
   void begin_layer(int64_t layer) {
@@ -299,7 +315,12 @@ class Writing {
   int64_t layer_ = 0, step_ = 0, items_ = 0;
   int64_t max_ranges_, partial_row_;
   std::vector<WeightProduct> products_;
-  std::vector<int64_t> cuts_;  // where the parts of a phase begin
+  struct alignas(64) Range {
+    std::atomic<size_t> next;  // piece
+    size_t end;
+  };
+  std::unique_ptr<Range[]> ranges_;  // of each thread
+  std::vector<int64_t> cuts_;        // where the pieces of a phase begin
   Attention attention_{};
   std::vector<char> stopped_;  // not bool, whose elements share bytes
   std::vector<int64_t> key_lengths_;

@@ -25,7 +25,8 @@ inline void pause_briefly() {
 
 // Program has:
 //   items(): the number of items of the first phase; 0 ends the sequence.
-//   run(item): runs an item of the current phase; those of a phase run at once.
+//   run(item, thread): runs an item of the current phase; those of a phase run at once. `thread` is the same number for
+//     items that a thread takes in turn, and seldom another one in the next region.
 //   next(): runs alone when all items of a phase are done, moves on, and returns the number of items of the next one.
 template <class Program>
 class Phases {
@@ -33,9 +34,9 @@ class Phases {
   Phases(Program& program, int64_t threads) : program_(program) {
     set(program.items());
     if (threads <= 1)
-      work();
+      work(0);
     else
-      torch::stable::parallel_for(0, threads, 1, [this](int64_t, int64_t) { work(); });
+      torch::stable::parallel_for(0, threads, 1, [this](int64_t thread, int64_t) { work(thread); });
     if (error_) std::rethrow_exception(error_);
   }
 
@@ -56,7 +57,7 @@ class Phases {
     state_.store(++phase_ << 2 * kBits | static_cast<uint64_t>(items) << kBits, std::memory_order_release);
   }
 
-  void work() {
+  void work(int64_t thread) {
     uint64_t state = state_.load(std::memory_order_acquire);
     while (items_of(state) > 0) {
       if (item_of(state) == items_of(state)) {  // all are taken: the phase ends when they are done
@@ -71,7 +72,7 @@ class Phases {
       if (!state_.compare_exchange_weak(state, state + 1, std::memory_order_acq_rel, std::memory_order_acquire))
         continue;
       try {
-        program_.run(static_cast<int64_t>(item_of(state)));
+        program_.run(static_cast<int64_t>(item_of(state)), thread);
         if (done_.fetch_add(1, std::memory_order_acq_rel) + 1 == items_of(state)) {
           done_.store(0, std::memory_order_relaxed);
           set(program_.next());

@@ -66,6 +66,15 @@ inline Vec<S> min(Vec<S> a, Vec<S> b) {
   return Vec<S>::min(a, b);
 }
 
+// Keeps x in a register: compilers would rather load it for each use, as an operand of an instruction in memory, and
+// there are fewer loads a cycle than multiply-adds that could wait for them.
+template <class V>
+inline void hold([[maybe_unused]] V& x) {
+#if defined(TINYLLM_AVX2) || (defined(TINYLLM_AVX512) && defined(__AVX512F__))
+  asm("" : "+v"(x.v));
+#endif
+}
+
 // Transposes a square of vectors. One step interleaves row i with row i + size / 2 into rows 2i and 2i + 1, which
 // rotates the bits of the index (row, column) by one; log2(size) steps exchange row and column.
 template <class S>
@@ -86,6 +95,23 @@ inline void transpose(Vec<S> (&rows)[Vec<S>::size]) {
       for (int i = 0; i < Vec<S>::size; ++i) rows[i] = mixed[i];
     }
   }
+}
+
+// Returns the sum of each vector, which are overwritten: those of rows i and i + size / 2 are added where they lie side
+// by side, until there is one vector of sums.
+template <class S>
+inline Vec<S> sum_each(Vec<S> (&rows)[Vec<S>::size]) {
+  if constexpr (Vec<S>::size > 1) {
+#pragma GCC unroll 4
+    for (int half = Vec<S>::size / 2; half > 0; half /= 2) {
+#pragma GCC unroll 8
+      for (int i = 0; i < half; ++i) {
+        Vec<S>::interleave(rows[i], rows[i + half]);
+        rows[i] = rows[i] + rows[i + half];
+      }
+    }
+  }
+  return rows[0];
 }
 
 // Loads n < size elements, followed by zeros.

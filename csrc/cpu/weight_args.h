@@ -47,11 +47,11 @@ struct Activations {
   const float* data = nullptr;  // rows `row` apart
   int64_t row = 0;
   float* split = nullptr;  // bf16: see split_activations
-  // int8 and int4: per block of 64, integers in [-127, 127] with a scale for each block, and what is added to their
-  // products because weights are stored with an offset: -zero * their sum, as the first lane of a vector.
-  void *quantized8 = nullptr, *quantized4 = nullptr;
-  int32_t *offsets8 = nullptr, *offsets4 = nullptr;
+  // int8 and int4: per block of 64, integers in [-127, 127] with a scale for each block. int4: what is added to their
+  // products because weights are stored with an offset: -kInt4Zero * their sum, as the first lane of a vector.
+  int8_t* quantized = nullptr;
   float* scales = nullptr;
+  int32_t* offsets = nullptr;
 
   static constexpr int64_t kMostLanes = 16;  // of a vector of any instruction set
 
@@ -64,11 +64,10 @@ struct Activations {
     const auto has = [&](WeightKind kind) { return (kinds >> static_cast<int>(kind) & 1u) != 0; };
     const int64_t all = rows * padded(), count = rows * blocks();
     split = has(WeightKind::bf16) ? arena.template take<float>(all) : nullptr;
-    quantized8 = has(WeightKind::int8) ? arena.template take<int16_t>(all) : nullptr;
-    offsets8 = has(WeightKind::int8) ? arena.template take<int32_t>(kMostLanes * count) : nullptr;
-    quantized4 = has(WeightKind::int4) ? arena.template take<int16_t>(all) : nullptr;
-    offsets4 = has(WeightKind::int4) ? arena.template take<int32_t>(kMostLanes * count) : nullptr;
-    scales = has(WeightKind::int8) || has(WeightKind::int4) ? arena.template take<float>(count) : nullptr;
+    const bool integers = has(WeightKind::int8) || has(WeightKind::int4);
+    quantized = integers ? arena.template take<int8_t>(all) : nullptr;
+    scales = integers ? arena.template take<float>(count) : nullptr;
+    offsets = has(WeightKind::int4) ? arena.template take<int32_t>(kMostLanes * count) : nullptr;
   }
 };
 

@@ -62,125 +62,151 @@ inline float quantize_block(const float* x, int64_t n, float* shifted) {
   return scale;
 }
 
-// Converts the integers of a block, and returns their sum.
-template <class Block>
-inline int32_t store_block(const float* shifted, void* to, int64_t at) {
-  using Input = typename Block::Input;
+// Stores the integers of a block, and returns their sum.
+inline int32_t store_block(const float* shifted, int8_t* to) {
   int32_t sum = 0;
-  Input* out = static_cast<Input*>(to) + at;
   for (int64_t i = 0; i < kQuantBlock; ++i) {
     const int32_t q = bit_cast<int32_t>(shifted[i]) - 0x4b400000;
-    out[Block::place(i)] = static_cast<Input>(q);
+    to[i] = static_cast<int8_t>(q);
     sum += q;
   }
   return sum;
 }
 
-// Quantises a block for Block: its integers, and its offset.
-template <class Block>
-inline void quantize_for(const float* shifted, int zero, void* to, int32_t* offsets, int64_t block) {
-  constexpr int64_t lanes = Vec<float>::size;
-  std::fill_n(offsets + block * lanes, lanes, 0);
-  offsets[block * lanes] = -zero * store_block<Block>(shifted, to, block * kQuantBlock);
-}
-
 // Fills the forms of rows [begin, end) that have memory.
 inline void prepare_activations(const Activations& x, int64_t begin, int64_t end) {
+  constexpr int64_t lanes = Vec<float>::size;
   const int64_t blocks = x.blocks(), padded = x.padded();
   for (int64_t m = begin; m < end; ++m) {
     const float* row = x.data + m * x.row;
     if (x.split != nullptr) split_activations(row, x.inputs, padded, x.split + m * padded);
-    if (x.scales == nullptr) continue;
+    if (x.quantized == nullptr) continue;
     for (int64_t b = 0; b < blocks; ++b) {
       alignas(64) float shifted[kQuantBlock];
       const int64_t first = b * kQuantBlock, at = m * blocks + b;
       x.scales[at] = quantize_block(row + first, std::min(kQuantBlock, x.inputs - first), shifted);
-      if (x.quantized8 != nullptr) quantize_for<Block8>(shifted, cpu::kInt8Zero, x.quantized8, x.offsets8, at);
-      if (x.quantized4 != nullptr) quantize_for<Block4>(shifted, cpu::kInt4Zero, x.quantized4, x.offsets4, at);
+      const int32_t sum = store_block(shifted, x.quantized + at * kQuantBlock);
+      if (x.offsets == nullptr) continue;
+      std::fill_n(x.offsets + at * lanes, lanes, 0);
+      x.offsets[at * lanes] = -cpu::kInt4Zero * sum;
     }
   }
 }
 
-// ---- Dot products of M rows of activations with a row of a weight
+// ---- Dot products of M rows of activations with R rows of a weight
 //
-// One row after the other: a single stream is what the hardware prefetcher follows best, and what software prefetches
-// help most. Measured on an AMD EPYC (Zen 3), two or four rows at a time lose a tenth to a half.
+// The R rows come from as many streams, parts of the weight that are far from one another: a hardware prefetcher
+// follows each by itself, only so far ahead, and not beyond a page of memory. Measured on an AMD EPYC (Zen 3), one
+// thread reads 22 GB/s as one stream, 29 as two and 32 as four, and neighbouring rows at once gain nothing.
 
-constexpr int64_t kAhead = 4096;  // bytes by which lines are prefetched before they are used
+// Bytes by which the lines of a stream are prefetched before they are used. With several streams this is time enough
+// for a memory's latency, while on Zen 3 more takes the hardware prefetchers' share.
+constexpr int64_t kAhead = 512;
 
-// Prefetches the lines that are used kAhead later, as `bytes` are used.
+// Prefetches the lines that are used `ahead` bytes later, as `bytes` are used.
 template <int64_t bytes>
-inline void prefetch_ahead(const void* at) {
-  for (int64_t i = 0; i < bytes; i += kCacheLine) __builtin_prefetch(static_cast<const char*>(at) + kAhead + i);
+inline void prefetch_ahead(const void* at, int64_t ahead) {
+  for (int64_t i = 0; i < bytes; i += kCacheLine) __builtin_prefetch(static_cast<const char*>(at) + ahead + i);
 }
 
-// Sums in two chains of vectors. bfloat16 meets activations that are split as it is unpacked.
-template <int M, class T>
-inline void float_dots(const T* w, int64_t depth, const float* x, int64_t x_row, float* sums, int64_t sums_row) {
+// Where the sums of R rows of a weight with M rows of activations go, as the lanes of vectors.
+struct Lanes {
+  Vec<float>* data;
+  int64_t of_output, of_row;
+  Vec<float>& at(int r, int m) const { return data[r * of_output + m * of_row]; }
+};
+
+// bfloat16 meets activations that are split as it is unpacked.
+template <int M, int R, class T>
+inline void float_dots(const char* const (&rows)[R], int64_t depth, const float* x, int64_t x_row, int64_t ahead,
+                       Lanes lanes) {
   using V = Vec<float>;
   constexpr int64_t step = 2 * V::size;
   constexpr bool is_float = std::is_same_v<T, float>;
-  V sum[M][2];
+  V sums[R][M];
 #pragma GCC unroll 4
-  for (int m = 0; m < M; ++m) sum[m][0] = sum[m][1] = V::zero();
-  const auto pair = [&](const T* at, int64_t k, int64_t inside) {
-    V first, second;
-    if constexpr (is_float) {
-      first = V::load(at);
-      second = V::load(at + V::size);
-    } else {
-      V::load_pairs(at, first, second);
-    }
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int m = 0; m < M; ++m) sums[r][m] = V::zero();
+  const auto add = [&](const T* const(&at)[R], int64_t k, int64_t inside) {
+    V first[R], second[R];
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r)
+      if constexpr (is_float) {
+        first[r] = V::load(at[r]);
+        second[r] = V::load(at[r] + V::size);
+      } else {
+        V::load_pairs(at[r], first[r], second[r]);
+      }
 #pragma GCC unroll 4
     for (int m = 0; m < M; ++m) {
       const float* xm = x + m * x_row + k;
+      V x0, x1;
       if (!is_float || inside == step) {
-        sum[m][0] = fma(V::load(xm), first, sum[m][0]);
-        sum[m][1] = fma(V::load(xm + V::size), second, sum[m][1]);
+        x0 = V::load(xm);
+        x1 = V::load(xm + V::size);
       } else {
-        sum[m][0] = fma(load_n<V>(xm, std::min<int64_t>(inside, V::size)), first, sum[m][0]);
-        if (inside > V::size) sum[m][1] = fma(load_partial<V>(xm + V::size, inside - V::size), second, sum[m][1]);
+        x0 = load_n<V>(xm, std::min<int64_t>(inside, V::size));
+        x1 = inside > V::size ? load_partial<V>(xm + V::size, inside - V::size) : V::zero();
       }
+      if (R > 1 && M > 1) hold(x0), hold(x1);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) sums[r][m] = fma(x1, second[r], fma(x0, first[r], sums[r][m]));
     }
   };
+  const T* at[R];
   int64_t k = 0;
   for (; k + step <= depth; k += step) {
-    prefetch_ahead<step * int64_t{sizeof(T)}>(w + k);
-    pair(w + k, k, step);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      at[r] = reinterpret_cast<const T*>(rows[r]) + k;
+      prefetch_ahead<step * int64_t{sizeof(T)}>(at[r], ahead);
+    }
+    add(at, k, step);
   }
   if (k < depth) {
-    T rest[step] = {};
-    std::copy_n(w + k, depth - k, rest);
-    pair(rest, k, depth - k);
+    T rest[R][step] = {};
+    for (int r = 0; r < R; ++r) {
+      std::copy_n(reinterpret_cast<const T*>(rows[r]) + k, depth - k, rest[r]);
+      at[r] = rest[r];
+    }
+    add(at, k, depth - k);
   }
 #pragma GCC unroll 4
-  for (int m = 0; m < M; ++m) sums[m * sums_row] = (sum[m][0] + sum[m][1]).sum();
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int m = 0; m < M; ++m) lanes.at(r, m) = sums[r][m];
 }
 
-// `scales` are those of the blocks of this row, as floats; with `scaled` times those of the only row of activations.
-template <int M, class Block, bool scaled>
-inline void quantized_dots(const Weight& w, int64_t row, const float* scales, const Activations& a, int64_t first,
-                           float* sums, int64_t sums_row) {
+// `scales` are those of the blocks of each row, as floats; with `scaled` times those of the only row of activations.
+template <int M, int R, WeightKind kind, bool scaled>
+inline void quantized_dots(const char* const (&rows)[R], const float* const (&scales)[R], const Activations& a,
+                           int64_t first, int64_t ahead, Lanes lanes) {
   using V = Vec<float>;
-  using Input = typename Block::Input;
-  constexpr bool int8 = std::is_same_v<Block, Block8>;
+  constexpr bool int8 = kind == WeightKind::int8;
+  using Block = std::conditional_t<int8, Block8, Block4>;
   constexpr int64_t bytes = int8 ? kQuantBlock : kQuantBlock / 2;
-  const Input* x = static_cast<const Input*>(int8 ? a.quantized8 : a.quantized4);
-  const int32_t* offsets = int8 ? a.offsets8 : a.offsets4;
-  const int64_t blocks = w.blocks();
-  const uint8_t* data = reinterpret_cast<const uint8_t*>(w.row(row));
-  V sum[M];
+  const int64_t blocks = a.blocks(), padded = a.padded();
+  const int8_t* const x = a.quantized + first * padded;
+  const float* const x_scales = a.scales + first * blocks;
+  const int32_t* const offsets = int8 ? nullptr : a.offsets + first * blocks * V::size;
+  V sums[R][M];
 #pragma GCC unroll 4
-  for (int m = 0; m < M; ++m) sum[m] = V::zero();
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int m = 0; m < M; ++m) sums[r][m] = V::zero();
   const auto add_block = [&](int64_t b, bool prefetch) {
-    if (prefetch) prefetch_ahead<kCacheLine>(data + b * bytes);
-    const Block block = Block::load(data + b * bytes);
 #pragma GCC unroll 4
-    for (int m = 0; m < M; ++m) {
-      const int64_t of = (first + m) * blocks + b;
-      const Ints dots = block.dot(Ints::load(offsets + of * V::size), x + of * kQuantBlock);
-      const float scale = scaled ? scales[b] : scales[b] * a.scales[of];
-      sum[m] = fma(dots.to_float(), V::set1(scale), sum[m]);
+    for (int r = 0; r < R; ++r) {
+      const uint8_t* at = reinterpret_cast<const uint8_t*>(rows[r]) + b * bytes;
+      if (prefetch) prefetch_ahead<kCacheLine>(at, ahead);
+      const Block block = Block::load(at);
+#pragma GCC unroll 4
+      for (int m = 0; m < M; ++m) {
+        const Ints offset = int8 ? Ints::zero() : Ints::load(offsets + (m * blocks + b) * V::size);
+        const V dots = block.dot(offset, x + m * padded + b * kQuantBlock).to_float();
+        sums[r][m] = fma(dots, V::set1(scaled ? scales[r][b] : scales[r][b] * x_scales[m * blocks + b]), sums[r][m]);
+      }
     }
   };
   int64_t b = 0;
@@ -190,31 +216,59 @@ inline void quantized_dots(const Weight& w, int64_t row, const float* scales, co
   }
   if (b < blocks) add_block(b, true);
 #pragma GCC unroll 4
-  for (int m = 0; m < M; ++m) sums[m * sums_row] = sum[m].sum();
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int m = 0; m < M; ++m) lanes.at(r, m) = sums[r][m];
 }
 
-// The scales of the blocks of rows [begin, end) as floats.
-inline void block_scales(const Weight& w, int64_t begin, int64_t end, float* to) {
+// The scales of the blocks of rows [begin, end) as floats, times `factors`, if any: one for each block of a row, as
+// often as a vector has elements, so that whole vectors of them go with as many rows.
+inline void block_scales(const Weight& w, int64_t begin, int64_t end, const float* factors, float* to) {
   using V = Vec<float>;
+  const int64_t blocks = w.blocks(), per_group = w.group / kQuantBlock, period = blocks * V::size;
   const bfloat16* from = w.scales + begin * w.groups();
-  const int64_t per_group = w.group / kQuantBlock, count = (end - begin) * w.blocks();
-  if (per_group == 1)
-    for_each_vector<V>(count, [&](int64_t i, int64_t n) { store_n(load_n<V>(from + i, n), to + i, n); });
-  else
-    for (int64_t i = 0; i < count; ++i) to[i] = to_compute(from[i / per_group]);
+  const int64_t count = (end - begin) * blocks;
+  for (int64_t first = 0; first < count; first += period)
+    for_each_vector<V>(std::min(period, count - first), [&](int64_t i, int64_t n) {
+      V scale;
+      if (per_group == 1) {
+        scale = load_n<V>(from + first + i, n);
+      } else {
+        float each[V::size] = {};
+        for (int64_t j = 0; j < n; ++j) each[j] = to_compute(from[(first + i + j) / per_group]);
+        scale = V::load(each);
+      }
+      if (factors != nullptr) scale = scale * V::load(factors + i);
+      store_n(scale, to + first + i, n);
+    });
 }
 
-template <int M, WeightKind kind, bool scaled>
-inline void dots(const Weight& w, int64_t row, const float* scales, const Activations& a, int64_t first, float* sums,
-                 int64_t sums_row) {
-  if constexpr (kind == WeightKind::f32)
-    float_dots<M>(reinterpret_cast<const float*>(w.row(row)), w.inputs, a.data + first * a.row, a.row, sums, sums_row);
-  else if constexpr (kind == WeightKind::bf16)
-    float_dots<M>(reinterpret_cast<const bfloat16*>(w.row(row)), w.inputs, a.split + first * a.padded(), a.padded(),
-                  sums, sums_row);
-  else
-    quantized_dots<M, std::conditional_t<kind == WeightKind::int8, Block8, Block4>, scaled>(w, row, scales, a, first,
-                                                                                            sums, sums_row);
+constexpr int kStreams = 4;
+
+// The products with a row of each stream; Lanes has those of the streams as its outputs.
+template <int M, WeightKind kind, bool scaled = false>
+inline void dots(const char* const (&rows)[kStreams], const float* const (&scales)[kStreams], const Activations& a,
+                 int64_t first, int64_t ahead, Lanes lanes) {
+  constexpr bool quantized = kind == WeightKind::int8 || kind == WeightKind::int4;
+  // As many at once as registers hold the sums of. Integers need others, besides.
+  constexpr int R = std::min(kStreams, (quantized ? 4 : 8) / M);
+#pragma GCC unroll 4
+  for (int s = 0; s < kStreams; s += R) {
+    const char* at[R];
+    const float* of[R];
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      at[r] = rows[s + r];
+      of[r] = scales[s + r];
+    }
+    const Lanes to{lanes.data + s * lanes.of_output, lanes.of_output, lanes.of_row};
+    if constexpr (quantized)
+      quantized_dots<M, R, kind, scaled>(at, of, a, first, ahead, to);
+    else if constexpr (kind == WeightKind::f32)
+      float_dots<M, R, float>(at, a.inputs, a.data + first * a.row, a.row, ahead, to);
+    else
+      float_dots<M, R, bfloat16>(at, a.inputs, a.split + first * a.padded(), a.padded(), ahead, to);
+  }
 }
 
 // Finishes outputs [begin, end) of a row of activations.
@@ -246,40 +300,62 @@ inline void finish_product(const WeightProduct& p, int64_t m, int64_t begin, int
   }
 }
 
-// Computes outputs [begin, end) of all rows of activations.
+// Computes outputs [begin, end) of all rows of activations: a quarter of them from each of four streams.
 template <WeightKind kind>
 TINYLLM_FLATTEN void weight_product(const WeightProduct& p, int64_t begin, int64_t end) {
-  constexpr int64_t kOutputs = 32, kRows = 8;
+  using V = Vec<float>;
+  constexpr int64_t kOfStream = std::max(V::size, 8), kOutputs = kStreams * kOfStream, kRows = 8;
   constexpr bool quantized = kind == WeightKind::int8 || kind == WeightKind::int4;
-  alignas(64) float sums[kRows * kOutputs];
+  V lanes[kRows * kOutputs];
+  alignas(64) float sums[kOutputs];
   const Weight& w = p.weight;
   const Activations& x = *p.x;
-  const int64_t blocks = w.blocks();
-  const cpu::Scratch scratch(quantized ? static_cast<size_t>(kOutputs * blocks) * sizeof(float) : 0);
+  const int64_t blocks = w.blocks(), length = (end - begin + kStreams - 1) / kStreams;
+  const cpu::Scratch scratch(quantized ? static_cast<size_t>((kOutputs + V::size) * blocks) * sizeof(float) : 0);
   float* const scales = reinterpret_cast<float*>(scratch.data());
-  for (int64_t r0 = begin; r0 < end; r0 += kOutputs) {
-    const int64_t n = std::min(kOutputs, end - r0);
-    if (quantized) block_scales(w, r0, r0 + n, scales);
-    if (quantized && x.rows == 1)
-      for (int64_t i = 0; i < n; ++i)
-        for (int64_t b = 0; b < blocks; ++b) scales[i * blocks + b] *= x.scales[b];
+  float* const factors = quantized && x.rows == 1 ? scales + kOutputs * blocks : nullptr;
+  if (factors != nullptr)
+    for (int64_t i = 0; i < V::size; ++i) std::copy_n(x.scales, blocks, factors + i * blocks);
+  for (int64_t done = 0; done < length; done += kOfStream) {
+    int64_t firsts[kStreams], counts[kStreams];
+    for (int64_t s = 0; s < kStreams; ++s) {
+      firsts[s] = begin + s * length + done;
+      const int64_t last = std::min({firsts[s] + kOfStream, begin + (s + 1) * length, end});
+      counts[s] = std::max<int64_t>(0, last - firsts[s]);
+      if (quantized) block_scales(w, firsts[s], firsts[s] + counts[s], factors, scales + s * kOfStream * blocks);
+    }
     for (int64_t m0 = 0; m0 < x.rows; m0 += kRows) {
-      const int64_t m = std::min(kRows, x.rows - m0);
-      for (int64_t i = 0; i < n; ++i) {
-        const float* of_row = scales + i * blocks;
-        float* to = sums + i;
+      const int64_t most = std::min(kRows, x.rows - m0);
+      for (int64_t i = 0; i < counts[0]; ++i) {
+        const char* at[kStreams];
+        const float* of[kStreams];
+        for (int s = 0; s < kStreams; ++s) {
+          const int64_t from = i < counts[s] ? s : 0;  // instead of a stream that has ended
+          at[s] = w.row(firsts[from] + i);
+          of[s] = scales + (from * kOfStream + i) * blocks;
+        }
+        // All but the first passes find the rows in the caches, and prefetch the next ones of their streams.
+        int64_t m = 0;
+        const auto ahead = [&] { return m0 + m == 0 ? kAhead : w.row_bytes(); };
+        const auto to = [&] { return Lanes{lanes + m * kOutputs + i, kOfStream, kOutputs}; };
         if (x.rows == 1) {
-          dots<1, kind, true>(w, r0 + i, of_row, x, 0, to, kOutputs);
+          dots<1, kind, true>(at, of, x, 0, kAhead, to());
           continue;
         }
-        int64_t done = 0;
-        for (; done + 4 <= m; done += 4)
-          dots<4, kind, false>(w, r0 + i, of_row, x, m0 + done, to + done * kOutputs, kOutputs);
-        for (; done + 2 <= m; done += 2)
-          dots<2, kind, false>(w, r0 + i, of_row, x, m0 + done, to + done * kOutputs, kOutputs);
-        if (done < m) dots<1, kind, false>(w, r0 + i, of_row, x, m0 + done, to + done * kOutputs, kOutputs);
+        for (; m + 4 <= most; m += 4) dots<4, kind>(at, of, x, m0 + m, ahead(), to());
+        for (; m + 2 <= most; m += 2) dots<2, kind>(at, of, x, m0 + m, ahead(), to());
+        if (m < most) dots<1, kind>(at, of, x, m0 + m, ahead(), to());
       }
-      for (int64_t j = 0; j < m; ++j) finish_product(p, m0 + j, r0, r0 + n, sums + j * kOutputs);
+      for (int64_t m = 0; m < most; ++m) {
+        for (int64_t i = 0; i < kOutputs; i += V::size) {
+          V each[V::size];
+          for (int64_t k = 0; k < V::size; ++k)
+            each[k] = (i + k) % kOfStream < counts[0] ? lanes[m * kOutputs + i + k] : V::zero();
+          sum_each(each).store(sums + i);
+        }
+        for (int64_t s = 0; s < kStreams; ++s)
+          finish_product(p, m0 + m, firsts[s], firsts[s] + counts[s], sums + s * kOfStream);
+      }
     }
   }
 }

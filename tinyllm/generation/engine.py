@@ -20,7 +20,7 @@ from tinyllm.ops.dispatch import serves
 _FEW_TOKENS = 4
 
 # Weights, in bytes, from which on a token takes so long that calls of one are not noticed.
-_LARGE_MODEL = 64 << 20
+_LARGE_MODEL = 512 << 20
 
 
 class Written(NamedTuple):
