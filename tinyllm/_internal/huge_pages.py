@@ -1,8 +1,8 @@
 """Memory in huge pages for a model's weights.
 
 Generating a token reads every weight once. With ordinary pages of 4 KiB a prefetcher has to stop at the end of each,
-and the processor looks up where the next one lies: a token takes up to a tenth longer than with pages of 2 MiB, measured
-on an AMD EPYC (Zen 3).
+and the processor looks up where the next one lies: on an AMD EPYC (Zen 3) a token takes up to a tenth longer than with
+pages of 2 MiB.
 """
 
 from __future__ import annotations
