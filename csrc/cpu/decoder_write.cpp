@@ -2,8 +2,9 @@
 //
 // Each weight is read once for all sequences, and the time is that of reading it. A token takes five phases a layer and
 // two more (phases.h): queries, keys and values | attention | projection | first layer | second layer, then the logits,
-// then drawing. Each thread has outputs of a phase of its own. What lies between two phases (norms, the activations in
-// the form that the next weights need) is so little that one thread does it while the others wait.
+// then drawing. Each thread begins with its own range of a phase's outputs, and then helps the others. What lies
+// between two phases (norms, the activations in the form that the next weights need) is so little that one thread does
+// it while the others wait.
 //
 // An output does not depend on which thread computes it, nor on the other sequences.
 #include <torch/csrc/stable/library.h>
@@ -159,7 +160,7 @@ class Writing {
     return products_.back();
   }
   // Divides the outputs of the phase's products, one behind the other, into a range for each thread. A thread takes
-  // most of its own range as one piece, then the rest in small ones, so that prefetchers follow a single stream, then
+  // most of its own range as one piece, whose streams prefetchers follow for long, then the rest in small ones, then
   // what is left of the others'.
   void divide() {
     constexpr int64_t line = 16;  // outputs of a cache line
@@ -339,9 +340,11 @@ int64_t bytes_of(const Decoder& d) {
 }
 
 void run(Decoder& d, const Request& request) {
-  // A thread for each part of the weights that takes longer to read than the thread to wake.
-  constexpr int64_t bytes_per_thread = 65536;
-  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), 1 + bytes_of(d) / bytes_per_thread);
+  // As many threads as have so much to read in a phase that meeting at its end takes little beside it.
+  constexpr int64_t bytes_of_thread = 131072;
+  const int64_t phases = 5 * static_cast<int64_t>(d.blocks.size()) + 2;
+  const int64_t threads =
+      std::clamp<int64_t>(bytes_of(d) / (phases * bytes_of_thread), 1, torch::stable::get_num_threads());
   Writing program(d, request, threads);
   Phases(program, threads);
 }

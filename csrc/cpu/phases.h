@@ -25,8 +25,8 @@ inline void pause_briefly() {
 
 // Program has:
 //   items(): the number of items of the first phase; 0 ends the sequence.
-//   run(item, thread): runs an item of the current phase; those of a phase run at once. `thread` is the same number for
-//     items that a thread takes in turn, and seldom another one in the next region.
+//   run(item, thread): runs an item of the current phase; those of a phase run at once. `thread` is the number of the
+//     thread, below that of the threads asked for: constant in a region, and usually the same in the next one.
 //   next(): runs alone when all items of a phase are done, moves on, and returns the number of items of the next one.
 template <class Program>
 class Phases {

@@ -5,7 +5,8 @@
 // them exactly. Block4 multiplies the stored halves of bytes, which are too large by kInt4Zero.
 //
 // On x86, sums of two products of unsigned and signed bytes saturate at 16 bits. Those of Block4 are small enough, and
-// so are those of absolute weights, at most 128, with activations that have taken over the weights' signs.
+// so are those of absolute weights, at most 128, with activations, at most 127, that have taken over the weights'
+// signs: 2 * 128 * 127 < 2^15.
 #pragma once
 #include "simd.h"
 #include "weight_args.h"

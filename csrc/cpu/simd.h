@@ -66,8 +66,8 @@ inline Vec<S> min(Vec<S> a, Vec<S> b) {
   return Vec<S>::min(a, b);
 }
 
-// Keeps x in a register: compilers would rather load it for each use, as an operand of an instruction in memory, and
-// there are fewer loads a cycle than multiply-adds that could wait for them.
+// Keeps x in a register. GCC would rather load it anew for each use, as the operand of a multiply-add, and processors
+// do no more loads a cycle than these. (Clang does not define __AVX512F__ where only the source switches the target.)
 template <class V>
 inline void hold([[maybe_unused]] V& x) {
 #if defined(TINYLLM_AVX2) || (defined(TINYLLM_AVX512) && defined(__AVX512F__))

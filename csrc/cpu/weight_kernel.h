@@ -1,6 +1,6 @@
 // Products of a few rows of activations with weights that are read once, from memory: the work of generating a token.
 // The time is that of reading the weights, whose rows are therefore read as they lie, with as few bytes as their kind
-// has; the next rows are prefetched, because the hardware prefetchers follow too late to hide the latency of memory.
+// has, and from several places at once, because one stream does not hide the latency of memory.
 //
 // Each output is one sum over its row, in an order that depends neither on the number of rows of activations nor on how
 // outputs are divided among threads.
@@ -99,9 +99,9 @@ inline void prepare_activations(const Activations& x, int64_t begin, int64_t end
 // follows each by itself, only so far ahead, and not beyond a page of memory. Measured on an AMD EPYC (Zen 3), one
 // thread reads 22 GB/s as one stream, 29 as two and 32 as four, and neighbouring rows at once gain nothing.
 
-// Bytes by which the lines of a stream are prefetched before they are used. With several streams this is time enough
-// for a memory's latency, while on Zen 3 more takes the hardware prefetchers' share.
-constexpr int64_t kAhead = 512;
+// Bytes of all streams together that are prefetched before they are used: time enough for a memory's latency. Measured
+// on Zen 3, more takes the hardware prefetchers' share.
+constexpr int64_t kAhead = 2048;
 
 // Prefetches the lines that are used `ahead` bytes later, as `bytes` are used.
 template <int64_t bytes>
@@ -245,13 +245,15 @@ inline void block_scales(const Weight& w, int64_t begin, int64_t end, const floa
 
 constexpr int kStreams = 4;
 
-// The products with a row of each stream; Lanes has those of the streams as its outputs.
+// The products with a row of each stream; Lanes has those of the streams as its outputs. Where the rows are in the
+// caches, the next ones are prefetched meanwhile.
 template <int M, WeightKind kind, bool scaled = false>
-inline void dots(const char* const (&rows)[kStreams], const float* const (&scales)[kStreams], const Activations& a,
-                 int64_t first, int64_t ahead, Lanes lanes) {
+inline void dots(const char* const (&rows)[kStreams], const float* const (&scales)[kStreams], int64_t row_bytes,
+                 bool cached, const Activations& a, int64_t first, Lanes lanes) {
   constexpr bool quantized = kind == WeightKind::int8 || kind == WeightKind::int4;
-  // As many at once as registers hold the sums of. Integers need others, besides.
+  // As many at once as registers hold the sums of, beside what bytes take to be multiplied.
   constexpr int R = std::min(kStreams, (quantized ? 4 : 8) / M);
+  const int64_t ahead = cached ? row_bytes : kAhead / R;
 #pragma GCC unroll 4
   for (int s = 0; s < kStreams; s += R) {
     const char* at[R];
@@ -310,7 +312,7 @@ TINYLLM_FLATTEN void weight_product(const WeightProduct& p, int64_t begin, int64
   alignas(64) float sums[kOutputs];
   const Weight& w = p.weight;
   const Activations& x = *p.x;
-  const int64_t blocks = w.blocks(), length = (end - begin + kStreams - 1) / kStreams;
+  const int64_t blocks = w.blocks(), bytes = w.row_bytes(), length = (end - begin + kStreams - 1) / kStreams;
   const cpu::Scratch scratch(quantized ? static_cast<size_t>((kOutputs + V::size) * blocks) * sizeof(float) : 0);
   float* const scales = reinterpret_cast<float*>(scratch.data());
   float* const factors = quantized && x.rows == 1 ? scales + kOutputs * blocks : nullptr;
@@ -332,19 +334,17 @@ TINYLLM_FLATTEN void weight_product(const WeightProduct& p, int64_t begin, int64
         for (int s = 0; s < kStreams; ++s) {
           const int64_t from = i < counts[s] ? s : 0;  // instead of a stream that has ended
           at[s] = w.row(firsts[from] + i);
-          of[s] = scales + (from * kOfStream + i) * blocks;
+          of[s] = quantized ? scales + (from * kOfStream + i) * blocks : nullptr;
         }
-        // All but the first passes find the rows in the caches, and prefetch the next ones of their streams.
         int64_t m = 0;
-        const auto ahead = [&] { return m0 + m == 0 ? kAhead : w.row_bytes(); };
         const auto to = [&] { return Lanes{lanes + m * kOutputs + i, kOfStream, kOutputs}; };
         if (x.rows == 1) {
-          dots<1, kind, true>(at, of, x, 0, kAhead, to());
+          dots<1, kind, true>(at, of, bytes, false, x, 0, to());
           continue;
         }
-        for (; m + 4 <= most; m += 4) dots<4, kind>(at, of, x, m0 + m, ahead(), to());
-        for (; m + 2 <= most; m += 2) dots<2, kind>(at, of, x, m0 + m, ahead(), to());
-        if (m < most) dots<1, kind>(at, of, x, m0 + m, ahead(), to());
+        for (; m + 4 <= most; m += 4) dots<4, kind>(at, of, bytes, m0 + m > 0, x, m0 + m, to());
+        for (; m + 2 <= most; m += 2) dots<2, kind>(at, of, bytes, m0 + m > 0, x, m0 + m, to());
+        if (m < most) dots<1, kind>(at, of, bytes, m0 + m > 0, x, m0 + m, to());
       }
       for (int64_t m = 0; m < most; ++m) {
         for (int64_t i = 0; i < kOutputs; i += V::size) {

@@ -52,12 +52,13 @@ Matmul weight_matmul(const Weight& weight, const float* x, int64_t rows, float* 
 
 namespace {
 
-// The number of outputs that a thread takes at a time.
+// The number of outputs that a thread takes at a time: a quarter of its share, whose streams are long, but no less than
+// what takes longer to read than the thread to wake.
 int64_t product_grain(const Weight& weight) {
   constexpr int64_t bytes = 65536, lines = 32;  // whole lines of outputs
-  const int64_t outputs = bytes / std::max<int64_t>(1, weight.row_bytes()) / lines * lines;
-  // Some chunks for each thread, whatever the number of threads is.
-  return std::clamp(outputs, lines, std::max(lines, weight.outputs / 16 / lines * lines));
+  const int64_t least = bytes / std::max<int64_t>(1, weight.row_bytes()) / lines * lines;
+  const int64_t quarter = divide_up(weight.outputs, 4 * torch::stable::get_num_threads() * lines) * lines;
+  return std::max({lines, least, quarter});
 }
 
 }  // namespace

@@ -144,6 +144,12 @@ void check_order() {
     square[r].store(found);
     for (int k = 0; k < size; ++k) expect("transpose", found[k], S(k * size + r), S(r), S(k));
   }
+  for (int r = 0; r < size; ++r) {
+    for (int k = 0; k < size; ++k) found[k] = S(r * size + k);
+    square[r] = V::load(found);
+  }
+  sum_each(square).store(found);
+  for (int r = 0; r < size; ++r) expect("sum_each", found[r], S(size * (2 * r * size + size - 1) / 2), S(r), S(0));
   alignas(64) S streamed[size];
   a.stream(streamed);
   end_of_stream();

@@ -32,10 +32,11 @@ def threads() -> Iterator[Any]:
 
 
 def larger_model(**changes: Any) -> SimpleLLM:
-    """Return a model whose matrices are worth several threads, of sizes that are no multiples of vectors."""
+    """Return a model whose matrices are worth several threads, even with weights of 4 bits, and whose sizes are no
+    multiples of vectors."""
     torch.manual_seed(1)
     options: dict[str, Any] = {"num_heads": 3, "causal": True, "norm_first": True, "max_seq_len": 600, **changes}
-    return SimpleLLM(211, 150, 200, 2, position="learned", tie_embeddings=True, activation="gelu", **options).eval()
+    return SimpleLLM(211, 606, 2001, 2, position="learned", tie_embeddings=True, activation="gelu", **options).eval()
 
 
 def written(
@@ -55,6 +56,8 @@ def test_the_number_of_threads_and_the_batch_change_no_bit(threads: Any, weights
         found.append(written(model, PROMPTS, 20, seed=[3, 4, 5], cache_dtype=cache_dtype))
     alone = [written(model, [prompt], 20, seed=[3 + i], cache_dtype=cache_dtype) for i, prompt in enumerate(PROMPTS)]
     found.append(([texts[0] for texts, _ in alone], [logprobs[0] for _, logprobs in alone]))
+    texts, logprobs = written(model, PROMPTS * 4, 20, seed=[3, 4, 5] * 4, cache_dtype=cache_dtype)  # more than a tile
+    found += [(texts[i : i + 3], logprobs[i : i + 3]) for i in range(0, 12, 3)]
     for texts, logprobs in found[1:]:
         assert all(map(torch.equal, texts, found[0][0]))
         assert all(map(torch.equal, logprobs, found[0][1]))
@@ -65,7 +68,7 @@ def test_many_short_calls_end(threads: Any, count: int) -> None:
     """Threads that come late to a region, or leave it late, meet all states of its phases."""
     threads(count)
     torch.manual_seed(0)
-    model = SimpleLLM(VOCAB, 64, 128, 2, num_heads=1, causal=True, max_seq_len=2)  # large enough for several threads
+    model = SimpleLLM(VOCAB, 384, 768, 2, num_heads=1, causal=True, max_seq_len=2)  # large enough for several threads
     engine = Engine(model, 1, 2)
     tokens = torch.tensor([1])
     engine.read([torch.tensor([2])])

@@ -78,8 +78,8 @@ def test_kernel_and_reference_choose_equally_good_scales(bits: int) -> None:
 
 @pytest.mark.parametrize("activation", ["none", "gelu"])
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("rows", [1, 2, 3, 4, 7, 8, 9, 40])
-@pytest.mark.parametrize("shape", [(37, 63), (33, 130), (3, 768)], ids=str)
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 6, 7, 8, 9, 40])
+@pytest.mark.parametrize("shape", [(1, 65), (2, 64), (37, 63), (2100, 130), (3, 768)], ids=str)
 def test_products_are_those_of_the_numbers_that_are_meant(
     backend: str, shape: tuple[int, int], rows: int, kind: str, activation: str
 ) -> None:

@@ -19,8 +19,8 @@ from tinyllm.ops.dispatch import serves
 # them for each token.
 _FEW_TOKENS = 4
 
-# Weights, in bytes, from which on a token takes so long that calls of one are not noticed.
-_LARGE_MODEL = 512 << 20
+# Bytes of weights, keys and values from which on a token takes so long that calls of one are not noticed.
+_LARGE_TOKEN = 512 << 20
 
 
 class Written(NamedTuple):
@@ -70,6 +70,8 @@ class Engine(KeyValueCache):
         super().__init__(model, batch_size, max_len, cache_dtype or torch.float32, "cpu", chunk)
         self._weights, self._positions, self._settings = found
         self._classes = model.config.vocab_size
+        # Of the table, which comes first, only a row is read.
+        self._bytes = sum(x.numel() * x.element_size() for x in self._weights[1:])
         # With quantised weights the activations of a step are rounded: a text would depend on what was read before.
         self._reads_alike = not any(x.dtype == torch.uint8 for x in self._weights)
 
@@ -86,10 +88,11 @@ class Engine(KeyValueCache):
 
     @property
     def tokens_a_call(self) -> int:
-        """How many tokens `write` should draw in a call: of a small model more, for which Python takes a large part of
-        the time."""
-        size = sum(x.numel() * x.element_size() for x in self._weights)
-        return max(1, min(16, _LARGE_MODEL // max(1, size)))
+        """How many tokens `write` should draw in a call: the more, the fewer bytes a token reads, since a call takes
+        Python a third of a millisecond."""
+        of_token = self._cache[:, :, 0, :, :1]
+        size = self._bytes + sum(self.lengths()) * of_token.numel() * of_token.element_size()
+        return max(1, min(16, _LARGE_TOKEN // max(1, size)))
 
     def read(self, prompts: Sequence[Tensor], rows: Sequence[int] | None = None) -> Tensor:
         """See `Decoder.read`."""
