@@ -63,6 +63,15 @@ def test_the_number_of_threads_and_the_batch_change_no_bit(threads: Any, weights
         assert all(map(torch.equal, logprobs, found[0][1]))
 
 
+def test_large_models_draw_few_tokens_a_call_and_the_text_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, found = larger_model(), {}
+    for limit in (1, 80 << 20, 1 << 40):
+        monkeypatch.setattr("tinyllm.generation.engine._LARGE_TOKEN", limit)
+        found[Engine(model, 3, 100).tokens_a_call] = written(model, PROMPTS, 20, seed=1)
+    assert list(found) == [1, 2, 16]
+    assert all(map(torch.equal, found[1][0] + found[2][0], found[16][0] * 2))
+
+
 @pytest.mark.parametrize("count", [2, 4])
 def test_many_short_calls_end(threads: Any, count: int) -> None:
     """Threads that come late to a region, or leave it late, meet all states of its phases."""

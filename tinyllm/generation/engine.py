@@ -89,7 +89,7 @@ class Engine(KeyValueCache):
     @property
     def tokens_a_call(self) -> int:
         """How many tokens `write` should draw in a call: the more, the fewer bytes a token reads, since a call takes
-        Python a third of a millisecond."""
+        Python as long whatever it draws."""
         of_token = self._cache[:, :, 0, :, :1]
         size = self._bytes + sum(self.lengths()) * of_token.numel() * of_token.element_size()
         return max(1, min(16, _LARGE_TOKEN // max(1, size)))
