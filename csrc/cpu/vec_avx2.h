@@ -89,6 +89,43 @@ struct Vec<float> {
   }
 };
 
+// transpose and sum_each (simd.h) in half as many shuffles: steps that stay in the halves of registers come first.
+inline Vec<float> sum_each(Vec<float> (&rows)[8]) {
+  __m256 pairs[4], fours[2];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const __m256 a = rows[2 * i].v, b = rows[2 * i + 1].v;
+    pairs[i] = _mm256_add_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i) {
+    const __m256d a = _mm256_castps_pd(pairs[2 * i]), b = _mm256_castps_pd(pairs[2 * i + 1]);
+    fours[i] = _mm256_add_ps(_mm256_castpd_ps(_mm256_unpacklo_pd(a, b)), _mm256_castpd_ps(_mm256_unpackhi_pd(a, b)));
+  }
+  return {_mm256_add_ps(_mm256_permute2f128_ps(fours[0], fours[1], 0x20),
+                        _mm256_permute2f128_ps(fours[0], fours[1], 0x31))};
+}
+inline void transpose(Vec<float> (&rows)[8]) {
+  __m256 pairs[8], fours[8];
+#pragma GCC unroll 4
+  for (int i = 0; i < 8; i += 2) {
+    pairs[i] = _mm256_unpacklo_ps(rows[i].v, rows[i + 1].v);
+    pairs[i + 1] = _mm256_unpackhi_ps(rows[i].v, rows[i + 1].v);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const int from = i / 2 * 4 + i % 2, to = i / 2 * 4 + i % 2 * 2;
+    const __m256d a = _mm256_castps_pd(pairs[from]), b = _mm256_castps_pd(pairs[from + 2]);
+    fours[to] = _mm256_castpd_ps(_mm256_unpacklo_pd(a, b));
+    fours[to + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(a, b));
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    rows[i].v = _mm256_permute2f128_ps(fours[i], fours[i + 4], 0x20);
+    rows[i + 4].v = _mm256_permute2f128_ps(fours[i], fours[i + 4], 0x31);
+  }
+}
+
 template <>
 struct Vec<double> {
   static constexpr int size = 4;
