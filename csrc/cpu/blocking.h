@@ -28,6 +28,8 @@ struct Blocking {
   int64_t colliding_step, in_place_rows = 24;
   // For so few rows of A, packing B does not pay.
   int64_t gemv_rows = 4;
+  // So few rows of A take less time than packing a stored weight.
+  int64_t unpacking_rows = 64;
   // A matmul that another one continues is cut into blocks of rows only. With fewer rows for each thread, it is better
   // to compute them one after the other.
   int64_t chained_rows = 48;

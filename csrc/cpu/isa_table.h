@@ -12,6 +12,7 @@
 #include "matmul_kernel.h"
 #include "random_kernel.h"
 #include "weight_kernel.h"
+#include "weight_storage.h"
 
 // The instantiations of a kernel in the order of DType.
 #define TINYLLM_ALL_DTYPES(kernel)                                     \

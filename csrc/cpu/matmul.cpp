@@ -132,9 +132,26 @@ void run_gemm(DType dtype, Matmul* matmuls, int64_t count) {
     parallel_items(tasks.tasks(), task);
 }
 
+// Runs a matmul that takes less time than packing its stored weight: a thread multiplies what it has packed while that
+// is in its caches.
+void run_unpacking(const Matmul& p, DType dtype) {
+  constexpr int64_t item_elements = 65536;
+  const Kernels& k = kernels();
+  const int64_t nr = blocking(dtype).nr;
+  const int64_t width = std::max<int64_t>(1, item_elements / (nr * std::max<int64_t>(1, p.depth))) * nr;
+  parallel_items(divide_up(p.columns, width), [&](int64_t item) {
+    Matmul part = columns_of(p, item * width, std::min(width, p.columns - item * width), dtype);
+    const Scratch scratch(static_cast<size_t>(packed_elements(part, dtype) * compute_size(dtype)));
+    part.packed = scratch.data();
+    k.matmul_pack_b[dtype](part, 0, part.depth, 0, part.columns);
+    k.matmul_block[dtype](part, 0, part.rows, 0, part.columns);
+  });
+}
+
 void run_matmul(DType dtype, const Matmul& p) {
   if (p.rows == 0 || p.columns == 0) return;
   const Blocking b = blocking(dtype);
+  if (p.weight != nullptr && p.rows <= b.unpacking_rows) return run_unpacking(p, dtype);
   if (p.weight == nullptr && p.rows <= b.gemv_rows && p.a.column == 1 && p.b.row == 1) return run_gemv(p, dtype);
   // The sum of a chunk of the depth can continue in `out` only if nothing but the bias follows it, and only if `out`
   // has the compute type.
@@ -166,7 +183,7 @@ void run_matmuls(DType dtype, std::vector<Matmul> matmuls) {
   const int64_t count = static_cast<int64_t>(matmuls.size()), rows = matmuls[0].rows;
   const bool chained = is_chained(matmuls.data(), count);
   int64_t elements = 0;
-  bool together = count > 1 && rows > b.gemv_rows;
+  bool together = count > 1 && rows > (matmuls[0].weight == nullptr ? b.gemv_rows : b.unpacking_rows);
   if (chained && rows < b.chained_rows * torch::stable::get_num_threads()) together = false;
   for (const Matmul& p : matmuls) {
     elements += packed_elements(p, dtype);

@@ -19,7 +19,7 @@
 #include "pack.h"
 #include "prefetch.h"
 #include "scratch.h"
-#include "weight_kernel.h"
+#include "weight_storage.h"
 
 namespace tinyllm::TINYLLM_ISA {
 

@@ -24,6 +24,18 @@ inline void pack_rows(const T* from, int64_t row_stride, int64_t column_stride, 
   }
 }
 
+// Packs as many columns as a vector has elements, one vector of the width of a panel: column(i, k, n) is column i from
+// row k on, of which n elements are wanted. Squares are transposed in registers.
+template <class V, class S, class F>
+inline void pack_squares(int64_t depth, S* to, F&& column) {
+  for_each_vector<V>(depth, [&](int64_t k, int64_t rows) {
+    V square[V::size];
+    for (int64_t i = 0; i < V::size; ++i) square[i] = column(i, k, rows);
+    transpose(square);
+    for (int64_t i = 0; i < rows; ++i) square[i].store(to + (k + i) * kNR<S>);
+  });
+}
+
 // Packs n <= Vec::size columns, one vector of the width of a panel, times `factor`, and zeros the rest of the vector.
 template <class T>
 inline void pack_strip(const T* from, int64_t column_stride, int64_t row_stride, int64_t n, int64_t depth,
@@ -34,13 +46,8 @@ inline void pack_strip(const T* from, int64_t column_stride, int64_t row_stride,
   if (n == 0) {
     for (int64_t k = 0; k < depth; ++k) V::zero().store(to + k * width);
   } else if (row_stride == 1) {
-    // Squares of Vec::size x Vec::size are read along the depth and transposed in registers.
-    for_each_vector<V>(depth, [&](int64_t k, int64_t rows) {
-      V square[V::size];
-      for (int64_t i = 0; i < V::size; ++i)
-        square[i] = i < n ? load_n<V>(from + i * column_stride + k, rows) * V::set1(factor) : V::zero();
-      transpose(square);
-      for (int64_t i = 0; i < rows; ++i) square[i].store(to + (k + i) * width);
+    pack_squares<V>(depth, to, [&](int64_t i, int64_t k, int64_t rows) {
+      return i < n ? load_n<V>(from + i * column_stride + k, rows) * V::set1(factor) : V::zero();
     });
   } else {
     for (int64_t k = 0; k < depth; ++k)

@@ -8,6 +8,7 @@
 // vec_<name>.h defines, for its instruction set:
 //
 // Vec<S>, which holds Vec<S>::size elements of type S. Loads and stores convert from and to 16-bit floats.
+//   load(bytes)             of floats only: unsigned bytes as numbers
 //   load_pairs(p, even, odd)  the elements 0, 2, ... and 1, 3, ... of 2 * size bfloat16; of floats only
 //   stream(p)               a store past the caches; p is aligned to the size of the vector in memory
 //   fma(a, b, c)            a b + c

@@ -20,6 +20,9 @@ struct Vec<float> {
   static Vec load(const float16* p) {
     return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
   }
+  static Vec load(const uint8_t* p) {
+    return {_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
+  }
   static void load_pairs(const bfloat16* p, Vec& even, Vec& odd) {
     const __m512i bits = _mm512_loadu_si512(p);
     even = {_mm512_castsi512_ps(_mm512_slli_epi32(bits, 16))};

@@ -17,6 +17,7 @@ struct Vec<float> {
   static Vec load(const float* p) { return {vld1q_f32(p)}; }
   static Vec load(const bfloat16* p) { return {vreinterpretq_f32_u32(vshll_n_u16(bits_at(p), 16))}; }
   static Vec load(const float16* p) { return {vcvt_f32_f16(vreinterpret_f16_u16(bits_at(p)))}; }
+  static Vec load(const uint8_t* p) { return {vcvtq_f32_u32(words_at(p))}; }
   static void load_pairs(const bfloat16* p, Vec& even, Vec& odd) {
     const uint32x4_t bits = vreinterpretq_u32_u16(vld1q_u16(reinterpret_cast<const uint16_t*>(p)));
     even = {vreinterpretq_f32_u32(vshlq_n_u32(bits, 16))};
@@ -58,13 +59,7 @@ struct Vec<float> {
     const float32x4_t zero = vsubq_f32(x.v, x.v);  // NaN where x is not finite
     return {vbslq_f32(vceqq_f32(zero, zero), a.v, b.v)};
   }
-  static Vec where(const uint8_t* from, Vec a, Vec b) {
-    uint32_t bytes;
-    std::memcpy(&bytes, from, sizeof(bytes));
-    const uint16x8_t halves = vmovl_u8(vcreate_u8(bytes));
-    const uint32x4_t words = vmovl_u16(vget_low_u16(halves));
-    return {vbslq_f32(vceqzq_u32(words), b.v, a.v)};
-  }
+  static Vec where(const uint8_t* from, Vec a, Vec b) { return {vbslq_f32(vceqzq_u32(words_at(from)), b.v, a.v)}; }
   static void interleave(Vec& a, Vec& b) {
     const float32x4_t low = vzip1q_f32(a.v, b.v);
     b.v = vzip2q_f32(a.v, b.v);
@@ -79,6 +74,11 @@ struct Vec<float> {
   template <class T>
   static uint16x4_t bits_at(const T* p) {
     return vld1_u16(reinterpret_cast<const uint16_t*>(p));
+  }
+  static uint32x4_t words_at(const uint8_t* p) {
+    uint32_t bytes;
+    std::memcpy(&bytes, p, sizeof(bytes));
+    return vmovl_u16(vget_low_u16(vmovl_u8(vcreate_u8(bytes))));
   }
   template <class T>
   static void store_bits(uint16x4_t bits, T* p) {

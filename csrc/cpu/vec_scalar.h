@@ -16,6 +16,7 @@ struct Vec {
   static Vec load(const T* p) {
     return {to_compute(*p)};
   }
+  static Vec load(const uint8_t* p) { return {static_cast<S>(*p)}; }
   static void load_pairs(const bfloat16* p, Vec& even, Vec& odd) {
     even = load(p);
     odd = load(p + 1);

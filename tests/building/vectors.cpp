@@ -111,6 +111,17 @@ void check_arithmetic() {
     });
 }
 
+void check_bytes() {
+  using V = Vec<float>;
+  uint8_t bytes[256];
+  float found[V::size];
+  for (int i = 0; i < 256; ++i) bytes[i] = uint8_t(i * 37);
+  for (int i = 0; i + V::size <= 256; i += V::size) {
+    V::load(bytes + i).store(found);
+    for (int k = 0; k < V::size; ++k) expect("load", found[k], float(bytes[i + k]), float(i), float(k));
+  }
+}
+
 template <class S>
 void check_order() {
   using V = Vec<S>;
@@ -241,6 +252,7 @@ int check() {
   check_arithmetic<double>();
   check_order<float>();
   check_order<double>();
+  check_bytes();
   check_conversion<bfloat16>();
   check_conversion<float16>();
   check_functions<float>();

@@ -124,16 +124,19 @@ def test_the_largest_numbers_do_not_saturate(kind: str, rows: int) -> None:
 
 @needs_extension
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_row_does_not_depend_on_the_others_nor_on_the_threads(kind: str) -> None:
-    stored, x = ops.quantize_weight(random_weight(300, 200), kind), torch.randn(8, 200)
+@pytest.mark.parametrize("shape", [(300, 200), (70, 2200)], ids=str)
+@pytest.mark.parametrize(("rows", "parts"), [(8, (1, 3)), (195, (15, 65))])  # as dot products, as matmuls
+def test_a_row_does_not_depend_on_the_others_nor_on_the_threads(
+    rows: int, parts: tuple[int, ...], shape: tuple[int, int], kind: str
+) -> None:
+    stored, x = ops.quantize_weight(random_weight(*shape), kind), torch.randn(rows, shape[1])
     threads = torch.get_num_threads()
     try:
         found = []
         for count in (1, 2, 3, 8):
             torch.set_num_threads(count)
             found.append(ops.quantized_linear(x, stored))
-            found.append(torch.cat([ops.quantized_linear(row, stored) for row in x.split(1)]))
-            found.append(torch.cat([ops.quantized_linear(row, stored) for row in x.split(3)]))
+            found += [torch.cat([ops.quantized_linear(some, stored) for some in x.split(size)]) for size in parts]
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(other, found[0]) for other in found)
