@@ -87,7 +87,7 @@ def test_many_short_calls_end(threads: Any, count: int) -> None:
         assert torch.equal(engine.step(tokens), expected)
 
 
-@pytest.mark.parametrize(("kept", "new"), [(100, 6), (10, 6), (100, 20)])
+@pytest.mark.parametrize(("kept", "new"), [(100, 6), (10, 8), (100, 9), (100, 20)])
 def test_a_prompt_that_is_read_on_does_not_depend_on_the_other_rows(kept: int, new: int) -> None:
     model = larger_model()
     text = torch.randint(200, (kept + new,))

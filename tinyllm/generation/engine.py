@@ -15,9 +15,8 @@ from tinyllm.model import SimpleLLM
 from tinyllm.ops.decoder import DECODER
 from tinyllm.ops.dispatch import serves
 
-# A prompt of so few new tokens is read one by one: for more, unpacking all weights once takes less time than reading
-# them for each token.
-_FEW_TOKENS = 4
+# A prompt of so few new tokens is read by the products that a step has: more take less time as a matmul.
+_FEW_TOKENS = 8
 
 # Bytes of weights, keys and values from which on a token takes so long that calls of one are not noticed.
 _LARGE_TOKEN = 512 << 20
@@ -105,11 +104,11 @@ class Engine(KeyValueCache):
             new = len(text) - len(self._held[row])
             (few if new <= _FEW_TOKENS and self._reads_alike else many).append((row, text))
         for row, text in few:
-            for token in text[len(self._held[row]) :]:
-                logits[row] = self._call(
-                    torch.ops.tinyllm.decoder_step, *self._rows(row, row + 1), torch.tensor([token])
-                )[0]
-                self._held[row].append(token)
+            new = text[len(self._held[row]) :]
+            logits[row] = self._call(torch.ops.tinyllm.decoder_step, *self._places(row, len(new)), torch.tensor(new))[
+                -1
+            ]
+            self._held[row] += new
         for begin, group in _neighbours(many, self._held, self._chunk):
             for row, own in zip(range(begin, begin + len(group)), self._read(begin, group), strict=True):
                 logits[row] = own
@@ -167,13 +166,9 @@ class Engine(KeyValueCache):
         self, tokens: Tensor, uniforms: Tensor, sampling: Sampling, seen: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """See `Cached.verify`."""
-        n = len(tokens)
-        self._check_room(n)
-        # Rows of one cache, each with one token more than the one before it: the keys and values of all come into the
-        # cache before attention looks at any.
-        lengths = [*range(len(self._held[0]), len(self._held[0]) + n)]
-        cache = self._cache.expand(-1, -1, n, -1, -1, -1)
-        drawn, logprobs = self._draw(tokens, uniforms.unsqueeze(-1), sampling, seen, cache, lengths)
+        self._check_room(len(tokens))
+        places = self._places(0, len(tokens))
+        drawn, logprobs = self._draw(tokens, uniforms.unsqueeze(-1), sampling, seen, *places)
         return keep_right(self._held[0], tokens, drawn[:, 0], logprobs[:, 0])
 
     def _draw(
@@ -202,6 +197,12 @@ class Engine(KeyValueCache):
     def _rows(self, begin: int, end: int) -> tuple[Tensor, list[int]]:
         """Return the cache of some rows, and how many tokens each holds."""
         return self._cache[:, :, begin:end], self.lengths()[begin:end]
+
+    def _places(self, row: int, n: int) -> tuple[Tensor, list[int]]:
+        """Return the next n places of a row as rows of one cache, each with one token more than the one before it: the
+        keys and values of all come into the cache before attention looks at any."""
+        cache, (held,) = self._rows(row, row + 1)
+        return cache.expand(-1, -1, n, -1, -1, -1), [*range(held, held + n)]
 
     def _call(self, operator, cache: Tensor, lengths: list[int], *arguments: Tensor, after: tuple = ()):  # type: ignore[no-untyped-def]
         held = torch.tensor(lengths)
