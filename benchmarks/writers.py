@@ -22,7 +22,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tinyllm.model import SimpleLLM
 
 TRANSFORMERS, COMPILED, CTRANSLATE2, LLAMA = "transformers", "transformers, compiled", "CTranslate2", "llama.cpp"
 FLOAT32, BF16, INT8, INT4 = "float32", "bf16", "int8", "int4"
@@ -82,15 +85,20 @@ def convert_tinyllm(folder: Path, weights: str) -> None:
     save_quantized(quantize(run.model, weights), run.tokenizer, folder / f"tinyllm-{weights}")
 
 
+def load_tinyllm(folder: Path, weights: str) -> SimpleLLM:
+    from tinyllm.model import SimpleLLM
+    from tinyllm.runs.load import load_model
+
+    return SimpleLLM.from_pretrained(folder) if weights == FLOAT32 else load_model(folder / f"tinyllm-{weights}")
+
+
 def open_tinyllm(folder: Path, weights: str) -> Load:
     import torch
 
     from tinyllm.generation import iter_tokens
-    from tinyllm.model import SimpleLLM
-    from tinyllm.runs.load import load_model
 
     def load() -> Write:
-        model = SimpleLLM.from_pretrained(folder) if weights == FLOAT32 else load_model(folder / f"tinyllm-{weights}")
+        model = load_tinyllm(folder, weights)
 
         def write(prompts: Prompts, new_tokens: int, on_step: Callable[[], None]) -> list[list[int]]:
             steps = []
@@ -235,7 +243,8 @@ PROVIDERS = {
     for provider in (
         # First: its tokens are what the others' are compared with.
         Provider(TRANSFORMERS, FLOAT32, *_TRANSFORMERS, open_transformers),
-        *(Provider(OURS, weights, *_OURS) for weights in (FLOAT32, BF16, INT8, INT4)),
+        Provider(OURS, FLOAT32, *_OURS),
+        *(Provider(OURS, weights, *_OURS, cache_bytes=2) for weights in (BF16, INT8, INT4)),
         Provider(TRANSFORMERS, BF16, *_TRANSFORMERS, open_transformers, cache_bytes=2),
         Provider(COMPILED, FLOAT32, *_TRANSFORMERS, open_compiled),
         Provider(CTRANSLATE2, FLOAT32, *_CTRANSLATE2),

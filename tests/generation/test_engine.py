@@ -133,7 +133,8 @@ def test_quantised_models_are_those_of_their_modules(options: dict[str, Any], we
     assert (model.output.weight.kind, model.embedding.embedding.weight.kind) == (ends, ends)
     assert (model.output.data is model.embedding.embedding.data) == plain.config.tie_embeddings
     prompts = [torch.arange(20) % VOCAB, torch.tensor([3, 1, 4, 1, 5, 9, 2, 6, 5, 3])]
-    engine, cached = Engine(model, 2, 24), Cached(model, 2, 24)
+    kept: dict[str, Any] = {"cache_dtype": torch.float32}
+    engine, cached = Engine(model, 2, 24, **kept), Cached(model, 2, 24)
     # The few rows of the output, and of a step, are rounded to 8 bits.
     close = {"rtol": 0, "atol": 1e-4 if weights == "bf16" else 0.05}
     torch.testing.assert_close(engine.read(prompts), cached.read(prompts), **close)
@@ -141,7 +142,7 @@ def test_quantised_models_are_those_of_their_modules(options: dict[str, Any], we
     torch.testing.assert_close(engine.step(tokens), cached.step(tokens), **close)
     with torch.no_grad():
         whole = model(prompts[0].unsqueeze(0))[:, -1]
-        torch.testing.assert_close(Engine(model, 1, 24).read(prompts[:1]), whole, **close)
+        torch.testing.assert_close(Engine(model, 1, 24, **kept).read(prompts[:1]), whole, **close)
         torch.testing.assert_close(whole, plain(prompts[0].unsqueeze(0))[:, -1], rtol=0, atol=0.5)
 
 
@@ -149,7 +150,20 @@ def test_a_model_of_bfloat16_is_computed_in_float32() -> None:
     model = small_model(norm_first=True).bfloat16()
     reference = copy.deepcopy(model).float()
     prompts = [torch.tensor([1, 2, 3, 4, 5, 6])]
-    torch.testing.assert_close(Engine(model, 1, 24).read(prompts), Cached(reference, 1, 24).read(prompts))
+    engine = Engine(model, 1, 24, cache_dtype=torch.float32)
+    torch.testing.assert_close(engine.read(prompts), Cached(reference, 1, 24).read(prompts))
+
+
+def test_of_weights_in_fewer_bits_the_cache_has_fewer_too() -> None:
+    plain = small_model()
+    prompt = [torch.arange(20) % VOCAB]
+    assert Engine(plain, 1, 24)._cache.dtype == torch.float32
+    assert Engine(small_model().bfloat16(), 1, 24)._cache.dtype == torch.bfloat16
+    for weights in ("bf16", "int8", "int4"):
+        model = quantize(copy.deepcopy(plain), weights)
+        short, whole = Engine(model, 1, 24), Engine(model, 1, 24, cache_dtype=torch.float32)
+        assert short._cache.dtype == torch.bfloat16
+        torch.testing.assert_close(short.read(prompt), whole.read(prompt), rtol=0, atol=0.02)
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,8 @@ class Engine(KeyValueCache):
         batch_size: B.
         max_len: capacity, the most tokens that a row holds. The cache takes 2 * num_layers * B * max_len *
             embedding_dim numbers; its memory is taken now, and touched when it is used.
-        cache_dtype: float32 (the default) or bfloat16, which has half the bytes.
+        cache_dtype: float32 or bfloat16, which has half the bytes; default: float32 for a model whose weights are all
+            float32, and bfloat16 for others.
         chunk: how many tokens, of all rows together, are read at once: bounds the memory of a long prompt.
         operands: what the method of this name has returned for the model, if that is known already.
 
@@ -66,8 +67,10 @@ class Engine(KeyValueCache):
             raise ValueError(f"the engine does not serve the model: {found}")
         if cache_dtype not in (None, torch.float32, torch.bfloat16):
             raise ValueError(f"cache_dtype is {cache_dtype}; it must be torch.float32 or torch.bfloat16")
-        super().__init__(model, batch_size, max_len, cache_dtype or torch.float32, "cpu", chunk)
         self._weights, self._positions, self._settings = found
+        in_fewer_bits = any(x.dtype != torch.float32 for x in self._weights)
+        own = torch.bfloat16 if in_fewer_bits else torch.float32
+        super().__init__(model, batch_size, max_len, cache_dtype or own, "cpu", chunk)
         self._classes = model.config.vocab_size
         # Of the table, which comes first, only a row is read.
         self._bytes = sum(x.numel() * x.element_size() for x in self._weights[1:])
