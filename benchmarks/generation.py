@@ -37,7 +37,7 @@ from typing import Any
 
 from tinyllm._internal.cpus import usable_cpus
 
-from . import machine, report
+from . import guesses, machine, report
 from .cpu import TUNED
 from .generation_tables import READING, WRITING, progress
 from .measure import statistics_of
@@ -321,6 +321,9 @@ def bench(plan: Plan, only: str | None = None, quick: bool = False, out: Path | 
     try:
         with tempfile.TemporaryDirectory() as folder:
             results = make_results(facts, *measure(plan, Path(folder)))
+            if GPT2 in plan.models and only is None:
+                home = Path(folder) / str(plan.models.index(GPT2))
+                results["generation"]["guesses"] = report.rounded(guesses.measure(home, max(plan.threads)))
     except (WriterError, ImportError) as error:
         print(f"python -m benchmarks.generation: error: {error}", file=sys.stderr)
         return 2

@@ -19,6 +19,10 @@ weights are as wide or wider. The prompts are random tokens, and the longest one
 context. Memory is the most that was resident beside the libraries' own. "Same tokens" are those that transformers
 writes with float32; from the first other one on, a text goes its own way."""
 
+GUESSES = """Guesses are right as often as the text repeats itself, which random weights do not: here the model is computed
+as ever, and what it draws is replaced by a text of people, Python's argparse, chapters of its reference, or a piece of
+argparse once more with a name replaced. "Tokens a pass" are those that a pass over the weights gave."""
+
 
 def render(results: Mapping[str, Any]) -> list[str]:
     """Return the lines below the facts of a file of results."""
@@ -34,6 +38,9 @@ def render(results: Mapping[str, Any]) -> list[str]:
             lines += ["", f"**{model}, {_threads(threads)}: writing {new} tokens**", "", *_matrix(writing)]
             lines += ["", f"**{model}, {_threads(threads)}: reading the prompt**", "", *_matrix(reading)]
             lines += ["", f"**{model}, {_threads(threads)}: the rest**", "", *_rest(writing)]
+    if found := results["generation"].get("guesses"):
+        lines += ["", f"**{rows[0]['model']}, {_threads(rows[0]['threads'])}: guesses from the text itself**", ""]
+        lines += [*GUESSES.splitlines(), "", *_guesses(found)]
     return lines
 
 
@@ -86,6 +93,22 @@ def _rest(rows: Sequence[RowFacts]) -> list[str]:
         said = f"{_case(first)}: {first['first_difference']}" if first else "none"
         memory = [f"{max(each) / 1e6:,.0f} MB" if each else "" for each in peaks]
         table.append([label, format_time(measured[0]["load_s"]), *memory, f"{sum(shares) / len(shares):.0%}", said])
+    return markdown(table)
+
+
+def _guesses(found: Mapping[str, Any]) -> list[str]:
+    """Return a line for each text and kind of weights, a column for each number of guesses."""
+    numbers = list(dict.fromkeys(row["guesses"] for row in found["rows"]))
+    table = [["", *(f"at most {number}" if number else "none" for number in numbers)]]
+    for text, weights in dict.fromkeys((row["text"], row["weights"]) for row in found["rows"]):
+        same = {r["guesses"]: r for r in found["rows"] if (r["text"], r["weights"]) == (text, weights)}
+        cells = [format_digits(same[0]["tokens_per_s"])]
+        for row in (same[number] for number in numbers if number):
+            factor = row["tokens_per_s"] / same[0]["tokens_per_s"]
+            cells.append(
+                f"{format_digits(row['tokens_per_s'])}, {row['tokens_a_pass']:.2f} tokens a pass, **{factor:.2f}x**"
+            )
+        table.append([f"{text}, {weights}", *cells])
     return markdown(table)
 
 

@@ -19,6 +19,11 @@ LONGEST_S = 300.0  # for one request; a provider that takes longer is stopped
 LOAD_S = 120.0
 
 
+def settings(threads: int) -> dict[str, str]:
+    """Return the environment of a process that has so many threads."""
+    return {"OMP_NUM_THREADS": str(threads), "TORCHINDUCTOR_COMPILE_THREADS": "1", **TUNED}
+
+
 class WriterError(Exception):
     """A provider cannot do what it is asked for; the message says why."""
 
@@ -31,7 +36,6 @@ class Worker:
     """
 
     def __init__(self, label: str, folder: Path, threads: int) -> None:
-        settings = {"OMP_NUM_THREADS": str(threads), "TORCHINDUCTOR_COMPILE_THREADS": "1", **TUNED}
         self._log = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 - closed when this one is
         self._process = subprocess.Popen(
             [sys.executable, "-m", f"{__package__}.writers", label, str(folder)],
@@ -40,7 +44,7 @@ class Worker:
             stderr=self._log,
             text=True,
             cwd=machine.ROOT if report.IN_REPOSITORY else None,
-            env={**os.environ, **settings},
+            env={**os.environ, **settings(threads)},
         )
         self.pid = self._process.pid
         try:
