@@ -17,7 +17,7 @@ the others' are, is in the results. The prompts have 1, 256 and 960 tokens: with
 context.
 
 Needs `pip install 'tinyllm[bench]'`. llama.cpp takes part where `CMAKE_ARGS=-DGGML_NATIVE=ON pip install
-llama-cpp-python gguf` has built it, in tens of minutes. What is not installed is named in the tables.
+llama-cpp-python gguf` has built it, in a few minutes. What is not installed is named in the tables.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from typing import Any
 
 from tinyllm._internal.cpus import usable_cpus
 
-from . import guesses, machine, report
+from . import machine, report
 from .cpu import TUNED
 from .generation_tables import READING, WRITING, progress
 from .measure import statistics_of
@@ -321,9 +321,6 @@ def bench(plan: Plan, only: str | None = None, quick: bool = False, out: Path | 
     try:
         with tempfile.TemporaryDirectory() as folder:
             results = make_results(facts, *measure(plan, Path(folder)))
-            if GPT2 in plan.models and only is None:
-                home = Path(folder) / str(plan.models.index(GPT2))
-                results["generation"]["guesses"] = report.rounded(guesses.measure(home, max(plan.threads)))
     except (WriterError, ImportError) as error:
         print(f"python -m benchmarks.generation: error: {error}", file=sys.stderr)
         return 2

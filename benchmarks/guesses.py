@@ -1,31 +1,32 @@
 """Measure how much faster a text is written with guesses from the text itself:
 
-    python -m benchmarks.guesses FOLDER
+    python -m benchmarks.guesses    in five minutes; writes results/guesses/FAMILY.json and the page
 
-FOLDER holds a GPT-2 as Hugging Face saves it, and what `benchmarks.writers` makes of it; OMP_NUM_THREADS is the number
-of threads. `benchmarks.generation` asks, and reads the JSON that is printed.
-
-How often guesses are right depends on the text, and the weights are random. So the model is computed as ever, and what
-it draws is replaced by a text of people: the times are those of a model that writes this text.
+How often guesses are right depends on the text, and no model that writes as people do can be had here. So GPT-2 with
+random weights is computed as ever, and what it draws is replaced by a text that was written by people: the times are
+those of a model that writes this text.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import random
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from pydoc_data.topics import topics
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from tinyllm._internal.cpus import usable_cpus
 from tinyllm.data.corpus import standard_library
 from tinyllm.generation import iter_tokens
 from tinyllm.generation.engine import Engine
@@ -33,11 +34,14 @@ from tinyllm.model import SimpleLLM
 from tinyllm.tokenizer import BPETokenizer
 
 from . import machine, report
+from .cpu import TUNED
+from .row import OURS
 from .workers import WriterError, settings
-from .writers import BF16, FLOAT32, INT4, INT8, load_tinyllm
+from .writers import BF16, FLOAT32, INT4, INT8, convert_tinyllm, load_tinyllm
+from .written_models import GPT2, make_model
 
-PROMPT, NEW, MOST = 512, 96, (0, 3, 10)  # tokens of a prompt and after it, and the most to guess; 0: no guesses
-EXCERPTS, ROUNDS = 3, 2
+PROMPT, NEW, MOST = 512, 64, (0, 3, 10)  # tokens of a prompt and after it, and the most to guess; 0: no guesses
+EXCERPTS, ROUNDS = 3, 3
 
 
 class Replay(Engine):
@@ -89,61 +93,88 @@ def excerpts() -> dict[str, list[list[int]]]:
     return found
 
 
-def write(decoder: Replay, most: int) -> tuple[float, float]:
-    """Write the text; return the seconds of a token after the first one, and how many tokens a call gave."""
+def write(decoder: Replay, most: int) -> float:
+    """Write the text; return the seconds of a token after the first one."""
     decoder.calls = 0
     prompt, lookup = torch.tensor(decoder.text[:PROMPT]), most or None
     stream = iter_tokens(decoder.model, prompt, NEW, temperature=0, decoder=decoder, prompt_lookup_num_tokens=lookup)
     written = [int(token) for token in stream]
     assert written == decoder.text[PROMPT : PROMPT + NEW], "another text than was to be written"
-    return stream.decode_seconds / (NEW - 1), (NEW - 1) / decoder.calls
+    return stream.decode_seconds / (NEW - 1)
 
 
 def rows_of(model: SimpleLLM, weights: str, found: dict[str, list[list[int]]]) -> list[dict[str, Any]]:
-    """Return a row for each kind of text and number of guesses."""
-    rows = []
+    """Return a row without guesses, and one for each kind of text and number of guesses."""
+    seconds: dict[tuple[str, int], list[float]] = {}  # of a token, in each excerpt
+    passes: dict[tuple[str, int], list[int]] = {}
     for kind, each in found.items():
-        times: dict[int, list[float]] = {most: [] for most in MOST}
-        tokens: dict[int, list[float]] = {most: [] for most in MOST}
         for text in each:
-            decoder = Replay(model, text)  # reads the prompt once
+            decoder = Replay(model, text)
+            write(decoder, MOST[-1])  # reads the prompt, which stays
+            times: dict[int, list[float]] = {most: [] for most in MOST}
             for number in range(ROUNDS):
                 for most in random.Random(number).sample(MOST, len(MOST)):
-                    seconds, a_call = write(decoder, most)
-                    times[most].append(seconds)
-                    tokens[most].append(a_call)
-        for most in MOST:
-            # Without guesses a call gives several tokens too, and computes them one by one.
-            row = {"text": kind, "weights": weights, "guesses": most, "tokens_per_s": 1 / fmean(times[most])}
-            rows.append(row if most == 0 else {**row, "tokens_a_pass": fmean(tokens[most])})
-    return rows
+                    times[most].append(write(decoder, most))
+                    if number == 0:
+                        passes.setdefault((kind, most), []).append(decoder.calls)
+            for most in MOST:
+                seconds.setdefault((kind, most), []).append(median(times[most]))
+    # Without guesses all texts take as long.
+    none = fmean(time for (_, most), times_of in seconds.items() if most == 0 for time in times_of)
+    rows: list[dict[str, Any]] = [{"text": None, "guesses": 0, "tokens_per_s": 1 / none}]
+    for (kind, most), times_of in seconds.items():
+        if most > 0:
+            pooled = len(times_of) * (NEW - 1) / sum(passes[kind, most])
+            rows.append({"text": kind, "guesses": most, "tokens_per_s": 1 / fmean(times_of), "tokens_a_pass": pooled})
+    return [{"section": "guesses", "provider": OURS, "weights": weights, **row} for row in rows]
 
 
-def measure(folder: Path, threads: int) -> dict[str, Any]:
-    """Return what `main` prints, of a process of its own.
+def measure(folder: Path) -> list[dict[str, Any]]:
+    """Return the rows, of a process with the settings of all others.
 
     Raises:
         WriterError: it fails.
     """
+    others = machine.OtherLoad()
     done = subprocess.run(
         [sys.executable, "-m", f"{__package__}.guesses", str(folder)],
-        capture_output=True,
+        stdout=subprocess.PIPE,
         text=True,
         cwd=machine.ROOT if report.IN_REPOSITORY else None,
-        env={**os.environ, **settings(threads)},
+        env={**os.environ, **settings(usable_cpus())},
     )
     if done.returncode != 0:
-        raise WriterError(f"{__package__}.guesses ended with {done.returncode}: {done.stderr.strip()[-200:]}")
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+        raise WriterError(f"the process that measures has ended with {done.returncode}")
+    rows: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
+    return [{**row, "other_load_cores": others.cores()} for row in rows]
 
 
-def main(folder: str) -> None:
-    found, rows = excerpts(), []
-    for weights in (FLOAT32, BF16, INT8, INT4):
-        rows += rows_of(load_tinyllm(Path(folder), weights), weights, found)
-    print(json.dumps({"prompt": PROMPT, "new_tokens": NEW, "excerpts": EXCERPTS, "rows": rows}))
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; return the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.guesses", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path, nargs="?", help=argparse.SUPPRESS)
+    folder = parser.parse_args(arguments).folder
+    kinds = (FLOAT32, BF16, INT8, INT4)
+    if folder is not None:
+        found = excerpts()
+        print(json.dumps([row for kind in kinds for row in rows_of(load_tinyllm(folder, kind), kind, found)]))
+        return 0
+    facts = {**machine.describe(), "quick": False, "allocator": TUNED, "ceilings": None, "guesses": list(MOST)}
+    try:
+        with tempfile.TemporaryDirectory() as made:
+            make_model(GPT2, Path(made))
+            for kind in kinds:
+                convert_tinyllm(Path(made), kind)
+            results = report.rounded({**facts, "rows": measure(Path(made))})
+    except (WriterError, ImportError) as error:
+        print(f"python -m benchmarks.guesses: error: {error}", file=sys.stderr)
+        return 2
+    print(report.render_tables(results))
+    report.publish(results, None)
+    return 0
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    sys.exit(main())

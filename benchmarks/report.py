@@ -3,8 +3,8 @@
     python -m benchmarks.report                   write page, pictures and table anew from the stored results
     python -m benchmarks.report --adopt FILE      first take over what was measured elsewhere, with --out
 
-KIND is cpu, gpu, training or generation; FAMILY names the processor's family or the chip. The page shows whatever is
-stored, the families beside each other.
+KIND is cpu, gpu, training, generation or guesses; FAMILY names the processor's family or the chip. The page shows
+whatever is stored, the families beside each other.
 """
 
 from __future__ import annotations
@@ -31,7 +31,13 @@ README, PAGE = ROOT / "README.md", ROOT / "docs" / "benchmarks.md"
 PICTURES = PAGE.with_suffix("")
 # Of an installed package: the same folder below the one it is run in.
 RESULTS = (ROOT if IN_REPOSITORY else Path()) / "benchmarks" / "results"
-KINDS = {"cpu": "On a CPU", "training": "Whole trainings", "generation": "Writing", "gpu": "On a GPU"}
+KINDS = {
+    "cpu": "On a CPU",
+    "training": "Whole trainings",
+    "generation": "Writing",
+    "guesses": "Writing with guesses",
+    "gpu": "On a GPU",
+}
 SECTIONS = {
     "embedding": "Embedding",
     "layer_norm": "Norms",
@@ -120,7 +126,7 @@ def is_disturbed(row: RowFacts) -> bool:
 
 def kind_of(results: Results) -> str:
     """Return the key of KINDS under which results are stored."""
-    kinds = {"details": "training", "generation": "generation", "gpu": "gpu"}
+    kinds = {"details": "training", "generation": "generation", "guesses": "guesses", "gpu": "gpu"}
     return next((kind for key, kind in kinds.items() if key in results), "cpu")
 
 
@@ -257,6 +263,8 @@ def render_tables(results: Results) -> str:
     lines = [_facts(results)]
     if kind_of(results) == "generation":
         return "\n".join([*lines, *generation_tables.render(results)])
+    if kind_of(results) == "guesses":
+        return "\n".join([*lines, "", *generation_tables.render_guesses(results)])
     for section, title in SECTIONS.items():
         rows = [row for row in results["rows"] if row["section"] == section]
         if rows:
@@ -361,6 +369,7 @@ KIND_NOTES = {
     "training": """A step is everything: data, forward, backward, clipping, optimizer, bookkeeping. At GPT-2's size,
 where data and bookkeeping are lost in seconds, all have the same short loop and one batch.""",
     "generation": generation_tables.NOTE,
+    "guesses": generation_tables.GUESSES,
     "gpu": """Times of operators are as the GPU runs them, those of training steps and launches by the clock on the
 wall. CUDA C++ and Triton are ours, each forced; tinyllm is what the package chooses by itself.""",
 }

@@ -15,7 +15,7 @@ from benchmarks.row import BACKWARD, COMPILED, CUDA, EAGER, FORWARD, OURS, TRITO
 from benchmarks.rows import rows
 from benchmarks.rows.launch import LAUNCH
 from benchmarks.training import SECTIONS
-from benchmarks.writers import PROVIDERS
+from benchmarks.writers import BF16, FLOAT32, INT4, INT8, PROVIDERS
 from tinyllm.ops.backends import hardware
 
 from .made_up import FACTS, TIMES, a_norm, a_row, measured, results_of
@@ -59,7 +59,7 @@ def test_pictures_are_those_of_the_stored_results() -> None:
 @pytest.mark.parametrize("kind", report.KINDS)
 def test_stored_results_are_whole(kind: str) -> None:
     found = report.stored(kind)
-    assert found or kind in ("generation", "gpu")
+    assert found or kind in ("generation", "guesses", "gpu")
     for family, results in found.items():
         assert not results["quick"]
         assert results["commit"]
@@ -73,6 +73,9 @@ def test_stored_results_are_whole(kind: str) -> None:
         if kind == "generation":
             assert {f"{row['provider']}, {row['weights']}" for row in results["rows"]} == set(PROVIDERS)
             assert {row["threads"] for row in results["rows"]} == {results["machine"]["cores"]}
+            continue
+        if kind == "guesses":
+            assert {row["weights"] for row in results["rows"]} == {FLOAT32, BF16, INT8, INT4}
             continue
         if kind == "gpu":
             assert {row["benchmark"] for row in results["rows"]} == {row.name for row in rows(Target(gpu=True))}
