@@ -9,6 +9,7 @@
 #   make docs    the site of docs/, into build/site
 #   make abi-check      all sources against the headers of torch 2.10, 2.11 and the newest torch
 #   make gpu-compile    the GPU kernels' registers, spills and shared memory, read without a GPU
+#   make gpu-tiles      the same of Triton's kernels with every tile that tuning may choose; it takes long
 #   make cpu-sanitize   the CPU kernels of every instruction set that this machine has, watched by the sanitizers
 #   make avx512-check   the CPU kernels of AVX-512, emulated on a processor that has only AVX2
 #   make aarch64-check  the CPU kernels of aarch64, cross compiled and run in qemu
@@ -20,7 +21,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 TESTED := $(wildcard tests/emulation/*.h tests/emulation/*.cpp tests/building/*.cpp tests/building/avx512/*)
 
-.PHONY: demo dev test bench train-bench generation-bench lint abi-check gpu-compile cpu-sanitize cuda-sanitize avx512-check aarch64-check wheel-check docs format clean
+.PHONY: demo dev test bench train-bench generation-bench lint abi-check gpu-compile gpu-tiles cpu-sanitize cuda-sanitize avx512-check aarch64-check wheel-check docs format clean
 
 # What building and checking need; torch is pinned, so that no other one is downloaded.
 .venv/tools: pyproject.toml constraints.txt
@@ -58,10 +59,12 @@ bench: .venv/installed .venv/dev
 train-bench: .venv/installed .venv/dev
 	$(BIN)/python -m benchmarks.training
 
-# llama.cpp takes part where it is installed, see benchmarks/generation.py.
+# llama.cpp is built for this processor, in a few minutes; where that fails, it does not take part.
 generation-bench: .venv/installed .venv/dev
 	$(PIP) install -q -c constraints.txt transformers ctranslate2
+	-CMAKE_ARGS=-DGGML_NATIVE=ON $(PIP) install -q -c constraints.txt llama-cpp-python gguf
 	$(BIN)/python -m benchmarks.generation
+	$(BIN)/python -m benchmarks.guesses
 
 lint: .venv/installed .venv/dev
 	$(BIN)/ruff check .
@@ -76,6 +79,9 @@ abi-check: .venv/installed .venv/dev
 gpu-compile: .venv/installed .venv/dev
 	$(BIN)/python -m tests.building.cuda_compile
 	$(BIN)/python -m tests.building.gpu_compile
+
+gpu-tiles: .venv/installed .venv/dev
+	$(BIN)/python -m tests.building.gpu_compile --every-tile
 
 cpu-sanitize: .venv/installed .venv/dev
 	$(BIN)/python -m tests.building.cpu_sanitize

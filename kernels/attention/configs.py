@@ -1,9 +1,9 @@
 """Tiles that the attention kernels are launched with: for each kernel, element size and width of a head a short list of
 candidates, the default first.
 
-With the Triton of constraints.txt all keep their registers in the loops over tiles: `make gpu-compile` looks at each
-candidate on one chip, and `python -m tests.building.gpu_compile --every-tile` on all. None has been timed yet; the
-defaults are near those that PyTorch's FlexAttention found for the same chips.
+With the Triton of constraints.txt all keep their registers in the loops over tiles: `make gpu-compile` looks at the
+defaults, `make gpu-tiles` at each candidate. None has been timed yet; the defaults are near those that PyTorch's
+FlexAttention found for the same chips.
 """
 
 from __future__ import annotations
