@@ -94,7 +94,8 @@ void define_operators(Library& m) {
       " -> Tensor");
   // Generation with a cache of keys and values (layers, 2, B, H, length, head_dim); cpu/decoder.cpp says what weights
   // lists. Sequence b has read lengths[b] tokens. decoder_read reads counts[b] of ids (B, T) more, decoder_step one,
-  // ids (B); both return the logits (B, V) of what follows. decoder_write reads ids (B), then draws and reads tokens
+  // ids (B); both return the logits (B, V) of what follows. Sequences of decoder_step and decoder_write may share a
+  // cache, as the places of one text that follow one another. decoder_write reads ids (B), then draws and reads tokens
   // until it has drawn as many as there are columns of uniforms; tokens are -1 behind the one with which the last
   // sequence came to a stop id.
   m.def(

@@ -6,6 +6,9 @@ namespace tinyllm::cpu {
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// Addresses so far apart fall into the same set of the first-level cache.
+constexpr int64_t kCollidingBytes = 4096;
+
 // The sizes of blocks for an instruction set and a compute type, in elements of that type.
 struct Blocking {
   // The micro-kernel computes mr x nr elements of C at a time. These and nc are constants of the compiled kernels.

@@ -1,4 +1,6 @@
 // Generating tokens: the whole model for one token of each sequence, again and again, in a single parallel region.
+// The sequences of a step may be the next places of one sequence, all in its cache, each a token longer than the one
+// before: so a few tokens that are known already are read at once.
 //
 // Each weight is read once for all sequences, and the time is that of reading it. A token takes five phases a layer and
 // two more (phases.h): queries, keys and values | attention | projection | first layer | second layer, then the logits,

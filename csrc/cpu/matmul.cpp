@@ -1,5 +1,7 @@
 #include "matmul.h"
 
+#include <cstring>
+
 #include "scratch.h"
 
 namespace tinyllm::cpu {
@@ -132,13 +134,27 @@ void run_gemm(DType dtype, Matmul* matmuls, int64_t count) {
     parallel_items(tasks.tasks(), task);
 }
 
-// Runs a matmul that takes less time than packing its stored weight: a thread multiplies what it has packed while that
-// is in its caches.
-void run_unpacking(const Matmul& p, DType dtype) {
-  constexpr int64_t item_elements = 65536;
+// Runs a matmul of few rows with a stored weight, or a chunk of its depth: a thread multiplies what it has packed while
+// that is in its caches.
+void run_unpacking(Matmul p, DType dtype) {
+  constexpr int64_t item_elements = 65536;  // with 256 KB half of a second-level cache, or less
+  constexpr double unpacking_flops = 16;    // of a weight; they take as long
   const Kernels& k = kernels();
-  const int64_t nr = blocking(dtype).nr;
-  const int64_t width = std::max<int64_t>(1, item_elements / (nr * std::max<int64_t>(1, p.depth))) * nr;
+  const Blocking b = blocking(dtype);
+  // Each item would copy rows of A that it cannot read in place.
+  const int64_t row = p.depth + 16;
+  const bool copies = p.rows > 1 && p.a.row * compute_size(dtype) % kCollidingBytes == 0;
+  const Scratch copied(copies ? static_cast<size_t>(p.rows * row * compute_size(dtype)) : 0);
+  if (copies) {
+    for (int64_t r = 0; r < p.rows; ++r)
+      std::memcpy(copied.data() + r * row * compute_size(dtype), advance(p.a.data, r * p.a.row, dtype),
+                  static_cast<size_t>(p.depth * compute_size(dtype)));
+    p.a = {copied.data(), row, 1};
+  }
+  const int64_t panels = divide_up(p.columns, b.nr), each = 2 * torch::stable::get_num_threads();
+  const double work = flops(p) + unpacking_flops * static_cast<double>(p.columns) * static_cast<double>(p.depth);
+  const int64_t fitting = std::max<int64_t>(1, item_elements / (b.nr * std::max<int64_t>(1, p.depth)));
+  const int64_t width = (work < b.serial_flops ? panels : std::min(fitting, divide_up(panels, each))) * b.nr;
   parallel_items(divide_up(p.columns, width), [&](int64_t item) {
     Matmul part = columns_of(p, item * width, std::min(width, p.columns - item * width), dtype);
     const Scratch scratch(static_cast<size_t>(packed_elements(part, dtype) * compute_size(dtype)));
@@ -151,7 +167,6 @@ void run_unpacking(const Matmul& p, DType dtype) {
 void run_matmul(DType dtype, const Matmul& p) {
   if (p.rows == 0 || p.columns == 0) return;
   const Blocking b = blocking(dtype);
-  if (p.weight != nullptr && p.rows <= b.unpacking_rows) return run_unpacking(p, dtype);
   if (p.weight == nullptr && p.rows <= b.gemv_rows && p.a.column == 1 && p.b.row == 1) return run_gemv(p, dtype);
   // The sum of a chunk of the depth can continue in `out` only if nothing but the bias follows it, and only if `out`
   // has the compute type.
@@ -167,12 +182,16 @@ void run_matmul(DType dtype, const Matmul& p) {
     chunk.weight_depth = p.weight_depth + k;
     if (k > 0) chunk.residual = p.out;
     if (k + chunk.depth < p.depth) chunk.bias = nullptr;
+    k += chunk.depth;
+    if (p.weight != nullptr && p.rows <= b.unpacking_rows) {
+      run_unpacking(chunk, dtype);
+      continue;
+    }
     const int64_t width = std::max<int64_t>(1, b.packed_b_elements / (std::max<int64_t>(1, chunk.depth) * b.nr)) * b.nr;
     for (int64_t c = 0; c < p.columns; c += width) {
       Matmul block = columns_of(chunk, c, std::min(width, p.columns - c), dtype);
       run_gemm(dtype, &block, 1);
     }
-    k += chunk.depth;
   } while (k < p.depth);
 }
 

@@ -2,11 +2,12 @@
 // tensor's dtype, applied while a tile is still in the first-level cache.
 //
 // The loops are those of BLIS (Van Zee & van de Geijn 2015). B is packed into panels first (matmul_pack_b), a block of
-// columns at a time that all threads share; a narrow row-major B serves without packing. Each thread then takes a block
-// of C (matmul_block). Where a panel of B stays in the first-level cache, the block's rows of A pass it; elsewhere a
-// KC x NC block of B, which stays in the second-level cache, passes a group of rows. The epilogue runs when the last
-// chunk of the depth has been added to a tile, so that outputs are written once. A is read in place, unless it has
-// 16-bit elements or its strides map what a tile reads to a few cache sets: then the block of A is packed as well.
+// columns at a time that all threads share, or with few rows a part at a time that one thread uses; a narrow row-major
+// B serves without packing. Each thread then takes a block of C (matmul_block). Where a panel of B stays in the
+// first-level cache, the block's rows of A pass it; elsewhere a KC x NC block of B, which stays in the second-level
+// cache, passes a group of rows. The epilogue runs when the last chunk of the depth has been added to a tile, so that
+// outputs are written once. A is read in place, unless it has 16-bit elements or its strides map what a tile reads to a
+// few cache sets: then the block of A is packed as well.
 //
 // A matmul with few rows would spend more time on packing B than on multiplying. There, gemv computes each output as
 // the dot product of a row of A and a column of B, both read in place.
@@ -36,11 +37,11 @@ constexpr int64_t kFarElements = int64_t{1} << 20;
 constexpr int64_t kDepthBlock = 4 * kKC;
 
 // Whether the micro-kernel can read A in place. Not if what a tile reads falls into a few sets of the first-level
-// cache, as addresses 4096 bytes apart do.
+// cache.
 template <class T>
 inline bool a_usable_unpacked(const Matmul& p) {
   if (!std::is_same_v<T, compute_t<T>>) return false;
-  if (p.a.column == 1) return p.rows == 1 || p.a.row * int64_t{sizeof(T)} % 4096 != 0;
+  if (p.a.column == 1) return p.rows == 1 || p.a.row * int64_t{sizeof(T)} % cpu::kCollidingBytes != 0;
   return p.a.row == 1 && !kBlocking<compute_t<T>>.packs_transposed(p.a.column);
 }
 

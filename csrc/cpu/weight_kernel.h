@@ -9,11 +9,9 @@
 // integers, and only their scales are floats (see quant_dot.h).
 #pragma once
 #include <algorithm>
-#include <cmath>
 #include <limits>
 
 #include "activation.h"
-#include "pack.h"
 #include "prefetch.h"
 #include "quant_dot.h"
 #include "scratch.h"

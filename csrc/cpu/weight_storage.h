@@ -23,7 +23,7 @@ struct StoredBlock {
   Vec<float> at(int64_t i) const { return (Vec<float>::load(levels + i) - zero) * scale; }
 };
 
-// Returns the block of a row that begins at column k. `buffer` receives the levels that the row has not as bytes.
+// Returns the block of a row that begins at column k. `buffer` receives the unpacked levels of int4.
 inline StoredBlock stored_block(const Weight& w, int64_t row, int64_t k, bfloat16 stored_scale,
                                 uint8_t (&buffer)[kQuantBlock]) {
   using V = Vec<float>;

@@ -92,7 +92,7 @@ def test_a_prompt_that_is_read_on_does_not_depend_on_the_other_rows(kept: int, n
     model = larger_model()
     text = torch.randint(200, (kept + new,))
     found = []
-    for others in ([], [(100, 126)], [(3, 5), (20, 30)]):
+    for others in ([], [(100, 126)], [(3, 5), (20, 30)], [(100, 200)]):  # the last: more rows than are unpacked for
         engine = Engine(model, 1 + len(others), 600)
         for i, _ in enumerate(("read", "read on")):
             lengths = [(kept, kept + new)[i], *(pair[i] for pair in others)]
@@ -154,7 +154,7 @@ def test_a_model_of_bfloat16_is_computed_in_float32() -> None:
     torch.testing.assert_close(engine.read(prompts), Cached(reference, 1, 24).read(prompts))
 
 
-def test_of_weights_in_fewer_bits_the_cache_has_fewer_too() -> None:
+def test_weights_in_fewer_bits_have_a_bfloat16_cache() -> None:
     plain = small_model()
     prompt = [torch.arange(20) % VOCAB]
     assert Engine(plain, 1, 24)._cache.dtype == torch.float32

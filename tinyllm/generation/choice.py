@@ -21,7 +21,7 @@ def make_decoder(model: nn.Module, batch_size: int, max_len: int, *, cache_dtype
         model: a SimpleLLM, or anything that `Recompute` takes.
         batch_size: how many sequences are written together.
         max_len: how long they get at most, the prompt included; above the model's max_seq_len it counts as that.
-        cache_dtype: see `Cached`.
+        cache_dtype: see `Cached` and `Engine`.
 
     For a SimpleLLM that is not causal, as the article's is, a warning says once a process that nothing can be kept.
     """

@@ -107,11 +107,10 @@ class Engine(KeyValueCache):
             new = len(text) - len(self._held[row])
             (few if new <= _FEW_TOKENS and self._reads_alike else many).append((row, text))
         for row, text in few:
-            new = text[len(self._held[row]) :]
-            logits[row] = self._call(torch.ops.tinyllm.decoder_step, *self._places(row, len(new)), torch.tensor(new))[
-                -1
-            ]
-            self._held[row] += new
+            rest = text[len(self._held[row]) :]
+            places = self._places(row, len(rest))
+            logits[row] = self._call(torch.ops.tinyllm.decoder_step, *places, torch.tensor(rest))[-1]
+            self._held[row] += rest
         for begin, group in _neighbours(many, self._held, self._chunk):
             for row, own in zip(range(begin, begin + len(group)), self._read(begin, group), strict=True):
                 logits[row] = own

@@ -75,8 +75,7 @@ def generate(
             up to this many tokens, those that followed there (Saxena, 2023, "Prompt Lookup Decoding"). One pass over
             the weights computes all guesses, and those are kept that are drawn anyway: the text is the same, within
             rounding, and one that repeats itself, such as code, is written faster. Default: none.
-        cache_dtype: of the keys and values that are kept; default: the model's, and on a CPU bfloat16 for weights in
-            fewer bits.
+        cache_dtype: of the keys and values that are kept; default: the decoder's, see `Cached` and `Engine`.
         decoder: one that `make_decoder` made of this model, to be kept from call to call while the weights stay: the
             beginning of a prompt that it has read before is not computed again. One text after the other may use it: a
             stream that goes on after another use of its decoder raises RuntimeError.

@@ -82,6 +82,7 @@ inline constexpr auto larger = [](auto a, auto b) { return a > b ? a : b; };
 }  // namespace tinyllm::emulated
 
 #define _mm512_cvtepu16_epi32(v) (tinyllm::emulated::convert<simde__m512i, int32_t, uint16_t>(v))
+#define _mm512_cvtepu8_epi32(v) (tinyllm::emulated::convert<simde__m512i, int32_t, uint8_t>(v))
 #define _mm512_cvtepi32_ps(v) (tinyllm::emulated::convert<simde__m512, float, int32_t>(v))
 #define _mm512_cvtepi32_epi16(v) (tinyllm::emulated::convert<__m256i, int16_t, int32_t>(v))
 #define _mm512_cvtph_ps(v) tinyllm::emulated::cvtph_ps(v)
