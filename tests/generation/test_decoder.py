@@ -121,6 +121,8 @@ def test_a_cache_in_another_dtype(kind: Any) -> None:
         generate(model, [1, 2], 5, decoder=3)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"cache_dtype is torch.int8; it must be "):
         kind(model, 1, 24, cache_dtype=torch.int8)
+    with pytest.raises(ValueError, match="cache_dtype is 'half'; it must be a floating dtype"):
+        make_decoder(small_model(causal=False), 1, 24, cache_dtype="half")  # type: ignore[arg-type]
 
 
 def test_under_autocast() -> None:

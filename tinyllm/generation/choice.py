@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from tinyllm.generation.cuda_graph import GraphedCache
-from tinyllm.generation.decoder import Cached, Decoder, Recompute
+from tinyllm.generation.decoder import Cached, Decoder, Recompute, check_cache_dtype
 from tinyllm.generation.engine import Engine
 from tinyllm.model import SimpleLLM
 
@@ -24,7 +24,11 @@ def make_decoder(model: nn.Module, batch_size: int, max_len: int, *, cache_dtype
         cache_dtype: see `Cached` and `Engine`.
 
     For a SimpleLLM that is not causal, as the article's is, a warning says once a process that nothing can be kept.
+
+    Raises:
+        ValueError: cache_dtype is no floating dtype.
     """
+    check_cache_dtype(cache_dtype)
     # In order of speed: the first that serves the model is taken.
     if cache_dtype in (None, torch.float32, torch.bfloat16) and not isinstance(found := Engine.operands(model), str):
         model = cast(SimpleLLM, model)

@@ -194,8 +194,7 @@ class Cached(KeyValueCache):
     ) -> None:
         if (reason := self.refuses(model)) is not None:
             raise ValueError(f"model has no valid cache: {reason}")
-        if cache_dtype is not None and not getattr(cache_dtype, "is_floating_point", False):
-            raise ValueError(f"cache_dtype is {cache_dtype}; it must be a floating dtype")
+        check_cache_dtype(cache_dtype)
         weight = next(model.parameters())
         super().__init__(model, batch_size, max_len, cache_dtype or weight.dtype, weight.device, chunk)
         self._modules = [*model.modules()]
@@ -343,6 +342,11 @@ def evaluating(modules: Iterable[nn.Module]) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+def check_cache_dtype(cache_dtype: torch.dtype | None) -> None:
+    if cache_dtype is not None and not getattr(cache_dtype, "is_floating_point", False):
+        raise ValueError(f"cache_dtype is {cache_dtype!r}; it must be a floating dtype")
 
 
 def checked_rows(batch_size: int, prompts: Sequence[Tensor], rows: Sequence[int] | None) -> Sequence[int]:
