@@ -134,6 +134,25 @@ def test_ddp_on_two_nodes_is_one_process(folder: Path) -> None:
     assert_same_losses(folder / "nodes", folder / "one")
 
 
+def test_the_connection_is_closed_before_a_process_exits(folder: Path, tmp_path: Path) -> None:
+    """Threads of gloo that run while Python takes itself down have crashed a training that was done."""
+    script = f"""
+import atexit
+import torch.distributed as dist
+from tinyllm import TrainConfig, train
+
+atexit.register(lambda: print("open" if dist.is_initialized() else "closed"))  # the last one to be called
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+config = TrainConfig.from_preset("tutorial", tokenizer="char", steps=1, seq_len=8, batch_size=1, device="cpu")
+train(config, {str(tmp_path / "run")!r}, ["text.txt"], progress=False)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=folder, env=environment(), capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "closed"
+
+
 def test_sigterm_to_the_first_process_stops_all(folder: Path) -> None:
     out = folder / "stopped"
     process = subprocess.Popen(

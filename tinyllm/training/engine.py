@@ -6,6 +6,7 @@ what of it the loop in `tinyllm.training.loop` uses, so that nothing else depend
 
 from __future__ import annotations
 
+import atexit
 import logging
 import math
 import os
@@ -228,6 +229,12 @@ class Engine:
         """Wait until all processes are here."""
         self._fabric.barrier()
 
+    def close_at_exit(self) -> None:
+        """Have the processes' connection closed when this one exits: threads of gloo that still run then have crashed
+        it. For a training that has succeeded; after an error closing might wait for what never comes."""
+        atexit.unregister(_close_connection)
+        atexit.register(_close_connection)
+
     def peak_flops(self, precision: str) -> float:
         """Measure how many floating-point operations a second all devices together reach, see `peak_flops`."""
         dtypes = {torch.float32} if precision == "32-true" else {torch.float32, torch.bfloat16}
@@ -290,6 +297,11 @@ class DeepSpeedEngine(Engine):
             raise ValueError(f"{folder} was not written by strategy 'deepspeed', which can only take up its own")
         self._fabric.load(folder / _DEEPSPEED, {"model": self.module, "optimizer": self.optimizer})
         return True
+
+
+def _close_connection() -> None:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 class _Failure:

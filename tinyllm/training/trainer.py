@@ -242,6 +242,7 @@ def _run(engine: Engine, config: TrainConfig, out: Path, progress: bool, say: Sa
         if not (out / MODEL_FILE).exists() and not checkpoints(out):
             raise OSError(f"nothing could be written to {out}, not even the weights alone; the training is lost")
         trained = load_model(out, device)
+    engine.close_at_exit()
     return TrainResult(out, trained, tokenizer, fitted.steps, fitted.val_loss, val_set.paths[0], fitted.signal)
 
 
