@@ -76,6 +76,8 @@ struct Kernels {
   // Compute columns [begin, end) of a matmul with few rows, without packing. A and B must be contiguous along the
   // depth.
   Kernel<const Matmul&, int64_t, int64_t> gemv;
+  // The same of a row-major B.
+  Kernel<const Matmul&, int64_t, int64_t> gemv_by_rows;
   Kernel<const ColumnSums&, int64_t, int64_t> column_sums;
   // Write the gradient in front of an activation, from its gate and the gradient behind it, for elements [begin, end).
   Kernel<Activation, const void*, const void*, void*, int64_t, int64_t> gate;

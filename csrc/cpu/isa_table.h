@@ -52,6 +52,7 @@ constexpr cpu::Kernels table(const char* name) {
       .matmul_pack_b = TINYLLM_ALL_DTYPES(matmul_pack_b),
       .matmul_block = TINYLLM_ALL_DTYPES(matmul_block),
       .gemv = TINYLLM_ALL_DTYPES(gemv),
+      .gemv_by_rows = TINYLLM_ALL_DTYPES(gemv_by_rows),
       .column_sums = TINYLLM_ALL_DTYPES(column_sums),
       .gate = TINYLLM_ALL_DTYPES(gate_all),
       .sum_of_squares = TINYLLM_ALL_DTYPES(sum_of_squares),

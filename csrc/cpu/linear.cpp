@@ -57,23 +57,46 @@ Rows with_rows(const char* op, const char* name, const Tensor& t, const Rows& li
 
 Tensor none_like(const Tensor& t) { return empty({0}, t.scalar_type()); }
 
-int64_t outputs_of(const char* op, const char* name, const Tensor& weight) {
-  if (weight.dim() != 2) fail(op, ": ", name, " has shape ", shape_of(weight), "; it must have 2 dimensions");
-  return weight.size(0);
-}
+// The weight of a layer, (outputs, inputs), and its matmuls over rows. One that is the transposed view of a contiguous
+// matrix, as a weight that is stored (inputs, outputs) comes here, is read as it lies, and so lies its gradient.
+struct LayerWeight {
+  Tensor tensor;
+  int64_t outputs, inputs;
+  bool by_inputs;
+
+  LayerWeight(const char* op, const char* name, const Tensor& weight, const Tensor& like, int64_t columns)
+      : tensor(weight), inputs(columns) {
+    if (weight.dim() != 2) fail(op, ": ", name, " has shape ", shape_of(weight), "; it must have 2 dimensions");
+    outputs = weight.size(0);
+    by_inputs = !weight.is_contiguous() && weight.stride(0) == 1 && weight.stride(1) == outputs;
+    check_device(op, name, weight, like);
+    check_dtype(op, name, weight, like.scalar_type());
+    check_shape(op, name, weight, {outputs, inputs});
+    if (!by_inputs) tensor = as_contiguous(weight);
+  }
+  Matmul output(const void* x, int64_t rows, void* y) const {
+    return linear_output(x, data_of(tensor), rows, inputs, outputs, y, by_inputs);
+  }
+  Matmul grad_input(const void* grad, int64_t rows, void* grad_x) const {
+    return linear_grad_input(grad, data_of(tensor), rows, inputs, outputs, grad_x, by_inputs);
+  }
+  Matmul grad_weight(const void* grad, const void* x, int64_t rows, void* grad_w) const {
+    return linear_grad_weight(grad, x, rows, inputs, outputs, grad_w, by_inputs);
+  }
+  Tensor new_like() const { return empty_strided(tensor.sizes(), tensor.strides(), tensor.scalar_type()); }
+};
 
 std::tuple<Tensor, Tensor> linear_fwd(Tensor input, Tensor weight, OptionalTensor bias, OptionalTensor residual,
                                       std::string activation, bool slope) {
   const char* op = "linear";
   const DType dtype = dtype_of(op, input);
   const Rows x(op, "input", input);
-  const int64_t outputs = outputs_of(op, "weight", weight);
-  const Tensor w = operand(op, "weight", weight, input, {outputs, x.columns});
-  const OptionalTensor b = operand(op, "bias", bias, input, {outputs});
+  const LayerWeight w(op, "weight", weight, input, x.columns);
+  const OptionalTensor b = operand(op, "bias", bias, input, {w.outputs});
   std::optional<Rows> r;
-  if (residual) r = with_rows(op, "residual", *residual, x, outputs);
-  const Tensor out = x.new_with(outputs), slopes = slope ? x.new_with(outputs) : none_like(input);
-  Matmul p = linear_output(x.data(), data_of(w), x.count, x.columns, outputs, data_of(out));
+  if (residual) r = with_rows(op, "residual", *residual, x, w.outputs);
+  const Tensor out = x.new_with(w.outputs), slopes = slope ? x.new_with(w.outputs) : none_like(input);
+  Matmul p = w.output(x.data(), x.count, data_of(out));
   p.bias = data_or_null(b);
   p.activation = parse_activation(op, activation);
   p.residual = r ? r->data() : nullptr;
@@ -86,12 +109,12 @@ std::tuple<Tensor, Tensor> linear_fwd(Tensor input, Tensor weight, OptionalTenso
 struct ParameterGrads {
   Tensor weight, bias;
 
-  ParameterGrads(DType dtype, const void* grad, const void* input, int64_t rows, const Tensor& w, bool weight_grad,
+  ParameterGrads(DType dtype, const void* grad, const void* input, int64_t rows, const LayerWeight& w, bool weight_grad,
                  bool bias_grad)
-      : weight(weight_grad ? empty(w.sizes(), w.scalar_type()) : none_like(w)),
-        bias(bias_grad ? empty({w.size(0)}, w.scalar_type()) : none_like(w)) {
-    if (weight_grad) run_matmuls(dtype, {linear_grad_weight(grad, input, rows, w.size(1), w.size(0), data_of(weight))});
-    if (bias_grad) sum_columns(dtype, grad, rows, w.size(0), data_of(bias));
+      : weight(weight_grad ? w.new_like() : none_like(w.tensor)),
+        bias(bias_grad ? empty({w.outputs}, w.tensor.scalar_type()) : none_like(w.tensor)) {
+    if (weight_grad) run_matmuls(dtype, {w.grad_weight(grad, input, rows, data_of(weight))});
+    if (bias_grad) sum_columns(dtype, grad, rows, w.outputs, data_of(bias));
   }
 };
 
@@ -101,18 +124,16 @@ std::tuple<Tensor, Tensor, Tensor> linear_bwd(Tensor grad, Tensor input, Tensor 
   const char* op = "linear_bwd";
   const DType dtype = dtype_of(op, input);
   const Rows x(op, "input", input);
-  const int64_t outputs = outputs_of(op, "weight", weight);
-  const Tensor w = operand(op, "weight", weight, input, {outputs, x.columns});
-  Rows dy = with_rows(op, "grad", grad, x, outputs);
+  const LayerWeight w(op, "weight", weight, input, x.columns);
+  Rows dy = with_rows(op, "grad", grad, x, w.outputs);
   if (gate) {
-    const Rows at = with_rows(op, "gate", *gate, x, outputs);
-    const Tensor gated = dy.new_with(outputs);
-    pass_gate(dtype, parse_activation(op, activation), at.data(), dy.data(), data_of(gated), x.count * outputs);
+    const Rows at = with_rows(op, "gate", *gate, x, w.outputs);
+    const Tensor gated = dy.new_with(w.outputs);
+    pass_gate(dtype, parse_activation(op, activation), at.data(), dy.data(), data_of(gated), x.count * w.outputs);
     dy.tensor = gated;
   }
   const Tensor grad_input = input_grad ? x.new_with(x.columns) : none_like(input);
-  if (input_grad)
-    run_matmuls(dtype, {linear_grad_input(dy.data(), data_of(w), x.count, x.columns, outputs, data_of(grad_input))});
+  if (input_grad) run_matmuls(dtype, {w.grad_input(dy.data(), x.count, data_of(grad_input))});
   const ParameterGrads grads(dtype, dy.data(), x.data(), x.count, w, weight_grad, bias_grad);
   return {grad_input, grads.weight, grads.bias};
 }
@@ -123,20 +144,19 @@ std::tuple<Tensor, Tensor, Tensor> feed_forward_fwd(Tensor input, Tensor weight1
   const char* op = "feed_forward";
   const DType dtype = dtype_of(op, input);
   const Rows x(op, "input", input);
-  const int64_t width = outputs_of(op, "weight1", weight1), outputs = outputs_of(op, "weight2", weight2);
-  const Tensor w1 = operand(op, "weight1", weight1, input, {width, x.columns});
-  const Tensor w2 = operand(op, "weight2", weight2, input, {outputs, width});
+  const LayerWeight w1(op, "weight1", weight1, input, x.columns), w2(op, "weight2", weight2, input, w1.outputs);
+  const int64_t width = w1.outputs, outputs = w2.outputs;
   const OptionalTensor b1 = operand(op, "bias1", bias1, input, {width});
   const OptionalTensor b2 = operand(op, "bias2", bias2, input, {outputs});
   std::optional<Rows> r;
   if (residual) r = with_rows(op, "residual", *residual, x, outputs);
   const Tensor hidden = x.new_with(width), out = x.new_with(outputs);
   const Tensor slopes = slope ? x.new_with(width) : none_like(input);
-  Matmul first = linear_output(x.data(), data_of(w1), x.count, x.columns, width, data_of(hidden));
+  Matmul first = w1.output(x.data(), x.count, data_of(hidden));
   first.bias = data_or_null(b1);
   first.activation = parse_activation(op, activation);
   first.slope = slope ? data_of(slopes) : nullptr;
-  Matmul second = linear_output(data_of(hidden), data_of(w2), x.count, width, outputs, data_of(out));
+  Matmul second = w2.output(data_of(hidden), x.count, data_of(out));
   second.bias = data_or_null(b2);
   second.residual = r ? r->data() : nullptr;
   run_matmuls(dtype, {first, second});
@@ -151,19 +171,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> feed_forward_bwd(Tensor grad,
   const char* op = "feed_forward_bwd";
   const DType dtype = dtype_of(op, input);
   const Rows x(op, "input", input);
-  const int64_t width = outputs_of(op, "weight1", weight1), outputs = outputs_of(op, "weight2", weight2);
-  const Tensor w1 = operand(op, "weight1", weight1, input, {width, x.columns});
-  const Tensor w2 = operand(op, "weight2", weight2, input, {outputs, width});
+  const LayerWeight w1(op, "weight1", weight1, input, x.columns), w2(op, "weight2", weight2, input, w1.outputs);
+  const int64_t width = w1.outputs, outputs = w2.outputs;
   const Rows dy = with_rows(op, "grad", grad, x, outputs);
   const Rows h = with_rows(op, "hidden", hidden, x, width), at = with_rows(op, "gate", gate, x, width);
   const Tensor grad_hidden = x.new_with(width), grad_input = input_grad ? x.new_with(x.columns) : none_like(input);
-  Matmul through = linear_grad_input(dy.data(), data_of(w2), x.count, width, outputs, data_of(grad_hidden));
+  Matmul through = w2.grad_input(dy.data(), x.count, data_of(grad_hidden));
   through.activation = parse_activation(op, activation);
   through.gate = through.activation == Activation::none ? nullptr : at.data();
   std::vector<Matmul> matmuls{through};
-  if (input_grad)
-    matmuls.push_back(
-        linear_grad_input(data_of(grad_hidden), data_of(w1), x.count, x.columns, width, data_of(grad_input)));
+  if (input_grad) matmuls.push_back(w1.grad_input(data_of(grad_hidden), x.count, data_of(grad_input)));
   run_matmuls(dtype, matmuls);
   const ParameterGrads second(dtype, dy.data(), h.data(), x.count, w2, weight_grads, bias2_grad);
   const ParameterGrads first(dtype, data_of(grad_hidden), x.data(), x.count, w1, weight_grads, bias1_grad);

@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "scratch.h"
+#include "weights.h"
 
 namespace tinyllm::cpu {
 namespace {
@@ -44,10 +45,35 @@ Matmul columns_of(Matmul p, int64_t first, int64_t count, DType dtype) {
   return p;
 }
 
+// Whether a matmul of few rows is a row-major weight's, or one of float weights whose columns are contiguous and follow
+// each other, as weight_dots takes them.
+bool is_by_rows(const Matmul& p) { return p.b.column == 1 && p.b.row > 1; }
+bool is_weight_product(const Matmul& p, DType dtype) {
+  return dtype == DType::f32 && p.b.row == 1 && p.b.column == p.depth && p.a.row == p.depth && p.out_row == p.columns &&
+         p.depth > 0 && p.gate == nullptr && p.slope == nullptr;
+}
+
+// Whether a matmul has so few rows that packing B does not pay.
+bool takes_gemv(const Matmul& p, DType dtype) {
+  if (p.weight != nullptr || p.a.column != 1) return false;
+  if (is_by_rows(p) || is_weight_product(p, dtype)) return p.rows <= kFewRows;
+  return p.rows <= blocking(dtype).gemv_rows && p.b.row == 1;
+}
+
 void run_gemv(const Matmul& p, DType dtype) {
-  const auto kernel = kernels().gemv[dtype];
-  const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(1, p.depth));
-  torch::stable::parallel_for(0, p.columns, grain, [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
+  if (is_weight_product(p, dtype)) {
+    const Weight weight{.kind = WeightKind::f32, .data = p.b.data, .outputs = p.columns, .inputs = p.depth};
+    const auto floats = [](const void* data) { return static_cast<const float*>(data); };
+    return weight_dots(weight, floats(p.a.data), p.rows, floats(p.bias), p.activation, floats(p.residual),
+                       static_cast<float*>(p.out));
+  }
+  constexpr int64_t line = 16;  // columns whose memory no two threads share
+  const bool by_rows = is_by_rows(p);
+  const auto kernel = (by_rows ? kernels().gemv_by_rows : kernels().gemv)[dtype];
+  const int64_t unit = by_rows ? line : 1, grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(1, p.depth) / unit);
+  torch::stable::parallel_for(0, divide_up(p.columns, unit), grain, [&](int64_t begin, int64_t end) {
+    kernel(p, begin * unit, std::min(p.columns, end * unit));
+  });
 }
 
 // Whether a matmul reads the output of an earlier one, so that a task must compute whole rows.
@@ -167,7 +193,7 @@ void run_unpacking(Matmul p, DType dtype) {
 void run_matmul(DType dtype, const Matmul& p) {
   if (p.rows == 0 || p.columns == 0) return;
   const Blocking b = blocking(dtype);
-  if (p.weight == nullptr && p.rows <= b.gemv_rows && p.a.column == 1 && p.b.row == 1) return run_gemv(p, dtype);
+  if (takes_gemv(p, dtype)) return run_gemv(p, dtype);
   // The sum of a chunk of the depth can continue in `out` only if nothing but the bias follows it, and only if `out`
   // has the compute type.
   const bool can_continue = p.activation == Activation::none && p.gate == nullptr && p.residual == nullptr &&
@@ -202,11 +228,11 @@ void run_matmuls(DType dtype, std::vector<Matmul> matmuls) {
   const int64_t count = static_cast<int64_t>(matmuls.size()), rows = matmuls[0].rows;
   const bool chained = is_chained(matmuls.data(), count);
   int64_t elements = 0;
-  bool together = count > 1 && rows > (matmuls[0].weight == nullptr ? b.gemv_rows : b.unpacking_rows);
+  bool together = count > 1 && (matmuls[0].weight == nullptr || rows > b.unpacking_rows);
   if (chained && rows < b.chained_rows * torch::stable::get_num_threads()) together = false;
   for (const Matmul& p : matmuls) {
     elements += packed_elements(p, dtype);
-    together = together && p.rows == rows && p.depth <= b.packed_depth && p.columns > 0;
+    together = together && p.rows == rows && p.depth <= b.packed_depth && p.columns > 0 && !takes_gemv(p, dtype);
   }
   if (together && elements <= b.packed_b_elements) return run_gemm(dtype, matmuls.data(), count);
   for (const Matmul& p : matmuls) run_matmul(dtype, p);

@@ -10,7 +10,7 @@
 // few cache sets: then the block of A is packed as well.
 //
 // A matmul with few rows would spend more time on packing B than on multiplying. There, gemv computes each output as
-// the dot product of a row of A and a column of B, both read in place.
+// the dot product of a row of A and a column of B, both read in place; or of a row-major B gemv_by_rows adds up rows.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -296,6 +296,68 @@ void gemv(const Matmul& p, int64_t begin, int64_t end) {
       for (int64_t r = 0; r < (pair ? kTileRows : 1); ++r) epilogue<T>(p, row + r, c0, columns, sums + r * kColumns);
     }
   }
+}
+
+// Adds N rows of B, each times an element of A, to `columns` sums of M rows, which lie sums_row apart.
+template <class T, int M, int N>
+inline void add_rows(const T* const (&rows)[N], const compute_t<T> (&factors)[M][N], int64_t columns,
+                     compute_t<T>* sums, int64_t sums_row) {
+  using V = Vec<compute_t<T>>;
+  for_each_vector<V>(columns, [&](int64_t c, int64_t count) {
+    V b[N];
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) b[n] = load_n<V>(rows[n] + c, count);
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) {
+      V sum = V::zero();
+#pragma GCC unroll 8
+      for (int n = 0; n < N; ++n) sum = fma(V::set1(factors[m][n]), b[n], sum);
+      compute_t<T>* const to = sums + m * sums_row + c;
+      store_n(load_n<V>(to, count) + sum, to, count);
+    }
+  });
+}
+
+// Computes columns [begin, end) of M rows, or fewer where so many are left. Rows of B come from N streams that lie far
+// apart (see weight_kernel.h), while the sums stay in the first-level cache.
+template <class T, int M, int N>
+TINYLLM_FLATTEN void gemv_rows(const Matmul& p, int64_t row, int64_t begin, int64_t end) {
+  using S = compute_t<T>;
+  constexpr int64_t kColumns = 1024;
+  alignas(64) S sums[M * kColumns];
+  const int64_t length = p.depth / N, count = std::min<int64_t>(M, p.rows - row);
+  const T* a[M];
+  for (int64_t m = 0; m < M; ++m) a[m] = static_cast<const T*>(p.a.data) + (row + std::min(m, count - 1)) * p.a.row;
+  for (int64_t c0 = begin; c0 < end; c0 += kColumns) {
+    const int64_t columns = std::min(kColumns, end - c0);
+    const T* const b = static_cast<const T*>(p.b.data) + c0;
+    std::fill_n(sums, M * kColumns, S(0));
+    for (int64_t k = 0; k < length; ++k) {
+      const T* rows[N];
+      S factors[M][N];
+      for (int64_t n = 0; n < N; ++n) {
+        rows[n] = b + (n * length + k) * p.b.row;
+        for (int64_t m = 0; m < M; ++m) factors[m][n] = to_compute(a[m][n * length + k]);
+      }
+      add_rows<T, M, N>(rows, factors, columns, sums, kColumns);
+    }
+    for (int64_t k = N * length; k < p.depth; ++k) {
+      S factors[M][1];
+      for (int64_t m = 0; m < M; ++m) factors[m][0] = to_compute(a[m][k]);
+      add_rows<T, M, 1>({b + k * p.b.row}, factors, columns, sums, kColumns);
+    }
+    for (int64_t m = 0; m < count; ++m) epilogue<T>(p, row + m, c0, columns, sums + m * kColumns);
+  }
+}
+
+// Computes columns [begin, end) of a matmul with few rows whose B is row-major, as sums of its rows. Each sum has the
+// order of the depth that N streams give it, whatever the number of rows.
+template <class T>
+void gemv_by_rows(const Matmul& p, int64_t begin, int64_t end) {
+  if (p.rows == 1) return gemv_rows<T, 1, 4>(p, 0, begin, end);
+  if (p.rows == 2) return gemv_rows<T, 2, 4>(p, 0, begin, end);
+  if (p.rows <= 4) return gemv_rows<T, 4, 4>(p, 0, begin, end);
+  for (int64_t row = 0; row < p.rows; row += 8) gemv_rows<T, 8, 4>(p, row, begin, end);
 }
 
 // Sums columns [begin, end) over the rows of a row-major matrix, in blocks of rows, in row order. A block has about as

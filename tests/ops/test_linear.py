@@ -143,13 +143,31 @@ def test_empty(sizes, activation):
     lambda x: x.mT.contiguous().mT, lambda x: torch.stack([x, x])[1], lambda x: x.repeat_interleave(3, -1)[..., ::3],
     lambda x: x[:1].expand(x.shape), lambda x: x[:, :1].expand(x.shape), lambda x: F.pad(x, (1, 2))[:, 1:-2],
 ])  # fmt: skip
-@pytest.mark.parametrize("rows", [2, 30])
+@pytest.mark.parametrize("rows", [2, 7, 30])
 def test_any_strides(view, rows):
     x, weight, bias, residual = make((rows,), 12, 40)
     arguments = (view(x), view(weight), bias[:1].expand(40), view(residual))
     check(ops.linear, reference.linear, arguments, "gelu")
     network = (view(x), view(weight), bias.repeat(2)[::2], view(weight.T), None, view(x))
     check(ops.feed_forward, reference.feed_forward, network, "relu")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("rows", "inputs", "outputs"), [
+    ((1,), 8, 3), ((1,), 1000, 70), ((2,), 7, 33), ((3,), 64, 1100), ((8,), 131, 97), ((9,), 20, 70), ((4, 16), 96, 99),
+], ids=str)  # fmt: skip
+def test_a_weight_that_is_stored_by_inputs(rows, inputs, outputs, dtype):
+    """It is read as it lies, and its gradient lies so, as transformers' Conv1D and its optimizer have it."""
+    x, weight, bias, residual = make(rows, inputs, outputs, dtype)
+    stored = weight.t().contiguous()
+    check(ops.linear, reference.linear, (x, stored.t(), bias, residual), "gelu_tanh")
+    second = (draw(5, torch.float64, outputs, 40) / outputs**0.5).to(dtype).t()
+    network = (x, stored.t(), bias, second, None, None)
+    check(ops.feed_forward, reference.feed_forward, network, "gelu")
+    stored.requires_grad_()
+    for out in (ops.linear(x, stored.t()), ops.feed_forward(x, stored.t(), None, second, None)):
+        (grad,) = torch.autograd.grad(out.sum(), stored)
+        assert grad.is_contiguous()
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -284,11 +302,14 @@ def test_opcheck():
     torch.library.opcheck(raw.linear_fwd, (x.bfloat16(), w1.bfloat16(), None, hidden.bfloat16(), "gelu", True))
     torch.library.opcheck(raw.linear_bwd, (hidden, x, w1, hidden, "gelu", True, True, True))
     torch.library.opcheck(raw.linear_bwd, (hidden, x, w1, None, "none", False, True, False))
+    torch.library.opcheck(raw.linear_bwd, (hidden, x, w1.t().contiguous().t(), None, "none", True, True, False))
     torch.library.opcheck(raw.feed_forward_fwd, (x, w1, b1, w2, b2, r, "gelu", True))
     torch.library.opcheck(raw.feed_forward_fwd, (x, w1, None, w2, None, None, "relu", False))
     arguments = (grad, x, w1, w2, hidden, hidden, "relu")
     torch.library.opcheck(raw.feed_forward_bwd, (*arguments, True, True, True, True))
     torch.library.opcheck(raw.feed_forward_bwd, (*arguments, False, False, False, True))
+    w1, w2 = (w.t().contiguous().t() for w in (w1, w2))
+    torch.library.opcheck(raw.feed_forward_bwd, (grad, x, w1, w2, hidden, hidden, "relu", True, True, False, False))
 
 
 @pytest.mark.parametrize("setting", ["cpp", "auto"])

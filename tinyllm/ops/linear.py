@@ -52,15 +52,17 @@ def linear(
 
     Args:
         input: (*, in_features).
-        weight: (out_features, in_features), of input's dtype and device, as are all others.
+        weight: (out_features, in_features), of input's dtype and device, as are all others. The view `w.t()` of a
+            contiguous (in_features, out_features) is as fast, and w's gradient is contiguous.
         bias: (out_features), or None.
         activation: "none", "relu", "gelu" (with erf) or "gelu_tanh".
         residual: of the result's shape, added last; or None.
 
     Returns:
         (*, out_features) of input's dtype, or autocast's. Sums are accumulated in float32 (float64 for float64). Where
-        our kernels serve, a row of the result does not depend on the others, but on whether there are more than 4: so
-        few are multiplied as dot products, which sum in another order. PyTorch's libraries promise nothing of the kind.
+        our kernels serve, a row of the result does not depend on the others, but on whether there are more than 8 (of
+        a weight that is not float32 and not such a view: more than 4): so few are multiplied as dot products, which
+        sum in another order. PyTorch's libraries promise nothing of the kind.
 
     Raises:
         TypeError: dtypes that are not floating or differ.
@@ -268,6 +270,13 @@ def _if(wanted: bool, like: Tensor, *shape: int) -> Tensor:
     return like.new_empty(shape if wanted else (0,))
 
 
+def _weight_grad_if(wanted: bool, weight: Tensor) -> Tensor:
+    """Return the gradient of a weight, which lies as the weight does where that is contiguous in either order."""
+    if not weight.is_contiguous() and weight.t().is_contiguous():
+        return weight.new_empty(weight.size(1), weight.size(0)).t() if wanted else weight.new_empty(0)
+    return _if(wanted, weight, *weight.shape)
+
+
 @register_fake("linear_fwd")
 def _(input, weight, bias, residual, activation, slope):  # type: ignore[no-untyped-def]
     shape = (*input.shape[:-1], weight.size(0))
@@ -278,7 +287,7 @@ def _(input, weight, bias, residual, activation, slope):  # type: ignore[no-unty
 def _(grad, input, weight, gate, activation, input_grad, weight_grad, bias_grad):  # type: ignore[no-untyped-def]
     return (
         _if(input_grad, input, *input.shape),
-        _if(weight_grad, weight, *weight.shape),
+        _weight_grad_if(weight_grad, weight),
         _if(bias_grad, weight, weight.size(0)),
     )
 
@@ -299,8 +308,8 @@ def _(  # type: ignore[no-untyped-def]
 ):
     return (
         _if(input_grad, input, *input.shape),
-        _if(weight_grads, weight1, *weight1.shape),
+        _weight_grad_if(weight_grads, weight1),
         _if(bias1_grad, weight1, weight1.size(0)),
-        _if(weight_grads, weight2, *weight2.shape),
+        _weight_grad_if(weight_grads, weight2),
         _if(bias2_grad, weight2, weight2.size(0)),
     )
