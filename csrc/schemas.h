@@ -24,6 +24,17 @@ void define_operators(Library& m) {
       "rms_norm_bwd(Tensor grad, Tensor input, int[] normalized_shape, Tensor? weight, Tensor rstd,"
       " bool parameter_grads) -> (Tensor grad_input, Tensor grad_weight)");
   m.def(
+      "add_rms_norm_fwd(Tensor input, Tensor residual, int[] normalized_shape, Tensor? weight, float eps)"
+      " -> (Tensor normed, Tensor sum, Tensor rstd)");
+  m.def(
+      "add_rms_norm_bwd(Tensor grad_normed, Tensor? grad_sum, Tensor sum, int[] normalized_shape, Tensor? weight,"
+      " Tensor rstd, bool parameter_grads) -> (Tensor grad_input, Tensor grad_weight)");
+  // The angles' cos and sin are (B or 1, T, columns to rotate).
+  m.def("rotary_embedding_fwd(Tensor query, Tensor key, Tensor cos, Tensor sin) -> (Tensor, Tensor)");
+  m.def(
+      "rotary_embedding_bwd(Tensor grad_query, Tensor grad_key, Tensor cos, Tensor sin)"
+      " -> (Tensor grad_query, Tensor grad_key)");
+  m.def(
       "embedding_fwd(Tensor input, Tensor weight, Tensor? positions, float dropout_p=0., Tensor? rng=None) -> Tensor");
   m.def(
       "embedding_bwd(Tensor grad, Tensor input, SymInt num_embeddings, int? padding_idx, bool weight_grad,"
@@ -57,7 +68,7 @@ void define_operators(Library& m) {
       "linear_cross_entropy_bwd(Tensor grad, Tensor input, Tensor linear_weight, Tensor target, Tensor? linear_bias,"
       " Tensor? weight, int reduction, int ignore_index, float label_smoothing, bool need_input, bool need_weight,"
       " bool need_bias) -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)");
-  // activation is none, relu, gelu or gelu_tanh.
+  // activation is none, relu, gelu, gelu_tanh or silu.
   m.def(
       "linear_fwd(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, str activation, bool slope)"
       " -> (Tensor out, Tensor slope)");
@@ -73,6 +84,10 @@ void define_operators(Library& m) {
       " str activation, bool input_grad, bool weight_grads, bool bias1_grad, bool bias2_grad) -> (Tensor grad_input, "
       "Tensor grad_weight1,"
       " Tensor grad_bias1, Tensor grad_weight2, Tensor grad_bias2)");
+  m.def("gated_activation_fwd(Tensor gate, Tensor up, str activation) -> Tensor");
+  m.def(
+      "gated_activation_bwd(Tensor grad, Tensor gate, Tensor up, str activation) -> (Tensor grad_gate, Tensor "
+      "grad_up)");
   // Whole models and blocks alone; cpu/transformer.cpp says what parameters lists. With a target (B T) the output is
   // the mean loss. rng is the (seed, offset) of dropout. grad_added is the gradient of positions, or of the input of
   // blocks alone.
@@ -110,6 +125,12 @@ void define_operators(Library& m) {
       " float top_p, float min_p, float repetition_penalty, int suppress_id, int ids_below, Tensor(b!)? seen, int[] "
       "stop_ids)"
       " -> (Tensor tokens, Tensor log_probs)");
+  // A pre-norm block for one token of each sequence, whose cache of keys and values (B, H, length, head_dim) has as
+  // many before. cpu/decode_block.cpp says what weights and sizes list.
+  m.def(
+      "decode_block(Tensor input, Tensor[] weights, int[] sizes, Tensor(a!) keys, Tensor(b!) values, int seen,"
+      " Tensor? mask, Tensor? cos, Tensor? sin, str activation, float scale, float eps1, float eps2, float eps3)"
+      " -> Tensor");
   // The Euclidean norm of all tensors together, in the compute dtype.
   m.def("adamw_norm(Tensor[] tensors) -> Tensor");
   // A step in place. Gradients are multiplied by clip_coef as they are read, and stay as they are.

@@ -322,7 +322,7 @@ def sum_parts_kernel(
 def layer_norm_fwd(
     input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    normed, _, mean, rstd = _forward(input, None, normalized_shape, weight, bias, eps, centered=True)
+    normed, _, mean, rstd = forward(input, None, normalized_shape, weight, bias, eps, centered=True)
     assert mean is not None
     return normed, mean, rstd
 
@@ -335,7 +335,7 @@ def add_layer_norm_fwd(
     bias: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    normed, total, mean, rstd = _forward(input, residual, normalized_shape, weight, bias, eps, centered=True)
+    normed, total, mean, rstd = forward(input, residual, normalized_shape, weight, bias, eps, centered=True)
     assert total is not None
     assert mean is not None
     return normed, total, mean, rstd
@@ -344,7 +344,7 @@ def add_layer_norm_fwd(
 def rms_norm_fwd(
     input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
-    normed, _, _, rstd = _forward(input, None, normalized_shape, weight, None, eps, centered=False)
+    normed, _, _, rstd = forward(input, None, normalized_shape, weight, None, eps, centered=False)
     return normed, rstd
 
 
@@ -357,7 +357,7 @@ def layer_norm_bwd(
     rstd: Tensor,
     parameter_grads: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _backward(grad, None, input, normalized_shape, weight, mean, rstd, parameter_grads)
+    return backward(grad, None, input, normalized_shape, weight, mean, rstd, parameter_grads)
 
 
 def add_layer_norm_bwd(
@@ -370,7 +370,7 @@ def add_layer_norm_bwd(
     rstd: Tensor,
     parameter_grads: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _backward(grad_normed, grad_sum, sum, normalized_shape, weight, mean, rstd, parameter_grads)
+    return backward(grad_normed, grad_sum, sum, normalized_shape, weight, mean, rstd, parameter_grads)
 
 
 def rms_norm_bwd(
@@ -381,7 +381,7 @@ def rms_norm_bwd(
     rstd: Tensor,
     parameter_grads: bool,
 ) -> tuple[Tensor, Tensor]:
-    grad_input, grad_weight, _ = _backward(grad, None, input, normalized_shape, weight, None, rstd, parameter_grads)
+    grad_input, grad_weight, _ = backward(grad, None, input, normalized_shape, weight, None, rstd, parameter_grads)
     return grad_input, grad_weight
 
 
@@ -414,7 +414,7 @@ def _tile(columns: int, elements: int, compute: torch.dtype) -> tuple[int, int, 
     return rows, block, warps_for(rows * block, _held(PER_THREAD, compute))
 
 
-def _forward(
+def forward(
     input: Tensor,
     residual: Tensor | None,
     normalized_shape: Sequence[int],
@@ -446,7 +446,7 @@ def _forward(
     return normed, total, mean, rstd
 
 
-def _backward(
+def backward(
     grad: Tensor,
     grad_sum: Tensor | None,
     input: Tensor,

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .activation import activated
 from .launch import cdiv, launch_options, multiprocessors, next_power_of_2
 
 BLOCK = tl.constexpr(64)  # columns of a block, of which int4 keeps two halves in a byte
@@ -32,19 +33,6 @@ MOST_PIECES = 64
 PROGRAMS = 4
 # Pieces that a program unpacks.
 UNPACK_TILE = 256
-
-
-@triton.jit
-def activated(x, ACTIVATION: tl.constexpr):
-    """Return the activation of that name of a float32 tensor."""
-    if ACTIVATION == "relu":
-        x = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    elif ACTIVATION == "gelu":
-        x = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
-    elif ACTIVATION == "gelu_tanh":
-        # 0.5 (1 + tanh(u)) is 1 / (1 + exp(-2 u)).
-        x = x / (1.0 + tl.exp(-1.5957691216057308 * (x + 0.044715 * x * x * x)))
-    return x
 
 
 @triton.jit
@@ -277,6 +265,8 @@ def _many_rows(
         torch.addmm(bias, input, whole.t(), out=out)
     if activation == "relu":
         out.relu_()
+    elif activation == "silu":
+        torch.ops.aten.silu_(out)
     elif activation != "none":
         torch.ops.aten.gelu_(out, approximate="tanh" if activation == "gelu_tanh" else "none")
     if residual is not None:

@@ -47,23 +47,29 @@ inline Vec<S> normal_cdf(Vec<S> x) {
   return fma(V::set1(S(0.5)), erf(x * V::set1(S(0.70710678118654752))), V::set1(S(0.5)));
 }
 
-// The tanh approximation of gelu: x (1 + tanh(u)) / 2 = x sigmoid(2u) with u = sqrt(2 / pi) (x + 0.044715 x^3). `open`
-// is sigmoid(2u), and `closed` is 1 - sigmoid(2u) computed without cancellation.
+// The sigmoid of -z, `open`, and what it lacks to 1, `closed`, computed without cancellation.
 template <class S>
-struct TanhGate {
+struct Sigmoid {
   Vec<S> open, closed;
 
-  explicit TanhGate(Vec<S> x) {
+  explicit Sigmoid(Vec<S> z) {
     using V = Vec<S>;
-    const V cubic = fma(V::set1(S(-2 * 0.7978845608028654 * 0.044715)), x * x, V::set1(S(-2 * 0.7978845608028654)));
-    // Where exp would overflow the gate must be exactly 0: its smallest other value times the largest x would not be
+    // Where exp would overflow the sigmoid must be exactly 0: its smallest other value times the largest x would not be
     // negligible.
     const V most = V::set1(std::numeric_limits<S>::max() / 4);
-    const V e = min(most, exp(x * cubic));
+    const V e = min(most, exp(z));
     open = (V::set1(S(1)) / (V::set1(S(1)) + e)).where_positive(most - e);
     closed = e * open;
   }
 };
+
+// The tanh approximation of gelu is x (1 + tanh(u)) / 2 = x sigmoid(2u) with u = sqrt(2 / pi) (x + 0.044715 x^3).
+template <class S>
+inline Sigmoid<S> tanh_gate(Vec<S> x) {
+  using V = Vec<S>;
+  const V cubic = fma(V::set1(S(-2 * 0.7978845608028654 * 0.044715)), x * x, V::set1(S(-2 * 0.7978845608028654)));
+  return Sigmoid<S>(x * cubic);
+}
 
 template <class S>
 struct Activated {
@@ -83,9 +89,13 @@ inline Activated<S> activate_with_slope(Activation activation, Vec<S> x) {
       return {x * cdf, fma(x, density, cdf)};
     }
     case Activation::gelu_tanh: {
-      const TanhGate<S> gate(x);
+      const Sigmoid<S> gate = tanh_gate(x);
       const V slope = fma(V::set1(S(6 * 0.7978845608028654 * 0.044715)), x * x, V::set1(S(2 * 0.7978845608028654)));
       return {x * gate.open, fma(x * gate.open * gate.closed, slope, gate.open)};
+    }
+    case Activation::silu: {
+      const Sigmoid<S> gate(V::zero() - x);
+      return {x * gate.open, fma(x * gate.open, gate.closed, gate.open)};
     }
     case Activation::none:
       break;

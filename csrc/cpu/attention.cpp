@@ -22,19 +22,6 @@ constexpr int64_t kBackwardItems = 32;
 // Up to this many bytes, the memory for the sums of dQ is not worth saving.
 constexpr int64_t kSmallSums = int64_t{16} << 20;
 
-Strided strided(const Tensor& t) {
-  const auto strides = t.strides();
-  return {data_of(t), strides[0], strides[1], strides[2], strides[3]};
-}
-
-// Allocates a (B, H, T, D) tensor whose memory is in the order (B, T, H, D), so that merging the heads is a view.
-Tensor empty_heads(const Tensor& like, int64_t batch, int64_t heads, int64_t rows, int64_t columns) {
-  const int64_t row = std::max<int64_t>(1, heads) * std::max<int64_t>(1, columns);
-  const std::vector<int64_t> shape{batch, heads, rows, columns};
-  const std::vector<int64_t> strides{std::max<int64_t>(1, rows) * row, std::max<int64_t>(1, columns), row, 1};
-  return empty_strided(shape, strides, like.scalar_type());
-}
-
 Attention arguments(const char* op, const Tensor& query, const Tensor& key, const Tensor& value,
                     const OptionalTensor& mask, bool is_causal, double scale, double dropout_p,
                     const OptionalTensor& rng) {

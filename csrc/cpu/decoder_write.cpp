@@ -12,19 +12,17 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
-#include <atomic>
 #include <memory>
 #include <tuple>
 
 #include "decoder.h"
 #include "draw.h"
 #include "phases.h"
+#include "products.h"
 #include "scratch.h"
 
 namespace tinyllm::cpu {
 namespace {
-
-unsigned kind_of(const Weight& w) { return 1u << static_cast<int>(w.kind); }
 
 struct Request {
   const int64_t* ids;      // (B): read first
@@ -42,14 +40,13 @@ struct Request {
 class Writing {
  public:
   Writing(Decoder& d, const Request& request, int64_t threads)
-      : d_(d), request_(request), table_(kernels()), threads_(threads) {
+      : d_(d), request_(request), table_(kernels()), products_(threads) {
     const int64_t most = *std::max_element(d.lengths.begin(), d.lengths.end()) + request.steps;
     max_ranges_ = std::max<int64_t>(1, divide_up(most, kRangeKeys));
     const int64_t vector = table_.vector[DType::f32];
     partial_row_ = divide_up(d.head_dim(), vector) * vector + std::max<int64_t>(vector, 2);
     stopped_.assign(static_cast<size_t>(d.sizes.batch), false);
     key_lengths_.resize(static_cast<size_t>(d.sizes.batch));
-    ranges_ = std::make_unique<Range[]>(static_cast<size_t>(threads));
     memory_ = std::make_unique<Scratch>(layout(nullptr));
     layout(memory_->data());
     for (int64_t b = 0; b < d.sizes.batch; ++b) read(b, request.ids[b]);
@@ -61,14 +58,7 @@ class Writing {
   void run(int64_t item, int64_t thread) {
     if (part_ == Part::attention) return attend(item);
     if (part_ == Part::draw) return draw_token(item);
-    const size_t piece = take_piece(thread);
-    int64_t begin = cuts_[piece], end = cuts_[piece + 1];
-    for (const WeightProduct& p : products_) {  // the part of each
-      const int64_t outputs = p.weight.outputs, last = std::min(end, outputs);
-      if (begin < last) table_.weight_product[static_cast<int>(p.weight.kind)](p, std::max<int64_t>(begin, 0), last);
-      begin -= outputs;
-      end -= outputs;
-    }
+    products_.run(thread);
   }
 
   int64_t next() {
@@ -158,36 +148,9 @@ class Writing {
   }
   WeightProduct& add(const Affine<Operand>& w, const Activations& forms, float* out) {
     const Weight& weight = w.weight.matrix;
-    products_.push_back({.weight = weight, .x = &forms, .bias = w.bias.vector, .out = out, .out_row = weight.outputs});
-    return products_.back();
+    return products_.add({.weight = weight, .x = &forms, .bias = w.bias.vector, .out = out, .out_row = weight.outputs});
   }
-  // Divides the outputs of the phase's products, one behind the other, into a range for each thread. A thread takes
-  // most of its own range as one piece, whose streams prefetchers follow for long, then the rest in small ones, then
-  // what is left of the others'.
-  void divide() {
-    constexpr int64_t line = 16;  // outputs of a cache line
-    int64_t outputs = 0;
-    for (const WeightProduct& p : products_) outputs += p.weight.outputs;
-    cuts_.assign(1, 0);
-    for (int64_t t = 0; t < threads_; ++t) {
-      const int64_t end = t + 1 == threads_ ? outputs : outputs * (t + 1) / threads_ / line * line;
-      const int64_t size = end - cuts_.back(), small = divide_up(size, 16 * line) * line;
-      ranges_[t].next.store(cuts_.size() - 1, std::memory_order_relaxed);
-      if (threads_ == 1 && size > 0) cuts_.push_back(end);
-      if (const int64_t large = size * 3 / 4 / line * line; threads_ > 1 && large > 0)
-        cuts_.push_back(cuts_.back() + large);
-      while (cuts_.back() < end) cuts_.push_back(std::min(end, cuts_.back() + small));
-      ranges_[t].end = cuts_.size() - 1;
-    }
-    items_ = static_cast<int64_t>(cuts_.size()) - 1;
-  }
-  // There are as many pieces as items.
-  size_t take_piece(int64_t thread) {
-    for (int64_t t = thread;; t = (t + 1) % threads_) {
-      const size_t piece = ranges_[t].next.fetch_add(1, std::memory_order_relaxed);
-      if (piece < ranges_[t].end) return piece;
-    }
-  }
+  void divide() { items_ = products_.divide(); }
 
   void begin_layer(int64_t layer) {
     layer_ = layer;
@@ -313,17 +276,10 @@ class Writing {
   Decoder& d_;
   const Request& request_;
   const Kernels& table_;
-  const int64_t threads_;
   Part part_ = Part::qkv;
   int64_t layer_ = 0, step_ = 0, items_ = 0;
   int64_t max_ranges_, partial_row_;
-  std::vector<WeightProduct> products_;
-  struct alignas(64) Range {
-    std::atomic<size_t> next;  // piece
-    size_t end;
-  };
-  std::unique_ptr<Range[]> ranges_;  // of each thread
-  std::vector<int64_t> cuts_;        // where the pieces of a phase begin
+  Products products_;
   Attention attention_{};
   std::vector<char> stopped_;  // not bool, whose elements share bytes
   std::vector<int64_t> key_lengths_;
@@ -342,11 +298,7 @@ int64_t bytes_of(const Decoder& d) {
 }
 
 void run(Decoder& d, const Request& request) {
-  // As many threads as have so much to read in a phase that meeting at its end takes little beside it.
-  constexpr int64_t bytes_of_thread = 131072;
-  const int64_t phases = 5 * static_cast<int64_t>(d.blocks.size()) + 2;
-  const int64_t threads =
-      std::clamp<int64_t>(bytes_of(d) / (phases * bytes_of_thread), 1, torch::stable::get_num_threads());
+  const int64_t threads = threads_for(bytes_of(d) / (5 * static_cast<int64_t>(d.blocks.size()) + 2));
   Writing program(d, request, threads);
   Phases(program, threads);
 }

@@ -79,6 +79,11 @@ struct Kernels {
   // The same of a row-major B.
   Kernel<const Matmul&, int64_t, int64_t> gemv_by_rows;
   Kernel<const ColumnSums&, int64_t, int64_t> column_sums;
+  // Process the elements [begin, end).
+  Kernel<const GatedActivation&, int64_t, int64_t> gated_activation_fwd;
+  Kernel<const GatedActivation&, int64_t, int64_t> gated_activation_bwd;
+  // Process tokens [begin, end) of all sequences.
+  Kernel<const Rotary&, int64_t, int64_t> rotary;
   // Write the gradient in front of an activation, from its gate and the gradient behind it, for elements [begin, end).
   Kernel<Activation, const void*, const void*, void*, int64_t, int64_t> gate;
 

@@ -7,10 +7,12 @@
 #include "dispatch.h"
 #include "draw_kernel.h"
 #include "embedding_kernel.h"
+#include "gated_activation_kernel.h"
 #include "layer_norm_kernel.h"
 #include "linear_cross_entropy_kernel.h"
 #include "matmul_kernel.h"
 #include "random_kernel.h"
+#include "rotary_kernel.h"
 #include "weight_kernel.h"
 #include "weight_storage.h"
 
@@ -54,6 +56,9 @@ constexpr cpu::Kernels table(const char* name) {
       .gemv = TINYLLM_ALL_DTYPES(gemv),
       .gemv_by_rows = TINYLLM_ALL_DTYPES(gemv_by_rows),
       .column_sums = TINYLLM_ALL_DTYPES(column_sums),
+      .gated_activation_fwd = TINYLLM_ALL_DTYPES(gated_activation_fwd),
+      .gated_activation_bwd = TINYLLM_ALL_DTYPES(gated_activation_bwd),
+      .rotary = TINYLLM_ALL_DTYPES(rotary),
       .gate = TINYLLM_ALL_DTYPES(gate_all),
       .sum_of_squares = TINYLLM_ALL_DTYPES(sum_of_squares),
       .adamw_step = TINYLLM_ALL_DTYPES(adamw_step),

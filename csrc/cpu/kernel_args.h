@@ -173,7 +173,7 @@ struct Matrix {
   int64_t row, column;
 };
 
-enum class Activation : int { none = 0, relu = 1, gelu = 2, gelu_tanh = 3 };
+enum class Activation : int { none = 0, relu = 1, gelu = 2, gelu_tanh = 3, silu = 4 };
 
 // A matmul with its epilogue: out = activation(A B + bias) + residual or, with a gate,
 // out = (A B + bias) * gate + residual. Bias, gate, residual, slope and out have the element type of A; the last four
@@ -233,6 +233,26 @@ struct AdamW {
   double keep;               // 1 - lr * weight_decay
   double step_size;          // lr / (1 - beta1^step)
   double denominator_scale;  // 1 / sqrt(1 - beta2^step)
+};
+
+// activation(gate) * up of contiguous tensors, and the gradients of both.
+struct GatedActivation {
+  Activation activation;
+  const void *gate, *up;
+  void* out;         // forward
+  const void* grad;  // backward
+  void *grad_gate, *grad_up;
+};
+
+// The first `rotated` columns of each head, an even number, are rotated: column i and i + rotated / 2 by an angle whose
+// cosines and sines have rows of `rotated` columns, compute type, angle_row and angle_batch apart. Columns follow one
+// another. The inverse is the transposed matrix.
+struct Rotary {
+  Strided input, out;
+  int64_t heads, tokens, head_dim, rotated;
+  const void *cos, *sin;
+  int64_t angle_batch, angle_row;
+  bool inverse;
 };
 
 }  // namespace tinyllm::cpu

@@ -1,5 +1,5 @@
-// layer_norm, add_layer_norm and rms_norm on the CPU: checks, allocation, and distribution over threads. The arithmetic
-// is in layer_norm_kernel.h.
+// layer_norm, rms_norm and both after a sum on the CPU: checks, allocation, and distribution over threads. The
+// arithmetic is in layer_norm_kernel.h.
 #include <torch/csrc/stable/library.h>
 
 #include <optional>
@@ -164,46 +164,74 @@ Grads add_layer_norm_bwd(Tensor grad_normed, OptionalTensor grad_sum, Tensor sum
                   parameter_grads);
 }
 
-std::tuple<Tensor, Tensor> rms_norm_fwd(Tensor input, Shape normalized_shape, OptionalTensor weight, double eps) {
-  const char* const op = "rms_norm";
+Normed rms_forward(const char* op, const Tensor& input, const OptionalTensor& residual, const Shape& normalized_shape,
+                   const OptionalTensor& weight, double eps) {
   const NormRows rows = split_rows(op, input, normalized_shape);
   const DType dtype = dtype_of(op, input);
   const Tensor x = as_contiguous(input);
+  const OptionalTensor r = residual ? OptionalTensor(same_shape(op, "residual", *residual, input)) : std::nullopt;
   const OptionalTensor w = parameter(op, "weight", weight, input, rows.size);
   const Tensor normed = empty(x.sizes(), x.scalar_type());
+  const Tensor sum = r ? empty(x.sizes(), x.scalar_type()) : normed;
   const Tensor rstd = empty(rows.leading, compute_dtype(x.scalar_type()));
   LayerNormFwd args{};
   args.input = data_of(x);
+  args.residual = data_or_null(r);
   args.weight = data_or_null(w);
   args.normed = data_of(normed);
+  args.sum = r ? data_of(sum) : nullptr;
   args.rstd = data_of(rstd);
   args.size = rows.size;
   args.eps = eps;
-  args.stream = larger_than_caches(bytes_of(x) * 2);
+  args.stream = larger_than_caches(bytes_of(x) * (r ? 4 : 2));
   rms_norm_forward(dtype, args, rows.count);
-  return {normed, rstd};
+  return {normed, sum, rstd, rstd};
 }
 
-std::tuple<Tensor, Tensor> rms_norm_bwd(Tensor grad, Tensor input, Shape normalized_shape, OptionalTensor weight,
-                                        Tensor rstd, bool parameter_grads) {
-  const char* const op = "rms_norm_bwd";
+std::tuple<Tensor, Tensor> rms_backward(const char* op, const Tensor& grad_normed, const OptionalTensor& grad_sum,
+                                        const Tensor& input, const Shape& normalized_shape,
+                                        const OptionalTensor& weight, const Tensor& rstd, bool parameter_grads) {
   const NormRows rows = split_rows(op, input, normalized_shape);
   const DType dtype = dtype_of(op, input);
-  const Tensor x = as_contiguous(input), dy = same_shape(op, "grad", grad, input);
+  const Tensor x = as_contiguous(input), dy = same_shape(op, "grad", grad_normed, input);
+  const OptionalTensor ds = grad_sum ? OptionalTensor(same_shape(op, "grad_sum", *grad_sum, input)) : std::nullopt;
   const OptionalTensor w = parameter(op, "weight", weight, input, rows.size);
   check_statistic(op, "rstd", rstd, input, rows.count);
   const Tensor grad_input = empty(x.sizes(), x.scalar_type());
   const Tensor grad_weight = parameter_grad(parameter_grads, normalized_shape, x);
   LayerNormBwd args{};
   args.grad_normed = data_of(dy);
+  args.grad_sum = data_or_null(ds);
   args.input = data_of(x);
   args.weight = data_or_null(w);
   args.rstd = data_of(rstd);
   args.grad_input = data_of(grad_input);
   args.size = rows.size;
-  args.stream = larger_than_caches(bytes_of(x) * 3);
+  args.stream = larger_than_caches(bytes_of(x) * (ds ? 4 : 3));
   rms_norm_backward(dtype, args, rows.count, data_if(parameter_grads, grad_weight));
   return {grad_input, grad_weight};
+}
+
+std::tuple<Tensor, Tensor> rms_norm_fwd(Tensor input, Shape normalized_shape, OptionalTensor weight, double eps) {
+  const Normed f = rms_forward("rms_norm", input, std::nullopt, normalized_shape, weight, eps);
+  return {f.normed, f.rstd};
+}
+
+std::tuple<Tensor, Tensor> rms_norm_bwd(Tensor grad, Tensor input, Shape normalized_shape, OptionalTensor weight,
+                                        Tensor rstd, bool parameter_grads) {
+  return rms_backward("rms_norm_bwd", grad, std::nullopt, input, normalized_shape, weight, rstd, parameter_grads);
+}
+
+std::tuple<Tensor, Tensor, Tensor> add_rms_norm_fwd(Tensor input, Tensor residual, Shape normalized_shape,
+                                                    OptionalTensor weight, double eps) {
+  const Normed f = rms_forward("add_rms_norm", input, residual, normalized_shape, weight, eps);
+  return {f.normed, f.sum, f.rstd};
+}
+
+std::tuple<Tensor, Tensor> add_rms_norm_bwd(Tensor grad_normed, OptionalTensor grad_sum, Tensor sum,
+                                            Shape normalized_shape, OptionalTensor weight, Tensor rstd,
+                                            bool parameter_grads) {
+  return rms_backward("add_rms_norm_bwd", grad_normed, grad_sum, sum, normalized_shape, weight, rstd, parameter_grads);
 }
 
 }  // namespace
@@ -231,6 +259,8 @@ STABLE_TORCH_LIBRARY_IMPL(tinyllm, CPU, m) {
   m.impl("add_layer_norm_bwd", TORCH_BOX(&add_layer_norm_bwd));
   m.impl("rms_norm_fwd", TORCH_BOX(&rms_norm_fwd));
   m.impl("rms_norm_bwd", TORCH_BOX(&rms_norm_bwd));
+  m.impl("add_rms_norm_fwd", TORCH_BOX(&add_rms_norm_fwd));
+  m.impl("add_rms_norm_bwd", TORCH_BOX(&add_rms_norm_bwd));
 }
 
 }  // namespace tinyllm::cpu

@@ -201,7 +201,7 @@ void layer_norm_bwd(const cpu::LayerNormBwd& a, int64_t begin, int64_t end, void
 
 template <class T>
 void rms_norm_fwd(const cpu::LayerNormFwd& a, int64_t begin, int64_t end) {
-  norm_fwd<T, false, false>(a, begin, end);
+  a.residual == nullptr ? norm_fwd<T, false, false>(a, begin, end) : norm_fwd<T, false, true>(a, begin, end);
 }
 
 template <class T>

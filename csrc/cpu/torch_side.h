@@ -30,7 +30,8 @@ inline Activation parse_activation(const char* op, const std::string& name) {
   if (name == "relu") return Activation::relu;
   if (name == "gelu") return Activation::gelu;
   if (name == "gelu_tanh") return Activation::gelu_tanh;
-  fail(op, ": activation is '", name, "'; none, relu, gelu or gelu_tanh is needed");
+  if (name == "silu") return Activation::silu;
+  fail(op, ": activation is '", name, "'; none, relu, gelu, gelu_tanh or silu is needed");
 }
 
 // Calls f with a zero of the dtype's compute type.
@@ -47,6 +48,19 @@ inline Tensor empty_strided(IntArray sizes, IntArray strides, ScalarType dtype) 
 }
 
 inline Tensor empty(IntArray sizes, ScalarType dtype) { return empty_strided(sizes, contiguous_strides(sizes), dtype); }
+
+inline Strided strided(const Tensor& t) {
+  const auto strides = t.strides();
+  return {data_of(t), strides[0], strides[1], strides[2], strides[3]};
+}
+
+// Allocates a (B, H, T, D) tensor whose memory is in the order (B, T, H, D), so that merging the heads is a view.
+inline Tensor empty_heads(const Tensor& like, int64_t batch, int64_t heads, int64_t rows, int64_t columns) {
+  const int64_t row = std::max<int64_t>(1, heads) * std::max<int64_t>(1, columns);
+  const std::vector<int64_t> shape{batch, heads, rows, columns};
+  const std::vector<int64_t> strides{std::max<int64_t>(1, rows) * row, std::max<int64_t>(1, columns), row, 1};
+  return empty_strided(shape, strides, like.scalar_type());
+}
 
 // Calls f(i) for i in [0, items). Each item is taken by the next free thread, because items may differ in cost; results
 // must not depend on which thread computes them.

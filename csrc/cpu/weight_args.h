@@ -21,6 +21,7 @@ struct Weight {
   const void* data = nullptr;
   const bfloat16* scales = nullptr;  // (outputs, groups)
   int64_t outputs = 0, inputs = 0, group = kQuantBlock;
+  bool by_inputs = false;  // f32 only: it lies as (inputs, outputs)
 
   bool quantized() const { return kind == WeightKind::int8 || kind == WeightKind::int4; }
   int64_t blocks() const { return (inputs + kQuantBlock - 1) / kQuantBlock; }

@@ -33,7 +33,20 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from kernels import attention, cross_entropy, embedding, launch, layer_norm, losses, quantized_linear, random, tuning
+from kernels import (
+    add_rms_norm,
+    attention,
+    cross_entropy,
+    embedding,
+    gated_activation,
+    launch,
+    layer_norm,
+    losses,
+    quantized_linear,
+    random,
+    rotary_embedding,
+    tuning,
+)
 from tests.building.machine_code import (
     ARCHITECTURES,
     HEADER,
@@ -86,6 +99,8 @@ def _norm_cases() -> Iterator[tuple[str, Call]]:
                     continue
                 yield f"rms_norm fwd {name}", lambda a=forward: layer_norm.rms_norm_fwd(*a[:3], a[4])
                 yield f"rms_norm bwd {name}", lambda a=backward: layer_norm.rms_norm_bwd(*a[:4], *a[5:])
+                yield f"add_rms_norm fwd {name}", lambda a=forward: add_rms_norm.add_rms_norm_fwd(a[0], *a[:3], a[4])
+                yield f"add_rms_norm bwd {name}", lambda a=added: add_rms_norm.add_rms_norm_bwd(*a[:5], *a[6:])
     wide = tensor(64, 20_480)
     yield "layer_norm fwd bfloat16 20480", lambda: layer_norm.layer_norm_fwd(wide, [20_480], wide[0], wide[0], 1e-5)
 
@@ -191,6 +206,25 @@ def _quantized_cases() -> Iterator[tuple[str, Call]]:
             yield f"quantized_embedding {kind} {columns}", lambda a=table: quantized_linear.quantized_embedding(*a)
 
 
+def _gated_cases() -> Iterator[tuple[str, Call]]:
+    for dtype in (torch.bfloat16, torch.float32):
+        for activation in ("silu", "gelu_tanh", "gelu"):
+            x, name = tensor(64, 4864, dtype=dtype), f"{activation} {str(dtype).removeprefix('torch.')}"
+            forward, backward = (x, x, activation), (x, x, x, activation)
+            yield f"gated_activation fwd {name}", lambda a=forward: gated_activation.gated_activation_fwd(*a)
+            yield f"gated_activation bwd {name}", lambda a=backward: gated_activation.gated_activation_bwd(*a)
+
+
+def _rotary_cases() -> Iterator[tuple[str, Call]]:
+    for dtype in (torch.bfloat16, torch.float32):
+        for head_dim, rotated in ((64, 64), (128, 128), (64, 16)):
+            x, angles = tensor(2, 14, 64, head_dim, dtype=dtype), tensor(1, 64, rotated, dtype=dtype)
+            arguments = (x, x[:, :2], angles, angles)
+            name = f"{str(dtype).removeprefix('torch.')} D{head_dim}, {rotated} rotated"
+            yield f"rotary_embedding fwd {name}", lambda a=arguments: rotary_embedding.rotary_embedding_fwd(*a)
+            yield f"rotary_embedding bwd {name}", lambda a=arguments: rotary_embedding.rotary_embedding_bwd(*a)
+
+
 # File of kernels -> cases, each a name and a call of a launcher. One more case is one more line.
 CASES: dict[str, list[tuple[str, Call]]] = {
     "layer_norm": [*_norm_cases()],
@@ -198,6 +232,8 @@ CASES: dict[str, list[tuple[str, Call]]] = {
     "cross_entropy": [*_loss_cases()],
     "embedding": [*_embedding_cases()],
     "quantized_linear": [*_quantized_cases()],
+    "gated_activation": [*_gated_cases()],
+    "rotary_embedding": [*_rotary_cases()],
     "random": [("dropout_factors", lambda: random.dropout_factors(torch.zeros(2, dtype=torch.int64), 64, 256, 0.1))],
 }
 

@@ -14,7 +14,7 @@ from tinyllm import ops
 from tinyllm._info import format_info
 from tinyllm.ops import dispatch
 from tinyllm.ops.backends import cpp, cuda, triton
-from tinyllm.ops.decoder import DECODER
+from tinyllm.ops.decoder import DECODE_BLOCK, DECODER
 
 
 def python(code, **environment):
@@ -293,6 +293,9 @@ def on_a_gpu(name, dtype=torch.float32, **options):
         "layer_norm": lambda: ops.layer_norm(ones(3, 64), 64, **options),
         "add_layer_norm": lambda: ops.add_layer_norm(ones(3, 64), ones(3, 64), 64),
         "rms_norm": lambda: ops.rms_norm(ones(3, 64), 64),
+        "add_rms_norm": lambda: ops.add_rms_norm(ones(3, 64), ones(3, 64), 64),
+        "rotary_embedding": lambda: ops.rotary_embedding(*[ones(2, 2, 3, 64)] * 2, *[ones(1, 3, 64)] * 2),
+        "gated_activation": lambda: ops.gated_activation(ones(3, 64), ones(3, 64)),
         "embedding": lambda: ops.embedding(ones(2, 2, dtype=torch.long), ones(3, 64), **options),
         "attention": lambda: ops.scaled_dot_product_attention(*[ones(2, 2, 3, 64)] * 3, **options),
         "linear": lambda: ops.linear(ones(3, 64), ones(64, 64)),
@@ -303,6 +306,7 @@ def on_a_gpu(name, dtype=torch.float32, **options):
         "linear_cross_entropy": lambda: ops.linear_cross_entropy(ones(3, 64), ones(9, 64), ones(3, dtype=torch.long)),
         "adamw": lambda: ops.adamw_norm([ones(3, 64)]),
         "decoder": lambda: dispatch.choose(DECODER, ones(3, 64)),
+        "decode_block": lambda: dispatch.choose(DECODE_BLOCK, ones(3, 64)),
         "quantize_weight": lambda: ops.quantize_weight(ones(3, 64), "int8"),
         "quantized_linear": lambda: ops.quantized_linear(
             ones(3, 64), ops.QuantizedWeight(ones(3, 64, dtype=torch.bfloat16), None, 64)
@@ -346,10 +350,18 @@ def test_what_serves_on_a_gpu(cuda_build):
     assert on_a_gpu("attention", torch.bfloat16, dropout_p=0.1) == "triton"
     assert on_a_gpu("attention", torch.bfloat16, is_causal=True, causal_offset=1) == "triton"
     assert on_a_gpu("attention", torch.bfloat16, is_causal=True, causal_offset=2) == "cuda"  # which hides nothing
-    for name in ("linear_cross_entropy", "quantized_linear", "quantized_embedding"):
+    for name in ("linear_cross_entropy", "quantized_linear", "quantized_embedding", "add_rms_norm", "rotary_embedding"):
         assert on_a_gpu(name) == "triton"
     assert on_a_gpu("quantized_linear", torch.bfloat16) == "triton"
-    for name in ("linear", "feed_forward", "transformer_block", "transformer", "quantize_weight", "decoder"):
+    for name in (
+        "linear",
+        "feed_forward",
+        "transformer_block",
+        "transformer",
+        "quantize_weight",
+        "decoder",
+        "decode_block",
+    ):
         assert on_a_gpu(name) == "reference"
 
 

@@ -76,6 +76,19 @@ CASES = [
         ((2, 3, 5), (2, 3, 5), (5,), (5,)),
     ),
     Case("rms_norm", "rms_norm", lambda f, x, w: f.rms_norm(x, (5,), w, 1e-5), ((2, 3, 5), (5,))),
+    Case(
+        "add_rms_norm",
+        "add_rms_norm",
+        lambda f, x, r, w: f.add_rms_norm(x, r, (5,), w, 1e-5),
+        ((2, 3, 5), (2, 3, 5), (5,)),
+    ),
+    Case(
+        "rotary_embedding",
+        "rotary_embedding",
+        lambda f, q, k, c, s: f.rotary_embedding(q, k, c, s),
+        ((2, 2, 3, 5), (2, 1, 3, 5), (2, 3, 4), (2, 3, 4)),
+    ),
+    Case("gated_activation", "gated_activation", lambda f, g, u: f.gated_activation(g, u), ((2, 5), (2, 5))),
     Case("embedding", "embedding", lambda f, w, p: f.embedding(IDS, w, 2, positions=p), ((5, 4), (3, 4))),
     Case("attention", "attention", lambda f, q, k, v: f.scaled_dot_product_attention(q, k, v), QKV),
     Case(
@@ -244,7 +257,7 @@ TRANSFORMS: dict[str, Callable[[Function, Inputs], Any]] = {
 
 
 def test_every_operator_has_a_case():
-    without_gradients = {"adamw", "decoder", "quantize_weight", "quantized_embedding"}
+    without_gradients = {"adamw", "decoder", "decode_block", "quantize_weight", "quantized_embedding"}
     assert {case.operator for case in CASES} == set(OPERATORS) - without_gradients
 
 

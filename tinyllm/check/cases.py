@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tinyllm import ops, reference
 from tinyllm.check.draw import Case, Draw, Function, both
-from tinyllm.check.model_cases import decoder, transformer, transformer_block
+from tinyllm.check.model_cases import decode_block, decoder, transformer, transformer_block
 from tinyllm.ops._random import draw_rng, dropout_factors
 from tinyllm.ops.quantized_linear import KINDS
 from tinyllm.reference.quantized import BITS
@@ -28,23 +28,42 @@ def _norm(name: str, draw: Draw) -> Case:
     rows, size = draw.size(90), 1 + draw.size(draw.one_of(20, 300, 3000))
     shape = (rows, size) if draw.chance(0.7) else (draw.size(3), rows, size)
     weight = draw.perhaps(size)
-    bias = draw.perhaps(size) if name != "rms_norm" else None
+    rms = name.endswith("rms_norm")
+    bias = None if rms else draw.perhaps(size)
     eps = draw.one_of(1e-5, 1e-3) if size > 9 else 1.0  # a short row may vary so little that rounding is all there is
     text = f"{list(shape)}{', weight' * (weight is not None)}{', bias' * (bias is not None)}"
 
     def call(function: Function, x: Tensor, weight: Tensor | None, *rest: Any) -> Any:
         if name == "rms_norm":
             return function(x, (size,), weight, eps)
+        if name == "add_rms_norm":
+            return function(x, rest[0], (size,), weight, eps)
         if name == "layer_norm":
             return function(x, (size,), weight, *rest, eps)
         return function(x, rest[1], (size,), weight, rest[0], eps)
 
     inputs = [draw.floats(*shape), weight]
-    if name != "rms_norm":
+    if not rms:
         inputs.append(bias)
-    if name == "add_layer_norm":
+    if name.startswith("add"):
         inputs.append(draw.floats(*shape))
     return both(name, text, inputs, call)
+
+
+def _rotary_embedding(draw: Draw) -> Case:
+    batch, heads, kv_heads, tokens, head_dim = (draw.size(most) for most in (4, 6, 3, 50, 90))
+    rotated = 2 * (draw.size(head_dim) // 2)
+    inputs = [draw.floats(batch, heads, tokens, head_dim), draw.floats(batch, kv_heads, tokens, head_dim)]
+    angles = draw.one_of(1, batch), tokens, rotated
+    cos, sin = draw.floats(*angles), draw.floats(*angles)
+    text = f"{[batch, heads, tokens, head_dim]}, {kv_heads} heads of keys, angles {list(angles)}"
+    return both("rotary_embedding", text, inputs, lambda function, q, k: function(q, k, cos.to(q), sin.to(q)))
+
+
+def _gated_activation(draw: Draw) -> Case:
+    shape, activation = [draw.size(60), draw.size(400)], draw.one_of(*_ACTIVATIONS)
+    inputs = [draw.floats(*shape), draw.floats(*shape)]
+    return both("gated_activation", f"{shape}, {activation}", inputs, lambda f, gate, up: f(gate, up, activation))
 
 
 def _embedding(draw: Draw) -> Case:
@@ -366,6 +385,9 @@ CASES: dict[str, Callable[[Draw], Case]] = {
     "layer_norm": partial(_norm, "layer_norm"),
     "add_layer_norm": partial(_norm, "add_layer_norm"),
     "rms_norm": partial(_norm, "rms_norm"),
+    "add_rms_norm": partial(_norm, "add_rms_norm"),
+    "rotary_embedding": _rotary_embedding,
+    "gated_activation": _gated_activation,
     "embedding": _embedding,
     "attention": _attention,
     "linear": _linear,
@@ -376,6 +398,7 @@ CASES: dict[str, Callable[[Draw], Case]] = {
     "linear_cross_entropy": _linear_cross_entropy,
     "adamw": _adamw,
     "decoder": decoder,
+    "decode_block": decode_block,
     "quantize_weight": _quantize_weight,
     "quantized_linear": _quantized_linear,
     "quantized_embedding": _quantized_embedding,

@@ -12,10 +12,12 @@ from tinyllm.ops.attention import scaled_dot_product_attention
 from tinyllm.ops.cross_entropy import cross_entropy
 from tinyllm.ops.dispatch import backend, last_backend
 from tinyllm.ops.embedding import embedding
-from tinyllm.ops.layer_norm import add_layer_norm, layer_norm, rms_norm
+from tinyllm.ops.gated_activation import gated_activation, gated_feed_forward
+from tinyllm.ops.layer_norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from tinyllm.ops.linear import feed_forward, linear
 from tinyllm.ops.linear_cross_entropy import linear_cross_entropy
 from tinyllm.ops.quantized_linear import QuantizedWeight, quantize_weight, quantized_embedding, quantized_linear
+from tinyllm.ops.rotary_embedding import rotary_embedding
 from tinyllm.ops.transformer import transformer, transformer_block
 
 __all__ = [
@@ -24,10 +26,13 @@ __all__ = [
     "adamw_norm",
     "adamw_step",
     "add_layer_norm",
+    "add_rms_norm",
     "backend",
     "cross_entropy",
     "embedding",
     "feed_forward",
+    "gated_activation",
+    "gated_feed_forward",
     "last_backend",
     "layer_norm",
     "linear",
@@ -36,6 +41,7 @@ __all__ = [
     "quantized_embedding",
     "quantized_linear",
     "rms_norm",
+    "rotary_embedding",
     "scaled_dot_product_attention",
     "transformer",
     "transformer_block",

@@ -11,6 +11,9 @@ from tinyllm.ops.dispatch import Kernels, Operator, register_fake
 
 _IN_PARTS = "the modules serve it, with a cache"
 DECODER = Operator("decoder", cpp=Kernels((torch.float32,)), cuda=_IN_PARTS, triton=_IN_PARTS)
+DECODE_BLOCK = Operator(
+    "decode_block", cpp=Kernels((torch.float32,)), cuda=_IN_PARTS, triton=_IN_PARTS, raw=("decode_block",)
+)
 
 
 def _logits(weights, positions, batch):  # type: ignore[no-untyped-def]
@@ -27,6 +30,11 @@ def _(ids, counts, weights, positions, *others):  # type: ignore[no-untyped-def]
 @register_fake("decoder_step")
 def _(ids, weights, positions, *others):  # type: ignore[no-untyped-def]
     return _logits(weights, positions, ids.size(0))
+
+
+@register_fake("decode_block")
+def _(input, *others):  # type: ignore[no-untyped-def]
+    return input.new_empty(input.shape)
 
 
 @register_fake("decoder_write")

@@ -1,4 +1,4 @@
-"""layer_norm, add_layer_norm and rms_norm: declarations, checks, autograd, shapes for the compiler."""
+"""layer_norm, rms_norm and both after a sum: declarations, checks, autograd, shapes for the compiler."""
 
 from __future__ import annotations
 
@@ -51,6 +51,13 @@ def _declare(name: str) -> Operator:
 
 
 LAYER_NORM, ADD_LAYER_NORM, RMS_NORM = map(_declare, ("layer_norm", "add_layer_norm", "rms_norm"))
+ADD_RMS_NORM = Operator(
+    "add_rms_norm",
+    cpp=Kernels(FLOATS),
+    cuda="Triton's kernel serves it",
+    triton=Kernels(FLOATS),
+    refuses=_refuses,
+)
 
 
 def layer_norm(
@@ -158,6 +165,41 @@ def rms_norm(
     if needs_grad(input, weight):
         return record(_RMSNorm, input, shape, weight, eps, backend)
     return kernels(backend).rms_norm_fwd(input, shape, weight, eps)[0]
+
+
+def add_rms_norm(
+    input: Tensor,
+    residual: Tensor,
+    normalized_shape: int | Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Compute a residual addition and the root mean square normalisation after it, in one pass over memory.
+
+    Args:
+        input, residual: (*, *normalized_shape), equal shapes and dtypes, any strides.
+        normalized_shape, weight, eps: as in `rms_norm`.
+
+    Returns:
+        (normed, sum): `rms_norm(sum)` and `sum = input + residual`, each of input's shape and dtype.
+
+    Raises:
+        TypeError: a dtype that is not floating, or input's and residual's differ.
+        ValueError: shapes that do not fit, or tensors on different devices.
+    """
+    shape = _check(input, normalized_shape, weight, residual=residual)
+    if not input.is_cpu and autocast_dtype(input) is not None:
+        input, residual = input.float(), residual.float()
+    backend = choose(ADD_RMS_NORM, input, shape, weight)
+    if backend == "reference":
+        return reference.add_rms_norm(input, residual, shape, weight, eps)
+    if eps is None:
+        eps = torch.finfo(torch.promote_types(input.dtype, torch.float32)).eps
+    if needs_grad(input, residual, weight):
+        both: tuple[Tensor, Tensor] = record(_AddRMSNorm, input, residual, shape, weight, eps, backend)
+        return both
+    normed, total, _ = kernels(backend).add_rms_norm_fwd(input, residual, shape, weight, eps)
+    return normed, total
 
 
 def _check(
@@ -311,6 +353,45 @@ class _RMSNorm(torch.autograd.Function):
         return grad_input, None, _as_parameter(grad_weight, weight, need_weight), None, None
 
 
+class _AddRMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        residual: Tensor,
+        shape: tuple[int, ...],
+        weight: Tensor | None,
+        eps: float,
+        backend: str,
+    ) -> tuple[Tensor, Tensor]:
+        normed, total, rstd = kernels(backend).add_rms_norm_fwd(input, residual, shape, weight, eps)
+        ctx.save_for_backward(total, weight, rstd)
+        ctx.shape, ctx.eps, ctx.backend = shape, eps, backend
+        ctx.set_materialize_grads(False)
+        return normed, total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        grad_normed, grad_sum = grads
+        total, weight, rstd = ctx.saved_tensors
+        need_weight = ctx.needs_input_grad[3]
+        if grad_normed is None:  # only the sum was used further
+            return grad_sum, grad_sum, None, None, None, None
+        if differs_from_kernels(grad_normed):
+            found = grads_by_reference(
+                lambda x, w: reference.rms_norm(x, ctx.shape, w, ctx.eps),
+                (total, weight),
+                (True, need_weight),
+                (grad_normed,),
+            )
+            grad = found[0] if grad_sum is None or found[0] is None else found[0] + grad_sum
+            return grad, grad, None, found[1], None, None
+        grad, grad_weight = kernels(ctx.backend).add_rms_norm_bwd(
+            grad_normed, grad_sum, total, ctx.shape, weight, rstd, need_weight
+        )
+        return grad, grad, None, _as_parameter(grad_weight, weight, need_weight), None, None
+
+
 def _as_parameter(grad: Tensor, parameter: Tensor | None, needed: bool) -> Tensor | None:
     """Return a gradient, which kernels sum in float32 or float64, in its parameter's dtype, as autograd wants it."""
     if not needed or parameter is None:
@@ -358,3 +439,13 @@ def _(input, shape, weight, eps):  # type: ignore[no-untyped-def]
 @register_fake("rms_norm_bwd")
 def _(grad, input, shape, weight, rstd, parameter_grads):  # type: ignore[no-untyped-def]
     return input.new_empty(input.shape), _fake_parameter_grad(rstd, shape, parameter_grads)
+
+
+@register_fake("add_rms_norm_fwd")
+def _(input, residual, shape, weight, eps):  # type: ignore[no-untyped-def]
+    return input.new_empty(input.shape), input.new_empty(input.shape), _fake_statistics(input, shape)
+
+
+@register_fake("add_rms_norm_bwd")
+def _(grad_normed, grad_sum, total, shape, weight, rstd, parameter_grads):  # type: ignore[no-untyped-def]
+    return total.new_empty(total.shape), _fake_parameter_grad(rstd, shape, parameter_grads)

@@ -55,7 +55,7 @@ def linear(
         weight: (out_features, in_features), of input's dtype and device, as are all others. The view `w.t()` of a
             contiguous (in_features, out_features) is as fast, and w's gradient is contiguous.
         bias: (out_features), or None.
-        activation: "none", "relu", "gelu" (with erf) or "gelu_tanh".
+        activation: "none", "relu", "gelu" (with erf), "gelu_tanh" or "silu".
         residual: of the result's shape, added last; or None.
 
     Returns:
@@ -100,7 +100,7 @@ def feed_forward(
         bias1: (hidden_dim), or None.
         weight2: (out_features, hidden_dim).
         bias2: (out_features), or None.
-        activation: "none", "relu", "gelu" (with erf) or "gelu_tanh".
+        activation: "none", "relu", "gelu" (with erf), "gelu_tanh" or "silu".
         residual: of the result's shape, added last; or None.
 
     Returns:

@@ -168,7 +168,7 @@ def quantized_linear(
         input: (*, in_features), floating. Sums are float32, float64 if it is that.
         weight: (out_features, in_features), see `quantize_weight`. It has no gradient.
         bias: (out_features), or None.
-        activation: "none", "relu", "gelu" (with erf) or "gelu_tanh".
+        activation: "none", "relu", "gelu" (with erf), "gelu_tanh" or "silu".
         residual: of the result's shape, added last; or None.
 
     Returns:

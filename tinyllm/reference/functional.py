@@ -49,6 +49,18 @@ def add_layer_norm(
     return layer_norm(total, normalized_shape, weight, bias, eps), total
 
 
+def add_rms_norm(
+    input: Tensor,
+    residual: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return (rms_norm(sum), sum) of `sum = input + residual`."""
+    total = input + residual
+    return rms_norm(total, normalized_shape, weight, eps), total
+
+
 def rms_norm(
     input: Tensor,
     normalized_shape: Sequence[int],
@@ -165,7 +177,28 @@ ACTIVATIONS = {
     "relu": torch.relu,
     "gelu": torch.nn.functional.gelu,
     "gelu_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
+    "silu": torch.nn.functional.silu,
 }
+
+
+def gated_activation(gate: Tensor, up: Tensor, activation: str = "silu") -> Tensor:
+    """Return activation(gate) * up."""
+    compute = torch.promote_types(gate.dtype, torch.float32)
+    return (ACTIVATIONS[activation](gate.to(compute)) * up.to(compute)).to(gate.dtype)
+
+
+def rotary_embedding(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotate the first R columns of query (B, H, T, D) and key (B, Hkv, T, D); cos and sin are (B or 1, T, R)."""
+    compute, rotated = torch.promote_types(query.dtype, torch.float32), cos.size(-1)
+
+    def rotate(x: Tensor) -> Tensor:
+        turned, rest = x[..., :rotated].to(compute), x[..., rotated:]
+        first, second = turned.chunk(2, -1) if rotated else (turned, turned)
+        halves = torch.cat([-second, first], -1) if rotated else turned
+        turned = turned * cos.unsqueeze(1).to(compute) + halves * sin.unsqueeze(1).to(compute)
+        return torch.cat([turned.to(x.dtype), rest], -1)
+
+    return rotate(query), rotate(key)
 
 
 def linear(
