@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from tinyllm.config.model import SimpleLLMConfig
     from tinyllm.config.training import TrainConfig
     from tinyllm.generation import generate, generate_text, stream_text
+    from tinyllm.integrations.optimize import optimize, report, restore
     from tinyllm.model import SimpleLLM
     from tinyllm.runs.load import Run, load_run
     from tinyllm.training.trainer import TrainResult, resume, train
@@ -36,6 +37,9 @@ __all__ = [
     "nn",
     "ops",
     "optim",
+    "optimize",
+    "report",
+    "restore",
     "resume",
     "stream_text",
     "train",
@@ -56,6 +60,9 @@ _HOMES = {
     "nn": None,
     "ops": None,
     "optim": None,
+    "optimize": "integrations.optimize",
+    "report": "integrations.optimize",
+    "restore": "integrations.optimize",
     "resume": "training.trainer",
     "stream_text": "generation",
     "train": "training.trainer",

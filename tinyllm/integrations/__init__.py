@@ -1,0 +1,1 @@
+"""Adapters to other people's libraries. Each imports its library when it is first used."""
