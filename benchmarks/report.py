@@ -3,8 +3,8 @@
     python -m benchmarks.report                   write page, pictures and table anew from the stored results
     python -m benchmarks.report --adopt FILE      first take over what was measured elsewhere, with --out
 
-KIND is cpu, gpu, training, generation or guesses; FAMILY names the processor's family or the chip. The page shows
-whatever is stored, the families beside each other.
+KIND is cpu, gpu, training, generation, guesses or optimize; FAMILY names the processor's family or the chip. The page
+shows whatever is stored, the families beside each other.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ KINDS = {
     "training": "Whole trainings",
     "generation": "Writing",
     "guesses": "Writing with guesses",
+    "optimize": "Models of transformers",
     "gpu": "On a GPU",
 }
 SECTIONS = {
@@ -52,6 +53,7 @@ SECTIONS = {
     "goal": "A character model until it has a loss: `tinyllm train`, and plain PyTorch by nanoGPT's recipe",
     "gpt2": "GPT-2's size: SimpleLLM and Hugging Face's model",
     "engine": "What `tinyllm train` costs beside a loop with nothing around the model",
+    "optimize": "Before and after `tinyllm.optimize`",
     generation_tables.READING: "Reading a prompt",
     generation_tables.WRITING: "Writing a token",
 }
@@ -126,7 +128,13 @@ def is_disturbed(row: RowFacts) -> bool:
 
 def kind_of(results: Results) -> str:
     """Return the key of KINDS under which results are stored."""
-    kinds = {"details": "training", "generation": "generation", "guesses": "guesses", "gpu": "gpu"}
+    kinds = {
+        "details": "training",
+        "generation": "generation",
+        "guesses": "guesses",
+        "optimize": "optimize",
+        "gpu": "gpu",
+    }
     return next((kind for key, kind in kinds.items() if key in results), "cpu")
 
 
@@ -370,6 +378,9 @@ KIND_NOTES = {
 where data and bookkeeping are lost in seconds, all have the same short loop and one batch.""",
     "generation": generation_tables.NOTE,
     "guesses": generation_tables.GUESSES,
+    "optimize": """Models as transformers makes them, with random weights, and what `tinyllm.optimize` makes of them. A
+step of training is forward, loss and backward. Writing is a token of transformers' own loop of `generate`, beside its
+float32 weights in all rows; compiled, it has a cache of a fixed length.""",
     "gpu": """Times of operators are as the GPU runs them, those of training steps and launches by the clock on the
 wall. CUDA C++ and Triton are ours, each forced; tinyllm is what the package chooses by itself.""",
 }
