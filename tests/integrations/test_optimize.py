@@ -142,6 +142,21 @@ def test_the_report_as_a_table(model):
         tinyllm.report(model)
 
 
+def test_a_copy_with_fewer_bits_leaves_the_model_alone(model, ids):
+    tinyllm.optimize(model)
+    expected, before = model(ids), str(tinyllm.report(model))
+    ours = tinyllm.optimize(model, "int8", inplace=False)
+    assert str(tinyllm.report(model)) == before
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert torch.equal(model(ids), expected)
+    assert ours.head.weight is ours.table.weight
+    for mine, theirs in zip(ours.parameters(), model.parameters(), strict=True):
+        assert mine.data_ptr() == theirs.data_ptr()
+    with torch.no_grad():
+        model.head.weight.mul_(2)  # which the copy has too
+        assert (ours(ids) - model(ids)).abs().mean() < 0.05 * model(ids).abs().mean()
+
+
 def test_a_copy_shares_the_parameters(model, ids):
     expected = model(ids)
     before = snapshot(model)
@@ -212,14 +227,17 @@ def test_a_weight_that_changes_is_stored_anew(rows):
     with torch.no_grad():
         layer.weight.mul_(-1.5)
     close()
+    with torch.no_grad():
+        layer.weight[5] = 0.0  # a single row
+    assert layer(x)[:, 5].eq(layer.bias[5]).all()
     layer.weight.data = torch.randn(32, 64) / 8
     close()
-    if rows > 8:  # of few it is not seen, until there are many
-        layer.weight.data.mul_(-2)
-        close()
+    layer.weight.data.mul_(-2)  # as merging an adapter does
+    close()
+    layer.double().float()
+    close()
     stored = layer.__dict__[STORED]
-    layer(x)
-    assert layer.__dict__[STORED].weight is stored.weight  # nothing is stored twice
+    assert stored.of(layer) is stored.of(layer)  # nothing is stored twice
     layer.weight.requires_grad_()  # one that is trained is used itself
     torch.testing.assert_close(layer(x), nn.functional.linear(x, layer.weight, layer.bias))
     layer(x).sum().backward()
@@ -277,6 +295,55 @@ def test_hooks_and_changed_parts_are_met(model, ids):
         x = torch.randn(2, 16)
         expected = model.network.fc2(torch.tanh(model.network.fc1(x)))
         torch.testing.assert_close(model.network(x), expected)
+
+
+def test_what_is_added_or_exchanged_later_is_computed(ids):
+    network = nn.Sequential(nn.Linear(16, 40), nn.GELU(), nn.Linear(40, 16))
+    x = torch.randn(2, 16)
+    tinyllm.optimize(network)
+    assert tinyllm.report(network).rows[0].by == "feed_forward"
+    network.append(nn.Softmax(-1))
+    torch.testing.assert_close(network(x).sum(-1), torch.ones(2))
+
+    class Tripled(Network):
+        def forward(self, x):
+            return 3 * super().forward(x)
+
+    other = tinyllm.optimize(Network())
+    expected = other(x)
+    other.__class__ = Tripled
+    torch.testing.assert_close(other(x), 3 * expected)
+
+
+def test_restore_leaves_what_was_set_later(model):
+    tinyllm.optimize(model)
+    forward = model.norm.forward
+    model.norm.forward = lambda x: forward(x) + 1
+    wrapped = model.norm.forward
+    tinyllm.restore(model)
+    assert model.norm.forward is wrapped
+    assert "forward" not in model.rms.__dict__
+
+
+class Dropping(Network):
+    """A network that drops by a number of its own, as some of transformers' do."""
+
+    def __init__(self):
+        super().__init__()
+        self.residual_dropout = 0.5
+
+    def forward(self, x):
+        return nn.functional.dropout(super().forward(x), self.residual_dropout, self.training)
+
+
+def test_dropout_by_a_number_is_not_lost():
+    network = tinyllm.optimize(Dropping())
+    assert tinyllm.report(network).rows[0].by == "feed_forward"
+    x = torch.randn(50, 16)
+    assert 0.3 < network(x).eq(0).float().mean() < 0.7
+    before = networks.Fallbacks.count
+    assert network.eval()(x).ne(0).all()
+    assert networks.Fallbacks.count == before
 
 
 def test_what_others_have_replaced_is_left(model, ids):

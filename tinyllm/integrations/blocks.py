@@ -13,7 +13,6 @@ adapters on the modules, with a cache of another kind than the default.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -23,10 +22,10 @@ from torch.nn.modules.module import _has_any_global_hook
 from tinyllm import ops
 from tinyllm.integrations import decoding, layers, networks
 from tinyllm.integrations.cache import append, is_usual
-from tinyllm.integrations.parts import Block, head_dim_of
-from tinyllm.ops._context import active_transform
+from tinyllm.integrations.parts import NAME, Block, head_dim_of
+from tinyllm.ops._context import active_transform, autocast_dtype
 
-_CACHES = ("cache", "past_key_values", "layer_past")  # the argument's names
+CACHES = ("cache", "past_key_values", "layer_past")  # the argument's names
 _WITHOUT_EFFECT = frozenset({"use_cache", "position_ids", "cache_position"})  # where there is a cache, or none
 
 
@@ -125,13 +124,16 @@ def _usual_call(block: nn.Module, parts: Block, args: tuple[Any, ...], kwargs: M
     hidden, mask = given.pop("hidden_states"), given.pop("attention_mask", None)
     angles = given.pop("position_embeddings", None)
     cache = None
-    for name in _CACHES:
+    for name in CACHES:
         found = given.pop(name, None)
         cache = found if cache is None else cache
     for name, value in given.items():
         if value is not None and value is not False and name not in _WITHOUT_EFFECT:
             return None
     if parts.rotary != (angles is not None) or hidden.dim() != 3:
+        return None
+    # Autocast would round the sums, which otherwise it leaves in float32. In float16 some blocks cut their output off.
+    if hidden.dtype is torch.float16 or autocast_dtype(hidden) is not None:
         return None
     if mask is not None and (mask.dim() != 4 or mask.dtype not in (torch.bool, hidden.dtype)):
         return None
@@ -141,11 +143,21 @@ def _usual_call(block: nn.Module, parts: Block, args: tuple[Any, ...], kwargs: M
 
 
 def _modules_are_plain(block: nn.Module, parts: Block) -> bool:
-    attention = cast(nn.Module, block._modules[parts.attention])
-    network = block if parts.network is None else cast(nn.Module, block._modules[parts.network])
-    if "forward" in attention.__dict__ or networks.hooked(attention) or networks.hooked(network):
+    """Return whether calling the block's modules one by one is calling our forwards, and nothing else."""
+    attention = block._modules.get(parts.attention)
+    network = block if parts.network is None else block._modules.get(parts.network)
+    if attention is None or network is None:
         return False
-    if block.training and any(_drops(x) for x in (block, attention, network)):
+    modules = (block, attention, network)
+    if tuple(map(networks.shape_of, modules)) != parts.was or any(map(networks.drops, modules)):
+        return False
+    if "forward" in attention.__dict__ or networks.hooked(attention):
+        return False
+    if network is not block and networks.hooked(network):
+        return False
+    if network is not block and "forward" in network.__dict__ and not networks.is_ours(network, _NETWORKS):
+        return False
+    if getattr(attention.__dict__.get("config"), "_attn_implementation", None) != NAME:
         return False
     for module, names, functions in (
         (block, (parts.norm1, parts.norm2), _NORMS),
@@ -154,22 +166,16 @@ def _modules_are_plain(block: nn.Module, parts: Block) -> bool:
         (network, parts.layers, _LINEAR),
     ):
         for name in names:
-            child = module._modules.get(name)
-            ours = None if child is None else child.__dict__.get("forward")
-            if type(ours) is not partial or ours.func not in functions or networks.hooked(cast(nn.Module, child)):
+            if not networks.is_ours(module._modules[name], functions):
                 return False
-    between = network._modules.get(parts.act)
-    return between is not None and layers.activation_of(between) == parts.activation and not networks.hooked(between)
+    for module in modules:
+        for child in module._modules.values():
+            if type(child) is nn.Dropout and (networks.hooked(child) or networks.drops(child)):
+                return False
+    between = cast(nn.Module, network._modules[parts.act])
+    return layers.activation_of(between) == parts.activation and not networks.hooked(between)
 
 
 _NORMS = (layers.layer_norm, layers.rms_norm, layers.rms_norm_around_one)
 _LINEAR = (layers.linear,)
-
-
-def _drops(module: nn.Module) -> bool:
-    """Return whether a module drops anything in training, by a module of its own or a probability."""
-    for child in module._modules.values():
-        if type(child) is nn.Dropout and child.p > 0.0:
-            return True
-    probabilities = ("dropout", "attention_dropout", "activation_dropout")
-    return any(isinstance(module.__dict__.get(name), float) and module.__dict__[name] > 0.0 for name in probabilities)
+_NETWORKS = (networks.feed_forward, networks.gated_feed_forward)

@@ -50,6 +50,7 @@ def room_for(layer: Any, new: int) -> Room:
         or keys.data_ptr() != room.keys.data_ptr()
         or values.data_ptr() != room.values.data_ptr()
         or keys.shape[:2] != room.keys.shape[:2]
+        or (room.keys.is_inference() and not torch.is_inference_mode_enabled())
     ):
         capacity = length + new + min(MOST_SPARE, max(64, length // 2))
         room = Room(_with_room(keys, capacity), _with_room(values, capacity), length)

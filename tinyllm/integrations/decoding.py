@@ -5,7 +5,8 @@ With one operator for each layer, a token of a small model takes longer in Pytho
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from tinyllm.integrations import layers
 from tinyllm.integrations.cache import fill, growing_layer, room_for
-from tinyllm.integrations.layers import STORED, Stored
+from tinyllm.integrations.layers import stored_of
 from tinyllm.integrations.parts import Block, head_dim_of
 from tinyllm.ops._context import autocast_dtype
 from tinyllm.ops.decoder import DECODE_BLOCK
@@ -31,42 +32,51 @@ class _Operands:
 
     Attributes:
         tensors: all of its `weights`.
-        own: the parameters among them: where each is in `tensors`, the dictionary that it was found in, its name there.
+        parts: where each module, and each parameter, was found: the dictionary, its name there, and what was there.
+        own: where the parameters are in `tensors`.
         linears: where the matrix of each linear layer is in `tensors`, the layer, and whether it is in fewer bits.
         sizes, settings: see csrc/cpu/decode_block.cpp; settings are all from activation on.
+        now: returns sizes and settings as they are now.
     """
 
     tensors: list[Tensor]
-    own: list[tuple[int, dict[str, Any], str]]
+    parts: list[tuple[dict[str, Any], str, Any]]
+    own: list[int]
     linears: list[tuple[int, nn.Module, bool]]
     sizes: list[int]
     settings: tuple[Any, ...]
+    now: Callable[[], tuple[list[int], tuple[Any, ...]]]
 
-    def are_current(self, hidden: Tensor) -> bool:
-        """Return whether the parameters are those that were found, and as they were."""
+    def are_current(self) -> bool:
+        """Return whether modules, parameters and settings are those that were found, and as they were."""
         tensors = self.tensors
-        for i, where, name in self.own:
-            tensor = tensors[i]
-            if where[name] is not tensor or tensor.dtype is not torch.float32 or not tensor.is_contiguous():
+        for where, name, found in self.parts:
+            if where.get(name) is not found:
                 return False
+        for i in self.own:
+            tensor = tensors[i]
+            if tensor.dtype is not torch.float32 or not tensor.is_contiguous() or not tensor.is_cpu:
+                return False
+        if (self.sizes, self.settings) != self.now():
+            return False
         for i, layer, in_fewer_bits in self.linears:
-            stored = _stored(layer)
+            stored = stored_of(layer)
             if (stored is not None) != in_fewer_bits:
                 return False
             if stored is None:
                 continue
-            weight = stored.of(layer, hidden)
+            weight = stored.of(layer)
             if weight.data is not tensors[i]:
                 tensors[i], tensors[i + 1] = weight.data, _NONE if weight.scales is None else weight.scales
         return True
 
 
-def _stored(layer: nn.Module) -> Stored | None:
-    stored = cast("Stored | None", layer.__dict__.get(STORED))
-    return None if stored is None or cast(Tensor, layer._parameters["weight"]).requires_grad else stored
-
-
 _operands: WeakKeyDictionary[nn.Module, _Operands] = WeakKeyDictionary()
+
+
+def forget(module: nn.Module) -> None:
+    """Let go of what is kept for a block."""
+    _operands.pop(module, None)
 
 
 def decode(
@@ -82,15 +92,16 @@ def decode(
     if hidden.dtype is not torch.float32 or batch > _MOST_SEQUENCES or autocast_dtype(hidden) is not None:
         return None
     attention = cast(nn.Module, block._modules[parts.attention])
-    layer = growing_layer(cache, cast(int, attention.__dict__.get("layer_idx", -1)))
+    index = attention.__dict__.get("layer_idx")
+    layer = growing_layer(cache, index) if isinstance(index, int) else None
     if layer is None or layer.keys.dtype is not torch.float32 or layer.keys.size(0) != batch:
         return None
     if not serves("cpp", DECODE_BLOCK, hidden):
         return None
     operands = _operands.get(block)
-    if operands is None or not operands.are_current(hidden):
+    if operands is None or not operands.are_current():
         operands = _Builder(block, parts).operands()
-        if operands is None or not operands.are_current(hidden):
+        if operands is None or not operands.are_current():
             return None
         _operands[block] = operands
     seen = layer.keys.size(2)
@@ -109,64 +120,80 @@ def decode(
     return out
 
 
-@dataclass(eq=False)
 class _Builder:
     """Collects the operands of a block."""
 
-    block: nn.Module
-    parts: Block
-    tensors: list[Tensor] = field(default_factory=list)
-    own: list[tuple[int, dict[str, Any], str]] = field(default_factory=list)
-    linears: list[tuple[int, nn.Module, bool]] = field(default_factory=list)
+    def __init__(self, block: nn.Module, parts: Block) -> None:
+        self.block, self.parts = block, parts
+        self.tensors: list[Tensor] = []
+        self.found: list[tuple[dict[str, Any], str, Any]] = []
+        self.own: list[int] = []
+        self.linears: list[tuple[int, nn.Module, bool]] = []
 
     def operands(self) -> _Operands | None:
         """Return the operands; None where the block has what the operator does not take."""
         block, parts = self.block, self.parts
-        attention = cast(nn.Module, block._modules[parts.attention])
-        network = block if parts.network is None else cast(nn.Module, block._modules[parts.network])
-        norms = [cast(nn.Module, block._modules[name]) for name in (parts.norm1, parts.norm2)]
-        head_norms = [cast(nn.Module, attention._modules[name]) for name in parts.norms]
+        attention = self._child(block, parts.attention)
+        network = block if parts.network is None else self._child(block, parts.network)
+        norms = [self._child(block, name) for name in (parts.norm1, parts.norm2)]
+        head_norms = [self._child(attention, name) for name in parts.norms]
         kinds = {_NORM_KINDS[norm.__dict__["forward"].func] for norm in (*norms, *head_norms)}
-        if len(kinds) != 1 or (head_norms and 0 in kinds):
+        dense = [self._child(attention, name) for name in parts.projections]
+        out, layers_of = self._child(attention, parts.out), [self._child(network, name) for name in parts.layers]
+        by_inputs = {not isinstance(layer, nn.Linear) for layer in (*dense, out, *layers_of)}
+        head_dim = head_dim_of(attention)
+        alike = len(kinds) == 1 and len(by_inputs) == 1 and len({_eps(norm) for norm in head_norms}) < 2
+        if head_dim is None or not alike or (head_norms and 0 in kinds):
             return None
+        # One that is parametrized has none of its own, and a norm of heads is taken by its weight.
+        for module in (*dense, out, *layers_of, *head_norms):
+            if module._parameters.get("weight") is None:
+                return None
         for norm in norms:
             self._add(norm, "weight")
             self._add(norm, "bias")
         for head_norm in head_norms or (None, None):
             self._add(head_norm, "weight")
-        dense = [cast(nn.Module, attention._modules[name]) for name in parts.projections]
         rows = [self._linear(layer) for layer in (*dense, *(None,) * (3 - len(dense)))]
-        self._linear(cast(nn.Module, attention._modules[parts.out]))
-        found = [cast(nn.Module, network._modules[name]) for name in parts.layers]
-        gated = len(found) == 3
-        for layer in (found[0], found[1] if gated else None, found[-1]):
+        self._linear(out)
+        gated = len(layers_of) == 3
+        for layer in (layers_of[0], layers_of[1] if gated else None, layers_of[-1]):
             self._linear(layer)
-        head_dim = head_dim_of(attention)
-        by_inputs = {not isinstance(layer, nn.Linear) for layer in (*dense, *found)}
-        if head_dim is None or len(by_inputs) != 1:
-            return None
         joined = 0 if len(dense) == 3 else 2 if parts.interleaved else 1
         heads = rows[0] // head_dim // (3 if joined else 1)
         pairs = heads if joined else rows[1] // head_dim
-        parallel = parts.parallel is not None and bool(getattr(block, parts.parallel))
-        sizes = [heads, pairs, head_dim, joined, gated, kinds.pop(), parallel, by_inputs.pop()]
-        epsilons = [_eps(norm) for norm in (*norms, *head_norms[:1])]
-        settings = (parts.activation, float(cast(float, attention.scaling)), *epsilons, 0.0)[:5]
-        return _Operands(self.tensors, self.own, self.linears, [int(size) for size in sizes], settings)
+        kind, conv = kinds.pop(), by_inputs.pop()
+
+        def now() -> tuple[list[int], tuple[Any, ...]]:
+            parallel = parts.parallel is not None and bool(getattr(block, parts.parallel))
+            sizes = [heads, pairs, head_dim, joined, int(gated), kind, int(parallel), int(conv)]
+            epsilons = [_eps(norm) for norm in (*norms, *head_norms[:1])]
+            return sizes, (parts.activation, float(cast(float, attention.scaling)), *epsilons, 0.0)[:5]
+
+        return _Operands(self.tensors, self.found, self.own, self.linears, *now(), now)
+
+    def _child(self, module: nn.Module, name: str) -> nn.Module:
+        child = cast(nn.Module, module._modules[name])
+        self.found.append((module._modules, name, child))
+        return child
 
     def _add(self, module: nn.Module | None, name: str) -> None:
-        tensor = None if module is None else module._parameters.get(name)
+        tensor = None
+        if module is not None:
+            tensor = module._parameters.get(name)
+            self.found.append((module._parameters, name, tensor))
         if tensor is not None:
-            self.own.append((len(self.tensors), cast(nn.Module, module)._parameters, name))
+            self.own.append(len(self.tensors))
         self.tensors.append(_NONE if tensor is None else tensor)
 
     def _linear(self, layer: nn.Module | None) -> int:
         """Add a layer's matrix, scales and bias; return the number of its outputs."""
-        stored = None if layer is None else _stored(layer)
+        stored = None if layer is None else stored_of(layer)
         if layer is not None:
             self.linears.append((len(self.tensors), layer, stored is not None))
-        if stored is not None:
-            self.tensors += [stored.weight.data, _NONE if stored.weight.scales is None else stored.weight.scales]
+        if layer is not None and stored is not None:
+            weight = stored.of(layer)
+            self.tensors += [weight.data, _NONE if weight.scales is None else weight.scales]
         else:
             self._add(layer, "weight")
             self.tensors.append(_NONE)

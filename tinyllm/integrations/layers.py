@@ -6,7 +6,6 @@ module stays what it is: its parameters may be trained, loaded and moved.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -64,7 +63,8 @@ def linear(module: nn.Module, input: Tensor) -> Tensor:
     """Call an nn.Linear or a Conv1D, whose weight is (in_features, out_features)."""
     if STORED not in module.__dict__:
         weight = cast(Tensor, module.weight)
-        if input.dim() == 0 or not _products.worth_a_call(input.numel() // max(1, input.size(-1)) * weight.numel()):
+        rows = input.numel() // max(1, input.size(-1)) if input.dim() > 0 else 0
+        if not input.is_cpu or not _products.worth_a_call(rows * weight.numel()):
             return cast(Tensor, type(module).forward(module, input))
     return apply_linear(module, input)
 
@@ -74,10 +74,9 @@ def apply_linear(
 ) -> Tensor:
     """Return activation(module(input)) + residual; activations are those of `ops.linear`."""
     weight, bias = cast(Tensor, module.weight), cast("Tensor | None", module.bias)
-    stored = module.__dict__.get(STORED)
-    if stored is not None and not weight.requires_grad:
-        found = stored.of(module, input)
-        return ops.quantized_linear(input, found, bias, activation=activation, residual=residual)
+    stored = stored_of(module)
+    if stored is not None:
+        return ops.quantized_linear(input, stored.of(module), bias, activation=activation, residual=residual)
     if not isinstance(module, nn.Linear):
         weight = weight.t()
     return ops.linear(input, weight, bias, activation=activation, residual=residual)
@@ -86,49 +85,48 @@ def apply_linear(
 # ---- Weights in fewer bits beside the modules' own
 
 
-@dataclass(eq=False)
 class Stored:
-    """A linear layer's weight in fewer bits, and what tells whether that is still the layer's weight.
+    """The weight of a linear layer in fewer bits, made anew where the layer's own has changed.
 
-    Attributes:
+    That is seen by where the weight is and how often it has been written to, which a change through `weight.data` does
+    not count. So some of its elements are compared as well, on a CPU. A copy and a pickle have none of it, and make it.
+
+    Args:
         kind: how it is stored, see `ops.quantize_weight`.
-        weight: the weight.
-        state: where the layer's own weight was and how often it had been written to.
-        sample: some of its elements. A tensor that is written to through `.data` keeps its state.
     """
 
-    kind: str
-    weight: QuantizedWeight
-    state: tuple[Any, ...]
-    sample: Tensor
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self._weight: QuantizedWeight | None = None
+        self._state: tuple[Any, ...] = ()
+        self._sample = self._sampled = torch.empty(0)  # the elements as they were, and a view of the weight's
 
-    @classmethod
-    def make(cls, module: nn.Module, kind: str) -> Stored:
-        weight = cast(Tensor, module.weight).detach()
-        by_outputs = weight if isinstance(module, nn.Linear) else weight.t()
-        return cls(kind, ops.quantize_weight(by_outputs, kind), _state(weight), _sample(weight))
+    def __reduce__(self) -> tuple[type[Stored], tuple[str]]:
+        return Stored, (self.kind,)
 
-    def of(self, module: nn.Module, input: Tensor) -> QuantizedWeight:
-        """Return the weight, made anew if the layer's own has changed; a call with many rows looks at the sample."""
-        if not torch.compiler.is_compiling():
-            weight = cast(Tensor, module.weight).detach()
-            moved = _state(weight) != self.state
-            if moved or input.numel() > 8 * input.size(-1):
-                if _same(self.sample, _sample(weight)) and self.weight.data.device == weight.device:
-                    self.state = _state(weight)
-                else:
-                    self.__dict__.update(Stored.make(module, self.kind).__dict__)
-        return self.weight
+    def of(self, module: nn.Module) -> QuantizedWeight:
+        """Return the weight of the layer."""
+        if self._weight is None or not torch.compiler.is_compiling():
+            weight = cast(Tensor, module.weight)
+            if self._state != _state(weight) or (weight.is_cpu and not torch.equal(self._sample, self._sampled)):
+                self._make(weight.detach(), isinstance(module, nn.Linear))
+        assert self._weight is not None
+        return self._weight
+
+    def _make(self, weight: Tensor, by_outputs: bool) -> None:
+        self._weight = ops.quantize_weight(weight if by_outputs else weight.t(), self.kind)
+        self._state = _state(weight)
+        flat = weight.as_strided((weight.numel(),), (1,)) if weight.is_contiguous() else weight[:, 0]
+        self._sampled = flat[:: max(1, flat.numel() // 61)]
+        self._sample = self._sampled.clone()
+
+
+def stored_of(module: nn.Module) -> Stored | None:
+    """Return what a linear layer multiplies by; None where that is its own weight, as one that is being trained."""
+    stored = cast("Stored | None", module.__dict__.get(STORED))
+    return None if stored is None or cast(Tensor, module.weight).requires_grad else stored
 
 
 def _state(weight: Tensor) -> tuple[Any, ...]:
-    return weight.data_ptr(), weight._version, weight.dtype
-
-
-def _sample(weight: Tensor) -> Tensor:
-    flat = weight.view(-1) if weight.is_contiguous() else weight.reshape(-1)
-    return flat[:: max(1, flat.numel() // 61)].clone()
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    return a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
+    version = -1 if weight.is_inference() else weight._version  # which tensors of inference mode do not count
+    return weight.data_ptr(), version, weight.dtype, weight.device

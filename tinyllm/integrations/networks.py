@@ -1,7 +1,7 @@
 """The forwards that stand in for modules of several layers: feed-forward networks, and a layer with what follows it.
 
-Each looks at every call whether its layers are still those that were there: one that has been replaced, as by an
-adapter, or hooked, is called by the module's own forward.
+Each looks at every call whether the module is still what it was: where a part of it has been replaced, as by an
+adapter, added or hooked, the module's own forward is called.
 """
 
 from __future__ import annotations
@@ -15,12 +15,20 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from tinyllm import ops
 from tinyllm.integrations.layers import activation_of, apply_linear, layer_norm, linear
+from tinyllm.ops._context import autocast_dtype
+
+# A module's class and the names of its children, when it was looked at.
+Shape = tuple[type[nn.Module], tuple[str, ...]]
 
 
-def _plain(module: nn.Module, function: Any) -> bool:
-    """Return whether calling a module is calling this function of ours, and nothing else."""
-    forward = module.__dict__.get("forward")
-    return type(forward) is partial and forward.func is function and not hooked(module)
+def shape_of(module: nn.Module) -> Shape:
+    return type(module), tuple(module._modules)
+
+
+def is_ours(module: nn.Module | None, functions: tuple[Any, ...]) -> bool:
+    """Return whether calling a module is calling one of these functions of ours, and nothing else."""
+    forward = None if module is None else module.__dict__.get("forward")
+    return type(forward) is partial and forward.func in functions and not hooked(cast(nn.Module, module))
 
 
 def hooked(module: nn.Module) -> bool:
@@ -29,16 +37,31 @@ def hooked(module: nn.Module) -> bool:
     )
 
 
-def _drops(module: nn.Module | None) -> bool:
-    return module is not None and module.training and cast(nn.Dropout, module).p > 0.0
+def drops(module: nn.Module | None) -> bool:
+    """Return whether a module, or an nn.Dropout, drops anything in a call: by a probability among its attributes."""
+    if module is None or not module.training:
+        return False
+    if type(module) is nn.Dropout:
+        return module.p > 0.0
+    return any("drop" in name and isinstance(p, float) and p > 0.0 for name, p in module.__dict__.items())
 
 
-def _layers(module: nn.Module, names: tuple[str, ...], activation: str, act: str) -> list[nn.Module] | None:
+def _layers(
+    module: nn.Module, was: Shape, names: tuple[str, ...], activation: str, act: str, dropout: str | None = None
+) -> list[nn.Module] | None:
     """Return the linear layers of these names; None where calling them and the activation does more than it says."""
+    if shape_of(module) != was or drops(module) or _has_any_global_hook():
+        return None
     layers = [cast(nn.Module, module._modules[name]) for name in names]
-    plain = all(_plain(layer, linear) for layer in layers) and not _has_any_global_hook()
     between = cast(nn.Module, module._modules[act])
-    return layers if plain and activation_of(between) == activation and not hooked(between) else None
+    if activation_of(between) != activation or hooked(between) or not _is_dropout(module, dropout):
+        return None
+    return layers if all(is_ours(layer, (linear,)) for layer in layers) else None
+
+
+def _is_dropout(module: nn.Module, name: str | None) -> bool:
+    child = None if name is None else module._modules[name]
+    return name is None or (type(child) is nn.Dropout and not hooked(cast(nn.Module, child)))
 
 
 class Fallbacks:
@@ -54,30 +77,34 @@ def own(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return type(module).forward(module, *args, **kwargs)
 
 
-def dense_activation(module: nn.Module, input: Tensor, *, layer: str, act: str, activation: str) -> Tensor:
+def dense_activation(module: nn.Module, input: Tensor, *, was: Shape, layer: str, act: str, activation: str) -> Tensor:
     """Return activation(layer(input))."""
-    layers = _layers(module, (layer,), activation, act)
+    layers = _layers(module, was, (layer,), activation, act)
     return cast(Tensor, own(module, input)) if layers is None else apply_linear(layers[0], input, activation=activation)
 
 
 def dense_add_norm(
-    module: nn.Module, input: Tensor, residual: Tensor, *, layer: str, norm: str, dropout: str | None
+    module: nn.Module, input: Tensor, residual: Tensor, *, was: Shape, layer: str, norm: str, dropout: str | None
 ) -> Tensor:
     """Return norm(dropout(layer(input)) + residual)."""
-    dense, last = cast(nn.Module, module._modules[layer]), cast(nn.LayerNorm, module._modules[norm])
-    drop = None if dropout is None else module._modules[dropout]
-    plain = _plain(dense, linear) and _plain(last, layer_norm) and not _has_any_global_hook()
-    if not plain or (drop is not None and hooked(drop)) or input.dtype != residual.dtype:
+    plain = shape_of(module) == was and not drops(module) and not _has_any_global_hook()
+    dense, last = module._modules.get(layer), module._modules.get(norm)
+    plain = plain and is_ours(dense, (linear,)) and is_ours(last, (layer_norm,)) and _is_dropout(module, dropout)
+    # Autocast would round the sum, which otherwise it leaves in float32.
+    if not plain or input.dtype != residual.dtype or autocast_dtype(input) is not None:
         return cast(Tensor, own(module, input, residual))
-    if _drops(drop):
-        return layer_norm(last, cast(nn.Module, drop)(apply_linear(dense, input)) + residual)
-    return layer_norm(last, apply_linear(dense, input, residual=residual))
+    first, after = cast(nn.Module, dense), cast(nn.LayerNorm, last)
+    drop = None if dropout is None else module._modules[dropout]
+    if drop is not None and drops(drop):
+        return layer_norm(after, drop(apply_linear(first, input)) + residual)
+    return layer_norm(after, apply_linear(first, input, residual=residual))
 
 
 def feed_forward(
     module: nn.Module,
     input: Tensor,
     *,
+    was: Shape,
     layers: tuple[str, str],
     act: str,
     activation: str,
@@ -85,19 +112,19 @@ def feed_forward(
     dropout_is_last: bool,
 ) -> Tensor:
     """Return layers[1](activation(layers[0](input))), and where it is last, dropout of that."""
-    drop = None if dropout is None else module._modules[dropout]
-    found = _layers(module, layers, activation, act)
-    if found is None or (drop is not None and (hooked(drop) or (_drops(drop) and not dropout_is_last))):
+    found = _layers(module, was, layers, activation, act, dropout)
+    drop = None if dropout is None else module._modules.get(dropout)
+    if found is None or (drops(drop) and not dropout_is_last):
         return cast(Tensor, own(module, input))
     out = apply_linear(found[1], apply_linear(found[0], input, activation=activation))
-    return cast(Tensor, drop(out)) if drop is not None and _drops(drop) else out
+    return cast(Tensor, drop(out)) if drop is not None and drops(drop) else out
 
 
 def gated_feed_forward(
-    module: nn.Module, input: Tensor, *, layers: tuple[str, str, str], act: str, activation: str
+    module: nn.Module, input: Tensor, *, was: Shape, layers: tuple[str, str, str], act: str, activation: str
 ) -> Tensor:
     """Return down(activation(gate(input)) * up(input)) of the layers (gate, up, down)."""
-    found = _layers(module, layers, activation, act)
+    found = _layers(module, was, layers, activation, act)
     if found is None:
         return cast(Tensor, own(module, input))
     return apply_linear(found[2], gated(found[0], found[1], input, activation))

@@ -12,7 +12,7 @@ from typing import Any, TypeVar, cast
 from torch import Tensor, nn
 
 from tinyllm._internal.checks import check_choice
-from tinyllm.integrations import rules
+from tinyllm.integrations import decoding, rules
 from tinyllm.integrations.layers import STORED, Stored
 from tinyllm.ops.quantized_linear import KINDS
 
@@ -46,17 +46,17 @@ class _Record:
 
     Attributes:
         rows: each module that was looked at.
-        undo: the values that attributes of modules had before, in the order in which they were set.
+        undo: the modules' attributes that were set, in their order, with the values before and after.
         frozen: the parameters that required gradients before their weights were stored in fewer bits.
     """
 
     rows: list[Row] = field(default_factory=list)
-    undo: list[tuple[nn.Module, str, Any]] = field(default_factory=list)
+    undo: list[tuple[nn.Module, str, Any, Any]] = field(default_factory=list)
     frozen: list[Tensor] = field(default_factory=list)
 
     def set(self, module: nn.Module, attribute: str, value: Any) -> None:
         """Set an attribute of a module itself, below whatever its class does when it is set."""
-        self.undo.append((module, attribute, module.__dict__.get(attribute, _MISSING)))
+        self.undo.append((module, attribute, module.__dict__.get(attribute, _MISSING), value))
         module.__dict__[attribute] = value
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -113,7 +113,8 @@ def optimize(model: _Model, weights: str | None = None, *, inplace: bool = True)
     Args:
         model: any module. One that is optimized already is restored first.
         weights: "bf16", "int8", "int4", or None: as they are.
-        inplace: False: return a copy that shares the parameters and buffers, and leave `model` as it is.
+        inplace: False: return a copy that shares the parameters and buffers, and leave `model` as it is. With
+            `weights`, the copy's parameters are frozen ones of its own, in the same memory.
 
     Returns:
         model, or its copy.
@@ -126,10 +127,9 @@ def optimize(model: _Model, weights: str | None = None, *, inplace: bool = True)
         raise TypeError(f"model is a {type(model).__name__}; a torch.nn.Module is needed")
     if weights is not None:
         check_choice("weights", weights, KINDS)
-    restore(model)
     if not inplace:
-        shared = {id(x): x for x in (*model.parameters(), *model.buffers())}
-        model = copy.deepcopy(model, cast("dict[int, Any]", shared))
+        model = _copy(model, own_parameters=weights is not None)
+    restore(model)
     replacing = _Replacing()
     try:
         for name, module in reversed(list(model.named_modules())):  # a module after those in it
@@ -170,10 +170,20 @@ def _records(model: nn.Module) -> Iterator[tuple[nn.Module, _Record]]:
             yield module, module.__dict__[_RECORD]
 
 
+def _copy(model: _Model, own_parameters: bool) -> _Model:
+    shared: dict[int, Any] = {id(x): x for x in model.buffers()}
+    for x in model.parameters():
+        shared[id(x)] = nn.Parameter(x.detach(), x.requires_grad) if own_parameters else x
+    return copy.deepcopy(model, shared)
+
+
 def _undo(record: _Record) -> None:
-    for module, attribute, before in reversed(record.undo):
-        if before == _MISSING if isinstance(before, str) else False:
-            module.__dict__.pop(attribute, None)
+    for module, attribute, before, value in reversed(record.undo):
+        decoding.forget(module)
+        if module.__dict__.get(attribute) is not value:  # somebody has set it since, and may have built on it
+            continue
+        if isinstance(before, str) and before == _MISSING:
+            del module.__dict__[attribute]
         else:
             module.__dict__[attribute] = before
     for parameter in record.frozen:
@@ -247,8 +257,10 @@ class _Replacing:
             key = id(weight), kind
             try:
                 if key not in made:
-                    made[key] = Stored.make(module, kind)
+                    made[key] = Stored(kind)
+                    made[key].of(module)
             except ValueError as error:  # not finite, or without columns
+                del made[key]
                 self.record.rows[i] = Row(row.name, row.kind, row.by, f"with its own weight: {error}")
                 continue
             self.record.set(module, STORED, made[key])

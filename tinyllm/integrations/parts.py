@@ -9,6 +9,9 @@ from typing import Any, cast
 from torch import nn
 
 from tinyllm.integrations.layers import activation_of
+from tinyllm.integrations.networks import Shape, shape_of
+
+NAME = "tinyllm"  # of our attention, in configs of transformers
 
 
 @dataclass(frozen=True)
@@ -16,6 +19,7 @@ class Block:
     """The parts of a block, as names of modules and attributes.
 
     Attributes:
+        was: what the block, its attention module and its network module were made of.
         names: the parameters of its class's forward, in order.
         norm1, norm2, attention: its modules.
         projections: of the attention module: those of queries, keys and values, or one for all three.
@@ -29,6 +33,7 @@ class Block:
         parallel: the attribute that says whether both branches start from the block's input; or None.
     """
 
+    was: tuple[Shape, Shape, Shape]
     names: tuple[str, ...]
     norm1: str
     norm2: str
@@ -96,6 +101,7 @@ def find(block: nn.Module) -> Block | None:
         return None
     parallel = "use_parallel_residual"
     return Block(
+        was=(shape_of(block), shape_of(inside), shape_of(network)),
         names=names,
         norm1=norms[0],
         norm2=norms[1],

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from tinyllm.integrations import blocks, layers, networks
+from tinyllm.integrations.parts import NAME, head_dim_of
 from tinyllm.integrations.parts import find as find_parts
-from tinyllm.integrations.parts import head_dim_of
 
 Forward = Callable[..., Any]
 
@@ -127,26 +127,28 @@ def _network(module: nn.Module) -> Found | str | None:
     counts = (len(dense), len(acts), len(drops), len(norms))
     if sum(counts) != len(children) or _own_tensors(module) or len(drops) > 1:
         return None
-    inputs = tuple(_features(children[name])[0] for name in dense)
+    inputs, was = tuple(_features(children[name])[0] for name in dense), networks.shape_of(module)
     dropout = drops[0] if drops else None
     act = {"act": acts[0], "activation": layers.activation_of(children[acts[0]])} if acts else {}
     if counts[:2] == (1, 0) and len(norms) == 1:
-        options: dict[str, Any] = {"layer": dense[0], "norm": norms[0], "dropout": dropout}
+        options: dict[str, Any] = {"was": was, "layer": dense[0], "norm": norms[0], "dropout": dropout}
         columns = (inputs[0], _features(children[dense[0]])[1])
         return Found("linear and layer_norm", networks.dense_add_norm, options, columns)
     if norms or len(acts) != 1:
         return None
     if len(dense) == 1 and not drops and act["activation"] != "silu":
-        return Found("linear", networks.dense_activation, {"layer": dense[0], **act}, inputs)
+        return Found("linear", networks.dense_activation, {"was": was, "layer": dense[0], **act}, inputs)
     if len(dense) == 2 and act["activation"] != "silu" and _features(children[dense[0]])[1] == inputs[1]:
         last = type(module).__name__ in ("GPT2MLP",)
-        options = {"layers": tuple(dense), **act, "dropout": dropout, "dropout_is_last": last}
+        options = {"was": was, "layers": tuple(dense), **act, "dropout": dropout, "dropout_is_last": last}
         return Found("feed_forward", networks.feed_forward, options, inputs[:1])
     if len(dense) == 3 and not drops:
         roles = [[name for name in dense if role in name] for role in ("gate", "up", "down")]
         if all(len(names) == 1 for names in roles):
             names = tuple(name for (name,) in roles)
-            return Found("gated_feed_forward", networks.gated_feed_forward, {"layers": names, **act}, inputs[:1])
+            return Found(
+                "gated_feed_forward", networks.gated_feed_forward, {"was": was, "layers": names, **act}, inputs[:1]
+            )
     return None
 
 
@@ -158,7 +160,7 @@ def _block(module: nn.Module) -> Found | None:
     projection = cast(nn.Module, attention._modules[parts.projections[0]])
     if head_dim_of(attention) is None or not isinstance(getattr(attention, "scaling", None), float):
         return None
-    if getattr(attention.__dict__.get("config"), "_attn_implementation", None) != "tinyllm":
+    if getattr(attention.__dict__.get("config"), "_attn_implementation", None) != NAME:
         return None
     angles = cast(int, attention.__dict__.get("rotary_ndims", head_dim_of(attention))) if parts.rotary else 0
     columns = _features(projection)[0] if is_linear(projection) else 0
@@ -187,36 +189,53 @@ def signature(module: nn.Module, found: Found) -> tuple[Any, ...]:
 def trial(module: nn.Module, found: Found) -> str | None:
     """Return how a module's outputs differ from its replacement's for random inputs; None where they agree.
 
-    Three rows of 0.001, 1 and 10 times normally distributed numbers tell apart what is added to a variance, too.
+    Three rows of 0.001, 1 and 10 times normally distributed numbers tell apart what is added to a variance, too. A
+    block then gets one more row with what it has left in a cache, as in writing.
     """
     if not found.columns:
         return None
     tensors = [*module.parameters(), *module.buffers()]
     like = tensors[0] if tensors else torch.empty(0)
-    generator = torch.Generator().manual_seed(0)
-    scales = torch.tensor([[[1e-3], [1.0], [10.0]]])
-    inputs = [(torch.randn(1, 3, size, generator=generator) * scales).to(like) for size in found.columns]
-    given: dict[str, Any] = dict.fromkeys(found.names)
-    if found.angles:
-        given["position_embeddings"] = tuple(torch.randn(2, 1, 3, found.angles, generator=generator).to(like))
     modes = [(child, child.training) for child in module.modules()]
     try:
         module.eval()
         with torch.no_grad(), torch.autocast(like.device.type, enabled=False):
-            expected = type(module).forward(module, *(x.clone() for x in inputs), **given)
             before = networks.Fallbacks.count
-            got = found.function(module, *inputs, **given, **found.options)
+            got = _outputs(module, found, like, partial(found.function, module, **found.options))
             if networks.Fallbacks.count != before:
                 return "its modules are not all ours"
+            expected = _outputs(module, found, like, partial(type(module).forward, module))
     except Exception as error:  # whatever it is that another library's module refuses
         return f"it cannot be tried out: {type(error).__name__}: {error}"
     finally:
         for child, training in modes:
             child.training = training
-    if not isinstance(expected, Tensor) or expected.shape != got.shape or expected.dtype != got.dtype:
-        return "it returns something else than what it looks like"
-    differences = (got.double() - expected.double()).abs().amax(-1)
-    most = expected.double().abs().amax(-1) * _TOLERANCE[expected.dtype]
-    if not bool((differences <= most).all()):
-        return "it computes something else than what it looks like"
+    for mine, theirs in zip(got, expected, strict=True):
+        if not isinstance(theirs, Tensor) or theirs.shape != mine.shape or theirs.dtype != mine.dtype:
+            return "it returns something else than what it looks like"
+        differences = (mine.double() - theirs.double()).abs().amax(-1)
+        most = theirs.double().abs().amax(-1) * _TOLERANCE[theirs.dtype]
+        if not bool((differences <= most).all()):
+            return "it computes something else than what it looks like"
     return None
+
+
+def _outputs(module: nn.Module, found: Found, like: Tensor, forward: Forward) -> list[Any]:
+    """Return what a forward makes of the inputs of a trial."""
+    generator = torch.Generator().manual_seed(0)
+    scales = torch.tensor([[[1e-3], [1.0], [10.0], [1.0]]])
+    rows = [(torch.randn(1, 4, size, generator=generator) * scales).to(like) for size in found.columns]
+    given: dict[str, Any] = dict.fromkeys(found.names)
+    parts = found.options.get("parts")
+    name = None if parts is None else next((name for name in blocks.CACHES if name in parts.names), None)
+    if name is not None:
+        from transformers import DynamicCache
+
+        given[name] = DynamicCache()
+    outputs = []
+    for tokens in (slice(0, 3), slice(3, 4))[: 1 if name is None else 2]:
+        if found.angles:
+            angles = torch.randn(2, 1, 4, found.angles, generator=torch.Generator().manual_seed(1)).to(like)
+            given["position_embeddings"] = tuple(angles[:, :, tokens])
+        outputs.append(forward(*(x[:, tokens].clone() for x in rows), **given))
+    return outputs

@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 from typing import Any
 
@@ -18,9 +17,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
 from tinyllm import ops
+from tinyllm.integrations.parts import NAME
 
-NAME = "tinyllm"
-_CONFIG_KEY = "_attn_implementation_internal"
 _SERVED = ("sdpa",)  # whose masks are those that we take
 
 
@@ -57,6 +55,8 @@ def attention(
     for name in ("softcap", "s_aux"):
         if kwargs.get(name) is not None:
             raise ValueError(f"{name} is given; attn_implementation='tinyllm' has none, 'eager' does")
+    if attention_mask is not None and attention_mask.dim() != 4:
+        raise ValueError(f"attention_mask has shape {list(attention_mask.shape)}; 4 dimensions are needed")
     queries, keys = query.size(2), key.size(2)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     causal = queries > 1 and attention_mask is None and causal
@@ -90,13 +90,30 @@ AttentionInterface.register(NAME, attention)
 AttentionMaskInterface.register(NAME, sdpa_mask)  # without one, masks would be dropped
 
 
-def private_config(module: nn.Module) -> Any | str | None:
-    """Return a copy of a module's config that has its attention computed by `attention`; the reason why it is left
-    although it takes such functions, or None where it does not.
+class PrivateConfig:
+    """The config of one module, which asks for our attention where the model's config asks for PyTorch's.
 
-    The config is shared by all modules of a model, and maybe with other models, so the model's own stays as it is: it
-    says which masks are made, and what is saved.
+    The model's own is shared by all its modules, and maybe with other models, so it stays as it is: it says which masks
+    are made, and what is saved. What is changed there is seen here.
     """
+
+    def __init__(self, config: Any) -> None:
+        self._shared = config
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "_shared":  # of a copy that is not filled yet
+            raise AttributeError(name)
+        return getattr(self._shared, name)
+
+    @property
+    def _attn_implementation(self) -> str:
+        current: str = self._shared._attn_implementation
+        return NAME if current in _SERVED else current
+
+
+def private_config(module: nn.Module) -> PrivateConfig | str | None:
+    """Return the config that has a module's attention computed by `attention`; the reason why it is left although it
+    takes such functions, or None where it does not."""
     config = module.__dict__.get("config")
     if config is None or not _takes_functions(module):
         return None
@@ -107,9 +124,7 @@ def private_config(module: nn.Module) -> Any | str | None:
         return f"its attn_implementation is {current!r}; {' or '.join(map(repr, _SERVED))} is needed"
     if hasattr(module, "sinks") or getattr(module, "attn_logit_softcapping", None) is not None:
         return "its scores have sinks or a soft cap"
-    config = copy.copy(config)
-    config.__dict__[_CONFIG_KEY] = NAME
-    return config
+    return PrivateConfig(config)
 
 
 def _takes_functions(module: nn.Module) -> bool:
