@@ -235,7 +235,7 @@ def rows_of(case: Case, rounds: int) -> list[dict[str, Any]]:
         for who in (PLAIN, COMPILED):
             if who in case.failed:
                 rows.append({**row, "provider": who, "failed": case.failed[who]})
-            else:
+            elif who in medians:
                 rows.append({**row, "provider": who, "median_s": medians[who], "iqr_s": _spread(times[who])})
     return rows
 

@@ -423,6 +423,32 @@ def render_headline() -> str:
     return "\n\n".join(tables)
 
 
+def render_optimize() -> str:
+    """Return the README's table of models of transformers: a line for each model and what it does, of each family."""
+    table: list[list[str]] = []
+    machines = []
+    for family, results in stored("optimize").items():
+        rows = [row for row in results["rows"] if row["provider"] == OURS]
+        kinds = list(dict.fromkeys(row["weights"] for row in rows))
+        table = table or [["", *(f"{kind} weights" for kind in kinds)]]
+        cells: dict[str, dict[str, str]] = {}
+        for row in rows:
+            name = row["benchmark"].removesuffix(f", {row['weights']} weights")
+            cells.setdefault(name, {})[row["weights"]] = f"{format_time(row['median_s'])}, {factor(row):.2f}x"
+        table += [[f"{family}: {name}", *(found.get(kind, "") for kind in kinds)] for name, found in cells.items()]
+        machines.append(f"{family}: {machine_line(results)}; {results['date'][:10]}")
+    if not table:
+        return ""
+    return "\n".join(
+        [
+            *markdown(table),
+            "",
+            "The time after `optimize`, and how many times as long the same model takes before, with float32 weights:",
+            "by itself or by torch.compile, whichever is faster. " + "; ".join(machines),
+        ]
+    )
+
+
 def _headline_table(found: Mapping[str, Results]) -> str:
     slowest: dict[str, float] = {}
     shown: list[str] = []
@@ -468,7 +494,8 @@ def render() -> None:
     for kind in KINDS:
         draw(kind, stored(kind), PICTURES)
     write_text(PAGE, render_page())
-    write_text(README, replace_block(README.read_text(encoding="utf-8"), "headline", render_headline()))
+    readme = replace_block(README.read_text(encoding="utf-8"), "headline", render_headline())
+    write_text(README, replace_block(readme, "optimize", render_optimize()))
     write(stored("gpu").values())
 
 

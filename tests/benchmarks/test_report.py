@@ -41,6 +41,7 @@ def test_the_page_shows_the_stored_results() -> None:
 def test_the_readme_shows_the_stored_results() -> None:
     readme = report.README.read_text(encoding="utf-8")
     shown = report.replace_block(readme, "headline", report.render_headline())
+    shown = report.replace_block(shown, "optimize", report.render_optimize())
     assert shown == readme, "run `python -m benchmarks.report`"
 
 
@@ -77,6 +78,10 @@ def test_stored_results_are_whole(kind: str) -> None:
         if kind == "guesses":
             assert {row["weights"] for row in results["rows"]} == {FLOAT32, BF16, INT8, INT4}
             continue
+        if kind == "optimize":
+            assert {row.get("weights") for row in results["rows"]} == {FLOAT32, BF16, INT8, INT4, None}
+            assert all("ratios" in row for row in results["rows"] if row["provider"] == OURS)
+            continue
         if kind == "gpu":
             assert {row["benchmark"] for row in results["rows"]} == {row.name for row in rows(Target(gpu=True))}
             continue
@@ -100,7 +105,8 @@ def house(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(report, "PICTURES", tmp_path / "docs" / "benchmarks")
     monkeypatch.setattr(report, "README", tmp_path / "README.md")
     monkeypatch.setattr(hardware, "PROVEN", tmp_path / "proven.json")
-    report.README.write_text("# Title\n<!-- headline:begin -->\nold\n<!-- headline:end -->\nEnd\n", encoding="utf-8")
+    blocks = "".join(f"<!-- {name}:begin -->\nold\n<!-- {name}:end -->\n" for name in ("headline", "optimize"))
+    report.README.write_text(f"# Title\n{blocks}End\n", encoding="utf-8")
     return tmp_path
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer.main
@@ -13,7 +14,9 @@ from benchmarks import demo
 from benchmarks.report import replace_block
 from tests.helpers.runs import ROOT
 from tinyllm.cli import app
+from tinyllm.model import SimpleLLM as OurModel
 from tinyllm.reference import SimpleLLM
+from tinyllm.tokenizer import BPETokenizer
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 TEXTS = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in PAGES}
@@ -74,12 +77,26 @@ def test_links_pictures_and_paths_exist(page: str) -> None:
         assert (ROOT / path).exists() or "scale_add" in path, path  # the operator that CONTRIBUTING.md has one add
 
 
-@pytest.mark.parametrize("pages", [["README.md"], ["docs/python.md", "docs/generation.md"]], ids=str)
+HUB = "openai-community/gpt2"
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")  # of transformers
+@pytest.mark.parametrize(
+    "pages", [["README.md"], ["docs/python.md", "docs/generation.md"], ["docs/huggingface.md"]], ids=str
+)
 def test_python_examples_run(pages: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my.txt").write_text("def add(a, b):\n    return a + b\n" * 60)
-    names = {"article_model": SimpleLLM(6, 16, 32, 2)}
+    options = {"causal": True, "norm_first": True, "activation": "gelu_tanh", "max_seq_len": 64}
+    small = OurModel(300, 16, 32, 1, num_heads=2, position="learned", tie_embeddings=True, output_bias=False, **options)
+    small.save_pretrained(HUB, tokenizer=BPETokenizer.from_texts(["def add(a, b):\n    return a + b\n"] * 9, 300))
+    names: dict[str, Any] = {
+        "article_model": SimpleLLM(6, 16, 32, 2),
+        "transformers": pytest.importorskip("transformers"),
+    }
     blocks = [block for page in pages for block in re.findall(r"```python\n(.*?)```", TEXTS[page], re.DOTALL)]
     assert blocks
+    if "docs/huggingface.md" not in pages:  # which is shown as somebody types it, into a program without imports
+        exec("import tinyllm", names)
     for block in blocks:
         exec(block.replace("50257, 768, 3072, 12", "100, 768, 128, 1").replace("steps=200", "steps=2"), names)
