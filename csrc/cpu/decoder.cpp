@@ -61,7 +61,7 @@ Decoder read_decoder(const char* op, const std::vector<Tensor>& weights, const T
   s.causal = true;
   s.norm_first = norm_first;
   s.activation = parse_activation(op, activation);
-  if (s.activation == Activation::none) fail(op, ": activation is 'none'; relu, gelu or gelu_tanh is needed");
+  if (s.activation == Activation::none) fail(op, ": activation is 'none'; relu, gelu, gelu_tanh or silu is needed");
   s.dtype = DType::f32;
   s.eps1 = s.eps2 = eps;
   s.bias = false;

@@ -88,7 +88,7 @@ Model prepare(const char* op, const Tensor& input, std::vector<Tensor> parameter
   m.width = m.whole ? first.size(1) : input.size(2);
   if (num_heads < 1 || m.width % num_heads != 0 || m.width / num_heads > 1024)
     fail(op, ": num_heads is ", num_heads, "; it must divide D, ", m.width, ", into at most 1024 columns");
-  if (activation == "none") fail(op, ": activation is 'none'; relu, gelu or gelu_tanh is needed");
+  if (activation == "none") fail(op, ": activation is 'none'; relu, gelu, gelu_tanh or silu is needed");
   BlockSizes& s = m.settings;
   s = {input.size(0),
        input.size(1),

@@ -32,7 +32,8 @@ def _random(model: nn.Module) -> nn.Module:
     with torch.no_grad():
         for parameter in model.parameters():
             scale = 0.3 if parameter.dim() < 2 else 1.5 * parameter.size(-1) ** -0.5
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * scale)
+            one = parameter.dim() == 1 and bool((parameter == 1).all())  # a norm's
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale + one)
     return model.eval()
 
 

@@ -261,6 +261,19 @@ def test_adapters_of_low_rank():
             assert (output_of(merged, inputs) - expected).abs().mean() < (1e-4 if weights is None else 0.1)
 
 
+def test_a_trainer(tmp_path):
+    pytest.importorskip("accelerate")
+    ids = inputs_of("gpt2", batch=6)["input_ids"]
+    data = [{"input_ids": row, "labels": row} for row in ids]
+    options = {"max_steps": 3, "per_device_train_batch_size": 2, "report_to": "none", "save_strategy": "no", "seed": 1}
+    plain = CAUSAL["gpt2"]()
+    losses = []
+    for model in (copy.deepcopy(plain), tinyllm.optimize(copy.deepcopy(plain))):
+        arguments = transformers.TrainingArguments(tmp_path, use_cpu=True, disable_tqdm=True, **options)
+        losses.append(transformers.Trainer(model, arguments, train_dataset=data).train().training_loss)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
 # ---- The cache
 
 

@@ -378,7 +378,7 @@ def test_autocast_casts_a_weight_once_where_pytorch_serves(monkeypatch, unforced
     ({"bias": torch.ones(5, dtype=torch.bfloat16)}, TypeError, "bias has dtype torch.bfloat16"),
     ({"residual": torch.ones(1, 5)}, ValueError, r"residual has shape \[1, 5\]; \[4, 5\] is needed"),
     ({"residual": torch.ones(4, 5, dtype=torch.int64)}, TypeError, "residual has dtype torch.int64"),
-    ({"activation": "tanh"}, ValueError, "activation is 'tanh'; one of none, relu, gelu, gelu_tanh is needed"),
+    ({"activation": "tanh"}, ValueError, "activation is 'tanh'; one of none, relu, gelu, gelu_tanh, silu is needed"),
 ])  # fmt: skip
 def test_bad_input(change, error, says):
     arguments = {"input": torch.ones(4, 8), "weight": torch.ones(5, 8), "bias": torch.ones(5)} | change

@@ -63,7 +63,7 @@ def check(kind, shape, dtype=torch.float64, bias=True, change=lambda arguments: 
 @norms
 @pytest.mark.parametrize(
     ("causal", "activation", "bias"),
-    list(itertools.product([False, True], ["relu", "gelu", "gelu_tanh"], [False, True])),
+    list(itertools.product([False, True], ["relu", "gelu", "gelu_tanh", "silu"], [False, True])),
 )
 @pytest.mark.parametrize("heads", [1, 3])
 def test_options(heads, causal, activation, bias, norm_first, kind):
@@ -365,7 +365,7 @@ def replaced(parameters, index, value):
     ({"parameters": []}, ValueError, r"the first is the embedding's weight; \(V, D\)"),
     ({"num_layers": 3}, ValueError, "parameters has 35 tensors; 26, or 51 with biases, 50 with all but"),
     ({"num_heads": 3}, ValueError, "num_heads is 3; it must be a divisor of D, 8"),
-    ({"activation": "tanh"}, ValueError, "activation is 'tanh'; one of relu, gelu, gelu_tanh is needed"),
+    ({"activation": "tanh"}, ValueError, "activation is 'tanh'; one of relu, gelu, gelu_tanh, silu is needed"),
     ((4, torch.ones(8)), ValueError, r"block 0: parameters: out_proj's weight is \[8\]"),
     ((21, torch.ones(13, 8)), ValueError, r"block 1: parameters: linear2's weight is \[8, 12\], .*; \[8, 13\]"),
     ((33, torch.ones(5, 7)), ValueError, r"the output's weight is \[5, 7\], .*; \[5, 8\]"),
@@ -395,7 +395,7 @@ def test_bad_final_norm():
     ({"num_heads": 0}, "num_heads is 0"),
     ({"num_heads": 1}, "parameters has 16 tensors; 7, or 14 with biases, are needed"),
     ({"parameters": []}, "parameters has 0 tensors"),
-    ({"activation": "none"}, "activation is 'none'; one of relu, gelu, gelu_tanh is needed"),
+    ({"activation": "none"}, "activation is 'none'; one of relu, gelu, gelu_tanh, silu is needed"),
     (("out_proj", 0, torch.ones(8)), r"parameters: out_proj's weight is \[8\]"),
     (("linear1", 0, torch.ones(13, 8)), r"linear2's weight is \[8, 12\], .*; \[8, 13\]"),
     (("linear1", 0, torch.tensor(1.0)), r"linear1's weight is \[\]"),
@@ -422,7 +422,9 @@ def test_a_raw_call_with_bad_shapes_is_refused():
             raw.transformer_fwd(input, changed, added, classes, *settings, False)
 
     refused("there are 33 parameters; 18 or 35 are needed, the output's", ids, parameters[2:], positions)
-    refused("activation is 'none'; relu, gelu or gelu_tanh is needed", ids, parameters, positions, activation="none")
+    refused(
+        "activation is 'none'; relu, gelu, gelu_tanh or silu is needed", ids, parameters, positions, activation="none"
+    )
     refused("activation is 'tanh'; none, relu", ids, parameters, positions, activation="tanh")
     refused(r"parameter 5 has shape \[12, 7\]", ids, **_at(parameters, 5), added=positions)
     refused("ids must be in 0 .. 6", ids + 9, parameters, positions)

@@ -153,7 +153,7 @@ def decode_block(draw: Draw) -> Case:
         whole = None if mask is None else mask.expand(batch, heads, 1, seen + 1)
         turn: list[Tensor | None] = [*map(own, angles)] if angles else [None, None]
         out = torch.ops.tinyllm.decode_block(
-            x, weights, sizes, keys, values, seen, whole, *turn, activation, 0.3, 1e-5, 1e-3, 1e-4
+            x.detach(), weights, sizes, keys, values, seen, whole, *turn, activation, 0.3, 1e-5, 1e-3, 1e-4
         )
         return out, keys[:, :, seen], values[:, :, seen]
 

@@ -106,9 +106,10 @@ def optimize(model: _Model, weights: str | None = None, *, inplace: bool = True)
     parameters, `state_dict`, `save_pretrained` and all else stay as they are, and a model may be trained, copied and
     compiled as before. `restore(model)` puts everything back.
 
-    With `weights`, linear layers multiply by a copy of their weight in fewer bits, as text is written one to four times
-    as fast: about the bytes that are read for a token decide. The weights themselves stay, frozen; a copy is made anew
-    when its weight has changed. With "int4" the output layer has 8 bits.
+    With `weights`, linear layers multiply by a copy of their weight in fewer bits: reading them is most of what a token
+    takes. The weights themselves stay, frozen; a copy is made anew when its weight has changed. What is written through
+    `weight.data` is noticed on a CPU where it changes a whole matrix; after a change of a few rows call `optimize`
+    again. With "int4" the output layer has 8 bits.
 
     Args:
         model: any module. One that is optimized already is restored first.

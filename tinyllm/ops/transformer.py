@@ -88,7 +88,7 @@ def transformer_block(
         num_heads: heads of D / num_heads columns each.
         causal: whether a token sees itself and earlier ones only.
         norm_first: whether to normalise before each branch instead of after each sum.
-        activation: "relu", "gelu" (with erf) or "gelu_tanh".
+        activation: "relu", "gelu" (with erf), "gelu_tanh" or "silu".
         eps1, eps2: added to the variance by the two norms.
         dropout_p: probability of dropping an attention weight or an element of a branch, in [0, 1]; applied whenever it
             is above 0.
