@@ -239,9 +239,17 @@ def test_a_model_is_freed_when_nobody_has_it():
 def test_adapters_of_low_rank():
     peft = pytest.importorskip("peft")
     inputs = inputs_of("qwen2")
-    for weights in (None, "int8"):
-        model = tinyllm.optimize(CAUSAL["qwen2"](), weights)
+    for weights, first in ((None, True), ("int8", True), ("int8", False)):
+        model = CAUSAL["qwen2"]()
+        if first:
+            tinyllm.optimize(model, weights)
         adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj", "down_proj"], r=2))
+        if not first:
+            tinyllm.optimize(adapted, weights)
+            assert any(row.by == "cross_entropy" for row in tinyllm.report(adapted).rows)
+        trained = [key for key, parameter in adapted.named_parameters() if parameter.requires_grad]
+        assert all("lora" in key for key in trained)
+        assert len(trained) == 8
         adapted.train()
         for key, parameter in adapted.named_parameters():
             if "lora_B" in key:
@@ -251,6 +259,7 @@ def test_adapters_of_low_rank():
         assert all(parameter.grad is not None for key, parameter in adapted.named_parameters() if "lora" in key)
         adapted.eval()
         plain = tinyllm.restore(copy.deepcopy(adapted))
+        assert [key for key, parameter in plain.named_parameters() if parameter.requires_grad] == trained
         with torch.no_grad():
             ours, expected = output_of(adapted, inputs), output_of(plain, inputs)
         assert (ours - expected).abs().mean() < (1e-5 if weights is None else 0.1)

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from tinyllm import ops
 from tinyllm.ops import _products
+from tinyllm.ops._context import needs_grad
 from tinyllm.ops.quantized_linear import QuantizedWeight
 
 STORED = "_tinyllm_stored"  # the attribute of a linear layer that has its weight in fewer bits
@@ -122,9 +123,9 @@ class Stored:
 
 
 def stored_of(module: nn.Module) -> Stored | None:
-    """Return what a linear layer multiplies by; None where that is its own weight, as one that is being trained."""
+    """Return what a linear layer multiplies by; None where that is its own weight, as where that gets a gradient."""
     stored = cast("Stored | None", module.__dict__.get(STORED))
-    return None if stored is None or cast(Tensor, module.weight).requires_grad else stored
+    return None if stored is None or needs_grad(cast(Tensor, module.weight)) else stored
 
 
 def _state(weight: Tensor) -> tuple[Any, ...]:

@@ -6,10 +6,11 @@ import copy
 import re
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, TypeVar, cast
 
-from torch import Tensor, nn
+from torch import nn
 
 from tinyllm._internal.checks import check_choice
 from tinyllm.integrations import decoding, rules
@@ -21,6 +22,7 @@ _RECORD = "_tinyllm_record"
 _MISSING = "there was none"
 _INDEX = re.compile(r"(?:^|(?<=\.))\d+(?=\.|$)")  # of a layer, in the name of a module
 _ATTENTION = "scaled_dot_product_attention"
+_NO_RULE = "there is no replacement for it"
 
 
 @dataclass(frozen=True)
@@ -47,12 +49,10 @@ class _Record:
     Attributes:
         rows: each module that was looked at.
         undo: the modules' attributes that were set, in their order, with the values before and after.
-        frozen: the parameters that required gradients before their weights were stored in fewer bits.
     """
 
     rows: list[Row] = field(default_factory=list)
     undo: list[tuple[nn.Module, str, Any, Any]] = field(default_factory=list)
-    frozen: list[Tensor] = field(default_factory=list)
 
     def set(self, module: nn.Module, attribute: str, value: Any) -> None:
         """Set an attribute of a module itself, below whatever its class does when it is set."""
@@ -107,29 +107,28 @@ def optimize(model: _Model, weights: str | None = None, *, inplace: bool = True)
     compiled as before. `restore(model)` puts everything back.
 
     With `weights`, linear layers multiply by a copy of their weight in fewer bits: reading them is most of what a token
-    takes. The weights themselves stay, frozen; a copy is made anew when its weight has changed. What is written through
-    `weight.data` is noticed on a CPU where it changes a whole matrix; after a change of a few rows call `optimize`
-    again. With "int4" the output layer has 8 bits.
+    takes. The weights themselves stay, and are what is multiplied by where they get gradients. A copy is made anew when
+    its weight has changed. What is written through `weight.data` is noticed on a CPU where it changes a whole matrix;
+    after a change of a few rows call `optimize` again. With "int4" the output layer has 8 bits.
 
     Args:
         model: any module. One that is optimized already is restored first.
         weights: "bf16", "int8", "int4", or None: as they are.
-        inplace: False: return a copy that shares the parameters and buffers, and leave `model` as it is. With
-            `weights`, the copy's parameters are frozen ones of its own, in the same memory.
+        inplace: False: return a copy that shares the parameters and buffers, and leave `model` as it is.
 
     Returns:
         model, or its copy.
 
     Raises:
         TypeError: model is not a module.
-        ValueError: there is no such way to store weights.
+        ValueError: there is no such way to store weights; or the model is part of one that is optimized.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model is a {type(model).__name__}; a torch.nn.Module is needed")
+    _check(model)
     if weights is not None:
         check_choice("weights", weights, KINDS)
     if not inplace:
-        model = _copy(model, own_parameters=weights is not None)
+        shared = {id(x): x for x in (*model.parameters(), *model.buffers())}
+        model = copy.deepcopy(model, cast("dict[int, Any]", shared))
     restore(model)
     replacing = _Replacing()
     try:
@@ -147,10 +146,20 @@ def optimize(model: _Model, weights: str | None = None, *, inplace: bool = True)
 
 
 def restore(model: _Model) -> _Model:
-    """Put back all that `optimize` replaced in a model, or in modules of it, and return the model."""
-    for module, record in _records(model):
+    """Put back all that `optimize` replaced in a model, or in modules of it, and return the model.
+
+    Raises:
+        TypeError: model is not a module.
+        ValueError: the model is part of one that is optimized, which has to be restored.
+    """
+    _check(model)
+    for _, module, record in list(_records(model)):
         _undo(record)
         del module.__dict__[_RECORD]
+    for name, module in model.named_modules():
+        forward = module.__dict__.get("forward")
+        if STORED in module.__dict__ or (type(forward) is partial and forward.func.__module__.startswith(__package__)):
+            raise ValueError(f"model is part of one that is optimized, with {name or 'it'}; restore the whole")
     return model
 
 
@@ -158,24 +167,29 @@ def report(model: nn.Module) -> Report:
     """Return what `optimize` replaced in a model, and what it left and why.
 
     Raises:
+        TypeError: model is not a module.
         ValueError: neither the model nor a module of it has been optimized.
     """
-    for module, record in _records(model):
-        return Report(type(module).__name__, tuple(record.rows))
-    raise ValueError("model is as it was; tinyllm.optimize(model) replaces its layers")
+    _check(model)
+    rows = [
+        replace(row, name=".".join(filter(None, (name, row.name))))
+        for name, _, record in _records(model)
+        for row in record.rows
+    ]
+    if not rows:
+        raise ValueError("model is as it was; tinyllm.optimize(model) replaces its layers")
+    return Report(type(model).__name__, tuple(rows))
 
 
-def _records(model: nn.Module) -> Iterator[tuple[nn.Module, _Record]]:
-    for module in list(model.modules()):
+def _check(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}; a torch.nn.Module is needed")
+
+
+def _records(model: nn.Module) -> Iterator[tuple[str, nn.Module, _Record]]:
+    for name, module in model.named_modules():
         if _RECORD in module.__dict__:
-            yield module, module.__dict__[_RECORD]
-
-
-def _copy(model: _Model, own_parameters: bool) -> _Model:
-    shared: dict[int, Any] = {id(x): x for x in model.buffers()}
-    for x in model.parameters():
-        shared[id(x)] = nn.Parameter(x.detach(), x.requires_grad) if own_parameters else x
-    return copy.deepcopy(model, shared)
+            yield name, module, module.__dict__[_RECORD]
 
 
 def _undo(record: _Record) -> None:
@@ -187,8 +201,6 @@ def _undo(record: _Record) -> None:
             del module.__dict__[attribute]
         else:
             module.__dict__[attribute] = before
-    for parameter in record.frozen:
-        parameter.requires_grad_(True)
 
 
 class _Replacing:
@@ -208,8 +220,14 @@ class _Replacing:
             rows.append(Row(name, kind, found.name if why is None else None, why or found.note))
         elif found is not None:
             rows.append(Row(name, kind, None, found))
-        elif not self._attention(name, module) and any(True for _ in module.parameters(recurse=False)):
-            rows.append(Row(name, kind, None, "we have no kernel for it"))
+        elif self._attention(name, module):
+            pass
+        elif "Attention" in kind and any(map(rules.is_linear, module.children())):
+            rows.append(Row(name, kind, None, "its attention does not go through transformers' AttentionInterface"))
+        elif any(True for _ in module.parameters(recurse=False)):
+            rows.append(
+                Row(name, kind, None, "PyTorch's own serves it" if isinstance(module, nn.Embedding) else _NO_RULE)
+            )
 
     def _try(self, module: nn.Module, found: rules.Found) -> str | None:
         """Try a replacement out, once for all modules that differ in the numbers in their parameters alone."""
@@ -240,10 +258,11 @@ class _Replacing:
             return
         from tinyllm.integrations import losses
 
-        loss = losses.loss_of(model)
-        if loss is not None:
-            self.record.set(model, "_loss_function", loss)
-            self.record.rows.append(Row("loss_function", type(model).__name__, "cross_entropy"))
+        for name, module in model.named_modules():  # a wrapper's model has it, too
+            loss = losses.loss_of(module)
+            if loss is not None:
+                self.record.set(module, "_loss_function", loss)
+                self.record.rows.append(Row(f"{name}.loss_function".lstrip("."), "loss", "cross_entropy"))
 
     def store(self, model: nn.Module, weights: str) -> None:
         """Give every linear layer that is replaced a copy of its weight in fewer bits."""
@@ -265,6 +284,4 @@ class _Replacing:
                 self.record.rows[i] = Row(row.name, row.kind, row.by, f"with its own weight: {error}")
                 continue
             self.record.set(module, STORED, made[key])
-            if weight.requires_grad:
-                self.record.frozen.append(weight.requires_grad_(False))
             self.record.rows[i] = Row(row.name, row.kind, "quantized_linear", kind)

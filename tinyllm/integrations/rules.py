@@ -84,7 +84,8 @@ def _norm(module: nn.Module) -> Found | None:
         return Found("layer_norm", layers.layer_norm, {})
     if type(module) is nn.RMSNorm:
         return Found("rms_norm", layers.rms_norm, {"eps": "eps"})
-    if "RMSNorm" not in type(module).__name__ or module._modules or _own_tensors(module) != {"weight"}:
+    named = "RMSNorm" in type(module).__name__ or hasattr(module, "variance_epsilon")
+    if not named or module._modules or _own_tensors(module) != {"weight"}:
         return None
     weight = cast(Tensor, module.weight)
     eps = [name for name in ("variance_epsilon", "eps", "epsilon") if isinstance(getattr(module, name, None), float)]
@@ -152,7 +153,7 @@ def _network(module: nn.Module) -> Found | str | None:
     return None
 
 
-def _block(module: nn.Module) -> Found | None:
+def _block(module: nn.Module) -> Found | str | None:
     parts = find_parts(module)
     if parts is None:
         return None
@@ -163,7 +164,9 @@ def _block(module: nn.Module) -> Found | None:
     if getattr(attention.__dict__.get("config"), "_attn_implementation", None) != NAME:
         return None
     angles = cast(int, attention.__dict__.get("rotary_ndims", head_dim_of(attention))) if parts.rotary else 0
-    columns = _features(projection)[0] if is_linear(projection) else 0
+    if not is_linear(projection):
+        return "its layers are not all plain linear ones"
+    columns = _features(projection)[0]
     names = ("attention_mask",) if "attention_mask" in parts.names else ()
     note = "for single tokens; else sums within linear"
     return Found("decode_block", blocks.forward, {"parts": parts}, (columns,), angles, names, note)

@@ -120,10 +120,10 @@ def private_config(module: nn.Module) -> PrivateConfig | str | None:
     current = getattr(config, "_attn_implementation", None)
     if current == NAME:
         return "its config asks for it already"
-    if current not in _SERVED:
-        return f"its attn_implementation is {current!r}; {' or '.join(map(repr, _SERVED))} is needed"
     if hasattr(module, "sinks") or getattr(module, "attn_logit_softcapping", None) is not None:
         return "its scores have sinks or a soft cap"
+    if current not in _SERVED:
+        return f"its attn_implementation is {current!r}; {' or '.join(map(repr, _SERVED))} is needed"
     return PrivateConfig(config)
 
 
