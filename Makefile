@@ -5,6 +5,7 @@
 #   make bench   benchmarks against PyTorch; updates benchmarks/results/, docs/benchmarks.md and the README's table
 #   make train-bench    how fast training is beside plain PyTorch and Hugging Face; updates the same
 #   make generation-bench    how fast models write beside Hugging Face, CTranslate2 and llama.cpp; updates the same
+#   make optimize-bench    models of transformers before and after `tinyllm.optimize`; updates the same
 #   make lint    ruff, mypy, import-linter, clang-format
 #   make docs    the site of docs/, into build/site
 #   make abi-check      all sources against the headers of torch 2.10, 2.11 and the newest torch
@@ -21,7 +22,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 TESTED := $(wildcard tests/emulation/*.h tests/emulation/*.cpp tests/building/*.cpp tests/building/avx512/*)
 
-.PHONY: demo dev test bench train-bench generation-bench lint abi-check gpu-compile gpu-tiles cpu-sanitize cuda-sanitize avx512-check aarch64-check wheel-check docs format clean
+.PHONY: demo dev test bench train-bench generation-bench optimize-bench lint abi-check gpu-compile gpu-tiles cpu-sanitize cuda-sanitize avx512-check aarch64-check wheel-check docs format clean
 
 # What building and checking need; torch is pinned, so that no other one is downloaded.
 .venv/tools: pyproject.toml constraints.txt
@@ -65,6 +66,9 @@ generation-bench: .venv/installed .venv/dev
 	-CMAKE_ARGS=-DGGML_NATIVE=ON $(PIP) install -q -c constraints.txt llama-cpp-python gguf
 	$(BIN)/python -m benchmarks.generation
 	$(BIN)/python -m benchmarks.guesses
+
+optimize-bench: .venv/installed .venv/dev
+	$(BIN)/python -m benchmarks.optimizing
 
 lint: .venv/installed .venv/dev
 	$(BIN)/ruff check .

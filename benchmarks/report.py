@@ -378,9 +378,10 @@ KIND_NOTES = {
 where data and bookkeeping are lost in seconds, all have the same short loop and one batch.""",
     "generation": generation_tables.NOTE,
     "guesses": generation_tables.GUESSES,
-    "optimize": """Models as transformers makes them, with random weights, and what `tinyllm.optimize` makes of them. A
-step of training is forward, loss and backward. Writing is a token of transformers' own loop of `generate`, beside its
-float32 weights in all rows; compiled, it has a cache of a fixed length.""",
+    "optimize": """Models as transformers makes them, with random weights and without dropout, and what
+`tinyllm.optimize` makes of them: `make optimize-bench`, in a quarter of an hour. A step of training is forward, loss
+and backward. Writing is a token of transformers' own loop of `generate`, beside its float32 weights in all rows;
+compiled, it has a cache of a fixed length.""",
     "gpu": """Times of operators are as the GPU runs them, those of training steps and launches by the clock on the
 wall. CUDA C++ and Triton are ours, each forced; tinyllm is what the package chooses by itself.""",
 }
