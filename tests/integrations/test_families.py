@@ -119,6 +119,31 @@ def test_generate(name, options, decoded):
         assert decoded["refused"] == 0
 
 
+@pytest.mark.parametrize("name", ["gpt2", "opt", "llama", "qwen3"])
+def test_assisted_generation(name):
+    """The assistant's guesses are taken back where they are wrong, from both caches."""
+    plain, ours = both(name)
+    assistant = tinyllm.optimize(CAUSAL[name]())
+    with torch.no_grad():
+        assistant.get_output_embeddings().weight.mul_(0.9).add_(0.01)
+    inputs = inputs_of(name, batch=1)
+    expected = plain.generate(**inputs, max_new_tokens=20, do_sample=False)
+    found = ours.generate(**inputs, max_new_tokens=20, do_sample=False, assistant_model=assistant)
+    assert torch.equal(found, expected)
+
+
+@each_causal
+def test_generate_in_bfloat16(name):
+    """A token after a cache has the logits that reading the whole text gives it, within bfloat16's rounding."""
+    model = tinyllm.optimize(CAUSAL[name]().to(torch.bfloat16))
+    inputs = inputs_of(name)
+    options = {"max_new_tokens": 6, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    text = model.generate(**inputs, **options)
+    with torch.no_grad():
+        whole = model(text.sequences).logits[:, 10:-1].float()
+    assert (torch.stack(text.logits, 1).float() - whole).abs().mean() < 0.02 * whole.abs().max()
+
+
 @each_causal
 @pytest.mark.parametrize("weights", ["bf16", "int8", "int4"])
 def test_generate_with_weights_in_fewer_bits(name, weights, decoded):
@@ -194,7 +219,7 @@ def test_compile(name):
 
 @each_family
 def test_hidden_states_and_hooks(name):
-    """What records outputs by hooks on modules still sees them."""
+    """Forward hooks on replaced modules, and those that record hidden states, are still called."""
     plain, ours = both(name)
     inputs = inputs_of(name)
     with torch.no_grad():
@@ -212,7 +237,7 @@ def test_hidden_states_and_hooks(name):
 
 
 def test_dropout_in_training():
-    """With dropout modules are called one by one; nothing is dropped in evaluation."""
+    """A block with dropout calls its modules one by one in training, and drops nothing in evaluation."""
     config = transformers.GPT2Config(
         vocab_size=VOCAB, n_embd=48, n_head=4, n_layer=2, n_positions=64, resid_pdrop=0.5, attn_pdrop=0.5, embd_pdrop=0
     )

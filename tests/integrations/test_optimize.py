@@ -260,7 +260,7 @@ def test_gradients_pass_weights_in_fewer_bits(model, ids):
 
 
 class Adapter(nn.Module):
-    """What adapters of low rank do to a layer."""
+    """Add a product of low rank to a layer's output, as PEFT's LoRA does."""
 
     def __init__(self, base):
         super().__init__()

@@ -45,7 +45,7 @@ BIAS = torch.randn(1, 4, 5, 9, generator=torch.Generator().manual_seed(2))
 ], ids=lambda options: "-".join(options) or "default")  # fmt: skip
 @pytest.mark.parametrize("keys", [5, 9])
 def test_the_attention_function_does_what_that_of_sdpa_does(mask, options, keys):
-    """With more keys than queries and no mask, the keys are a cache of a fixed length that has just been begun."""
+    """More keys than queries without a mask are a static cache that was empty before."""
     query, key, value = heads(5, keys)
     given = None
     if mask != "none":
@@ -165,7 +165,7 @@ CACHE = "cache" if "cache" in inspect.signature(transformers.GPT2Model.forward).
 @pytest.mark.parametrize("name", ["gpt2", "llama", "gpt_neox"])
 @pytest.mark.parametrize("weights", [None, "int8"])
 def test_a_block_whose_parts_are_exchanged_while_writing(name, weights):
-    """What is kept of a block from token to token is that of its parts as they are."""
+    """Decoding notices modules, weights and settings that change between two tokens."""
     model = tinyllm.optimize(CAUSAL[name](), weights)
     blocks = next(module for module in model.modules() if isinstance(module, torch.nn.ModuleList))
     ids = inputs_of(name)["input_ids"]

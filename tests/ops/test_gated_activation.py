@@ -29,7 +29,7 @@ def test_many_elements(backend):
 @on("cpp", "triton")
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh", "gelu"])
 def test_values_and_slopes_far_out(backend, activation):
-    """Where exponentials overflow the value is x or 0, and the slope 1 or 0."""
+    """The value is x or 0, and the slope 1 or 0, for inputs whose exponential overflows."""
     x = backend.tensor([-1e4, -300.0, -90.0, -50.0, 50.0, 90.0, 300.0, 1e4]).requires_grad_()
     out = ops.gated_activation(x, torch.ones_like(x), activation)
     torch.testing.assert_close(out, torch.where(x > 0, x, 0.0), rtol=0, atol=1e-6)

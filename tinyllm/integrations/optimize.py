@@ -44,7 +44,7 @@ class Row:
 
 @dataclass(eq=False)
 class _Record:
-    """What `optimize` did to a model.
+    """The changes of one `optimize` call, and how to take them back.
 
     Attributes:
         rows: each module that was looked at.
@@ -67,7 +67,7 @@ class _Record:
 
 @dataclass(frozen=True)
 class Report:
-    """What `optimize` replaced in a model, and what it left. Printed, it is a table.
+    """The modules of a model that `optimize` replaced, and those that it left. Printed, it is a table.
 
     Attributes:
         model: the model's class.

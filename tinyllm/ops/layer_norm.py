@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -304,14 +304,13 @@ class _AddLayerNorm(torch.autograd.Function):
         if grad_normed is None:  # only the sum was used further
             return grad_sum, grad_sum, None, None, None, None, None
         if differs_from_kernels(grad_normed):
-            found = grads_by_reference(
+            grad, *parameters = _through_sum(
                 lambda x, w, b: reference.layer_norm(x, ctx.shape, w, b, ctx.eps),
                 (total, weight, bias),
                 (True, need_weight, need_bias),
-                (grad_normed,),
+                grads,
             )
-            grad = found[0] if grad_sum is None or found[0] is None else found[0] + grad_sum
-            return grad, grad, None, found[1], found[2], None, None
+            return grad, grad, None, *parameters, None, None
         grad, grad_weight, grad_bias = kernels(ctx.backend).add_layer_norm_bwd(
             grad_normed, grad_sum, total, ctx.shape, weight, mean, rstd, need_weight or need_bias
         )
@@ -378,18 +377,24 @@ class _AddRMSNorm(torch.autograd.Function):
         if grad_normed is None:  # only the sum was used further
             return grad_sum, grad_sum, None, None, None, None
         if differs_from_kernels(grad_normed):
-            found = grads_by_reference(
-                lambda x, w: reference.rms_norm(x, ctx.shape, w, ctx.eps),
-                (total, weight),
-                (True, need_weight),
-                (grad_normed,),
+            grad, grad_weight = _through_sum(
+                lambda x, w: reference.rms_norm(x, ctx.shape, w, ctx.eps), (total, weight), (True, need_weight), grads
             )
-            grad = found[0] if grad_sum is None or found[0] is None else found[0] + grad_sum
-            return grad, grad, None, found[1], None, None
+            return grad, grad, None, grad_weight, None, None
         grad, grad_weight = kernels(ctx.backend).add_rms_norm_bwd(
             grad_normed, grad_sum, total, ctx.shape, weight, rstd, need_weight
         )
         return grad, grad, None, _as_parameter(grad_weight, weight, need_weight), None, None
+
+
+def _through_sum(
+    norm: Callable[..., Tensor], inputs: Sequence[Tensor | None], wanted: Sequence[bool], grads: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """Return the gradients of a norm's inputs by the reference; `grads` are those of its output and of the sum before
+    it, which is the first input."""
+    grad_normed, grad_sum = grads
+    first, *parameters = grads_by_reference(norm, inputs, wanted, (grad_normed,))
+    return [first if grad_sum is None or first is None else first + grad_sum, *parameters]
 
 
 def _as_parameter(grad: Tensor, parameter: Tensor | None, needed: bool) -> Tensor | None:
