@@ -6,6 +6,7 @@
 #   make train-bench    how fast training is beside plain PyTorch and Hugging Face; updates the same
 #   make generation-bench    how fast models write beside Hugging Face, CTranslate2 and llama.cpp; updates the same
 #   make optimize-bench    models of transformers before and after `tinyllm.optimize`; updates the same
+#   make report    one page in HTML of the stored benchmark results, into build/report
 #   make lint    ruff, mypy, import-linter, clang-format
 #   make docs    the site of docs/, into build/site
 #   make abi-check      all sources against the headers of torch 2.10, 2.11 and the newest torch
@@ -22,7 +23,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 TESTED := $(wildcard tests/emulation/*.h tests/emulation/*.cpp tests/building/*.cpp tests/building/avx512/*)
 
-.PHONY: demo dev test bench train-bench generation-bench optimize-bench lint abi-check gpu-compile gpu-tiles cpu-sanitize cuda-sanitize avx512-check aarch64-check wheel-check docs format clean
+.PHONY: demo dev test bench train-bench generation-bench optimize-bench report lint abi-check gpu-compile gpu-tiles cpu-sanitize cuda-sanitize avx512-check aarch64-check wheel-check docs format clean
 
 # What building and checking need; torch is pinned, so that no other one is downloaded.
 .venv/tools: pyproject.toml constraints.txt
@@ -33,7 +34,7 @@ TESTED := $(wildcard tests/emulation/*.h tests/emulation/*.cpp tests/building/*.
 # What using tinyllm needs. One that is built again compiles what has changed.
 .venv/installed: .venv/tools setup.py $(SOURCES)
 	@echo "Building and installing tinyllm (one to three minutes)"
-	$(PIP) install -q -c constraints.txt --no-build-isolation -e .
+	$(PIP) install -q -c constraints.txt --no-build-isolation -e ".[train]"
 	touch $@
 
 # What developing it needs besides; tinyllm itself is installed once more by the way, which takes seconds.
@@ -69,6 +70,9 @@ generation-bench: .venv/installed .venv/dev
 
 optimize-bench: .venv/installed .venv/dev
 	$(BIN)/python -m benchmarks.optimizing
+
+report: .venv/installed .venv/dev
+	$(BIN)/tinyllm bench --report build/report
 
 lint: .venv/installed .venv/dev
 	$(BIN)/ruff check .

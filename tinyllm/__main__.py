@@ -2,15 +2,37 @@
 
 from __future__ import annotations
 
+import sys
+
 from tinyllm._internal import interrupt
+from tinyllm._internal.extras import missing
 
 
 def main() -> None:
     """Run the command line; exits with 0, with 2 for bad input, with 130 after Ctrl-C."""
     interrupt.end_at_once()
-    from tinyllm.cli import app
-
+    try:
+        from tinyllm.cli import app
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("tinyllm"):
+            raise
+        sys.exit(_without(error.name, sys.argv[1:]))
     app()
+
+
+def _without(library: str, arguments: list[str]) -> int:
+    """Run the commands that need no more than the package itself; return the exit status."""
+    if arguments == ["info"]:
+        from tinyllm._info import print_info
+
+        print_info()
+        return 0
+    if arguments == ["doctor"]:
+        from tinyllm._doctor import print_diagnosis
+
+        return print_diagnosis()
+    print(f"tinyllm: error: {missing(library, 'train')}; info and doctor run without", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

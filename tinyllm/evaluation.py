@@ -10,10 +10,13 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from tinyllm._internal.extras import from_extra
 from tinyllm.model import SimpleLLM
 from tinyllm.tokenizer import CharTokenizer, Tokenizer, WordTokenizer
+
+with from_extra("train"):
+    from tqdm import tqdm
 
 _T = TypeVar("_T")
 

@@ -2,8 +2,9 @@
 
     python tests/building/wheel_check.py [--installed]
 
-The environment is a new one, which holds tinyllm and what its metadata ask for, nothing else: a dependence that is not
-declared is an import that fails. Nothing is downloaded, since the packages are those of the environment that runs this.
+The environment is a new one, which holds tinyllm and what its metadata ask for, nothing else, first without extras and
+then with that of training: a dependence that is not declared is an import that fails. Nothing is downloaded, since the
+packages are those of the environment that runs this.
 --installed builds and installs nothing, and uses the tinyllm of the environment that runs this.
 """
 
@@ -29,6 +30,21 @@ facts = tinyllm.info()["extension"]
 assert facts["loaded"], facts["why_not"]
 import tinyllm.kernels, tinyllm.benchmarks
 """
+BASE = """
+import torch, tinyllm
+model = tinyllm.SimpleLLM(65, 16, 32, 2, num_heads=2, causal=True, norm_first=True)
+loss = model.loss(torch.randint(65, (2, 9)), torch.randint(65, (2, 9)))
+loss.backward()
+tinyllm.generate(model.eval(), torch.tensor([[1, 2]]), 3)
+tinyllm.optimize(torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.GELU(), torch.nn.Linear(8, 4)), "int8")
+try:
+    tinyllm.train
+except ModuleNotFoundError as error:
+    assert "tinyllm[train]" in str(error), error
+else:
+    raise SystemExit("training needs no extra; pyproject.toml says that it does")
+"""
+MOST_BYTES = 40e6  # of the wheel; what else it downloads where torch is there, numpy and safetensors, has 18 MB
 TEXT = "def add(a, b):\n    return a + b\n\n\n" * 200
 
 
@@ -83,6 +99,21 @@ def install(wheel: Path, folder: Path) -> Path:
     return folder / "bin"
 
 
+def use_base(wheel: Path, programs: Path, folder: Path) -> None:
+    """Use what an installation without extras has; end this program where it needs more than it should."""
+    folder.mkdir()
+    run(programs / "python", "-c", BASE, cwd=folder)
+    for command in ("info", "doctor"):
+        run(programs / "tinyllm", command, cwd=folder)
+    refused = subprocess.run([programs / "tinyllm", "train"], cwd=folder, capture_output=True, text=True)
+    if refused.returncode != 2 or "tinyllm[train]" not in refused.stderr:
+        raise SystemExit(f"tinyllm train without its extra: status {refused.returncode}, {refused.stderr}")
+    size = wheel.stat().st_size
+    print(f"        the wheel has {size / 1e6:.1f} MB", flush=True)
+    if size > MOST_BYTES:
+        raise SystemExit(f"it should have {MOST_BYTES / 1e6:.0f} MB at most")
+
+
 def link(distributions: list[metadata.Distribution], folder: Path) -> None:
     """Lend an environment distributions of this one."""
     site = next(folder.glob("lib/python*/site-packages"))
@@ -96,7 +127,7 @@ def link(distributions: list[metadata.Distribution], folder: Path) -> None:
 def use(programs: Path, folder: Path) -> None:
     """Import the installed package, compare its kernels with PyTorch, train five steps and generate."""
     tinyllm = programs / "tinyllm"
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     (folder / "text.txt").write_text(TEXT, encoding="utf-8")
     run(programs / "python", "-c", LOADED, cwd=folder)
     run(tinyllm, "--version", cwd=folder)
@@ -118,6 +149,8 @@ def main() -> None:
         (folder / "dist").mkdir()
         wheel = archives(folder / "dist")
         programs = install(wheel, folder / "environment")
+        use_base(wheel, programs, folder / "work")
+        link(needed(wheel, "train"), folder / "environment")
         use(programs, folder / "work")
         link(needed(wheel, "test"), folder / "environment")
         measure = ["bench", "--quick", "--only", "embedding*positions forward 12x64", "--out", "results"]

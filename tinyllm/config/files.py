@@ -18,6 +18,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
+from tinyllm._internal.extras import from_extra
 from tinyllm._internal.files import replacing
 from tinyllm.config.saved import CONFIG_FILE, read_config
 from tinyllm.config.training import TrainConfig
@@ -171,13 +172,15 @@ def _parse_toml(text: str) -> Any:
     if sys.version_info >= (3, 11):
         import tomllib
     else:
-        import tomli as tomllib
+        with from_extra("train"):
+            import tomli as tomllib
     return tomllib.loads(text)
 
 
 def _parse_yaml(text: str) -> Any:
     """Read YAML, with numbers as YAML 1.2 has them: 1e-3 is one, and 010 and 1:30 are none. A key twice is an error."""
-    import yaml
+    with from_extra("train"):
+        import yaml
 
     tag_int, tag_float = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from tinyllm._internal.extras import from_extra
 from tinyllm._internal.files import replacing
 from tinyllm._internal.words import short_number, shortened
 from tinyllm.config.saved import read_config
@@ -405,7 +406,8 @@ def _figure(out: str | os.PathLike[str], width: float, height: float, layout: An
     suffix = Path(out).suffix.lower()
     if suffix not in FORMATS:
         raise ValueError(f"out is {os.fspath(out)!r}; allowed are names that end in {', '.join(FORMATS)}")
-    from matplotlib.figure import Figure
+    with from_extra("train"):
+        from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), dpi=150, layout=layout, facecolor="white")
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
+from tinyllm._internal.extras import from_extra
 from tinyllm._internal.files import write_text
 from tinyllm.tokenizer.base import (
     END_OF_TEXT,
@@ -63,7 +65,8 @@ class BPETokenizer:
         Raises:
             ValueError: the texts hold no character, or `vocab_size` is below 257.
         """
-        from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+        with from_extra("train"):
+            from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
         check_vocab_size(cls.kind, vocab_size)
         tokenizer = Tokenizer(models.BPE())
@@ -91,7 +94,8 @@ class BPETokenizer:
 
     @classmethod
     def _from_json(cls, text: str, path: Path) -> BPETokenizer:
-        from tokenizers import Tokenizer
+        with from_extra("train"):
+            from tokenizers import Tokenizer
 
         try:
             tokenizer = Tokenizer.from_str(text)
@@ -135,6 +139,10 @@ class BPETokenizer:
             if not 0 <= index < self._vocab_size:
                 raise bad_id(index, self._vocab_size)
         return str(self._tokenizer.decode(ids, skip_special_tokens=False))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the content of a tokenizer.json."""
+        return dict(json.loads(self._tokenizer.to_str()))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         write_text(path, self._tokenizer.to_str(pretty=True) + "\n")

@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tinyllm._internal.extras import from_extra
 from tinyllm.tokenizer.base import END_OF_TEXT, Tokenizer
 from tinyllm.tokenizer.bpe import BPETokenizer
 from tinyllm.tokenizer.load import load_tokenizer
@@ -58,7 +59,8 @@ def load_vocabulary(path: str | os.PathLike[str]) -> Tokenizer:
 
 
 def _load_gpt2(vocab: Path, merges: Path) -> BPETokenizer:
-    from tokenizers import models
+    with from_extra("train"):
+        from tokenizers import models
 
     for path in (vocab, merges):
         if not path.is_file():
@@ -74,7 +76,8 @@ def _load_gpt2(vocab: Path, merges: Path) -> BPETokenizer:
 
 def _load_tiktoken(path: Path) -> BPETokenizer:
     """Load a file of which each line is a token in base64 and its rank, which is its id; the ranks give the merges."""
-    from tokenizers import models
+    with from_extra("train"):
+        from tokenizers import models
 
     if path.name.startswith(_OTHER_RULES):
         raise ValueError(f"{path.name} splits words by other rules than GPT-2's; give its tokenizer.json instead")
