@@ -204,9 +204,11 @@ def gguf_path(folder: Path, weights: str) -> Path:
 
 
 def convert_llama(folder: Path, weights: str) -> None:
-    from .gpt2_gguf import write_gguf
+    from tinyllm import load_run
+    from tinyllm.integrations.export import export
 
-    write_gguf(folder, gguf_path(folder, weights), weights)
+    model, tokenizer, _ = load_run(folder)
+    export(model, tokenizer, gguf_path(folder, weights), to="gguf", weights=weights)
 
 
 def open_llama(folder: Path, weights: str) -> Load:

@@ -139,13 +139,14 @@ class SimpleLLM(nn.Module):
     def from_pretrained(
         cls, path: str | os.PathLike[str], *, weights: str = "float32", device: str | torch.device = "cpu"
     ) -> SimpleLLM:
-        """Load a GPT-2 that Hugging Face's `transformers`, or `save_pretrained`, has saved; in eval mode.
+        """Load a GPT-2 that Hugging Face's `transformers`, or `save_pretrained`, has saved, or a SimpleLLM that
+        `tinyllm export` has; in eval mode.
 
         Args:
-            path: the folder: its config.json of model_type "gpt2" and its weights, model.safetensors, its shards with
-                their index, or, where these are missing, pytorch_model.bin likewise, of which only tensors are read
-                (`torch.load(weights_only=True)`). Or the name of a model on the Hub, if there is no such folder and
-                the package huggingface_hub is installed.
+            path: the folder: its config.json of model_type "gpt2" or "tinyllm" and its weights, model.safetensors, its
+                shards with their index, or, where these are missing, pytorch_model.bin likewise, of which only tensors
+                are read (`torch.load(weights_only=True)`). Or the name of a model on the Hub, if there is no such
+                folder and the package huggingface_hub is installed.
             weights: how they are stored: "float32", "bf16", "int8" or "int4", see `tinyllm.quantization.quantize`.
             device: where the model is to lie.
 
@@ -155,15 +156,20 @@ class SimpleLLM(nn.Module):
                 too many, of another shape, or not finite; the message names all such options or tensors.
         """
         from tinyllm._internal.huge_pages import HugePages
-        from tinyllm.pretrained import gpt2, hub
+        from tinyllm.pretrained import hub, own
         from tinyllm.quantization import check_weights, model_of, stored
 
         check_weights(weights)
         folder = hub.folder_of(path)
-        config, _ = gpt2.read_config(folder)
+        there = own.format_of(folder)
+        config, _ = there.read_config(folder)
         pages = HugePages()
-        state = gpt2.read_weights(folder, config, lambda name, tensor: stored(name, tensor, weights, pages))
-        return model_of(cls, config, state).to(device).eval()
+        state = there.read_weights(folder, config, lambda name, tensor: stored(name, tensor, weights, pages))
+        try:
+            return model_of(cls, config, state).to(device).eval()
+        except RuntimeError as error:  # load_state_dict, which names the tensors
+            reason = " ".join(str(error).split())
+            raise ValueError(f"the weights in {folder} are not those of its config.json: {reason}") from error
 
     def save_pretrained(self, directory: str | os.PathLike[str], *, tokenizer: Tokenizer | None = None) -> None:
         """Write a GPT-2 that `GPT2LMHeadModel.from_pretrained` of `transformers` loads, and so does `from_pretrained`.
@@ -316,15 +322,18 @@ def init_gpt2_weights(model: SimpleLLM, *, generator: torch.Generator | None = N
             normal(module.weight, 0.02)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
-    for block in model.transformer_blocks:
-        assert isinstance(block, TransformerBlock)
-        attention = block.attention
-        last_of_attention = attention.value if attention.out_proj is None else attention.out_proj
-        last_of_feed_forward = block.feed_forward[-1]
-        assert isinstance(last_of_feed_forward, nn.Linear)
-        for last in (last_of_attention, last_of_feed_forward):
-            normal(last.weight, 0.02 / math.sqrt(2 * model.config.num_layers))
+    for last in last_of_branches(model):
+        normal(last.weight, 0.02 / math.sqrt(2 * model.config.num_layers))
     return model
+
+
+def last_of_branches(model: SimpleLLM) -> list[nn.Linear]:
+    """Return the last linear layer of each residual branch."""
+    found: list[Any] = []
+    for block in cast("list[TransformerBlock]", [*model.transformer_blocks]):
+        attention = block.attention
+        found += [attention.value if attention.out_proj is None else attention.out_proj, block.feed_forward[-1]]
+    return found
 
 
 def choose_device(name: str) -> torch.device:

@@ -14,7 +14,6 @@ import torch
 
 from benchmarks import generation, generation_tables, machine, pictures, report, writers
 from benchmarks.generation import Plan, Side
-from benchmarks.gpt2_gguf import gguf_name, write_gguf
 from benchmarks.workers import Worker, WriterError
 from benchmarks.writers import FLOAT32, INT8, OURS, PROVIDERS, REFERENCE, TRANSFORMERS
 from benchmarks.written_models import GPT2, MODELS, TINY, draw_prompts, make_model
@@ -209,28 +208,6 @@ def test_the_model_is_whole(tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     assert len(tokenizer) == 4096
     assert tokenizer.decode(tokenizer.encode("def é()")) == "def é()"
-
-
-@needs_transformers
-def test_llamas_file_holds_the_weights(tmp_path: Path) -> None:
-    gguf = pytest.importorskip("gguf")
-    from transformers import GPT2LMHeadModel
-
-    make_model(TINY, tmp_path)
-    model = GPT2LMHeadModel.from_pretrained(tmp_path)
-    exact = model.transformer.h[1].mlp.c_fc.weight.detach().t()
-    for weights, allowed in (("float32", 0.0), ("int8", 0.01), ("int4", 0.15)):
-        write_gguf(tmp_path, tmp_path / "model.gguf", weights)
-        tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
-        assert len(tensors) == 4 + 4 * 12
-        stored = tensors["blk.1.ffn_up.weight"]
-        values = torch.tensor(gguf.quants.dequantize(stored.data, stored.tensor_type))
-        assert (values - exact).norm() <= allowed * exact.norm()
-
-
-def test_llama_has_other_names() -> None:
-    assert gguf_name("transformer.wte.weight") == "token_embd.weight"
-    assert gguf_name("transformer.h.11.attn.c_proj.bias") == "blk.11.attn_output.bias"
 
 
 # ---- What is reported

@@ -84,6 +84,8 @@ def test_help(here: Here, tmp_path: Path) -> None:
         "estimate": "preset devices batch-size seq-len num-layers num-heads embedding-dim hidden-dim precision "
         "checkpointing device-memory peak-tflops mfu",
         "info": "help",
+        "doctor": "help",
+        "export": "run to out weights checkpoint",
         "check": "help",
         "prepare": "data out tokenizer vocab-size tokenizer-sample text-column workers shard-size val-fraction "
         "skip-bad seed overwrite check",

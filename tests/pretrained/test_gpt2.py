@@ -254,7 +254,7 @@ def test_loading_does_not_import_what_takes_seconds(tmp_path: Path) -> None:
         ({"pruned_heads": {"0": [1]}}, "pruned_heads is .*; SimpleLLM has no such thing"),
         ({"quantization_config": {"bits": 4}}, "quantization_config is"),
         ({"n_positions": 0, "scale_attn_weights": False}, "n_positions is 0.*; scale_attn_weights is False"),
-        ({"model_type": "llama"}, "has the model_type 'llama'; 'gpt2' is what can be loaded"),
+        ({"model_type": "llama"}, "has the model_type 'llama'; 'gpt2' and 'tinyllm' can be loaded"),
         ({"model_type": None}, "has the model_type None"),
         ({"model_type": None, "model": {}}, "it is that of a run of ours, which tinyllm.load_run loads"),
     ],

@@ -10,15 +10,31 @@ from typing import Annotated
 
 import typer
 
-from tinyllm.cli import bench, check, estimate, evaluate, generate, info, plot, prepare, quantize, runs, train
+from tinyllm.cli import (
+    bench,
+    check,
+    doctor,
+    estimate,
+    evaluate,
+    export,
+    generate,
+    info,
+    plot,
+    prepare,
+    quantize,
+    runs,
+    train,
+)
 from tinyllm.cli._app import app
 
 __all__ = [
     "app",
     "bench",
     "check",
+    "doctor",
     "estimate",
     "evaluate",
+    "export",
     "generate",
     "info",
     "plot",

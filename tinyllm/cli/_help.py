@@ -9,7 +9,10 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 # As a newcomer meets them.
-_COMMANDS = ("train", "generate", "eval", "quantize", "runs", "plot", "prepare", "estimate", "info", "check", "bench")
+_COMMANDS = (
+    *("train", "generate", "eval", "quantize", "export", "runs", "plot"),
+    *("prepare", "estimate", "info", "doctor", "check", "bench"),
+)
 
 
 _WORDS = (  # of the library that reads values, and ours

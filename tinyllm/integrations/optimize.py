@@ -22,6 +22,7 @@ _RECORD = "_tinyllm_record"
 _MISSING = "there was none"
 _INDEX = re.compile(r"(?:^|(?<=\.))\d+(?=\.|$)")  # of a layer, in the name of a module
 _ATTENTION = "scaled_dot_product_attention"
+_OURS = ("tinyllm.model", "tinyllm.nn")  # whose modules put several layers into one operator
 _NO_RULE = "there is no replacement for it"
 
 
@@ -62,7 +63,7 @@ class _Record:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         if any(row.by == _ATTENTION for row in self.rows):  # of a pickled model, whose process may be another one
-            from tinyllm.integrations import transformers  # noqa: F401
+            from tinyllm.integrations import attention  # noqa: F401
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,7 @@ def optimize(model: _Model, weights: str | None = None, *, inplace: bool = True)
         shared = {id(x): x for x in (*model.parameters(), *model.buffers())}
         model = copy.deepcopy(model, cast("dict[int, Any]", shared))
     restore(model)
-    replacing = _Replacing()
+    replacing = _Replacing(model, weights is not None)
     try:
         for name, module in reversed(list(model.named_modules())):  # a module after those in it
             replacing.look_at(name, module)
@@ -206,12 +207,19 @@ def _undo(record: _Record) -> None:
 class _Replacing:
     """One call of `optimize`: goes through the modules and notes what it does."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: nn.Module, stores: bool) -> None:
         self.record = _Record()
+        self._stores = stores
         self._trials: dict[tuple[Any, ...], str | None] = {}
+        ours = (module for module in model.modules() if type(module).__module__ in _OURS)
+        self._ours = {id(child) for module in ours for child in module.modules()}
 
     def look_at(self, name: str, module: nn.Module) -> None:
         kind, rows = type(module).__name__, self.record.rows
+        if id(module) in self._ours and not (self._stores and rules.is_linear(module)):
+            if any(True for _ in module.parameters(recurse=False)):
+                rows.append(Row(name, kind, None, "a module of tinyllm calls our kernels itself"))
+            return
         found = rules.find(module)
         if isinstance(found, rules.Found):
             why = self._try(module, found)
@@ -239,9 +247,9 @@ class _Replacing:
     def _attention(self, name: str, module: nn.Module) -> bool:
         if "transformers.modeling_utils" not in sys.modules:
             return False
-        from tinyllm.integrations import transformers
+        from tinyllm.integrations import attention
 
-        config = transformers.private_config(module)
+        config = attention.private_config(module)
         if config is None:
             return False
         kind = type(module).__name__

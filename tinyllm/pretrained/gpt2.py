@@ -40,7 +40,7 @@ _FIXED = {  # options, and the only value of each under which SimpleLLM computes
     "add_cross_attention": False,
 }
 _ABSENT = ("pruned_heads", "quantization_config")
-_FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _PREFIX = "transformer."
 _BUFFERS = ("attn.bias", "attn.masked_bias")  # causal masks, which older versions stored
 _HEAD, _OUTPUT, _EMBEDDING = "lm_head.weight", "output.weight", "embedding.embedding.weight"
@@ -99,7 +99,7 @@ def _conv1d(theirs: str, inputs: int, outputs: int, *ours: str) -> Iterator[Part
 def is_pretrained(directory: str | os.PathLike[str]) -> bool:
     """Return whether the config.json in a directory is of the kind that Hugging Face writes, of whatever model."""
     try:
-        return "model_type" in _read_json(Path(directory, CONFIG_FILE))
+        return "model_type" in read_json(Path(directory, CONFIG_FILE))
     except (OSError, ValueError):
         return False
 
@@ -118,11 +118,11 @@ def read_config(folder: Path) -> tuple[SimpleLLMConfig, dict[str, Any]]:
     path = folder / CONFIG_FILE
     if not path.is_file():
         raise FileNotFoundError(f"{folder} has no {CONFIG_FILE}, which says what the model is")
-    values = _read_json(path)
+    values = read_json(path)
     kind = values.get("model_type")
     if kind != MODEL_TYPE:
         run = " (it is that of a run of ours, which tinyllm.load_run loads)" if "model" in values else ""
-        raise ValueError(f"{path} has the model_type {kind!r}; {MODEL_TYPE!r} is what can be loaded{run}")
+        raise ValueError(f"{path} has the model_type {kind!r}; {MODEL_TYPE!r} and 'tinyllm' can be loaded{run}")
     problems: list[str] = []
 
     def checked(name: str, default: Any, check: Callable[..., Any], *limits: Any) -> Any:
@@ -215,7 +215,7 @@ def read_weights(
         tensor = stored[name].read()
         if tensor.shape != part.shape:
             problems.append(f"{name} has shape {list(tensor.shape)}; {list(part.shape)} is needed")
-        elif tensor.dtype not in _FLOATS:
+        elif tensor.dtype not in FLOATS:
             problems.append(f"{name} has dtype {tensor.dtype}; a floating one of 16 to 64 bits is needed")
         else:
             # As float32, in which a float64 may be infinite.
@@ -244,7 +244,8 @@ def _to_ours(tensor: Tensor, part: Part) -> dict[str, Tensor]:
     return dict(zip(part.parameters, pieces, strict=True))
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a config.json. Raises ValueError: it is not JSON, or no object."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -264,16 +265,12 @@ def save(
     tokenizer: Tokenizer | None = None,
 ) -> None:
     """Write a folder that `transformers` and `SimpleLLM.from_pretrained` load: see `SimpleLLM.save_pretrained`."""
-    reasons = [*_not_gpt2(config, state), *_not_theirs(tokenizer, config.vocab_size)]
+    reasons = [*not_gpt2(config, state), *not_theirs(tokenizer, config.vocab_size)]
     if reasons:
         raise ValueError(f"GPT-2's format cannot hold this model: {'; '.join(reasons)}")
     directory = Path(directory)
     _check_replaceable(directory, [SAFETENSORS_FILE, *([TOKENIZER_FILE, TOKENIZER_CONFIG_FILE] if tokenizer else [])])
-    tensors = {}
-    for part in parts(config):
-        pieces = [state[name].detach().cpu() for name in part.parameters]
-        whole = torch.cat([piece.t() if part.transposed else piece for piece in pieces], dim=-1)
-        tensors[part.name if part.name == _HEAD else _PREFIX + part.name] = whole.contiguous()
+    tensors = {name: tensor.contiguous() for name, tensor in tensors_of(config, state)}
     end = None if tokenizer is None else tokenizer.end_of_text_id
     dtype = str(tensors[f"{_PREFIX}wte.weight"].dtype).removeprefix("torch.")
     text = json.dumps(_to_theirs(config, dtype, end), indent=2) + "\n"
@@ -282,10 +279,24 @@ def save(
         save_file(tensors, weights, metadata={"format": "pt"})
         described.write_text(text, encoding="utf-8", newline="\n")
     if tokenizer is not None:
-        tokenizer.save(directory / TOKENIZER_FILE)
-        special = {} if end is None else dict.fromkeys(("bos_token", "eos_token"), tokenizer.decode([end]))
-        values = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config.max_seq_len, **special}
-        write_text(directory / TOKENIZER_CONFIG_FILE, json.dumps(values, indent=2) + "\n")
+        save_tokenizer(directory, tokenizer, config.max_seq_len)
+
+
+def save_tokenizer(directory: Path, tokenizer: Tokenizer, max_seq_len: int) -> None:
+    """Write the files of a BPE tokenizer that `AutoTokenizer` reads."""
+    tokenizer.save(directory / TOKENIZER_FILE)
+    end = tokenizer.end_of_text_id
+    special = {} if end is None else dict.fromkeys(("bos_token", "eos_token"), tokenizer.decode([end]))
+    values = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": max_seq_len, **special}
+    write_text(directory / TOKENIZER_CONFIG_FILE, json.dumps(values, indent=2) + "\n")
+
+
+def tensors_of(config: SimpleLLMConfig, state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Yield GPT-2's tensors of a state_dict that is one, by their names in `transformers`."""
+    for part in parts(config):
+        pieces = [state[name].detach().cpu() for name in part.parameters]
+        whole = torch.cat([piece.t() if part.transposed else piece for piece in pieces], dim=-1)
+        yield part.name if part.name == _HEAD else _PREFIX + part.name, whole
 
 
 def _to_theirs(config: SimpleLLMConfig, dtype: str, end_of_text_id: int | None) -> dict[str, Any]:
@@ -310,7 +321,7 @@ def _to_theirs(config: SimpleLLMConfig, dtype: str, end_of_text_id: int | None) 
     }
 
 
-def _not_gpt2(config: SimpleLLMConfig, state: Mapping[str, Tensor]) -> list[str]:
+def not_gpt2(config: SimpleLLMConfig, state: Mapping[str, Tensor]) -> list[str]:
     """Return every reason why a model is not a GPT-2."""
     reasons = {
         "causal is False; its tokens see themselves and earlier ones only": not config.causal,
@@ -340,12 +351,13 @@ def _not_gpt2(config: SimpleLLMConfig, state: Mapping[str, Tensor]) -> list[str]
     ]
     if len(dtypes := {str(tensor.dtype) for tensor in state.values()}) > 1:
         found.append(f"its parameters are of the dtypes {', '.join(sorted(dtypes))}; one is needed")
-    if not {tensor.dtype for tensor in state.values()} <= {*_FLOATS}:
+    if not {tensor.dtype for tensor in state.values()} <= {*FLOATS}:
         found.append(f"its dtype is {', '.join(dtypes)}")
     return found
 
 
-def _not_theirs(tokenizer: Tokenizer | None, vocab_size: int) -> list[str]:
+def not_theirs(tokenizer: Tokenizer | None, vocab_size: int) -> list[str]:
+    """Return every reason why the library `tokenizers` cannot hold a tokenizer of a model with so many ids."""
     if tokenizer is None:
         return []
     if not isinstance(tokenizer, BPETokenizer):
@@ -362,7 +374,7 @@ def _check_replaceable(directory: Path, names: list[str]) -> None:
     path = directory / CONFIG_FILE
     if path.exists():
         try:
-            kind = _read_json(path).get("model_type")
+            kind = read_json(path).get("model_type")
         except (OSError, ValueError):
             kind = None
         if kind != MODEL_TYPE:

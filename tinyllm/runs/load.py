@@ -16,7 +16,7 @@ from tinyllm._internal.finite import not_finite
 from tinyllm.config.model import SimpleLLMConfig
 from tinyllm.config.saved import CONFIG_FILE, existing_file, read_config, save_config
 from tinyllm.model import SimpleLLM
-from tinyllm.pretrained import gpt2
+from tinyllm.pretrained import gpt2, own
 from tinyllm.pretrained.tensors import new_safetensors_file
 from tinyllm.quantization import check_weights, group_size_of, model_of, quantize, weights_of
 from tinyllm.runs.folder import MODEL_FILE, TOKENIZER_FILE, best_step, checkpoints, weights_in
@@ -204,7 +204,7 @@ def load_run(
 def _load_pretrained(folder: Path, device: str | torch.device, checkpoint: Which, weights: str) -> Run:
     if checkpoint != "last":
         raise ValueError(f"checkpoint is {checkpoint!r}; {folder} is not a training's, and has no checkpoints")
-    _, config = gpt2.read_config(folder)
+    _, config = own.format_of(folder).read_config(folder)
     tokenizer = load_vocabulary(folder)
     model = SimpleLLM.from_pretrained(folder, weights=weights, device=device)
     if tokenizer.vocab_size > model.config.vocab_size:
