@@ -24,7 +24,7 @@ class Preset:
     beta2: float = 0.95
     with_adamw: Mapping[str, Any] = field(default_factory=dict)  # what differs where AdamW is taken instead of Muon
     dropout: float = 0.0
-    modern: bool = True  # pre-norm, gelu, tied embeddings, learned positions; False: as in the article
+    modern: bool = True  # a GPT-2, which other programs read; False: the article's model
 
 
 # tiny: chosen for about a minute on two cores (some 60 ms a step) and the standard library, by one run each, seed 0.

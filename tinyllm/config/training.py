@@ -312,10 +312,11 @@ class TrainConfig:
             causal=True,
             max_seq_len=self.seq_len,  # at positions it was not trained on it would write nonsense
             dropout=self.dropout,
-            activation="gelu" if preset.modern else "relu",
+            activation="gelu_tanh" if preset.modern else "relu",
             norm_first=preset.modern,
             tie_embeddings=preset.modern,
             position="learned" if preset.modern else "sinusoidal",
+            output_bias=not preset.modern,
         )
 
 
