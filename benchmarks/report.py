@@ -383,27 +383,31 @@ def render_headline() -> str:
 
 
 def render_optimize() -> str:
-    """Return the README's table of models of transformers: a line for each model and what it does, of each family."""
-    table: list[list[str]] = []
-    machines = []
-    for family, results in stored("optimize").items():
-        rows = [row for row in results["rows"] if row["provider"] == OURS]
-        kinds = list(dict.fromkeys(row["weights"] for row in rows))
-        table = table or [["", *(f"{kind} weights" for kind in kinds)]]
-        cells: dict[str, dict[str, str]] = {}
-        for row in rows:
-            name = row["benchmark"].removesuffix(f", {row['weights']} weights")
-            cells.setdefault(name, {})[row["weights"]] = f"{format_time(row['median_s'])}, {factor(row):.2f}x"
-        table += [[f"{family}: {name}", *(found.get(kind, "") for kind in kinds)] for name, found in cells.items()]
-        machines.append(f"{family}: {machine_line(results)}; {results['date'][:10]}")
-    if not table:
+    """Return the README's table of models of transformers: a line for each model and what it does."""
+    found = stored("optimize")
+    if not found:
         return ""
+    cells: dict[str, dict[str, dict[str, str]]] = {}
+    for family, results in found.items():
+        for row in results["rows"]:
+            if row["provider"] == OURS:
+                name = row["benchmark"].removesuffix(f", {row['weights']} weights")
+                cells.setdefault(name, {}).setdefault(row["weights"], {})[family] = f"{factor(row):.2f}x"
+    kinds = list(dict.fromkeys(kind for kept in cells.values() for kind in kept))
+    table = [["", *(f"{kind} weights" for kind in kinds)]]
+    for name, kept in cells.items():
+        table.append(
+            [name, *(", ".join(kept[kind].get(f, "-") for f in found) if kind in kept else "" for kind in kinds)]
+        )
+    machines = "; ".join(
+        f"{family}: {machine_line(results)}; {results['date'][:10]}" for family, results in found.items()
+    )
     return "\n".join(
         [
             *markdown(table),
             "",
-            "The time after `optimize`, and how many times as long the same model takes before, with float32 weights:",
-            "by itself or by torch.compile, whichever is faster. " + "; ".join(machines),
+            "How many times as long the model takes before `optimize`, with float32 weights, by itself or by",
+            f"torch.compile, whichever is faster: on {' and on '.join(found)}. {machines}",
         ]
     )
 

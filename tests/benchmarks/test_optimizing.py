@@ -85,6 +85,6 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: py
     stored = json.loads((tmp_path / "optimize" / "abacus.json").read_text(encoding="utf-8"))
     assert report.kind_of(stored) == "optimize"
     assert "| BERT reads | 200 ms ±0% | 300 ms ±0%, **1.50x** |" in capsys.readouterr().out
-    assert "| abacus: BERT reads | 200 ms, 1.50x |" in report.render_optimize()
+    assert "| BERT reads | 1.50x |" in report.render_optimize()
     assert optimizing.main([]) == 2
     assert "error: the process that measures has ended with 3" in capsys.readouterr().err
