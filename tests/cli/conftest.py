@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.installations import World
 from tests.helpers.preparing import finished, save_tokenizer, unfinish
 from tests.helpers.runs import TEXT, small, untrained_run
 from tinyllm.training.trainer import train
@@ -37,3 +38,9 @@ def unfinished(prepared: Path, tmp_path: Path) -> Path:
 def run(tmp_path: Path) -> Path:
     """Make a run that was never trained, with two checkpoints; the command line finds it as "run"."""
     return untrained_run(tmp_path / "run", "char")
+
+
+@pytest.fixture
+def world(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> World:
+    """Make a machine and an installation in which nothing is wrong, for `tinyllm doctor`."""
+    return World(monkeypatch, tmp_path)

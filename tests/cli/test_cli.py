@@ -79,7 +79,7 @@ def test_help(here: Here, tmp_path: Path) -> None:
         "generate": "run prompt prompt-file max-new-tokens num-samples temperature top-k top-p min-p "
         "repetition-penalty stop seed weights prompt-lookup-num-tokens checkpoint device",
         "quantize": "run weights out data group-size checkpoint",
-        "bench": "quick only out",
+        "bench": "quick only out report",
         "eval": "run data text-column skip-bad batch-size checkpoint device",
         "estimate": "preset devices batch-size seq-len num-layers num-heads embedding-dim hidden-dim precision "
         "checkpointing device-memory peak-tflops mfu",

@@ -172,6 +172,7 @@ class Operator:
 
 
 OPERATORS: dict[str, Operator] = {}  # all that are declared, by their names
+raw_operators: list[str] = []  # all that the code knows, whether any backend here has them or not
 
 
 def unavailable(backend: str, operator: str, device_type: str, dtype: torch.dtype | None = None) -> str | None:
@@ -241,6 +242,7 @@ def kernels(backend: str) -> Any:
 def register_fake(name: str, *namespaces: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Tell the compiler the shapes of a raw operator, in the namespace of each backend that has it and in these."""
     found = {backend.operators().name for backend in MODULES.values() if backend.has(name)}
+    raw_operators.append(name)
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
         for namespace in sorted(found.union(namespaces)):

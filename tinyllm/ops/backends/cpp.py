@@ -5,16 +5,16 @@ from __future__ import annotations
 
 import importlib
 import json
-import shlex
 import warnings
 from collections.abc import Sequence
-from importlib import metadata
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch  # before _C, which finds libtorch's symbols in the process and needs no rpath of its own
+
+from tinyllm._internal.installation import reinstall
 
 _PACKAGE = Path(__file__).parents[2]  # where setup.py puts the libraries
 
@@ -123,20 +123,7 @@ def repair() -> str | None:
     """Return the command that installs the missing compiled kernels, or None where nothing is amiss."""
     if why_not is None or deliberately_absent():
         return None
-    tree = Path(__file__).parents[3]
-    origin = f"-e {shlex.quote(str(tree))}" if (tree / "pyproject.toml").exists() else "tinyllm"
-    try:
-        # Where pip had it from, if not from an index (PEP 610).
-        direct = json.loads(metadata.distribution("tinyllm").read_text("direct_url.json") or "{}")
-    except metadata.PackageNotFoundError:
-        direct = {}
-    if "url" in direct:
-        vcs = direct.get("vcs_info", {}).get("vcs")
-        origin = f"{vcs}+{direct['url']}" if vcs else direct["url"].removeprefix("file://")
-        if direct.get("dir_info", {}).get("editable"):
-            origin = f"-e {origin}"
-    # pip would install the wheel in its cache, which has no kernels either, again.
-    return f"pip install --no-cache-dir --force-reinstall --no-deps {origin}"
+    return reinstall()
 
 
 def warn_if_absent() -> None:
