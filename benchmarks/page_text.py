@@ -4,16 +4,7 @@ from __future__ import annotations
 
 from . import generation_tables
 
-INTRO = """# Benchmarks
-
-<!-- Written by `python -m benchmarks.report` from benchmarks/results/; edit neither this page nor its figures. -->
-
-`tinyllm bench` compares every operator and the model with PyTorch and torch.compile on your machine, in a quarter of an
-hour (`--quick`: a few minutes). It needs `pip install -e '.[test]'`. `make bench` does so for this page, and
-`make train-bench` compares training itself, in ten minutes, and `make generation-bench` writing, in half an hour.
-Results are stored by the family of the processor, or by the chip; `python -m benchmarks.report --adopt FILE` takes over
-what another machine has measured with `--out`.
-
+HOW_TO_READ = """\
 - A result is verified before it is timed: its error against float64 may be at most twice that of eager PyTorch, plus
   two rounding steps. Where one rounding can move the result by much, a ReLU's gradient at 0 or elements that dropout
   draws (forward+backward of the article's model, attention with dropout), a third of the dtype's digits must be right.
@@ -30,6 +21,22 @@ what another machine has measured with `--out`.
   and ReLU; the scaled one several heads, GELU and causal attention.
 - "torch via float32" converts 16-bit inputs first; "torch, chunked" computes the logits in pieces.
 """
+INTRO = f"""# Benchmarks
+
+<!-- Written by `python -m benchmarks.report` from benchmarks/results/; edit neither this page nor its figures. -->
+
+`tinyllm bench` compares every operator and the model with PyTorch and torch.compile on your machine, in a quarter of an
+hour (`--quick`: a few minutes). It needs `pip install -e '.[test]'`. `make bench` does so for this page, and
+`make train-bench` compares training itself, in ten minutes, and `make generation-bench` writing, in half an hour.
+Results are stored by the family of the processor, or by the chip; `python -m benchmarks.report --adopt FILE` takes over
+what another machine has measured with `--out`.
+
+`tinyllm bench --report DIR` measures nothing: it writes DIR/index.html, one page that shows all stored results in
+charts and tables, and needs no network. Outside the repository it reads them from benchmarks/results below the current
+directory, where `tinyllm bench` stores them. It needs `pip install -e '.[bench]'`; `make report` writes
+build/report/index.html.
+
+{HOW_TO_READ}"""
 LINEAR_NOTE = (
     "Linear layers are measured on our kernel; the package takes PyTorch's where a table of processors says so."
 )

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from benchmarks import generation, generation_tables, machine, pictures, report, writers
 from benchmarks.generation import Plan, Side
