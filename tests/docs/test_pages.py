@@ -74,23 +74,37 @@ def test_links_pictures_and_paths_exist(page: str) -> None:
     for link in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
         assert "://" in link or ((ROOT / page).parent / link).exists(), link
     for path in re.findall(r"`((?:csrc|kernels|tinyllm|tests|benchmarks|examples|docs)/[\w/]+\.\w+)`", TEXTS[page]):
-        assert (ROOT / path).exists() or "scale_add" in path, path  # the operator that CONTRIBUTING.md has one add
+        assert (ROOT / path).exists() or "scale_add" in path, path  # the operator that docs/add-an-operator.md adds
 
 
 HUB = "openai-community/gpt2"
+# Pages whose Python runs in one program, from top to bottom.
+PROGRAMS = [
+    ["README.md"],
+    ["docs/tutorial.md"],
+    ["docs/train-and-write.md", "docs/python.md", "docs/generation.md"],
+    ["docs/huggingface.md"],
+]
+# Where the tests of other pages' Python are.
+ELSEWHERE = {"docs/add-an-operator.md": "tests/docs/test_add_an_operator.py"}
+
+
+def test_the_python_of_every_page_runs() -> None:
+    pages = {page for page, text in TEXTS.items() if re.search(r"^ *```(python|py)\b", text, re.MULTILINE)}
+    assert pages == {page for program in PROGRAMS for page in program} | ELSEWHERE.keys()
+    assert all((ROOT / path).exists() for path in ELSEWHERE.values())
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")  # of transformers
-@pytest.mark.parametrize(
-    "pages", [["README.md"], ["docs/python.md", "docs/generation.md"], ["docs/huggingface.md"]], ids=str
-)
+@pytest.mark.parametrize("pages", PROGRAMS, ids=str)
 def test_python_examples_run(pages: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "my.txt").write_text("def add(a, b):\n    return a + b\n" * 60)
+    (tmp_path / "my.txt").write_text("def add(a, b):\n    return a + b\n" * 900)
     options = {"causal": True, "norm_first": True, "activation": "gelu_tanh", "max_seq_len": 64}
     small = OurModel(300, 16, 32, 1, num_heads=2, position="learned", tie_embeddings=True, output_bias=False, **options)
     small.save_pretrained(HUB, tokenizer=BPETokenizer.from_texts(["def add(a, b):\n    return a + b\n"] * 9, 300))
     names: dict[str, Any] = {
+        "__name__": "__main__",
         "article_model": SimpleLLM(6, 16, 32, 2),
         "transformers": pytest.importorskip("transformers"),
     }
@@ -99,4 +113,5 @@ def test_python_examples_run(pages: list[str], tmp_path: Path, monkeypatch: pyte
     if "docs/huggingface.md" not in pages:  # which is shown as somebody types it, into a program without imports
         exec("import tinyllm", names)
     for block in blocks:
-        exec(block.replace("50257, 768, 3072, 12", "100, 768, 128, 1").replace("steps=200", "steps=2"), names)
+        block = block.replace("50257, 768, 3072, 12", "100, 768, 128, 1")
+        exec(block.replace("steps=200", "steps=2").replace("steps=300", "steps=3"), names)
