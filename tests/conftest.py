@@ -56,7 +56,8 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(needs_extension)
         if config.pluginmanager.hasplugin("timeout") and any(word in item.name for word in ("compile", "opcheck")):
             item.add_marker(pytest.mark.timeout(120))
-    items.sort(key=lambda item: item.name.startswith("test_every_tile"))
+    # The longest file comes first: as the last one it would keep one of two workers busy alone.
+    items.sort(key=lambda item: (item.name.startswith("test_every_tile"), "training/test_engine" not in str(item.path)))
 
 
 @pytest.fixture(params=[pytest.param(name, marks=getattr(pytest.mark, name)) for name in ("cpp", "triton", "cuda")])
