@@ -10,20 +10,21 @@
 #   make lint    ruff, mypy, import-linter, clang-format
 #   make docs    the site of docs/, into build/site
 #   make abi-check      all sources against the headers of torch 2.10, 2.11 and the newest torch
+#   make campaigns      of these five those whose sources have changed since they passed; half an hour for all:
 #   make gpu-compile    the GPU kernels' registers, spills and shared memory, read without a GPU
-#   make gpu-tiles      the same of Triton's kernels with every tile that tuning may choose; it takes long
 #   make cpu-sanitize   the CPU kernels of every instruction set that this machine has, watched by the sanitizers
 #   make avx512-check   the CPU kernels of AVX-512, emulated on a processor that has only AVX2
 #   make aarch64-check  the CPU kernels of aarch64, cross compiled and run in qemu
-#   make wheel-check    builds the archives, installs the wheel elsewhere and uses it
 #   make cuda-sanitize  the CUDA C++ kernels on emulated threads, watched by the sanitizers
+#   make gpu-tiles      gpu-compile of Triton's kernels with every tile that tuning may choose; it takes long
+#   make wheel-check    builds the archives, installs the wheel elsewhere and uses it
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 TESTED := $(wildcard tests/emulation/*.h tests/emulation/*.cpp tests/building/*.cpp tests/building/avx512/*)
 
-.PHONY: demo dev test bench train-bench generation-bench optimize-bench report lint abi-check gpu-compile gpu-tiles cpu-sanitize cuda-sanitize avx512-check aarch64-check wheel-check docs format clean
+.PHONY: demo dev test bench train-bench generation-bench optimize-bench report lint abi-check gpu-compile gpu-tiles cpu-sanitize cuda-sanitize avx512-check aarch64-check campaigns wheel-check docs format clean
 
 # What building and checking need; torch is pinned, so that no other one is downloaded.
 .venv/tools: pyproject.toml constraints.txt
@@ -110,6 +111,9 @@ cuda-sanitize: .venv/installed .venv/dev
 	ASAN_OPTIONS=detect_leaks=0 \
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" && \
 	$(BIN)/python -m pytest -n $(or $(WORKERS),2) -m cuda tests/ops tests/kernels
+
+campaigns: .venv/installed .venv/dev
+	$(BIN)/python -m tests.building.campaigns
 
 # The archives as users get them, in an environment that has nothing else.
 wheel-check: .venv/installed .venv/dev
