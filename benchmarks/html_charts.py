@@ -80,7 +80,7 @@ class Look:
 
 @dataclass(frozen=True)
 class Axis:
-    """What the marks of a chart stand for.
+    """The quantity that the marks of a chart stand for.
 
     Attributes:
         title: with the unit.

@@ -22,10 +22,10 @@ def main() -> None:
 
 def _without(library: str, arguments: list[str]) -> int:
     """Run the commands that need no more than the package itself; return the exit status."""
-    if arguments == ["info"]:
+    if arguments in (["info"], ["info", "--tune"]):
         from tinyllm._info import print_info
 
-        print_info()
+        print_info(tune="--tune" in arguments)
         return 0
     if arguments == ["doctor"]:
         from tinyllm._doctor import print_diagnosis

@@ -183,6 +183,10 @@ def _reasons(why_not: dict[str, str], known: str | None) -> list[str]:
     return [f"{', '.join(names)}: {reason}" for reason, names in backends.items()]
 
 
-def print_info() -> None:
-    """Print `format_info()`."""
+def print_info(tune: bool = False) -> None:
+    """Print `format_info()`, with `tune` after it has been measured and written down whose products are faster."""
+    _products.check_environment()
+    if tune:
+        _products.tune()
+        print(f"Wrote {_products.tuned_file()}\n")
     print(format_info())

@@ -34,6 +34,7 @@ __all__ = [
 ]
 
 # "gelu" is the exact one (erf), as "gelu" means in torch.nn; "gelu_tanh" is its approximation, GPT-2's "gelu_new".
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu": nn.ReLU,
     "gelu": nn.GELU,
@@ -289,10 +290,13 @@ class SelfAttention(nn.Module):
         if num_heads > 1:
             self.out_proj = nn.Linear(embedding_dim, embedding_dim, bias=bias)
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
-        """attn_mask: as scaled_dot_product_attention takes it, instead of `causal`: it has to hide the future, too."""
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, attend: Attend | None = None) -> Tensor:
+        """attn_mask: as scaled_dot_product_attention takes it, instead of `causal`: it has to hide the future, too.
+        attend: computes the attention of queries, keys and values, (B, H, T, head_dim) each, in its place."""
         if x.dim() != 3 or x.size(-1) != self.embedding_dim:
             raise ValueError(f"x has shape {tuple(x.shape)}; it must be (B, T, {self.embedding_dim})")
+        if attend is not None:
+            return self.join(attend(*self.heads(x)))
         is_causal = self.causal and attn_mask is None
         dropout_p = self.dropout if self.training else 0.0
         if self.out_proj is None:
@@ -390,9 +394,14 @@ class TransformerBlock(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(
-        self, x: Tensor | tuple[Tensor, Tensor], attn_mask: Tensor | None = None
+        self,
+        x: Tensor | tuple[Tensor, Tensor],
+        attn_mask: Tensor | None = None,
+        attend: Attend | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """attn_mask: (B, 1, T, T), see `SelfAttention`."""
+        """attn_mask: (B, 1, T, T); attend: see `SelfAttention`."""
+        if attend is not None:
+            return self.compose(x, lambda normed: self.attention(normed, None, attend))
         if attn_mask is None and isinstance(x, Tensor):
             out = _fused.call_block(self, x)
             if out is not None:

@@ -17,9 +17,11 @@ def test_what_the_system_knows_of_gpus(world: World) -> None:
     world.file("dev/dxg")  # of a GPU of another vendor, in WSL
     assert find_gpu(world.root) is None
     world.file("usr/lib/wsl/lib/libcuda.so.1")
-    assert find_gpu(world.root) == (True, None)
+    assert find_gpu(world.root) == (True, None, None)
     world.program("nvidia-smi", "driver_version\n550.54.15")
-    assert find_gpu(world.root) == (True, "550.54.15")
+    assert find_gpu(world.root) == (True, "550.54.15", None)
+    world.program("nvidia-smi", "compute_cap\n9.0\n12.0")
+    assert find_gpu(world.root) == (True, None, 12)
 
 
 @pytest.mark.parametrize(
@@ -88,6 +90,11 @@ def test_a_torch_without_code_for_the_gpu(world: World, arches: list[str], runs:
     world.patch.setattr(torch.cuda, "get_arch_list", lambda: arches)
     assert runs or world.finds_one("wrong").remedy.endswith("/whl/cu130")
     assert not runs or world.finds() == []
+    if not runs:  # a driver that runs CUDA 12, whose builds have no code for this GPU either
+        world.gpu("570.86.15")
+        update, command = world.finds_one("wrong").remedy.splitlines()
+        assert "update the driver, which is 570.86.15" in update
+        assert command.endswith("/whl/cu130")
 
 
 def test_a_cuda_library_for_another_major(world: World) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from tests.helpers.runs import FOX, Here
 from tinyllm import SimpleLLM, SimpleLLMConfig, load_run
 from tinyllm.config.saved import save_config
 from tinyllm.config.training import TrainConfig
+from tinyllm.integrations.export import export
 from tinyllm.runs.load import save_model
 from tinyllm.tokenizer import BPETokenizer, Tokenizer, train_tokenizer
 
@@ -21,6 +24,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"),
 ]
 TEXT = "the fox and the dog"
+KINDS = ("weight", "bias")
 
 
 def make_run(folder: Path, tokenizer: Tokenizer | None = None, **changes: Any) -> Path:
@@ -68,6 +72,10 @@ def test_the_presets_models_are_gpt2s_in_transformers(gpt2: Path, here: Here, tm
     assert tokenizer(TEXT)["input_ids"] == ids[0].tolist()
     assert tokenizer.decode(ids[0]) == TEXT
     assert tokenizer.eos_token == "<|endoftext|>"
+    assert {*tokenizer(TEXT)} == {"input_ids", "attention_mask"}
+    assert json.loads((out / "tokenizer_config.json").read_text())["model_input_names"] == [
+        *("input_ids", "attention_mask")
+    ]
 
 
 def test_other_models_are_loaded_by_us_in_transformers(here: Here, tmp_path: Path) -> None:
@@ -86,6 +94,9 @@ def test_other_models_are_loaded_by_us_in_transformers(here: Here, tmp_path: Pat
     again = load_run(out)
     assert torch.equal(again.model(ids), load_run(run).model(ids))
     assert here("generate", "--run", out, "--prompt", "the", "--max-new-tokens", 3)[0] == 0
+    end = again.tokenizer.end_of_text_id
+    assert model.generation_config.eos_token_id == model.config.bos_token_id == end
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "run"]
 
 
 @pytest.mark.parametrize(
@@ -125,7 +136,11 @@ def test_gguf_has_the_vocabulary(here: Here, tmp_path: Path) -> None:
     assert kinds[end] == gguf.TokenType.CONTROL
     assert set(kinds[tokenizer.vocab_size :]) == {gguf.TokenType.UNUSED}
     assert reader.get_field("tokenizer.ggml.eos_token_id").contents() == end
-    assert {tensor.name for tensor in reader.tensors} >= {"output.weight", "token_embd.weight", "blk.0.attn_qkv.bias"}
+    parts = ("attn_norm", "attn_qkv", "attn_output", "ffn_norm", "ffn_up", "ffn_down")
+    names = {f"{name}.{kind}" for name in (*(f"blk.0.{part}" for part in parts), "output_norm") for kind in KINDS}
+    assert {tensor.name for tensor in reader.tensors} == names | {
+        *("output.weight", "token_embd.weight", "position_embd.weight")
+    }
 
 
 @pytest.mark.parametrize("weights", ["float32", "int8"])
@@ -185,6 +200,36 @@ def test_a_tokenizer_that_splits_words_otherwise(here: Here, tmp_path: Path) -> 
     status, _, err = here("export", "--run", run, "--to", "gguf", "--out", tmp_path / "out")
     assert status == 2
     assert "its tokenizer splits words otherwise than GPT-2's" in err
+
+
+def test_a_tokenizer_without_an_end_of_text(here: Here, tmp_path: Path) -> None:
+    tokenizers = pytest.importorskip("tokenizers")
+    library = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0, "b": 1, "ab": 2}, [("a", "b")]))
+    library.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    run = make_run(tmp_path / "run", BPETokenizer(library))
+    status, _, err = here("export", "--run", run, "--to", "gguf", "--out", tmp_path / "out")
+    assert status == 2
+    assert "no token that ends a text; llama.cpp would take token 11 for it" in err
+
+
+@pytest.mark.parametrize("changes", [{}, {"position": "sinusoidal"}], ids=["a GPT-2", "ours"])
+def test_a_folder_is_whole_or_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+) -> None:
+    """From Python, too; and a failure on the way leaves nothing behind."""
+    model, tokenizer, _ = load_run(make_run(tmp_path / "run", **changes))
+    before = (tmp_path / "run" / "config.json").read_text()
+    with pytest.raises(FileExistsError, match="is not empty"):
+        export(model, tokenizer, tmp_path / "run", to="hf")
+    assert (tmp_path / "run" / "config.json").read_text() == before
+    monkeypatch.setattr(BPETokenizer, "save", mock.Mock(side_effect=OSError("the disk is gone")))
+    with pytest.raises(OSError, match="the disk is gone"):
+        export(model, tokenizer, tmp_path / "out", to="hf")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    monkeypatch.undo()
+    (tmp_path / "out").mkdir()  # an empty one may be there
+    export(model, tokenizer, tmp_path / "out", to="hf")
+    assert (tmp_path / "out" / "tokenizer.json").exists()
 
 
 def test_nothing_else_is_overwritten(gpt2: Path, here: Here, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import tinyllm
 from tests.helpers.runs import environment
 from tinyllm import SimpleLLM, SimpleLLMConfig
 from tinyllm.integrations.export import export
+from tinyllm.quantization import quantize
 from tinyllm.tokenizer import BPETokenizer
 
 transformers = pytest.importorskip("transformers")
@@ -164,8 +165,66 @@ def test_guesses_and_an_assistant(pair):
 
 
 @pytest.mark.parametrize("kind", OTHER_KINDS)
+def test_sixteen_bits(kind, tmp_path):
+    """Every way to get a model in bfloat16 gives one whose positions have that dtype, too."""
+    torch.manual_seed(0)
+    model = SimpleLLM(VOCAB, 48, 80, 2, causal=True, max_seq_len=40, **OTHER_KINDS[kind])
+    integration.TinyLLMForCausalLM.from_simple(model).save_pretrained(tmp_path)
+    config = integration.TinyLLMConfig.from_simple(model.config)
+    auto = transformers.AutoModelForCausalLM
+    made = [auto.from_pretrained(tmp_path, dtype=torch.bfloat16), auto.from_config(config, dtype=torch.bfloat16)]
+    made[0].save_pretrained(tmp_path / "half")
+    made.append(auto.from_pretrained(tmp_path / "half", dtype="auto"))
+    for each in made:
+        with torch.no_grad():
+            assert each.eval()(ids_of(), use_cache=False).logits.dtype == torch.bfloat16
+            assert each(ids_of()).logits.dtype == torch.bfloat16
+        each.train()(ids_of(), labels=ids_of()).loss.backward()
+    with torch.no_grad():
+        expected = model.eval()(ids_of())
+        for each in (made[0], made[2]):
+            difference = (each.eval()(ids_of(), use_cache=False).logits.float() - expected).abs().max()
+            assert difference < 0.05 * expected.abs().max()
+
+
+def test_hooks_on_blocks_and_attention_run_with_a_cache(pair):
+    _, ours = copy.deepcopy(pair)
+    block = ours.model.transformer_blocks[0]
+    block.register_forward_hook(lambda module, args, out: tuple(2 * x for x in out))
+    block.attention.register_forward_hook(lambda module, args, out: -out)
+    with torch.no_grad():
+        expected = ours(ids_of(), use_cache=False).logits
+        torch.testing.assert_close(ours(ids_of()).logits, expected, rtol=1e-4, atol=1e-4)
+        assert (expected - pair[1](ids_of()).logits).abs().max() > 0.1
+
+
+def test_masks_of_another_dtype(pair):
+    _, ours = copy.deepcopy(pair)
+    ours.to(torch.bfloat16)
+    mask = torch.zeros(1, 1, 9, 9).masked_fill(~block_mask(), float("-inf"))
+    with torch.no_grad():
+        without = ours(ids_of(), attention_mask=mask, use_cache=False).logits
+        torch.testing.assert_close(ours(ids_of(), attention_mask=mask).logits, without, rtol=0.02, atol=0.1)
+
+
+def test_what_libraries_around_transformers_look_for(pair):
+    config = pair[1].config
+    assert config.to_dict()["hidden_size"] == config.to_dict()["embedding_dim"] == 48
+    assert "hidden_size" not in json.loads(config.to_json_string())
+
+
+def test_weights_in_fewer_bits_are_not_saved(pair, tmp_path):
+    small = quantize(copy.deepcopy(pair[1].model), "int8")
+    whole = integration.TinyLLMForCausalLM.from_simple(small)
+    assert whole.generate(ids_of(), max_new_tokens=3, do_sample=False, pad_token_id=0).shape == (2, 12)
+    with pytest.raises(ValueError, match="stored as 'int8'; save the original"):
+        whole.save_pretrained(tmp_path / "small")
+    assert not (tmp_path / "small").exists()
+
+
+@pytest.mark.parametrize("kind", OTHER_KINDS)
 def test_other_kinds_of_models(kind, tmp_path):
-    """What no GPT-2 is: the same logits and text as SimpleLLM itself, also from its files."""
+    """Models that are no GPT-2 give the logits and text of SimpleLLM itself, also from their files."""
     model = SimpleLLM(VOCAB, 48, 80, 2, causal=True, max_seq_len=40, **OTHER_KINDS[kind]).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
@@ -202,7 +261,13 @@ def test_a_program_that_has_not_imported_us(pair, tmp_path):
         [sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=True, cwd=tmp_path
     )
     assert "tinyllm.integrations.causal_lm tinyllm.model" in done.stdout.splitlines()  # beside other libraries' words
-    assert {path.name for path in (tmp_path / "again").iterdir()} >= {"modeling_tinyllm.py", "model.safetensors"}
+    again = {path.name: path for path in (tmp_path / "again").iterdir()}
+    assert again.keys() == {"config.json", "generation_config.json", "model.safetensors", "modeling_tinyllm.py"}
+    for name in (
+        "config.json",
+        "modeling_tinyllm.py",
+    ):  # no copy of our source, which would be another version's one day
+        assert again[name].read_text() == (tmp_path / name).read_text()
 
 
 def test_new_weights_are_drawn_as_gpt2s():
@@ -290,6 +355,7 @@ def test_adapters_and_a_trainer(pair, tmp_path):
         (lambda model: model(ids_of(), output_attentions=True), "never store attention weights"),
         (lambda model: model(ids_of(1, 65)), "64"),
         (lambda model: model(ids_of(), position_ids=torch.full((1, 9), 64)), "position_ids has 64"),
+        (lambda model: model(ids_of(), position_ids=torch.full((1, 9), -1)), "position_ids has -1"),
         (lambda model: integration.TinyLLMConfig(causal=False), "causal is False"),
         (lambda model: integration.TinyLLMConfig(hidden_size=50, num_heads=4), "divisible by num_heads"),
         (lambda model: integration.TinyLLMForCausalLM.from_simple(SimpleLLM(7, 8, 8, 1)), "causal is False"),
@@ -316,6 +382,8 @@ def test_damaged_folders_of_ours(pair, tmp_path):
     path.write_text(json.dumps(values))
     with pytest.raises(ValueError, match="it has no activation"):
         SimpleLLM.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="config of a tinyllm model has no activation"):
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
 def test_the_config_has_every_field_of_ours():
@@ -333,8 +401,8 @@ def test_the_evaluation_harness_runs(tmp_path):
 
     tokenizer = BPETokenizer.from_texts(["the fox and the dog\n" * 9], 300)
     model = SimpleLLM(tokenizer.vocab_size, 16, 32, 1, causal=True, max_seq_len=40)
-    export(model, tokenizer, tmp_path, to="hf")
-    harness = models.HFLM(pretrained=str(tmp_path), trust_remote_code=True, device="cpu", batch_size=2)
+    export(model, tokenizer, tmp_path / "out", to="hf")
+    harness = models.HFLM(pretrained=str(tmp_path / "out"), trust_remote_code=True, device="cpu", batch_size=2)
     asked = [Instance("loglikelihood", {}, ("the fox", text), 0) for text in (" and", " dog the")]
     for (found, _), instance in zip(harness.loglikelihood(asked), asked, strict=True):
         context, text = (tokenizer.encode(part) for part in instance.args)

@@ -24,7 +24,7 @@ _WIDTH, _INDENT = 100, len("  Remedy: ")
 def diagnose(root: Path = Path("/"), package: Path = Path(tinyllm.__file__).parent) -> list[Finding]:
     """Look at this installation, machine and process, and return what is found, what is wrong before advice.
 
-    Where torch does not import, what is found without it is returned.
+    If torch does not import, the findings are those that take no torch.
 
     Args:
         root: of the file system.

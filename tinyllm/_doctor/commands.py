@@ -12,6 +12,7 @@ from tinyllm._internal.installation import pip_install, reinstall
 
 # The driver that a build of torch needs, and its index: those that every torch from 2.10 on is in, the latest first.
 _CUDA_BUILDS = ((580, "cu130"), (525, "cu126"))
+_BLACKWELL = 10  # the compute capability from which on the first of them alone has code
 _INDEX = "https://download.pytorch.org/whl"
 _LOCAL = ("cpu", *(build for _, build in _CUDA_BUILDS))  # behind the + of a version from such an index
 _TOOLKITS = "https://developer.nvidia.com/cuda-toolkit-archive"
@@ -28,12 +29,13 @@ def sudo() -> str:
 
 
 def cuda_build(gpu: Gpu | None) -> str | None:
-    """Return the latest build of torch that the driver runs, the one for old drivers where its version is not known;
-    None where it runs none."""
-    release = None if gpu is None else gpu.release
+    """Return the latest build of torch that the driver runs and that has code for the GPU, the one for old drivers
+    where its version is not known; None where there is none."""
+    release, major = (None, None) if gpu is None else (gpu.release, gpu.major)
+    builds = _CUDA_BUILDS[:1] if (major or 0) >= _BLACKWELL else _CUDA_BUILDS
     if release is None:
-        return _CUDA_BUILDS[-1][1]
-    return next((build for least, build in _CUDA_BUILDS if release >= least), None)
+        return builds[-1][1]
+    return next((build for least, build in builds if release >= least), None)
 
 
 def install_torch(gpu: Gpu | None) -> str:

@@ -1,4 +1,4 @@
-"""What the checks look at, as far as it takes no torch to know."""
+"""The facts that the checks look at, as far as it takes no torch to know them."""
 
 from __future__ import annotations
 
@@ -35,10 +35,12 @@ class Gpu(NamedTuple):
     Attributes:
         present: whether there is a device that this process may open.
         driver: its version, such as "580.65.06", if it is known.
+        major: the first number of the latest compute capability among them, if it is known.
     """
 
     present: bool
     driver: str | None = None
+    major: int | None = None
 
     @property
     def release(self) -> int | None:
@@ -71,7 +73,8 @@ def find_gpu(root: Path = Path("/")) -> Gpu | None:
     present = bool(shown) or wsl or any(root.glob("dev/nvidia[0-9]*"))
     if not present and driver is None:
         return None
-    return Gpu(present, shown[0] if shown else driver and driver[0])
+    majors = re.findall(r"^(\d+)\.\d$", output("nvidia-smi", "--query-gpu=compute_cap", "--format=csv"), re.M)
+    return Gpu(present, shown[0] if shown else driver and driver[0], max(map(int, majors), default=None))
 
 
 def output(*command: str) -> str:

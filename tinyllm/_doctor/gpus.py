@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from importlib import metadata
 
 from tinyllm._doctor.commands import DRIVERS, cuda_build, install_torch, rebuild_cuda, sudo
-from tinyllm._doctor.facts import Check, Finding, Level, World
+from tinyllm._doctor.facts import Check, Finding, Gpu, Level, World
 from tinyllm._internal.installation import pip_install
 
 # The least driver for each major version of CUDA, from NVIDIA's table of minor version compatibility.
@@ -69,7 +69,8 @@ def _check_each_gpu(world: World) -> Iterator[Finding]:
         if arches and not any(_runs(arch, *capability) for arch in arches):
             title = f"torch {world.torch.__version__} has no code for cuda:{index}, of compute capability "
             cost = "Every call on this GPU fails."
-            yield Finding("wrong", f"{title}{capability[0]}.{capability[1]}.", cost, install_torch(world.gpu))
+            gpu = (world.gpu or Gpu(True))._replace(major=capability[0])
+            yield Finding("wrong", f"{title}{capability[0]}.{capability[1]}.", cost, install_torch(gpu))
 
 
 def _runs(arch: str, major: int, minor: int) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -52,3 +53,29 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write `text` to `path` as UTF-8, whole or not at all."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8", newline="\n")
+
+
+def check_new_folder(directory: str | os.PathLike[str]) -> Path:
+    """Return a directory that is empty or not there; raises FileExistsError or NotADirectoryError if it is not so."""
+    path = Path(directory)
+    if path.exists() and not path.is_dir():
+        raise NotADirectoryError(f"out {path} is a file; a new directory is needed")
+    if path.is_dir() and any(path.iterdir()):
+        raise FileExistsError(f"out {path} is not empty; choose another directory")
+    return path
+
+
+@contextmanager
+def new_folder(directory: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary folder beside `directory`, which takes its name on success; if the block raises, nothing stays.
+
+    Raises:
+        FileExistsError, NotADirectoryError: as `check_new_folder`.
+    """
+    path = check_new_folder(directory)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent) as temporary:
+        folder = Path(temporary, path.name)
+        folder.mkdir()
+        yield folder
+        os.replace(folder, path)

@@ -10,6 +10,7 @@ from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlparse
 
 _TREE = Path(__file__).parents[2]  # a checkout, or the folder of all installed packages
 
@@ -37,8 +38,13 @@ def reinstall() -> str:
     except metadata.PackageNotFoundError:
         direct = {}
     if "url" in direct:
-        vcs = direct.get("vcs_info", {}).get("vcs")
-        origin = f"{vcs}+{direct['url']}" if vcs else direct["url"].removeprefix("file://")
+        vcs = direct.get("vcs_info")
+        if vcs is not None:
+            origin = f"{vcs['vcs']}+{direct['url']}@{vcs['commit_id']}"
+        elif direct["url"].startswith("file://"):
+            origin = shlex.quote(unquote(urlparse(direct["url"]).path))
+        else:
+            origin = direct["url"]
         if direct.get("dir_info", {}).get("editable"):
             origin = f"-e {origin}"
     # pip would install the wheel in its cache, which has no kernels either, again.

@@ -28,15 +28,16 @@ def export(
 ) -> None:
     """Write a trained model for other programs.
 
-    Models of the presets but tutorial are GPT-2s, which both formats hold. Where a format cannot hold a model, an error
-    says why.
+    Models of the presets but tutorial are GPT-2s, which both formats hold. Of other models hf makes a folder that needs
+    tinyllm to be loaded, and gguf an error that says why.
 
     For example: tinyllm export --run runs/tiny-1 --to gguf --out tiny.gguf
     """
     with one_line_errors():
         prepare_process()
+        from tinyllm._internal.files import check_new_folder
         from tinyllm.integrations.export import export as export_model
-        from tinyllm.runs.load import check_new_folder, load_run
+        from tinyllm.runs.load import load_run
 
         if to == "hf":
             check_new_folder(out)

@@ -27,10 +27,5 @@ def info(
     with one_line_errors():
         prepare_process(computes=tune)  # else it shows what a program of the user's own would have
         from tinyllm._info import print_info
-        from tinyllm.ops import _products
 
-        _products.check_environment()
-        if tune:
-            _products.tune()
-            typer.echo(f"Wrote {_products.tuned_file()}\n")
-        print_info()
+        print_info(tune)

@@ -46,9 +46,10 @@ def quantize(
     """
     with one_line_errors():
         prepare_process()
+        from tinyllm._internal.files import check_new_folder
         from tinyllm.quantization import WEIGHTS, weights_of
         from tinyllm.quantization import quantize as quantize_model
-        from tinyllm.runs.load import check_new_folder, load_run, save_quantized
+        from tinyllm.runs.load import load_run, save_quantized
 
         if weights not in WEIGHTS[1:]:
             raise ValueError(f"weights is {weights!r}; allowed are {', '.join(WEIGHTS[1:])}")

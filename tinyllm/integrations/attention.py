@@ -88,7 +88,7 @@ class PrivateConfig:
     """The config of one module, which asks for our attention where the model's config asks for PyTorch's.
 
     The model's own is shared by all its modules, and maybe with other models, so it stays as it is: it says which masks
-    are made, and what is saved. What is changed there is seen here.
+    are made, and what is saved. Changes there are seen here.
     """
 
     def __init__(self, config: Any) -> None:

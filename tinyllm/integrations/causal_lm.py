@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -27,12 +26,13 @@ from tinyllm.integrations.cache import append
 from tinyllm.model import SimpleLLM, last_of_branches
 from tinyllm.nn import LearnedPositionalEncoding, PositionalEncoding, SelfAttention, TransformerBlock
 from tinyllm.pretrained.own import MODEL_TYPE
+from tinyllm.quantization import weights_of
 from tinyllm.reference import sinusoidal_table
 
 # This file lies beside a saved model, so that `trust_remote_code=True` finds the classes in a program that has not
 # imported this module; tinyllm has to be installed there, too.
 CODE_FILE = f"modeling_{MODEL_TYPE}.py"
-CODE = f"from {__name__} import TinyLLMConfig, TinyLLMForCausalLM  # noqa: F401\n"
+CODE = "from tinyllm.integrations.transformers import TinyLLMConfig, TinyLLMForCausalLM  # noqa: F401\n"
 
 _FIELDS = tuple(field.name for field in dataclasses.fields(SimpleLLMConfig))
 # The sizes of the smallest GPT-2, as configs of transformers have those of some known model.
@@ -97,6 +97,26 @@ class TinyLLMConfig(PreTrainedConfig):
         """Return the config of a `SimpleLLM`, with further values."""
         return cls(**config.to_dict(), **values)
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Return the config of a config.json; see `PreTrainedConfig.from_dict`. ValueError: a field is missing."""
+        if missing := [name for name in _FIELDS if name not in config_dict]:
+            raise ValueError(f"the config of a tinyllm model has no {', '.join(missing)}")
+        return super().from_dict(config_dict, **kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all values, also by the names that transformers has for them, as libraries around it look there."""
+        return super().to_dict() | {theirs: getattr(self, theirs) for theirs in self.attribute_map}
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """Return the values that a config.json gets, each once."""
+        values = super().to_diff_dict()
+        return {name: value for name, value in values.items() if name not in self.attribute_map}
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
+        """Do nothing: `CODE_FILE` leads to this class, and a copy of its source would be another version's one day."""
+
     def to_simple(self) -> SimpleLLMConfig:
         """Return the `SimpleLLMConfig` with these fields."""
         return SimpleLLMConfig(**{name: getattr(self, name) for name in _FIELDS})
@@ -122,21 +142,41 @@ class TinyLLMForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config: TinyLLMConfig) -> None:
         super().__init__(config)
         self.model = SimpleLLM.from_config(config.to_simple())
+        self._match_positions()
         self.loss_function = losses.causal_lm
         self.post_init()
 
     @classmethod
-    def from_simple(cls, model: SimpleLLM) -> TinyLLMForCausalLM:
+    def from_simple(cls, model: SimpleLLM, **values: Any) -> TinyLLMForCausalLM:
         """Return a model of transformers that has this SimpleLLM as its `model`, weights shared.
+
+        Args:
+            model: causal.
+            values: further ones for the config, such as eos_token_id.
 
         Raises:
             ValueError: causal is False.
         """
-        config = TinyLLMConfig.from_simple(model.config, dtype=next(model.parameters()).dtype)
+        config = TinyLLMConfig.from_simple(model.config, dtype=next(model.parameters()).dtype, **values)
         with torch.device("meta"):
             made = cls(config)
         made.model = model
         return made.train(model.training)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """Load a model; see `PreTrainedModel.from_pretrained`."""
+        found = super().from_pretrained(*args, **kwargs)
+        (found[0] if isinstance(found, tuple) else found)._match_positions()
+        return found
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
+        """Do nothing; see `TinyLLMConfig.register_for_auto_class`."""
+
+    def _match_positions(self) -> None:
+        """Give the table of sinusoidal positions, a buffer, the dtype of the weights."""
+        self.model.positional_encoding.to(next(self.parameters()).dtype)
 
     def forward(
         self,
@@ -160,8 +200,8 @@ class TinyLLMForCausalLM(PreTrainedModel, GenerationMixin):
             input_ids: (B, T); or inputs_embeds (B, T, D) instead, without positions.
             attention_mask: (B, S), 0 at padding on either side, S counting the cache's tokens; or (B or 1, 1, T, S),
                 bool or added to the scores.
-            position_ids: (B or 1, T); default: those that follow the cache's. Where they begin anew, another sequence
-                begins.
+            position_ids: (B or 1, T); default: those that follow the cache's. With neither a cache nor a mask, another
+                sequence begins where they begin anew.
             cache, past_key_values: a cache of transformers; the newer name, and the older one.
             labels: (B, T), -100 where there is none; the loss is that of each next token.
             logits_to_keep: compute logits of the last so many tokens only; 0: of all.
@@ -171,8 +211,8 @@ class TinyLLMForCausalLM(PreTrainedModel, GenerationMixin):
             loss, logits (B, T, V), the cache, hidden_states: the blocks' inputs and what comes before the output layer.
 
         Raises:
-            ValueError: neither or both of input_ids and inputs_embeds are given, a position is not below max_seq_len,
-                or output_attentions is asked for: attention weights are never stored.
+            ValueError: neither or both of input_ids and inputs_embeds are given, output_attentions is asked for
+                (attention weights are never stored), or, on a CPU, a position is not in 0 .. max_seq_len - 1.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("input_ids and inputs_embeds are both given, or neither is; exactly one is needed")
@@ -222,12 +262,14 @@ class TinyLLMForCausalLM(PreTrainedModel, GenerationMixin):
         )
         if position_ids is None:
             position_ids = torch.arange(embeds.size(1), device=embeds.device).unsqueeze(0) + past
+        if mask is not None and mask.dtype != torch.bool:
+            mask = mask.to(embeds.dtype)
         x: Any = model.dropout(embeds + self._positions(position_ids).to(embeds.dtype))
         for index, block in enumerate(cast("list[TransformerBlock]", [*model.transformer_blocks])):
             if hidden is not None:
                 hidden.append(x[0] + x[1] if isinstance(x, tuple) else x)
             if cache is not None:
-                x = block.compose(x, partial(_attend, block.attention, mask, cache, index))
+                x = block(x, None, partial(_attend, block.attention, mask, cache, index))
             else:
                 x = checkpoint(block, x, mask, use_reentrant=False) if recompute else block(x, mask)
         if model.final_norm is None:
@@ -237,9 +279,10 @@ class TinyLLMForCausalLM(PreTrainedModel, GenerationMixin):
     def _positions(self, position_ids: Tensor) -> Tensor:
         """Return what is added at positions (B or 1, T): (B or 1, T, D)."""
         table = self.model.positional_encoding.rows(self.config.max_seq_len)
-        checked = position_ids.device.type == "cpu" and not torch.compiler.is_compiling() and position_ids.numel() > 0
-        if checked and (last := int(position_ids.max())) >= len(table):
-            raise ValueError(f"position_ids has {last}; max_seq_len is {len(table)}")
+        if position_ids.device.type == "cpu" and not torch.compiler.is_compiling() and position_ids.numel() > 0:
+            for found in (int(position_ids.max()), int(position_ids.min())):
+                if not 0 <= found < len(table):
+                    raise ValueError(f"position_ids has {found}; max_seq_len is {len(table)}")
         return table[position_ids]
 
     def get_input_embeddings(self) -> nn.Module:
@@ -262,9 +305,15 @@ class TinyLLMForCausalLM(PreTrainedModel, GenerationMixin):
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
         """Write config.json, model.safetensors and the file that `trust_remote_code=True` looks for; see
-        `PreTrainedModel.save_pretrained`."""
+        `PreTrainedModel.save_pretrained`.
+
+        Raises:
+            ValueError: the model's weights are stored in fewer bits, which transformers would not find again.
+        """
+        if (stored := weights_of(self.model)) != "float32":
+            raise ValueError(f"the model's weights are stored as {stored!r}; save the original, in float32")
+        write_text(Path(save_directory, CODE_FILE), CODE)  # first, as the folder may be uploaded at once
         super().save_pretrained(save_directory, *args, **kwargs)
-        write_text(Path(save_directory, CODE_FILE), CODE)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -280,10 +329,10 @@ class TinyLLMForCausalLM(PreTrainedModel, GenerationMixin):
             init.normal_(cast(nn.Linear, module).weight, std=std / math.sqrt(2 * self.config.num_layers))
 
 
-def _attend(attention: SelfAttention, mask: Tensor | None, cache: Any, index: int, x: Tensor) -> Tensor:
-    """Return the attention of x (B, T, D) over a layer of a cache, which x comes into."""
-    query, key, value = attention.heads(x)
+def _attend(
+    attention: SelfAttention, mask: Tensor | None, cache: Any, index: int, query: Tensor, key: Tensor, value: Tensor
+) -> Tensor:
+    """Return the attention of queries over a layer of a cache, which keys and values come into; (B, H, T, head_dim)."""
     key, value = append(cache, index, key, value)
-    dropout = attention.dropout if attention.training else 0.0
-    out, _ = cast(Callable[..., Any], attend)(attention, query, key, value, mask, dropout)
-    return attention.join(out.transpose(1, 2))
+    out, _ = attend(attention, query, key, value, mask, attention.dropout if attention.training else 0.0)
+    return out.transpose(1, 2)

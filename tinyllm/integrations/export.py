@@ -7,6 +7,7 @@ from pathlib import Path
 
 from tinyllm._internal.checks import check_choice
 from tinyllm._internal.extras import from_extra
+from tinyllm._internal.files import new_folder
 from tinyllm.model import SimpleLLM
 from tinyllm.pretrained import gguf, gpt2
 from tinyllm.quantization import weights_of
@@ -33,7 +34,7 @@ def export(
         A sentence that says what was written.
 
     Raises:
-        FileExistsError: something is there.
+        FileExistsError, NotADirectoryError: something is there.
         ModuleNotFoundError: the library that knows the format is not installed.
         ValueError: the format cannot hold the model or the tokenizer; the message names every reason.
     """
@@ -48,15 +49,23 @@ def export(
     if reasons := gpt2.not_theirs(tokenizer, model.config.vocab_size):
         raise ValueError(f"transformers cannot read this tokenizer: {'; '.join(reasons)}")
     differs = gpt2.not_gpt2(model.config, model.state_dict())
+    with new_folder(out) as folder:
+        if differs:
+            _save_ours(folder, model, tokenizer)
+        else:
+            model.save_pretrained(folder, tokenizer=tokenizer)
     if not differs:
-        model.save_pretrained(out, tokenizer=tokenizer)
         return f"{out} is a GPT-2: AutoModelForCausalLM.from_pretrained({str(out)!r}) loads it anywhere."
-    with from_extra("hf"):
-        from tinyllm.integrations import causal_lm
-    causal_lm.TinyLLMForCausalLM.from_simple(model).save_pretrained(out)
-    gpt2.save_tokenizer(Path(out), tokenizer, model.config.max_seq_len)
     return (
-        f"{out} has the model_type tinyllm, as it is no GPT-2 ({'; '.join(differs)}): where tinyllm is installed, "
-        f"AutoModelForCausalLM.from_pretrained({str(out)!r}, trust_remote_code=True) loads it, or without the option "
-        "after `import tinyllm.integrations.transformers`."
+        f"{out} has the model_type tinyllm, as it is no GPT-2 ({'; '.join(differs)}). Where tinyllm is installed, "
+        f"AutoModelForCausalLM and AutoTokenizer load it with trust_remote_code=True, or without after `import "
+        "tinyllm.integrations.transformers`."
     )
+
+
+def _save_ours(folder: Path, model: SimpleLLM, tokenizer: Tokenizer) -> None:
+    with from_extra("hf"):
+        from tinyllm.integrations.transformers import TinyLLMForCausalLM
+    ids = dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer.end_of_text_id)
+    TinyLLMForCausalLM.from_simple(model, **ids).save_pretrained(folder)
+    gpt2.save_tokenizer(folder, tokenizer, model.config.max_seq_len)

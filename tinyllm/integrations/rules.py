@@ -25,7 +25,7 @@ Forward = Callable[..., Any]
 
 @dataclass(frozen=True)
 class Found:
-    """What a module is to be replaced by.
+    """The replacement of a module.
 
     Attributes:
         name: the operator or operators, for the report.

@@ -1,4 +1,4 @@
-"""What transformers learns from us, registered there when this module is imported.
+"""Our attention and our models for transformers, registered there when this module is imported.
 
     import tinyllm.integrations.transformers
     model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="tinyllm")  # our attention in any model
@@ -7,12 +7,27 @@
 `tinyllm.optimize` needs no such name: it gives it to the attention modules of one model.
 """
 
-from transformers import AutoConfig, AutoModelForCausalLM
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from transformers import AutoConfig, AutoModelForCausalLM, __version__
 
 from tinyllm.integrations.attention import attention
-from tinyllm.integrations.causal_lm import TinyLLMConfig, TinyLLMForCausalLM
+
+_OLDEST = (5, 12)  # for our models; our attention is content with older ones
+
+if TYPE_CHECKING or tuple(map(int, __version__.split(".")[:2])) >= _OLDEST:
+    from tinyllm.integrations.causal_lm import TinyLLMConfig, TinyLLMForCausalLM
+
+    AutoConfig.register(TinyLLMConfig.model_type, TinyLLMConfig)
+    AutoModelForCausalLM.register(TinyLLMConfig, TinyLLMForCausalLM)
 
 __all__ = ["TinyLLMConfig", "TinyLLMForCausalLM", "attention"]
 
-AutoConfig.register(TinyLLMConfig.model_type, TinyLLMConfig)
-AutoModelForCausalLM.register(TinyLLMConfig, TinyLLMForCausalLM)
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        oldest = ".".join(map(str, _OLDEST))
+        raise ImportError(f"transformers is {__version__}; the models of tinyllm need {oldest} or later")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -56,8 +56,7 @@ def save(
 ) -> None:
     """Write a model and its tokenizer as one GGUF file, whole or not at all.
 
-    llama.cpp computes GELU by tanh, from a table of 16-bit numbers, also of a model with the exact one, from which it
-    differs by 5e-4 at most.
+    llama.cpp computes GELU by tanh, from a table of 16-bit numbers, also where a model has the exact one.
 
     Args:
         path: the file; replaced if it is a GGUF file.
@@ -110,6 +109,8 @@ def _not_gpt2_words(tokenizer: Tokenizer) -> list[str]:
     content = tokenizer.to_dict() if isinstance(tokenizer, BPETokenizer) else {}
     model, splits = content.get("model", {}), content.get("pre_tokenizer") or {}
     reasons = []
+    if tokenizer.end_of_text_id is None:
+        reasons.append("its tokenizer has no token that ends a text; llama.cpp would take token 11 for it")
     if model.get("type") != "BPE":
         reasons.append(f"its tokenizer is a {model.get('type')} one; a byte-level BPE is needed")
     elif splits.get("type") != "ByteLevel" or splits.get("add_prefix_space") or splits.get("use_regex") is False:

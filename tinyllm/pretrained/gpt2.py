@@ -287,7 +287,9 @@ def save_tokenizer(directory: Path, tokenizer: Tokenizer, max_seq_len: int) -> N
     tokenizer.save(directory / TOKENIZER_FILE)
     end = tokenizer.end_of_text_id
     special = {} if end is None else dict.fromkeys(("bos_token", "eos_token"), tokenizer.decode([end]))
-    values = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": max_seq_len, **special}
+    values: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": max_seq_len, **special}
+    # Without it, transformers before 5 makes token_type_ids, whose vectors GPT-2 adds to the tokens'.
+    values["model_input_names"] = ["input_ids", "attention_mask"]
     write_text(directory / TOKENIZER_CONFIG_FILE, json.dumps(values, indent=2) + "\n")
 
 

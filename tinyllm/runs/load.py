@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from safetensors.torch import load_model as load_safetensors
 from safetensors.torch import save_model as save_safetensors
 
+from tinyllm._internal.files import check_new_folder
 from tinyllm._internal.finite import not_finite
 from tinyllm.config.model import SimpleLLMConfig
 from tinyllm.config.saved import CONFIG_FILE, existing_file, read_config, save_config
@@ -39,16 +40,6 @@ def save_model(model: SimpleLLM, directory: str | os.PathLike[str]) -> Path:
     path = Path(directory, MODEL_FILE)
     with new_safetensors_file(path) as temporary:
         save_safetensors(model, str(temporary), metadata={"format": "pt"})
-    return path
-
-
-def check_new_folder(directory: str | os.PathLike[str]) -> Path:
-    """Return a directory that is empty or not there; raises FileExistsError or NotADirectoryError if it is not so."""
-    path = Path(directory)
-    if path.exists() and not path.is_dir():
-        raise NotADirectoryError(f"out {path} is a file; a new directory is needed")
-    if path.is_dir() and any(path.iterdir()):
-        raise FileExistsError(f"out {path} is not empty; choose another directory")
     return path
 
 
