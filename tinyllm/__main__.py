@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 
+from tinyllm import __version__
 from tinyllm._internal import interrupt
 from tinyllm._internal.extras import missing
 
@@ -27,11 +28,17 @@ def _without(library: str, arguments: list[str]) -> int:
 
         print_info(tune="--tune" in arguments)
         return 0
+    if arguments == ["--version"]:
+        print(f"tinyllm {__version__}")
+        return 0
     if arguments == ["doctor"]:
         from tinyllm._doctor import print_diagnosis
 
         return print_diagnosis()
-    print(f"tinyllm: error: {missing(library, 'train')}; info and doctor run without", file=sys.stderr)
+    print(
+        f"tinyllm: error: {missing(library, 'train')}; only `tinyllm info [--tune]` and `tinyllm doctor` run without",
+        file=sys.stderr,
+    )
     return 2
 
 

@@ -190,11 +190,47 @@ def test_a_checkout_that_hides_the_installation(world: World, built: bool) -> No
     assert world.finds_one("advice" if built else "wrong").remedy == "unset PYTHONPATH"
 
 
-@pytest.mark.parametrize("file", ["__init__.py", "pyproject.toml"])
-def test_a_folder_in_which_python_finds_another_tinyllm(world: World, file: str) -> None:
+def test_a_folder_in_which_python_finds_another_tinyllm(world: World) -> None:
     (world.home / "tinyllm").mkdir()
-    (world.home / "tinyllm" / file).touch()
+    (world.home / "tinyllm" / "__init__.py").touch()
     assert world.finds_one("advice").remedy == 'cd "$HOME"'
+
+
+def test_a_folder_above_a_checkout(world: World) -> None:
+    """A package on Python's path is found behind it; one that is installed editable, by a hook, is not."""
+    (world.home / "tinyllm").mkdir()
+    (world.home / "tinyllm" / "pyproject.toml").touch()
+    (world.package / "__init__.py").touch()
+    world.patch.setattr(sys, "path", [str(world.site)])
+    assert world.finds() == []
+    world.patch.setattr(sys, "path", [])
+    assert world.finds_one("wrong").remedy == 'cd "$HOME"'
+
+
+def test_the_folder_above_this_checkout(tmp_path: Path) -> None:
+    """`python -m tinyllm` starts there, although the package seems to be empty."""
+    (tmp_path / "tinyllm").symlink_to(ROOT)
+    code = "import sys, tinyllm._doctor; sys.modules['tinyllm'].__file__ = None; tinyllm._doctor.diagnose()"
+    subprocess.run([sys.executable, "-c", code], env=environment(), cwd=tmp_path, check=True, capture_output=True)
+
+
+def test_kernels_that_end_the_process(world: World) -> None:
+    (world.package / f"_C{kernels.EXTENSION_SUFFIXES[0]}").touch()
+    world.program("python")
+    assert world.finds() == []
+    (world.bin / "python").write_text("#!/bin/sh\nkill -BUS $$\n")
+    finding = world.finds_one("wrong")
+    assert "loading the compiled kernels ends the process: Bus error" in finding.title
+    assert finding.remedy == REINSTALL
+
+
+def test_kernels_of_another_installation(world: World) -> None:
+    world.library.__file__ = str(world.root / "other" / "_C.so")
+    finding = world.finds_one("wrong")
+    assert str(world.root / "other" / "_C.so") in finding.title
+    assert finding.remedy == REINSTALL
+    world.patch.setenv("PYTHONPATH", str(world.site))
+    assert world.finds_one("wrong").remedy == "unset PYTHONPATH"
 
 
 # The processor, threads and memory

@@ -50,6 +50,11 @@ def gpt2(tmp_path: Path) -> Path:
     return make_run(tmp_path / "gpt2")
 
 
+@pytest.fixture
+def short(tmp_path: Path) -> Path:
+    return make_run(tmp_path / "short", max_seq_len=32)
+
+
 def logits_of(run: Path) -> tuple[torch.Tensor, torch.Tensor]:
     """Return token ids of TEXT, and our logits."""
     model, tokenizer, _ = load_run(run)
@@ -58,14 +63,14 @@ def logits_of(run: Path) -> tuple[torch.Tensor, torch.Tensor]:
         return ids, model(ids)
 
 
-def test_the_presets_models_are_gpt2s_in_transformers(gpt2: Path, here: Here, tmp_path: Path) -> None:
+def test_the_presets_models_are_gpt2s_in_transformers(short: Path, here: Here, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     out = tmp_path / "out"
-    status, shown, _ = here("export", "--run", gpt2, "--to", "hf", "--out", out)
+    status, shown, _ = here("export", "--run", short, "--to", "hf", "--out", out)
     assert (status, shown.startswith(f"{out} is a GPT-2:")) == (0, True)
     model = transformers.AutoModelForCausalLM.from_pretrained(out)
     assert type(model).__name__ == "GPT2LMHeadModel"
-    ids, expected = logits_of(gpt2)
+    ids, expected = logits_of(short)
     with torch.no_grad():
         torch.testing.assert_close(model(ids).logits, expected, rtol=1e-5, atol=1e-5)
     tokenizer = transformers.AutoTokenizer.from_pretrained(out)
@@ -73,6 +78,10 @@ def test_the_presets_models_are_gpt2s_in_transformers(gpt2: Path, here: Here, tm
     assert tokenizer.decode(ids[0]) == TEXT
     assert tokenizer.eos_token == "<|endoftext|>"
     assert {*tokenizer(TEXT)} == {"input_ids", "attention_mask"}
+    assert model.generation_config.eos_token_id == tokenizer.eos_token_id
+    pipeline = transformers.pipeline("text-generation", model=str(out))
+    written = pipeline("the", do_sample=False, pad_token_id=0, return_tensors=True)[0]["generated_token_ids"]
+    assert len(written) <= model.config.n_positions
     assert json.loads((out / "tokenizer_config.json").read_text())["model_input_names"] == [
         *("input_ids", "attention_mask")
     ]
@@ -106,9 +115,8 @@ def test_gguf_is_read_by_transformers(gpt2: Path, here: Here, tmp_path: Path, we
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("gguf")
     out = tmp_path / "files" / "model.gguf"
-    for _ in range(2):  # a GGUF file is replaced by another one
-        status, shown, err = here("export", "--run", gpt2, "--to", "gguf", "--out", out, "--weights", weights)
-        assert (status, err) == (0, "")
+    status, shown, err = here("export", "--run", gpt2, "--to", "gguf", "--out", out, "--weights", weights)
+    assert (status, err) == (0, "")
     assert shown == f"{out} is a GGUF file of llama.cpp's architecture gpt2, with {weights} weights.\n"
     model = transformers.AutoModelForCausalLM.from_pretrained(out.parent, gguf_file=out.name, dtype=torch.float32)
     ids, expected = logits_of(gpt2)
@@ -159,7 +167,7 @@ def test_gguf_is_computed_by_llama_cpp(gpt2: Path, here: Here, tmp_path: Path, w
 @pytest.mark.parametrize(
     ("changes", "options", "says"),
     [
-        ({"position": "sinusoidal"}, ["--to", "gguf"], "position is 'sinusoidal'; its positions are learned"),
+        ({"position": "sinusoidal"}, ["--to", "gguf"], "position is 'sinusoidal'; GPT-2's positions are learned"),
         ({"output_bias": True, "activation": "relu"}, ["--to", "gguf"], "output_bias is True.*activation is 'relu'"),
         ({"causal": False}, ["--to", "gguf"], "causal is False"),
         ({"causal": False}, ["--to", "hf"], "causal is False"),
@@ -235,7 +243,10 @@ def test_a_folder_is_whole_or_not_there(
 def test_nothing_else_is_overwritten(gpt2: Path, here: Here, tmp_path: Path) -> None:
     taken = tmp_path / "taken.txt"
     taken.write_text("mine")
-    for to, says in (("gguf", "is no GGUF file, and not replaced"), ("hf", "is a file; a new directory is needed")):
+    for to, says in (
+        ("gguf", f"--out {taken} is there, and not replaced"),
+        ("hf", "is a file; a new directory is needed"),
+    ):
         status, _, err = here("export", "--run", gpt2, "--to", to, "--out", taken)
         assert status == 2
         assert says in err

@@ -283,7 +283,7 @@ def test_a_config_that_is_none(content: str, tmp_path: Path) -> None:
         ({"causal": False}, ["causal is False"]),
         ({"norm_first": False}, ["norm_first is False"]),
         ({"bias": False}, ["bias is False"]),
-        ({"output_bias": True}, ["output_bias is True; its output has none"]),
+        ({"output_bias": True}, ["output_bias is True; GPT-2's output has none"]),
         ({"num_heads": 1}, ["num_heads is 1, without an output projection"]),
         ({"position": "sinusoidal"}, ["position is 'sinusoidal'"]),
         ({"causal": False, "norm_first": False, "output_bias": True}, ["causal", "norm_first", "output_bias"]),

@@ -11,17 +11,16 @@ import textwrap
 import warnings
 from pathlib import Path
 
-import tinyllm
 from tinyllm._doctor import general, gpus, kernels
 from tinyllm._doctor.commands import install
-from tinyllm._doctor.facts import Finding, World, find_gpu, imported
+from tinyllm._doctor.facts import Finding, World, crash, find_gpu, imported
 
 __all__ = ["Finding", "diagnose", "format_findings", "print_diagnosis"]
 
 _WIDTH, _INDENT = 100, len("  Remedy: ")
 
 
-def diagnose(root: Path = Path("/"), package: Path = Path(tinyllm.__file__).parent) -> list[Finding]:
+def diagnose(root: Path = Path("/"), package: Path = Path(__file__).parents[1]) -> list[Finding]:
     """Look at this installation, machine and process, and return what is found, what is wrong before advice.
 
     If torch does not import, the findings are those that take no torch.
@@ -37,7 +36,8 @@ def diagnose(root: Path = Path("/"), package: Path = Path(tinyllm.__file__).pare
         for check in general.CHECKS.values():
             found += check(world)
         if not isinstance(world.torch, Exception):
-            failure = imported("tinyllm.ops")
+            # In a process of its own first: a library that is damaged may end the one that loads it.
+            failure = crash(world) or imported("tinyllm.ops")
             if isinstance(failure, Exception):
                 found.append(general.broken_import("tinyllm.ops", failure, install()))
             else:

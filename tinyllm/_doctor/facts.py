@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import re
+import signal
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
@@ -92,6 +94,20 @@ def imported(name: str) -> Any:
         return importlib.import_module(name)
     except Exception as error:
         return error
+
+
+def crash(world: World) -> Exception | None:
+    """Return the signal that loading the compiled kernels ends a process with, as an exception; None if none does."""
+    if not any(world.package.glob("_C*.so")):
+        return None
+    command = [sys.executable, "-c", "import tinyllm.ops"]
+    try:
+        status = subprocess.run(command, capture_output=True, cwd=world.package.parent, timeout=120).returncode
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    if status >= 0:
+        return None
+    return OSError(f"loading the compiled kernels ends the process: {signal.strsignal(-status)}")
 
 
 def version_of(name: str) -> str | None:

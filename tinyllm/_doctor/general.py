@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from importlib import metadata
 from importlib.machinery import EXTENSION_SUFFIXES
@@ -74,16 +75,16 @@ def check_folders(world: World) -> Iterator[Finding]:
         paths = map(Path, filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)))
         leave = "unset PYTHONPATH" if checkout.resolve() in (path.resolve() for path in paths) else 'cd "$HOME"'
         lacks = not any((world.package / f"_C{suffix}").is_file() for suffix in EXTENSION_SUFFIXES)
-        cost = "The checkout has no compiled kernels." if lacks else "The checkout's code and kernels are used."
+        cost = "It has no compiled kernels of its own." if lacks else "The checkout's code and kernels are used."
         yield Finding("wrong" if lacks else "advice", title, cost, leave)
         return
     inner = here / "tinyllm"
     if _is_package(inner) and inner.resolve() != world.package.resolve():
         title = f"Python started in {here} imports the tinyllm of this folder, not the installed one."
         yield Finding("advice", title, "It has no compiled kernels but those that were built in it.", 'cd "$HOME"')
-    elif (inner / "pyproject.toml").is_file():
-        title = f"Python started in {here} may take the folder tinyllm, a checkout, for the package."
-        yield Finding("advice", title, "The package then seems to be empty.", 'cd "$HOME"')
+    elif (inner / "pyproject.toml").is_file() and not any(_is_package(Path(entry, "tinyllm")) for entry in sys.path):
+        title = f"Python started in {here} takes the folder tinyllm, a checkout, for the package."
+        yield Finding("wrong", title, "The package then seems to be empty.", 'cd "$HOME"')
 
 
 def check_huge_pages(world: World) -> Iterator[Finding]:

@@ -57,6 +57,12 @@ def check_build(world: World) -> Iterator[Finding]:
 
     installed = version_of("tinyllm")
     missing = [name for name in dispatch.raw_operators if name not in WITHOUT_CPP and not cpp.has(name)]
+    library_file = getattr(cpp.library, "__file__", None)
+    if library_file is not None and Path(library_file).resolve().parent != world.package.resolve():
+        title = f"The compiled kernels are those of another installation, {library_file}."
+        leave = "unset PYTHONPATH" if os.environ.get("PYTHONPATH") else install()
+        yield Finding("wrong", title, "They may be another version's than the code.", leave)
+        return
     if hidden_package(world) is None and installed is not None and installed != tinyllm.__version__:
         title = f"The code is tinyllm {tinyllm.__version__}, and was installed as {installed}."
         yield Finding("wrong", title, "Its libraries and dependencies are another version's.", install())

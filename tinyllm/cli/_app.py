@@ -97,6 +97,8 @@ def one_line_errors() -> Iterator[None]:
         if is_first_of_node():
             if isinstance(error, OSError) and error.filename is not None:
                 line = f"{error.filename}: {error.strerror}"
+            elif isinstance(error, ModuleNotFoundError) and error.name == "torch":
+                line = "torch is not installed; `tinyllm doctor` names the command that installs one for this machine"
             else:  # MemoryError mostly comes without a word
                 line = _as_typed(" ".join(str(error).split()) or "out of memory")
             typer.echo(f"tinyllm: error: {line}", err=True)
@@ -116,7 +118,7 @@ def _as_typed(line: str) -> str:
     command: Any = getattr(typer.main.get_command(app), "commands", {}).get("".join(sys.argv[1:2]))
     options = {parameter.name: parameter.opts[0] for parameter in command.params} if command else {}
     name, _, rest = line.partition(" ")
-    about = rest.startswith("is ") or name in ("out", "init_from")  # "out runs/a is not empty"
+    about = rest.startswith("is ") or name in ("out", "init_from", "report")  # "out runs/a is not empty"
     if not about or not options.get(name, "").startswith("--") or name in map(os.path.normpath, sys.argv[2:]):
         return line  # of an argument, which has no dashes; or of a file of that name, which was typed
     others = re.sub(r"(?<![\w./'\"-])[a-z]+(_[a-z]+)+(?![\w./'\"=])", lambda word: options.get(word[0], word[0]), rest)

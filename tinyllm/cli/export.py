@@ -12,7 +12,9 @@ from tinyllm.cli._app import Checkpoint, app, one_line_errors, prepare_process, 
 
 @app.command()
 def export(
-    run: Annotated[Path, typer.Option(metavar="DIR", help="The folder that a training made.")],
+    run: Annotated[
+        Path, typer.Option(metavar="DIR", help="The folder that a training made, or one with a Hugging Face GPT-2.")
+    ],
     to: Annotated[
         str,
         typer.Option(
@@ -20,7 +22,7 @@ def export(
             help="hf: a folder for Hugging Face's AutoModelForCausalLM and AutoTokenizer. gguf: a file for llama.cpp.",
         ),
     ],
-    out: Annotated[Path, typer.Option(metavar="PATH", help="A new folder for hf, a file for gguf.")],
+    out: Annotated[Path, typer.Option(metavar="PATH", help="A new folder for hf, a new file for gguf.")],
     weights: Annotated[
         str, typer.Option(metavar="float32|bf16|int8|int4", help="How gguf is to store the weights.")
     ] = "float32",

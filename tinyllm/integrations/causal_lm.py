@@ -84,6 +84,8 @@ class TinyLLMConfig(PreTrainedConfig):
             raise ValueError("causal is False; a causal language model of transformers hides later tokens")
         self.initializer_range = values.pop("initializer_range", 0.02)
         self.use_cache = values.pop("use_cache", True)
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            setattr(self, name, values.pop(name, None))
         values["auto_map"] = {
             "AutoConfig": f"{Path(CODE_FILE).stem}.TinyLLMConfig",
             "AutoModelForCausalLM": f"{Path(CODE_FILE).stem}.TinyLLMForCausalLM",

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
 from tinyllm._internal.checks import check_choice
 from tinyllm._internal.extras import from_extra
-from tinyllm._internal.files import new_folder
+from tinyllm._internal.files import new_folder, write_text
 from tinyllm.model import SimpleLLM
 from tinyllm.pretrained import gguf, gpt2
 from tinyllm.quantization import weights_of
@@ -24,7 +25,7 @@ def export(
     Args:
         model: causal, with float32 weights.
         tokenizer: a BPE tokenizer of at most vocab_size ids.
-        out: for "hf" a new folder, for "gguf" a file, which may replace another GGUF file.
+        out: for "hf" a new folder, for "gguf" a new file.
         to: "hf": a folder for `AutoModelForCausalLM` and `AutoTokenizer`. A model that is a GPT-2 becomes one; any
             other needs tinyllm where it is loaded, see `tinyllm.integrations.causal_lm`. "gguf": one file for llama.cpp
             and what is built on it.
@@ -54,6 +55,7 @@ def export(
             _save_ours(folder, model, tokenizer)
         else:
             model.save_pretrained(folder, tokenizer=tokenizer)
+        _save_generation_config(folder, model, tokenizer)
     if not differs:
         return f"{out} is a GPT-2: AutoModelForCausalLM.from_pretrained({str(out)!r}) loads it anywhere."
     return (
@@ -69,3 +71,10 @@ def _save_ours(folder: Path, model: SimpleLLM, tokenizer: Tokenizer) -> None:
     ids = dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer.end_of_text_id)
     TinyLLMForCausalLM.from_simple(model, **ids).save_pretrained(folder)
     gpt2.save_tokenizer(folder, tokenizer, model.config.max_seq_len)
+
+
+def _save_generation_config(folder: Path, model: SimpleLLM, tokenizer: Tokenizer) -> None:
+    """Write where texts end for `generate` of transformers, whose pipelines else go on behind the last position."""
+    ids = dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer.end_of_text_id)
+    values = {**ids, "max_length": model.config.max_seq_len}
+    write_text(folder / "generation_config.json", json.dumps(values, indent=2) + "\n")

@@ -11,9 +11,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from transformers import AutoConfig, AutoModelForCausalLM, __version__
+from tinyllm._internal.extras import from_extra
 
-from tinyllm.integrations.attention import attention
+with from_extra("hf"):
+    from transformers import AutoConfig, AutoModelForCausalLM, __version__
+
+    from tinyllm.integrations.attention import attention
 
 _OLDEST = (5, 12)  # for our models; our attention is content with older ones
 

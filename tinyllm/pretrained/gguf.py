@@ -59,14 +59,14 @@ def save(
     llama.cpp computes GELU by tanh, from a table of 16-bit numbers, also where a model has the exact one.
 
     Args:
-        path: the file; replaced if it is a GGUF file.
+        path: a new file.
         config, state: the model's config and state_dict, with float32 weights.
         tokenizer: a byte-level BPE that splits words as GPT-2's does, of at most vocab_size ids.
         weights: how the blocks' matrices are stored: "float32", "bf16", "int8" (Q8_0) or "int4" (Q4_0); of int4, the
             embedding and the output in Q8_0.
 
     Raises:
-        FileExistsError: something else is there.
+        FileExistsError: something is there.
         ModuleNotFoundError: the library `gguf` is not installed.
         ValueError: GGUF's "gpt2" cannot hold the model or the tokenizer; the message names every reason.
     """
@@ -81,8 +81,8 @@ def save(
     if reasons:
         raise ValueError(f"GGUF cannot hold this model: {'; '.join(reasons)}")
     path = Path(path)
-    if path.exists() and not _is_gguf(path):
-        raise FileExistsError(f"{path} is no GGUF file, and not replaced; choose another name")
+    if path.exists():
+        raise FileExistsError(f"out {path} is there, and not replaced; choose another name")
     assert isinstance(tokenizer, BPETokenizer)
     with from_extra("hf"):
         import gguf
@@ -169,11 +169,3 @@ def _add_tensor(writer: Any, name: str, tensor: Tensor, weights: str) -> None:
     data = tensor.detach().to(torch.float32).contiguous().numpy()
     stored = gguf.GGMLQuantizationType[kind]
     writer.add_tensor(new_name, gguf.quants.quantize(data, stored), raw_dtype=stored)
-
-
-def _is_gguf(path: Path) -> bool:
-    try:
-        with path.open("rb") as file:
-            return file.read(4) == b"GGUF"
-    except OSError:
-        return False

@@ -326,12 +326,12 @@ def _to_theirs(config: SimpleLLMConfig, dtype: str, end_of_text_id: int | None) 
 def not_gpt2(config: SimpleLLMConfig, state: Mapping[str, Tensor]) -> list[str]:
     """Return every reason why a model is not a GPT-2."""
     reasons = {
-        "causal is False; its tokens see themselves and earlier ones only": not config.causal,
-        "norm_first is False; its norms come first": not config.norm_first,
-        "bias is False; its layers have biases": not config.bias,
-        "output_bias is True; its output has none": config.bias and config.output_bias,
-        "num_heads is 1, without an output projection; its attention has one": config.num_heads == 1,
-        f"position is {config.position!r}; its positions are learned": config.position != "learned",
+        "causal is False; GPT-2's tokens see themselves and earlier ones only": not config.causal,
+        "norm_first is False; GPT-2's norms come first": not config.norm_first,
+        "bias is False; GPT-2's layers have biases": not config.bias,
+        "output_bias is True; GPT-2's output has none": config.bias and config.output_bias,
+        "num_heads is 1, without an output projection; GPT-2's attention has one": config.num_heads == 1,
+        f"position is {config.position!r}; GPT-2's positions are learned": config.position != "learned",
     }
     found = [reason for reason, holds in reasons.items() if holds]
     if found:
