@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
+from importlib.metadata import version
 
-from tinyllm import __version__
 from tinyllm._internal import interrupt
 from tinyllm._internal.extras import missing
 
@@ -29,7 +29,7 @@ def _without(library: str, arguments: list[str]) -> int:
         print_info(tune="--tune" in arguments)
         return 0
     if arguments == ["--version"]:
-        print(f"tinyllm {__version__}")
+        print(f"tinyllm {version('tinyllm')}")
         return 0
     if arguments == ["doctor"]:
         from tinyllm._doctor import print_diagnosis

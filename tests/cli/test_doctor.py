@@ -210,7 +210,8 @@ def test_a_folder_above_a_checkout(world: World) -> None:
 def test_the_folder_above_this_checkout(tmp_path: Path) -> None:
     """`python -m tinyllm` starts there, although the package seems to be empty."""
     (tmp_path / "tinyllm").symlink_to(ROOT)
-    code = "import sys, tinyllm._doctor; sys.modules['tinyllm'].__file__ = None; tinyllm._doctor.diagnose()"
+    code = "import sys, tinyllm._doctor as doctor; sys.modules['tinyllm'].__file__ = None\n"
+    code += "del sys.modules['tinyllm'].__version__; doctor.diagnose()"
     subprocess.run([sys.executable, "-c", code], env=environment(), cwd=tmp_path, check=True, capture_output=True)
 
 

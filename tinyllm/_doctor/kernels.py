@@ -63,8 +63,9 @@ def check_build(world: World) -> Iterator[Finding]:
         leave = "unset PYTHONPATH" if os.environ.get("PYTHONPATH") else install()
         yield Finding("wrong", title, "They may be another version's than the code.", leave)
         return
-    if hidden_package(world) is None and installed is not None and installed != tinyllm.__version__:
-        title = f"The code is tinyllm {tinyllm.__version__}, and was installed as {installed}."
+    code = getattr(tinyllm, "__version__", None)  # of a folder that is taken for the package there is none
+    if hidden_package(world) is None and None not in (installed, code) and installed != code:
+        title = f"The code is tinyllm {code}, and was installed as {installed}."
         yield Finding("wrong", title, "Its libraries and dependencies are another version's.", install())
     elif cpp.loaded and missing:
         title = f"The C++ extension is of another version than the code: it has no {', '.join(missing)}."
