@@ -12,6 +12,9 @@ from tinyllm._internal.extras import missing
 def main() -> None:
     """Run the command line; exits with 0, with 2 for bad input, with 130 after Ctrl-C."""
     interrupt.end_at_once()
+    if getattr(sys.modules["tinyllm"], "__file__", None) is None:
+        line = "Python takes a folder tinyllm here, such as a checkout, for the package; start it in another one"
+        sys.exit(f"tinyllm: error: {line}: cd \"$HOME\"")
     try:
         from tinyllm.cli import app
     except ModuleNotFoundError as error:

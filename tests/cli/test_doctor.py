@@ -208,11 +208,15 @@ def test_a_folder_above_a_checkout(world: World) -> None:
 
 
 def test_the_folder_above_this_checkout(tmp_path: Path) -> None:
-    """`python -m tinyllm` starts there, although the package seems to be empty."""
-    (tmp_path / "tinyllm").symlink_to(ROOT)
+    """There the package may seem to be empty: a folder without files of its own."""
     code = "import sys, tinyllm._doctor as doctor; sys.modules['tinyllm'].__file__ = None\n"
     code += "del sys.modules['tinyllm'].__version__; doctor.diagnose()"
     subprocess.run([sys.executable, "-c", code], env=environment(), cwd=tmp_path, check=True, capture_output=True)
+    code = "import sys; from tinyllm import __main__; del sys.modules['tinyllm'].__file__; __main__.main()"
+    command = [sys.executable, "-c", code, "info"]
+    done = subprocess.run(command, env=environment(), cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith("tinyllm: error: Python takes a folder tinyllm here")
 
 
 def test_kernels_that_end_the_process(world: World) -> None:
