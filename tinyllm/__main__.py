@@ -14,7 +14,7 @@ def main() -> None:
     interrupt.end_at_once()
     if getattr(sys.modules["tinyllm"], "__file__", None) is None:
         line = "Python takes a folder tinyllm here, such as a checkout, for the package; start it in another one"
-        sys.exit(f"tinyllm: error: {line}: cd \"$HOME\"")
+        sys.exit(f'tinyllm: error: {line}: cd "$HOME"')
     try:
         from tinyllm.cli import app
     except ModuleNotFoundError as error:
