@@ -210,6 +210,7 @@ class Engine:
                 result = _Failure(_picklable(error))
         result = self._fabric.broadcast(result)
         if isinstance(result, _Failure):
+            self.close_at_exit()  # of all of them, as the error is everybody's
             raise result.error
         return cast(_T, result)
 
@@ -231,7 +232,8 @@ class Engine:
 
     def close_at_exit(self) -> None:
         """Have the processes' connection closed when this one exits: threads of gloo that still run then have crashed
-        it. For a training that has succeeded; after an error closing might wait for what never comes."""
+        it. For processes that have all come to their end; after an error in one of them closing might wait for what
+        never comes."""
         atexit.unregister(_close_connection)
         atexit.register(_close_connection)
 
