@@ -146,15 +146,13 @@ def test_of_two_trainings_in_one_folder_one_is_refused(racers: list[subprocess.P
         return answers()
 
     assert answers() == ["ready", "ready"]
-    refusals = 0
     for number in range(20):
         out = tmp_path / f"race-{number}"
         found = tell("train", out)
         winner = next(index for index, answer in enumerate(found) if answer.startswith("done"))
         loser = found[1 - winner]
-        if loser.startswith("BlockingIOError"):  # else it came when the other one was done
+        if loser.startswith("BlockingIOError"):  # else there were files already when it came
             assert loser == f"BlockingIOError {out} is being trained by process {racers[winner].pid}"
-            refusals += 1
         else:
             assert loser.startswith("FileExistsError")
         assert json.loads((out / "config.json").read_text())["training"]["seed"] == winner + 1
@@ -171,7 +169,6 @@ def test_of_two_trainings_in_one_folder_one_is_refused(racers: list[subprocess.P
         assert max(checkpoints(out)) == 45
         assert len({answer for answer in found if answer.startswith("done")}) == 1
         load_run(out)
-    assert refusals
 
 
 def unpack(run: Path) -> None:
