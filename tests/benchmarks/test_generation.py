@@ -16,12 +16,10 @@ from benchmarks.generation import Plan, Side
 from benchmarks.workers import Worker, WriterError
 from benchmarks.writers import FLOAT32, INT8, OURS, PROVIDERS, REFERENCE, TRANSFORMERS
 from benchmarks.written_models import GPT2, MODELS, TINY, draw_prompts, make_model
+from tests.helpers.needs import needs_transformers
 
 from .made_up import FACTS
 
-needs_transformers = pytest.mark.skipif(
-    importlib.util.find_spec("transformers") is None, reason="transformers is not installed"
-)
 OURS_INT8, CT2, CT2_INT8 = "tinyllm, int8", "CTranslate2, float32", "CTranslate2, int8"
 TEXT = [[7, 7, 8, 9]]
 
